@@ -1,0 +1,81 @@
+"""Which weights of a model get Θ: the default set, and the user's names and globs."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from nkat.errors import NKATError
+from nkat.gguf_file import TensorInfo
+
+_BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight")
+_BLOCK_NUMBER = re.compile(r"^blk\.(\d+)\.")
+
+# Names the same matrices have in Meta's LLaMA checkpoints and in Hugging Face's, and what GGUF calls them.
+_OTHER_NAMES = {
+    "attention.wq": "attn_q",
+    "attention.wk": "attn_k",
+    "attention.wv": "attn_v",
+    "attention.wo": "attn_output",
+    "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.down_proj": "ffn_down",
+    "mlp.up_proj": "ffn_up",
+}
+
+
+def adaptable_layers(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The 2-D linear weights inside the blocks (attention q, k, v, output; FFN gate, up, down), in block order."""
+    names = [name for name, info in tensors.items() if _BLOCK_LINEAR.fullmatch(name) and len(info.shape) == 2]
+    return sorted(names, key=block_number)
+
+
+def block_number(name: str) -> int:
+    """12 for `blk.12.attn_q.weight`, −1 for a tensor outside the blocks."""
+    match = _BLOCK_NUMBER.match(name)
+    return int(match[1]) if match else -1
+
+
+def select_layers(tensors: Mapping[str, TensorInfo], patterns: Sequence[str] | None) -> list[str]:
+    """The weights that `patterns` name; all adaptable ones when there are none.
+
+    A pattern is a GGUF name or glob (`blk.*.attn_q.weight`), or the name in a LLaMA or Hugging Face checkpoint
+    (`layers.0.feed_forward.w1.weight`). One that matches nothing is an NKATError naming the nearest names.
+    """
+    candidates = adaptable_layers(tensors)
+    if not candidates:
+        raise NKATError("the model has no 2-D attention or FFN weights inside blocks, so there is nothing to adapt")
+    if patterns is None:
+        return candidates
+    chosen = set()
+    for pattern in patterns:
+        translated = gguf_name(pattern)
+        matches = [name for name in candidates if fnmatchcase(name, translated)]
+        if not matches:
+            raise NKATError(_no_match(pattern, translated, candidates, tensors))
+        chosen.update(matches)
+    return [name for name in candidates if name in chosen]
+
+
+def gguf_name(name: str) -> str:
+    """Translates a LLaMA or Hugging Face name or glob to GGUF's; any other comes back unchanged."""
+    translated = re.sub(r"^(model\.)?layers\.", "blk.", name)
+    for other, ours in _OTHER_NAMES.items():
+        translated = translated.replace(f".{other}.", f".{ours}.")
+    return translated
+
+
+def _no_match(pattern: str, translated: str, candidates: list[str], tensors: Mapping[str, TensorInfo]) -> str:
+    if translated in tensors:
+        shape = "x".join(str(n) for n in tensors[translated].shape)
+        return f"layer {pattern!r} is a tensor of shape {shape} that theta cannot adapt: only linear weights in blocks"
+    nearest = difflib.get_close_matches(translated, candidates, n=3, cutoff=0.4) or candidates[:3]
+    return f"no layer matches {pattern!r}; the nearest are {', '.join(nearest)}"

@@ -1,0 +1,89 @@
+"""Fixtures: real models from the cache, shared texts, and the scripts as a user would run them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from nkat.models import cached
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = Path(os.environ.get("NKAT_SHARED_DATA", ROOT.parent / "shared" / "data"))
+
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    return _model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    return _model("gemma3")
+
+
+@pytest.fixture(scope="session")
+def qwen() -> Path:
+    return _model("qwen")
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    return _shared("models/stories260K-f32.gguf")
+
+
+@pytest.fixture(scope="session")
+def shared_text() -> Callable[[str], Path]:
+    return lambda name: _shared(f"text/{name}")
+
+
+@pytest.fixture
+def script() -> Script:
+    """Runs a script of the toolkit: script("nkat_gguf_converter.py", "--input", path, ...)."""
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+
+    return run
+
+
+@pytest.fixture
+def fails(script: Script) -> Callable[..., str]:
+    """Runs a script that must refuse its input: status 2 and exactly one line on stderr, which is returned."""
+
+    def run(name: str, *arguments: object) -> str:
+        done = script(name, *arguments)
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == 2, done
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def _model(name: str) -> Path:
+    path = cached(name)
+    if path is None:
+        pytest.skip(f"{name} is not in the model cache; fetch it with: python -m nkat.models {name}")
+    return path
+
+
+def _shared(name: str) -> Path:
+    path = SHARED_DATA / name
+    if not path.exists():
+        pytest.skip(f"the shared data folder has no {name}")
+    return path
