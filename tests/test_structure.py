@@ -1,0 +1,95 @@
+"""The shape of the code: no import cycles, scripts as leaves, optional packages optional."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = [name for name in ("nkat", "nkat_vit") if (ROOT / name).is_dir()]
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
+OPTIONAL = {"numba", "triton", "scipy", "pynvml", "matplotlib", "optuna", "libgguf", "kornia", "psutil"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Full names a file imports; `from a import b` gives a and a.b."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def import_graph() -> dict[str, set[str]]:
+    known = modules()
+    return {
+        name: {other for other in imports(path) if other in known and other != name} for name, path in known.items()
+    }
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = import_graph()
+    assert len(graph) > 15
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_a_cycle_would_be_found() -> None:
+    graph = import_graph()
+    graph["nkat.errors"] = {"nkat.load"}
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(graph).static_order())
+
+
+def test_nothing_imports_a_script() -> None:
+    assert "nkat_gguf_converter" in SCRIPTS
+    files = [*modules().values(), *ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    for path in files:
+        roots = {name.partition(".")[0] for name in imports(path)}
+        assert not roots & set(SCRIPTS), path
+
+
+def test_every_module_imports_without_optional_packages() -> None:
+    """In a fresh interpreter that refuses them; `ensurepip` stands in as the control that refusing works."""
+    program = f"""
+import importlib, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {OPTIONAL | {"ensurepip"}!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+for name in {sorted(modules())!r}:
+    importlib.import_module(name)
+try:
+    import ensurepip
+except ModuleNotFoundError:
+    print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "refused"
+
+
+def test_files_stay_small() -> None:
+    for path in modules().values():
+        lines = path.read_text(encoding="utf-8").count("\n")
+        assert lines < 560, f"{path.name} has {lines} lines"
