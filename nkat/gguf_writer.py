@@ -31,11 +31,15 @@ Progress = Callable[[int], object]  # called with the number of bytes just done
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor to write: `data` is C-contiguous and its shape is row-major (GGUF's `ne` reversed)."""
+    """A tensor to write: `data` is C-contiguous and its shape is row-major (GGUF's `ne` reversed).
+
+    shape: the tensor's own, where `data` holds packed blocks and so has another
+    """
 
     name: str
     type: GGMLQuantizationType
     data: np.ndarray
+    shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +213,7 @@ def _header(base: BaseView | None, version: int, new: tuple[int, bytes, int, byt
 
 
 def _tensor_info(tensor: NewTensor, offset: int) -> bytes:
-    dimensions = tuple(reversed(tensor.data.shape))
+    dimensions = tuple(reversed(tensor.shape or tensor.data.shape))
     return _string(tensor.name) + struct.pack(
         f"<I{len(dimensions)}QIQ", len(dimensions), *dimensions, tensor.type, offset
     )

@@ -1,0 +1,68 @@
+"""Time to open a GGUF: this toolkit's reader against gguf-py's, in turns, in one process.
+
+    python -m benchmarks.open_gguf                      every fetched model
+    python -m benchmarks.open_gguf model.gguf --rounds 3
+
+Opening means: header, metadata index and tensor table are there; no long array is decoded. gguf-py has no lazy mode.
+The file is in the page cache after the first, unmeasured round of ours. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import gguf
+import torch
+
+from nkat import cli
+from nkat.gguf_file import GGUFFile
+from nkat.hardware import describe
+from nkat.models import MODELS, cached
+from nkat.report import format_table, write_json
+
+
+def seconds(opener: Callable[[Path], object], path: Path) -> float:
+    """Wall-clock seconds of opening the file once."""
+    started = perf_counter()
+    opener(path)
+    return perf_counter() - started
+
+
+def main() -> None:
+    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.open_gguf --rounds 5")
+    parser.add_argument("models", nargs="*", type=Path, help="GGUF files (default: every fetched model)")
+    parser.add_argument("--rounds", type=cli.positive_int, default=3)
+    options = parser.parse_args()
+    paths = options.models or [path for name in MODELS if (path := cached(name))]
+    records = []
+    for path in paths:
+        GGUFFile.open(path)
+        ours, theirs = [], []
+        for _ in range(options.rounds):
+            ours.append(seconds(GGUFFile.open, path))
+            theirs.append(seconds(gguf.GGUFReader, path))
+        with GGUFFile.open(path) as file:
+            tokens = len(file.metadata.get("tokenizer.ggml.tokens", []))
+        records.append(
+            {
+                "file": path.name,
+                "tokens": tokens,
+                "nkat_s": median(ours),
+                "gguf_py_s": median(theirs),
+                "ratio": median(theirs) / median(ours),
+                "rounds": options.rounds,
+            }
+        )
+    rows = [
+        [r["file"], f"{r['tokens']:,}", f"{r['nkat_s']:.4f}", f"{r['gguf_py_s']:.2f}", f"{r['ratio']:.0f}x"]
+        for r in records
+    ]
+    print(format_table(rows, ["file", "tokens", "nkat s", "gguf-py s", "ratio"]))
+    write_json({"benchmark": "open_gguf", "results": records, "machine": describe(torch.device("cpu"))}, "-")
+
+
+if __name__ == "__main__":
+    cli.run(main)
