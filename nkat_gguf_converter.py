@@ -27,7 +27,7 @@ from nkat.errors import NKATError
 from nkat.gguf_file import GGUFFile
 from nkat.gguf_writer import Part, part_size, write_gguf
 from nkat.layers import select_layers
-from nkat.report import format_bytes, format_table, note, write_json
+from nkat.report import check_record, format_bytes, format_table, note, write_json
 from nkat.theta import coupling
 from nkat.theta_io import (
     ModelFile,
@@ -135,6 +135,7 @@ def _conflict(o: argparse.Namespace) -> str | None:
 
 def main() -> None:
     options = parse_arguments()
+    check_record(options.json, options.force)
     hardware.set_threads(options.threads)
     model = open_model_file(options.input)
     if model.unfinished:

@@ -13,7 +13,7 @@ from nkat import cli, hardware
 from nkat.errors import NKATError
 from nkat.load import DTYPES, LoadedModel, load_model
 from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
-from nkat.report import format_table, git_commit, note, write_json
+from nkat.report import check_record, format_table, git_commit, note, write_json
 from nkat.texts import Text, load_text
 from nkat.theta_io import ModelFile, ThetaSet, open_model_file, theta_for
 from nkat.tpe import byte_ratio, tpe
@@ -55,6 +55,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse_arguments()
+    check_record(options.json, options.force)
     hardware.set_threads(options.threads)
     device = hardware.pick_device(allow_cuda=not options.no_cuda)
     text = load_text(options.text)

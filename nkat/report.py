@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nkat.atomic import atomic_output
+from nkat.atomic import atomic_output, check_output
+
+
+def check_record(target: str | None, force: bool) -> None:
+    """Raises NKATError when `write_json` could not write there: to be known before hours are spent."""
+    if target not in (None, "-"):
+        check_output(Path(target), force)
 
 
 def write_json(record: Mapping[str, Any], target: str, force: bool = False) -> None:

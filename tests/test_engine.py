@@ -96,5 +96,4 @@ def test_mistakes(fails, tmp_path: Path, nkat: Path, stories: Path) -> None:
     assert "gamma" in fails(ENGINE, "--model", nkat, "--perplexity", "--theta-gamma", 1.5)
     existing = tmp_path / "r.json"
     existing.write_text("{}")
-    message = fails(ENGINE, "--model", nkat, "--perplexity", "--chunks", 1, "--json", existing)
-    assert "exists already" in message
+    assert "exists already" in fails(ENGINE, "--model", nkat, "--perplexity", "--json", existing)

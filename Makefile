@@ -1,0 +1,44 @@
+# make demo   set up, fetch a real 135 M-parameter model, convert it, measure it with and without Θ
+# make test   set up, pass all tests          make lint   style          make bench   side-by-side benchmarks
+#
+# PYTHON=python3.12 picks the interpreter; TORCH=torch picks the newest torch (with CUDA on Linux);
+# TEXT=some.txt makes the demo measure on that text too.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.user
+	$(PY) -m examples.demo $(if $(TEXT),--text "$(TEXT)")
+
+test: $(VENV)/.developer
+	-$(PY) -m nkat.models smollm2
+	$(PY) -m pytest
+
+lint: $(VENV)/.developer
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(VENV)/.user
+	$(PY) -m nkat.models smollm2
+	$(PY) -m benchmarks.open_gguf
+	$(PY) -m benchmarks.dequantise
+	$(PY) -m benchmarks.svd
+	$(PY) -m benchmarks.convert_7b
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.user: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) -r requirements.txt
+	touch $@
+
+$(VENV)/.developer: $(VENV)/.user requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	touch $@
