@@ -55,7 +55,7 @@ def write_model(path: Path, blocks: int) -> int:
 
 
 def _random_q4_k(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Packed Q4_K: uint8 [blocks, 144] of random quants and 6-bit scales; d and dmin, the first four bytes, are small."""
+    """Packed Q4_K: uint8 [blocks, 144], random but for d and dmin, its first two halves, which are small."""
     blocks = rng.integers(0, 256, (shape[0] * shape[1] // 256, 144), dtype=np.uint8)
     blocks[:, :4] = np.array([1e-4, 5e-4], dtype=np.float16).view(np.uint8)
     return blocks

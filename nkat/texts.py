@@ -41,7 +41,7 @@ def load_text(path: str | Path | None) -> Text:
 
 
 def default_text() -> Text:
-    """Python's own language reference (`pydoc_data.topics`), about half a megabyte; it differs between Python versions."""
+    """Python's own language reference (`pydoc_data.topics`): about half a megabyte, another one in each Python."""
     from pydoc_data import topics
 
     content = "\n".join(topics.topics[name] for name in sorted(topics.topics))
