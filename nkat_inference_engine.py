@@ -15,7 +15,7 @@ from nkat.load import DTYPES, LoadedModel, load_model
 from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
 from nkat.report import check_record, format_table, git_commit, note, write_json
 from nkat.texts import Text, load_text
-from nkat.theta_io import ModelFile, ThetaSet, open_model_file, theta_for
+from nkat.theta_io import ModelFile, ThetaSet, check_judging_text, open_model_file, theta_for
 from nkat.tpe import byte_ratio, tpe
 
 EXAMPLES = """\
@@ -63,6 +63,8 @@ def main() -> None:
     if model_file.unfinished:
         note(f"warning: the Θ behind {options.model} is incomplete or damaged; measuring the base model alone")
     theta_set = _theta_set(options, model_file)
+    if theta_set is not None:
+        check_judging_text(theta_set, text.sha256, options.theta or options.model)
     gamma = options.theta_gamma
     if theta_set is not None and gamma is None:
         gamma = theta_set.gamma

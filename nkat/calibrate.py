@@ -10,6 +10,7 @@ from nkat.gguf_writer import MetadataValue
 from nkat.load import load_model
 from nkat.perplexity import score_chunks, text_chunks
 from nkat.texts import load_text
+from nkat.theta_io import CALIBRATION_KEY
 
 CALIBRATION_CHUNKS = 16  # 8192 tokens: E[x²] of a channel is then known to a few per cent
 
@@ -39,4 +40,4 @@ def input_second_moments(
     for handle in handles:
         handle.remove()
     moments = {name: (total / cut.numel()).float() for name, total in sums.items()}
-    return moments, {"nkat.calibration.sha256": text.sha256, "nkat.calibration.tokens": cut.numel()}
+    return moments, {CALIBRATION_KEY: text.sha256, "nkat.calibration.tokens": cut.numel()}

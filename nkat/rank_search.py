@@ -13,7 +13,7 @@ from nkat.load import LoadedModel, load_model
 from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
 from nkat.report import format_table
 from nkat.texts import Text, load_text
-from nkat.theta_io import ModelFile, ThetaSet, truncate_rank
+from nkat.theta_io import ModelFile, ThetaSet, check_judging_text, truncate_rank
 from nkat.tpe import byte_ratio, tpe
 
 RANKS = (2, 4, 6, 8)
@@ -41,6 +41,7 @@ def search_rank(trial: Trial, theta_set: ThetaSet, ranks: Sequence[int] = RANKS)
     theta_set: Θ of the highest of `ranks`; its columns are ordered, so the first r of them are the Θ of rank r
     """
     model, cut, text = trial.loaded.model, trial.chunks, trial.text
+    check_judging_text(theta_set, text.sha256, trial.loaded.gguf.path)
     model.set_gamma(None)
     base = Perplexity(score_chunks(model, cut, progress="without Θ"))
     candidates = {rank: truncate_rank(theta_set, rank) for rank in ranks}

@@ -47,6 +47,7 @@ _FOOTER = struct.Struct("<8sIIQQ32s")
 _FOOTER_MAGIC = b"NKATTHTA"
 _SUFFIXES = (".theta_p", ".theta_q", ".theta_scale")
 _KEY_PREFIX = "nkat."
+CALIBRATION_KEY = "nkat.calibration.sha256"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +244,12 @@ def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Pat
             raise GGUFError(f"{path}: theta for {name!r}, which the base model does not have")
         if len(info.shape) != 2 or theta.size > max(info.shape):
             raise GGUFError(f"{path}: theta of size {theta.size} does not fit {name!r} of shape {info.shape}")
+
+
+def check_judging_text(theta_set: ThetaSet, text_sha256: str, path: Path) -> None:
+    """Raises GGUFError when the text a Θ is to be judged on is the one it was made from."""
+    if theta_set.notes.get(CALIBRATION_KEY) == text_sha256:
+        raise GGUFError(f"{path}: this theta was made from that very text, so it cannot be judged on it; give another")
 
 
 def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:

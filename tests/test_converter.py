@@ -201,6 +201,9 @@ def test_source_residual_recovers_what_was_lost(script, fails, tmp_path: Path, s
         theta = open_model_file(out).thetas.thetas["blk.0.attn_q.weight"]
         restored = record["coupling"] * dense_theta(*theta.factors(torch.float64)).numpy()
         assert np.linalg.norm(restored - lost) < 0.02 * np.linalg.norm(lost)
+    text = shared_text("alice29.txt")
+    message = fails("nkat_inference_engine.py", "--model", out, "--perplexity", "--text", text)
+    assert "made from that very text" in message
     assert "needs --reference" in fails(CONVERTER, *common, "--output", tmp_path / "x")
     other = write_tiny_model(tmp_path / "other.gguf", "llama", embedding=128)
     message = fails(CONVERTER, *common, "--reference", other, "--output", tmp_path / "x")
