@@ -1,0 +1,335 @@
+"""GGUF metadata and tensor shapes → a frozen `ModelConfig`. Nothing here touches a weight.
+
+Dense models of the architectures llama, qwen2, qwen3 and gemma3, with the meaning llama.cpp gives their keys
+(https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
+another one than the file asks for is refused: mixtures of experts, soft-capped logits, RoPE scaling other than linear
+and YaRN, unknown tensors. Like llama.cpp, a sliding window is honoured for gemma3 only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nkat.errors import NKATError
+from nkat.gguf_file import TensorInfo
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+THETA_SUFFIXES = (".theta_p", ".theta_q", ".theta_scale")  # tensors that Θ adds to a file; not the model's own
+
+BLOCK_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_BIASES = {  # linear layers of a block that may have one
+    "llama": BLOCK_LINEARS,
+    "qwen2": ("attn_q", "attn_k", "attn_v"),
+    "qwen3": ("attn_q", "attn_k", "attn_v"),
+    "gemma3": ("attn_q", "attn_k", "attn_v"),
+}
+
+_GEMMA3_SWA_BASE = 10000.0
+_GEMMA3_SWA_PERIOD = 6  # five blocks with a window, then one that sees everything
+_GEMMA3_27B_BLOCKS = 62  # the one size whose attention scale comes from embedding / heads, not from the head size
+
+# Keys that change the forward pass in a way this toolkit does not compute, and the values with which they do not.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "nextn_predict_layers": (0,),
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "rope.scaling.alpha": (0.0,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "rope.scaling.yarn_beta_fast": (32.0,),
+    "rope.scaling.yarn_beta_slow": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+}
+
+
+class ConfigError(NKATError):
+    """The metadata or the tensors do not describe a model this toolkit can run; the message names the key or tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position embedding of one kind of block.
+
+    interleaved: pairs are elements (2i, 2i+1) ("norm"); otherwise (i, i + dimensions/2) ("neox")
+    dimensions: leading elements of a head that are rotated; the others pass unchanged
+    base: pair i turns by base^(-2i/dimensions) radians a position
+    scale: multiplies positions; 1/factor of linear scaling and, for the slow pairs only, of YaRN
+    yarn: blend between scaled and unscaled by pair, for a model trained on `original_context` tokens
+    magnitude: multiplies both sine and cosine
+    """
+
+    interleaved: bool
+    dimensions: int
+    base: float
+    scale: float
+    yarn: bool
+    original_context: int
+    magnitude: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens."""
+
+    arch: str
+    context_length: int
+    vocab_size: int
+    embedding_length: int
+    feed_forward_length: int
+    block_count: int
+    head_count: int
+    kv_head_count: int
+    head_dim: int
+    rms_epsilon: float
+    rope: Rope
+    local_rope: Rope  # of blocks with a sliding window
+    local_blocks: tuple[bool, ...]  # True: the block sees the last `sliding_window` tokens only, itself included
+    sliding_window: int  # 0: none
+    attention_scale: float  # multiplies q·k
+    embedding_scale: float
+    gelu: bool  # feed-forward activation: tanh GELU, else SiLU
+    qk_norm: bool
+    post_norm: bool  # RMS norms after attention and after the feed-forward network
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
+        """Reads and checks everything. Raises ConfigError naming the key or the tensor that is wrong."""
+        config = _read(metadata, tensors)
+        _check_tensors(config, tensors)
+        return config
+
+    def linear_shape(self, linear: str) -> tuple[int, int]:
+        """(outputs, inputs) of one of BLOCK_LINEARS."""
+        d, ff = self.embedding_length, self.feed_forward_length
+        q, kv = self.head_count * self.head_dim, self.kv_head_count * self.head_dim
+        return {
+            "attn_q": (q, d),
+            "attn_k": (kv, d),
+            "attn_v": (kv, d),
+            "attn_output": (d, q),
+            "ffn_gate": (ff, d),
+            "ffn_up": (ff, d),
+            "ffn_down": (d, ff),
+        }[linear]
+
+
+class _Keys:
+    """Typed, checked look-ups of `{arch}.{key}`."""
+
+    def __init__(self, metadata: Mapping[str, Any], arch: str) -> None:
+        self.metadata, self.arch = metadata, arch
+
+    def name(self, key: str) -> str:
+        return f"{self.arch}.{key}"
+
+    def get(self, key: str) -> Any:
+        """The value or None; an array with one value for every block counts as that value."""
+        value = self.metadata.get(self.name(key))
+        if isinstance(value, np.ndarray):
+            distinct = np.unique(value)
+            if len(distinct) != 1:
+                raise ConfigError(f"metadata {self.name(key)} differs from block to block, which is not supported")
+            return distinct[0].item()
+        return value
+
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+        value = self._required(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"metadata {self.name(key)} must be an integer, got {value!r}")
+        if value < minimum:
+            raise ConfigError(f"metadata {self.name(key)} must be at least {minimum}, got {value}")
+        return value
+
+    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
+        value = self._required(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"metadata {self.name(key)} must be a number, got {value!r}")
+        if not (math.isfinite(value) and value > above):
+            raise ConfigError(f"metadata {self.name(key)} must be a finite number above {above:g}, got {value}")
+        return float(value)
+
+    def text(self, key: str, default: str) -> str:
+        value = self._required(key, default)
+        if not isinstance(value, str):
+            raise ConfigError(f"metadata {self.name(key)} must be a string, got {value!r}")
+        return value
+
+    def _required(self, key: str, default: Any) -> Any:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ConfigError(f"metadata {self.name(key)} is missing")
+        return value
+
+
+def _read(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
+    arch = metadata.get("general.architecture")
+    if arch is None:
+        raise ConfigError("metadata general.architecture is missing: this GGUF is not a language model")
+    if arch not in ARCHITECTURES:
+        raise ConfigError(f"architecture {arch!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}")
+    keys = _Keys(metadata, arch)
+    _refuse(keys)
+
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ConfigError("tensor token_embd.weight is missing or not 2-D: this GGUF is not a language model")
+    vocab_size = keys.integer("vocab_size", embedding.shape[0])
+
+    d = keys.integer("embedding_length")
+    heads = keys.integer("attention.head_count")
+    kv_heads = keys.integer("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"metadata {arch}.attention.head_count {heads} is no multiple of attention.head_count_kv {kv_heads}"
+        )
+    if keys.get("attention.key_length") is None and d % heads:
+        raise ConfigError(f"metadata {arch}.embedding_length {d} is no multiple of attention.head_count {heads}")
+    head_dim = keys.integer("attention.key_length", d // heads)
+    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
+        if keys.integer(key, head_dim) != head_dim:
+            raise ConfigError(
+                f"metadata {arch}.{key} {keys.get(key)} differs from the key length {head_dim}: not supported"
+            )
+
+    blocks = keys.integer("block_count")
+    if blocks > len(tensors):  # else a hostile count would make the loops and tuples below as long as it likes
+        raise ConfigError(f"metadata {arch}.block_count is {blocks}, but the file has only {len(tensors)} tensors")
+    context = keys.integer("context_length")
+    rope, local_rope = _read_rope(keys, head_dim, context)
+    gemma = arch == "gemma3"
+    window, local_blocks = _read_window(keys, blocks) if gemma else (0, (False,) * blocks)
+    scale_dim = d // heads if gemma and blocks == _GEMMA3_27B_BLOCKS else head_dim
+    return ModelConfig(
+        arch=arch,
+        context_length=context,
+        vocab_size=vocab_size,
+        embedding_length=d,
+        feed_forward_length=keys.integer("feed_forward_length"),
+        block_count=blocks,
+        head_count=heads,
+        kv_head_count=kv_heads,
+        head_dim=head_dim,
+        rms_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
+        rope=rope,
+        local_rope=local_rope,
+        local_blocks=local_blocks,
+        sliding_window=window,
+        attention_scale=scale_dim**-0.5,
+        embedding_scale=d**0.5 if gemma else 1.0,
+        gelu=gemma,
+        qk_norm=arch in ("qwen3", "gemma3"),
+        post_norm=gemma,
+    )
+
+
+def _refuse(keys: _Keys) -> None:
+    for key in ("expert_count", "expert_used_count"):
+        count = keys.get(key)
+        if count not in (None, 0):
+            raise ConfigError(f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported")
+    for key, neutral in _REFUSED.items():
+        value = keys.get(key)
+        if value is not None and value not in neutral:
+            raise ConfigError(f"metadata {keys.name(key)} = {value!r} is not supported")
+
+
+def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
+    """RoPE of blocks that see everything, and of blocks with a sliding window."""
+    dimensions = keys.integer("rope.dimension_count", head_dim)
+    if dimensions % 2 or dimensions > head_dim:
+        raise ConfigError(
+            f"metadata {keys.name('rope.dimension_count')} must be even and at most {head_dim}, got {dimensions}"
+        )
+    if keys.integer("rope.dimension_count_swa", dimensions) != dimensions:
+        raise ConfigError(f"metadata {keys.name('rope.dimension_count_swa')} differs from the other: not supported")
+    kind = keys.text("rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ConfigError(
+            f"metadata {keys.name('rope.scaling.type')} {kind!r} is not supported, only none, linear and yarn"
+        )
+    # Files older than rope.scaling.* wrote rope.scale_linear; 0 stands for "no scaling" in both.
+    factor_key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
+    factor = keys.number(factor_key, 1.0) if keys.get(factor_key) not in (None, 0) else 1.0
+    if kind == "none":
+        factor = 1.0
+    if kind == "yarn" and factor < 1.0:
+        raise ConfigError(f"metadata {keys.name('rope.scaling.factor')} must be at least 1 for yarn, got {factor:g}")
+    attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
+    rope = Rope(
+        interleaved=keys.arch == "llama",
+        dimensions=dimensions,
+        base=keys.number("rope.freq_base", 10000.0, above=1.0),
+        scale=1.0 / factor,
+        yarn=kind == "yarn",
+        original_context=keys.integer("rope.scaling.original_context_length", context),
+        # YaRN's attention temperature, folded into q and k as llama.cpp does it
+        magnitude=attention_factor * (1.0 + 0.1 * math.log(factor) if kind == "yarn" else 1.0),
+    )
+    local_base = keys.number("rope.freq_base_swa", _GEMMA3_SWA_BASE, above=1.0)
+    return rope, replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
+
+
+def _read_window(keys: _Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
+    """Gemma 3: the window's length (0: none) and which blocks have it."""
+    window = keys.integer("attention.sliding_window", 0, minimum=0)
+    if window == 0:
+        return 0, (False,) * blocks
+    name = "attention.sliding_window_pattern"
+    pattern = keys.metadata.get(keys.name(name))
+    if isinstance(pattern, np.ndarray):
+        if len(pattern) != blocks:
+            raise ConfigError(f"metadata {keys.name(name)} has {len(pattern)} values for {blocks} blocks")
+        return window, tuple(bool(value) for value in pattern)
+    period = keys.integer(name, _GEMMA3_SWA_PERIOD, minimum=0)
+    return window, tuple(period == 0 or i % period < period - 1 for i in range(blocks))
+
+
+def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
+    """Every tensor that the model needs is there, has the shape it must have, and there is none besides."""
+    d, v = config.embedding_length, config.vocab_size
+    required: dict[str, tuple[int, ...]] = {"token_embd.weight": (v, d), "output_norm.weight": (d,)}
+    optional: dict[str, tuple[int, ...]] = {"output.weight": (v, d)}
+    if config.arch == "llama":
+        optional["rope_freqs.weight"] = (config.rope.dimensions // 2,)
+    if config.arch == "qwen2":
+        optional["output.bias"] = (v,)
+    for i in range(config.block_count):
+        block = f"blk.{i}."
+        for linear in BLOCK_LINEARS:
+            shape = config.linear_shape(linear)
+            required[f"{block}{linear}.weight"] = shape
+            if linear in _BIASES[config.arch]:
+                optional[f"{block}{linear}.bias"] = shape[:1]
+        norms = ["attn_norm", "ffn_norm"] + (["post_attention_norm", "post_ffw_norm"] if config.post_norm else [])
+        required |= {f"{block}{norm}.weight": (d,) for norm in norms}
+        if config.qk_norm:
+            required |= {f"{block}{norm}.weight": (config.head_dim,) for norm in ("attn_q_norm", "attn_k_norm")}
+
+    for name, shape in (required | optional).items():
+        info = tensors.get(name)
+        if info is None:
+            if name in required:
+                raise ConfigError(f"tensor {name} is missing, expected with shape {shape}")
+        elif info.shape != shape:
+            raise ConfigError(f"tensor {name} has shape {info.shape}, expected {shape}")
+    known = required.keys() | optional.keys()
+    for name in tensors:
+        if name not in known and not name.endswith(THETA_SUFFIXES):
+            raise ConfigError(
+                f"tensor {name} is unknown in a {config.arch} model of {config.block_count} blocks; "
+                "it would be left out of the computation"
+            )

@@ -1,0 +1,1 @@
+"""Implementations of `packed weight × x + star term`; `nkat.star` picks one."""

@@ -1,0 +1,178 @@
+"""Perplexity by llama.cpp's convention, and the paired comparison of two models on the same text.
+
+The convention (llama-perplexity of https://github.com/ggml-org/llama.cpp, tools/perplexity): the text, without one
+final line break, is tokenised once with BOS where the vocabulary adds one, and cut into chunks of `context` tokens that
+do not overlap; the rest is dropped. BOS takes the place of each chunk's first token where the vocabulary adds one. Of
+the predictions in a chunk of 512 the last 255 are scored, so that every one of them has seen at least 256 tokens.
+
+    ppl = exp(mean nll)        ± = ppl · sqrt(variance of nll / (n − 1))        n scored tokens
+
+Unlike llama.cpp, one chunk of text is enough (it asks for two). Nothing compares `context` with the length the model
+was trained for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from nkat.errors import NKATError
+from nkat.tokenizer import Tokenizer
+from nkat.transformer import Transformer
+
+CONTEXT = 512
+DEFAULT_BATCH = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """What a model scored on a text.
+
+    nll: −ln p of every scored token in nats, float64 [chunks, scored tokens of a chunk]
+    """
+
+    nll: torch.Tensor
+    context: int = CONTEXT
+
+    @property
+    def chunks(self) -> int:
+        return self.nll.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Number of scored tokens."""
+        return self.nll.numel()
+
+    @property
+    def chunk_nll(self) -> torch.Tensor:
+        """Mean nll of each chunk, float64 [chunks]."""
+        return self.nll.mean(dim=1)
+
+    @property
+    def ppl(self) -> float:
+        return math.exp(self.nll.mean())
+
+    @property
+    def stderr(self) -> float:
+        return self.ppl * _standard_error(self.nll)
+
+    def __str__(self) -> str:
+        return f"{self.ppl:.4f} ± {self.stderr:.4f}"
+
+
+@dataclass(frozen=True, slots=True)
+class PairedChange:
+    """How much b's perplexity differs from a's, from the differences token by token.
+
+    log_ratio: mean of nll_b − nll_a = ln(ppl_b / ppl_a), negative where b is better; log_ratio_stderr: its standard
+    error, much smaller than each perplexity's own ± because both models find the same tokens hard
+    """
+
+    log_ratio: float
+    log_ratio_stderr: float
+
+    @property
+    def percent(self) -> float:
+        """Change of perplexity in per cent of a's."""
+        return 100.0 * math.expm1(self.log_ratio)
+
+    @property
+    def percent_stderr(self) -> float:
+        return 100.0 * math.exp(self.log_ratio) * self.log_ratio_stderr
+
+    def __str__(self) -> str:
+        return f"{self.percent:+.3f} % ± {self.percent_stderr:.3f}"
+
+
+def scored_tokens(context: int) -> int:
+    """Scored predictions of one chunk: 255 of 512."""
+    return context - 1 - context // 2
+
+
+def text_chunks(tokenizer: Tokenizer, text: str, chunks: int | None = None, context: int = CONTEXT) -> torch.Tensor:
+    """Tokenises a text and cuts it: int64 [chunks, context], BOS already in place.
+
+    chunks: at most so many; None: all there are. Raises NKATError when there is not one.
+    """
+    if chunks is not None and chunks < 1:
+        raise NKATError(f"the number of chunks must be at least 1, got {chunks}")
+    if context < 8:
+        raise NKATError(f"the context must be at least 8 tokens, got {context}")
+    text = text.removesuffix("\n")
+    if not text.strip():
+        raise NKATError("the text is empty")
+    ids = torch.tensor(tokenizer.encode(text, add_special=True), dtype=torch.int64)
+    available = len(ids) // context
+    if available == 0:
+        raise NKATError(f"the text is too short: it has {len(ids)} tokens, and one chunk needs {context}")
+    count = available if chunks is None else min(chunks, available)
+    cut = ids[: count * context].view(count, context)
+    if tokenizer.adds_bos:
+        cut = cut.clone()
+        cut[:, 0] = tokenizer.bos_id
+    return cut
+
+
+@torch.inference_mode()
+def score_chunks(
+    model: Transformer, chunks: torch.Tensor, *, batch: int = DEFAULT_BATCH, progress: str | None = None
+) -> torch.Tensor:
+    """−ln p of the scored tokens of chunks [C, context]: float64 [C, scored_tokens(context)], on the CPU.
+
+    batch: chunks in one forward pass; more share each weight's dequantisation and need more memory
+    progress: label of a progress bar on stderr; None: no bar
+    """
+    if batch < 1:
+        raise NKATError(f"the batch must be at least 1 chunk, got {batch}")
+    vocabulary = model.config.vocab_size
+    low, high = (int(x) for x in torch.aminmax(chunks))
+    if low < 0 or high >= vocabulary:
+        raise NKATError(f"token id {low if low < 0 else high} lies outside the vocabulary of {vocabulary}")
+    count, context = chunks.shape
+    first = context // 2
+    results = []
+    with tqdm(total=count, desc=progress, unit="chunk", disable=progress is None, delay=1, leave=False) as bar:
+        for part in chunks.to(model.device).split(batch):
+            hidden = model.hidden(part)[:, first:-1]
+            targets = part[:, first + 1 :]
+            nll = model.nll(hidden.flatten(0, 1), targets.flatten()).view(targets.shape)
+            results.append(nll.double().cpu())
+            bar.update(len(part))
+    nll = torch.cat(results)
+    if not bool(torch.isfinite(nll).all()):
+        chunk = int((~torch.isfinite(nll)).any(dim=1).nonzero()[0, 0])
+        raise NKATError(f"the model's predictions for chunk {chunk} are not finite numbers (damaged weights?)")
+    return nll
+
+
+def measure(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    chunks: int | None = None,
+    context: int = CONTEXT,
+    batch: int = DEFAULT_BATCH,
+    progress: str | None = None,
+) -> Perplexity:
+    """Perplexity of a model on a text; see text_chunks and score_chunks for the arguments and errors."""
+    cut = text_chunks(tokenizer, text, chunks, context)
+    return Perplexity(score_chunks(model, cut, batch=batch, progress=progress), context)
+
+
+def paired(a: Perplexity, b: Perplexity) -> PairedChange:
+    """The change from a to b, which must have been scored on the same chunks."""
+    if a.nll.shape != b.nll.shape:
+        raise NKATError(
+            f"a paired comparison needs the same chunks: {tuple(a.nll.shape)} and {tuple(b.nll.shape)} tokens scored"
+        )
+    difference = b.nll - a.nll
+    return PairedChange(float(difference.mean()), _standard_error(difference))
+
+
+def _standard_error(values: torch.Tensor) -> float:
+    """Of the mean, as llama.cpp computes it: sqrt(population variance / (n − 1))."""
+    return math.sqrt(float(values.var(correction=0)) / (values.numel() - 1))

@@ -1,0 +1,92 @@
+"""`StarLinear`: a packed weight and its Θ behind one forward, W ⋆ x = W x + κ(γ) Θ x (+ bias).
+
+The weight stays as the file has it (a view of the memory map on CPU) and is dequantised on each call; γ may be changed
+at any time, so both arms of a comparison share one set of weights. With no Θ, a zero Θ, or γ = 1 the star term is not
+computed at all: the result is bit-identical to the plain layer's.
+"""
+
+from __future__ import annotations
+
+import gguf
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nkat.kernels import reference
+from nkat.quants import dequantize
+from nkat.theta import Theta, ThetaError, coupling, low_rank_form
+
+
+class StarLinear(nn.Module):
+    """y = W x + κ Θ x + bias for x [..., n]; y is [..., m] in the layer's dtype.
+
+    packed: uint8 [nbytes] of W [m, n] = `shape`, in block format `qtype`
+    dtype:  of the multiplication; x is cast to it
+    theta:  acts on the leading block that fits W; its strength is set by `set_gamma`, off until then
+    keep_dense: also keep W dequantised in `dtype`, for models small enough that repeated decoding gains from it
+    """
+
+    packed: torch.Tensor
+    bias: torch.Tensor | None
+    dense: torch.Tensor | None
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        qtype: gguf.GGMLQuantizationType,
+        shape: tuple[int, int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        bias: torch.Tensor | None = None,
+        theta: Theta | None = None,
+        keep_dense: bool = False,
+    ) -> None:
+        super().__init__()
+        self.qtype, self.shape, self.dtype = qtype, shape, dtype
+        self.kappa = 0.0
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(packed.device, dtype), persistent=False)
+        dense = dequantize(packed, qtype, shape).to(dtype) if keep_dense else None
+        self.register_buffer("dense", dense, persistent=False)
+        self.register_buffer("down", None, persistent=False)
+        self.register_buffer("up", None, persistent=False)
+        self.set_theta(theta)
+
+    def set_theta(self, theta: Theta | None) -> None:
+        """Replaces Θ; its strength stays. Raises ThetaError when it is larger than the layer."""
+        self.down = self.up = None
+        if theta is None or theta.is_zero():
+            return
+        if theta.size > max(self.shape):
+            raise ThetaError(f"theta of size {theta.size} does not fit a {self.shape[0]}x{self.shape[1]} weight")
+        # INT8 times its scale is rounded once, to the layer's dtype
+        precise = torch.float64 if self.dtype == torch.float64 else torch.float32
+        down, up = low_rank_form(*theta.factors(precise), *self.shape)
+        self.down = down.to(self.packed.device, self.dtype)
+        self.up = up.to(self.packed.device, self.dtype)
+
+    def set_gamma(self, gamma: float | None) -> None:
+        """Strength of Θ: κ(γ). None or 1 turns it off."""
+        self.kappa = 0.0 if gamma is None else coupling(gamma)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rows(x, 0, self.shape[0])
+
+    def rows(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Outputs [start, stop) only: the way to a large vocabulary's logits in bounded memory."""
+        x = x.to(self.dtype)
+        bias = None if self.bias is None else self.bias[start:stop]
+        if self.dense is not None:
+            y = F.linear(x, self.dense[start:stop], bias)
+        else:
+            packed = reference.packed_rows(self.packed, self.shape[0], start, stop)
+            y = reference.linear(packed, self.qtype, (stop - start, self.shape[1]), x, bias)
+        if self.kappa == 0.0 or self.down is None:
+            return y
+        return y + reference.star_term(x, self.down, self.up[start:stop], self.kappa)
+
+    def extra_repr(self) -> str:
+        rank = 0 if self.down is None else self.down.shape[0] // 2
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.qtype.name}, {self.dtype}, theta rank {rank}"

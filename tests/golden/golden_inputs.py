@@ -1,0 +1,155 @@
+"""What the golden numbers were made from: tiny variants, texts, strings and prompts."""
+
+from typing import Any
+
+_YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 512}
+_LINEAR = {"type": "linear", "factor": 8.0}
+_SWA = {"blocks": 7, "sliding_window": 8, "freq_base": 1e6}
+
+# name: (architecture, options of write_tiny_model)
+TINY_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama_tied": ("llama", {"tied": True}),
+    "llama_mha": ("llama", {"kv_heads": 4}),
+    "llama_rope_factors": ("llama", {"rope_factors": True, "freq_base": 500000.0}),
+    "llama_linear": ("llama", {"rope_scaling": _LINEAR}),
+    "llama_linear_untyped": ("llama", {"rope_scaling": {"factor": 8.0}}),
+    "llama_scaling_none": ("llama", {"rope_scaling": {"type": "none", "factor": 8.0}}),
+    "llama_yarn": ("llama", {"rope_scaling": _YARN}),
+    "llama_yarn_attn_factor": ("llama", {"rope_scaling": {**_YARN, "attn_factor": 1.25}}),
+    "qwen2": ("qwen2", {"freq_base": 1e6}),
+    "qwen2_tied": ("qwen2", {"tied": True}),
+    "qwen2_yarn": ("qwen2", {"freq_base": 1e6, "rope_scaling": _YARN}),
+    "qwen3": ("qwen3", {"freq_base": 1e6}),
+    "qwen3_tied": ("qwen3", {"tied": True}),
+    "qwen3_yarn": ("qwen3", {"rope_scaling": _YARN}),
+    "gemma3": ("gemma3", {"freq_base": 1e6}),
+    "gemma3_swa": ("gemma3", _SWA),
+    "gemma3_swa_linear": ("gemma3", {**_SWA, "rope_scaling": _LINEAR, "kv_heads": 1}),
+    "gemma3_swa_freq_base": ("gemma3", {**_SWA, "freq_base_swa": 500.0}),
+}
+TINY_IDS = tuple((37 * i + 11) % 256 for i in range(24))
+TINY_POSITIONS = (0, 7, 8, 16, 23)  # 8: the first that a window of 8 hides something from
+
+PPL_TEXT = "wiki.test.raw"
+TEXTS = ("alice29.txt", "plrabn12.txt", "tinyshakespeare.txt", "wiki.test.raw", "wikitext-2-valid.txt")
+
+_ENCYCLOPEDIA = (
+    "The history of the steam engine begins in the first century, when Hero of Alexandria described a device"
+)
+# model: (prompt, chunks of PPL_TEXT)
+PROMPTS = {
+    "smollm2": (_ENCYCLOPEDIA, 40),
+    "gemma3": (_ENCYCLOPEDIA, 40),
+    "qwen": ("def fibonacci(n):\n    # Return the first n Fibonacci numbers as a list.\n", 40),
+    "stories": ("Once upon a time, there was a little girl named Lily. She had", 8),
+}
+
+STRINGS = (
+    "",
+    " ",
+    "  ",
+    "   ",
+    "     ",
+    "\t",
+    "\t\t",
+    "\n",
+    "\n\n",
+    "\n\n\n",
+    "\r",
+    "\r\n",
+    "\r\n\r\n",
+    " \n",
+    "\n ",
+    " \t \n \t ",
+    "a",
+    " a",
+    "a ",
+    "  a",
+    "   a",
+    "Hello, world!",
+    " Hello  world ",
+    "hello\tworld\n\tindented\n  two\n",
+    "trailing spaces   ",
+    "trailing newline\n",
+    "line one\r\nline two\r\n\r\nline four",
+    "word \n word  \n\n  word",
+    "a\n\n\n\nb",
+    "1",
+    "12",
+    "123",
+    "1234",
+    "12345678901234567890",
+    "3.14159, -2.5e-10, 1,000,000 and 0x1F",
+    "abc123def456",
+    "1st 2nd 3rd 4th",
+    "١٢٣ ४५६ ½ ² Ⅷ",
+    "I'm you're he's we'll they'd I've don't",
+    "I'M YOU'RE HE'S WE'LL THEY'D I'VE DON'T",
+    "I'm you’re 'tis rock'n'roll 'S 's' ''s",
+    "ſ 'ſ it'ſ KELVIN K",
+    "CamelCaseWord snake_case_word SCREAMING_CASE kebab-case",
+    "def f(x):\n    return x**2  # squared\n\nprint(f(3))\n",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i] << 2; }",
+    '<div class="a">&nbsp;</div>',
+    "https://example.org/path?q=1&r=%20#frag",
+    "user.name+tag@example.com",
+    "!!!???...---___***",
+    "... --- ... !? ?! (a) [b] {c}",
+    "$100 €50 £20 ¥1000 50%",
+    "你好,世界!今天天气怎么样?",
+    "こんにちは世界。カタカナもあります。",
+    "안녕하세요 세계",
+    "สวัสดีชาวโลก ภาษาไทย",
+    "مرحبا بالعالم، كيف حالك؟",
+    "שלום עולם",
+    "नमस्ते दुनिया",
+    "Привет, мир! Ёлка",
+    "Ελληνικά γλώσσα",
+    "naïve café Straße Ångström İstanbul",
+    "nai\u0308ve cafe\u0301 A\u030angstro\u0308m",
+    "Z\u0351\u036b\u0343a\u0328\u0321lgo\u0322",
+    "🙂",
+    "🙂🙂 text 🎉!",
+    "👨‍👩‍👧‍👦 👍🏽 🏳️‍🌈 🇯🇵",
+    "𝕳𝖊𝖑𝖑𝖔 𠮷野家",
+    "a\u00a0b\u00a0\u00a0c",
+    "\u2003em\u2009thin\u3000ideographic\u200bzero\u200dwidth",
+    "\u2028line\u2029paragraph\u0085next",
+    "\ufeffBOM at the start",
+    "a\u0000b\u0001\u0007\u001b[0m\u007f",
+    "\ufffd \ue000 \ufffe \U0010ffff",
+    "▁",
+    "▁▁ a▁b ▁",
+    "Ġ Ċ ĠĠword",
+    "a" * 100,
+    "ha" * 40,
+    " " * 40,
+    "=" * 40,
+    "\n" * 20,
+    "aaaaaaa bbbbbbb aaaaaaa",
+    "The quick brown fox jumps over the lazy dog.",
+    "antidisestablishmentarianism floccinaucinihilipilification",
+    "= Robert Boulter = \n \n Robert Boulter is an English film , television and theatre actor . @-@ @,@ <unk>",
+    "<0x0A> <0xFF>",
+)
+
+# Encoded both with and without parse_special.
+SPECIAL_STRINGS = (
+    "<|im_start|>",
+    "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n",
+    "<|endoftext|>",
+    "a <|endoftext|> b",
+    "text<|im_end|> text",
+    "<|im_start|><|im_start|>",
+    "<|im_start",
+    "<s>Hello</s>",
+    " <s> a </s> ",
+    "<bos><start_of_turn>user\nHi<end_of_turn>\n<eos>",
+    "<unk> <pad> <mask>",
+    "<|fim_prefix|>a<|fim_suffix|>b<|fim_middle|>",
+    "<repo_name>x<file_sep>y",
+    "<table><tr><td>1</td></tr></table>",
+    "\n\n\n\t\t\t<b>bold</b>",
+    "",
+)

@@ -1,0 +1,205 @@
+"""Tiny random models as GGUF files that llama.cpp loads too: one call, one file of some hundred kilobytes.
+
+The weights are random, the shapes are not: grouped-query attention, QKV biases, q/k norms, RoPE scaling and sliding
+windows are as in the real architecture. A tensor's values depend on the seed, its name and its shape only, so variants
+of one seed share the tensors they have in common. Limits: dense llama, qwen2, qwen3, gemma3; quantised types are those
+gguf-py can quantise to (no K-quants).
+"""
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+LOGIT_STD = 3.0  # a softmax over these is neither flat nor one-hot
+SCORE_GAIN = 1.5  # on q and on k: attention scores get a standard deviation of about 2
+
+_MERGES = ("Ġ t", "h e", "Ġt he", "i n", "Ġ a", "a n", "an d", "o n", "e r", "r e", "Ġ Ġ", "ĠĠ ĠĠ", "Ċ Ċ")
+_PIECES = ("▁t", "he", "▁the", "in", "▁a", "an", "and", "on", "er", "re", "▁▁", "▁▁▁▁", "th")
+_LETTERS = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'é世"
+
+
+@dataclass(frozen=True, slots=True)
+class TinyOptions:
+    """What a tiny model may differ in. Lengths in elements; `None` stands for the architecture's usual choice."""
+
+    blocks: int = 3
+    embedding: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int | None = None  # embedding / heads for llama and qwen2, which know no other; 24 for qwen3 and gemma3
+    feed_forward: int = 96
+    context: int = 2048
+    qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every 2-D tensor
+    tied: bool | None = None  # True: no output.weight. None: tied for gemma3 only
+    freq_base: float = 10000.0
+    freq_base_swa: float | None = None  # gemma3.rope.freq_base_swa; left out when None (readers assume 10000)
+    rope_scaling: Mapping[str, str | int | float] | None = None  # keys under {arch}.rope.scaling
+    rope_factors: bool = False  # rope_freqs.weight: one divisor for each rotated pair, as Llama 3.1 has
+    sliding_window: int | None = None  # gemma3; with it, blocks 5, 11, ... see everything and the others the window
+    vocab: str | None = None  # "gpt2" or "spm"; None: spm for gemma3 only
+    pre: str | None = None  # tokenizer.ggml.pre of a gpt2 vocabulary
+    add_bos: bool | None = None  # None: gemma3 only
+
+
+def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Path:
+    """Write a tiny GGUF model to `path` (overwritten) and return `path`.
+
+    The same arguments give bit-equal weights everywhere. `options` are the fields of `TinyOptions`; an unknown one is a
+    TypeError, an unknown architecture or vocabulary a ValueError.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"no tiny model for architecture {arch!r}: one of {', '.join(ARCHITECTURES)}")
+    opts = TinyOptions(**options)
+    writer = gguf.GGUFWriter(path, arch)
+    _add_hyperparameters(writer, arch, opts)
+    vocab_size = _add_vocabulary(writer, arch, opts)
+    for name, shape, mean, std in _tensor_list(arch, opts, vocab_size):
+        values = _random_tensor(seed, name, shape, mean, std)
+        if len(shape) == 2 and opts.qtype != gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(name, gguf.quants.quantize(values, opts.qtype), raw_dtype=opts.qtype)
+        else:
+            writer.add_tensor(name, values)
+    if opts.rope_factors:
+        writer.add_tensor("rope_freqs.weight", np.linspace(1.0, 8.0, _head_dim(arch, opts) // 2, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _head_dim(arch: str, opts: TinyOptions) -> int:
+    if opts.head_dim is not None:
+        return opts.head_dim
+    return opts.embedding // opts.heads if arch in ("llama", "qwen2") else 24
+
+
+def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) -> None:
+    head_dim = _head_dim(arch, opts)
+    writer.add_name(f"tiny {arch}")
+    writer.add_context_length(opts.context)
+    writer.add_embedding_length(opts.embedding)
+    writer.add_block_count(opts.blocks)
+    writer.add_feed_forward_length(opts.feed_forward)
+    writer.add_head_count(opts.heads)
+    writer.add_head_count_kv(opts.kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5 if arch == "llama" else 1e-6)
+    writer.add_rope_freq_base(opts.freq_base)
+    if head_dim * opts.heads == opts.embedding:
+        writer.add_rope_dimension_count(head_dim)
+    else:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    for key, value in (opts.rope_scaling or {}).items():
+        _add_value(writer, f"{arch}.rope.scaling.{key}", value)
+    if opts.sliding_window is not None:
+        writer.add_sliding_window(opts.sliding_window)
+    if opts.freq_base_swa is not None:
+        writer.add_float32(f"{arch}.rope.freq_base_swa", opts.freq_base_swa)
+
+
+def _add_value(writer: gguf.GGUFWriter, key: str, value: str | int | float) -> None:
+    if isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    else:
+        writer.add_float32(key, value)
+
+
+def _tensor_list(arch: str, opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+    """(name, row-major shape, mean, standard deviation) of every weight, in file order."""
+    n, ff, head_dim = opts.embedding, opts.feed_forward, _head_dim(arch, opts)
+    n_q, n_kv = opts.heads * head_dim, opts.kv_heads * head_dim
+    tied = arch == "gemma3" if opts.tied is None else opts.tied
+
+    yield "token_embd.weight", (vocab_size, n), 0.0, LOGIT_STD / math.sqrt(n)
+    if not tied:
+        yield "output.weight", (vocab_size, n), 0.0, LOGIT_STD / math.sqrt(n)
+    yield "output_norm.weight", (n,), 1.0, 0.2
+    for block in (f"blk.{i}." for i in range(opts.blocks)):
+        yield block + "attn_norm.weight", (n,), 1.0, 0.2
+        for name, rows, gain in (("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)):
+            yield f"{block}{name}.weight", (rows, n), 0.0, gain / math.sqrt(n)
+            if arch == "qwen2":
+                yield f"{block}{name}.bias", (rows,), 0.0, 0.5
+        if arch in ("qwen3", "gemma3"):
+            yield block + "attn_q_norm.weight", (head_dim,), SCORE_GAIN, 0.3
+            yield block + "attn_k_norm.weight", (head_dim,), SCORE_GAIN, 0.3
+        yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
+        yield block + "ffn_norm.weight", (n,), 1.0, 0.2
+        yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
+        yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
+        yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
+        if arch == "gemma3":  # large, or the scaled and tied embedding would make every token predict itself
+            yield block + "post_attention_norm.weight", (n,), 4.0, 0.8
+            yield block + "post_ffw_norm.weight", (n,), 4.0, 0.8
+
+
+def _random_tensor(seed: int, name: str, shape: tuple[int, ...], mean: float, std: float) -> np.ndarray:
+    """Float32 with the given mean and deviation; uniform, as that needs no logarithm and so is bit-equal everywhere."""
+    unit = np.random.RandomState([seed, zlib.crc32(name.encode())]).random_sample(shape)
+    return (mean + std * math.sqrt(12) * (unit - 0.5)).astype(np.float32)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) -> int:
+    """Add the tokenizer's metadata; returns the number of tokens."""
+    kind = opts.vocab or ("spm" if arch == "gemma3" else "gpt2")
+    if kind == "gpt2":
+        size = _add_gpt2_vocabulary(writer, opts.pre or ("llama-bpe" if arch == "llama" else "qwen2"))
+    elif kind == "spm":
+        size = _add_spm_vocabulary(writer)
+    else:
+        raise ValueError(f"no tiny vocabulary {kind!r}: gpt2 or spm")
+    writer.add_add_bos_token(arch == "gemma3" if opts.add_bos is None else opts.add_bos)
+    writer.add_vocab_size(size)
+    return size
+
+
+def byte_characters() -> list[str]:
+    """The characters by which GPT-2's byte-level BPE writes the bytes 0..255 (printable ones stand for themselves)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(stand_ins)) for byte in range(256)]
+
+
+def _add_gpt2_vocabulary(writer: gguf.GGUFWriter, pre: str) -> int:
+    normal = [*byte_characters(), *(merge.replace(" ", "") for merge in _MERGES)]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*normal, *special])
+    writer.add_token_types([gguf.TokenType.NORMAL] * len(normal) + [gguf.TokenType.CONTROL] * len(special))
+    writer.add_token_merges(_MERGES)
+    writer.add_bos_token_id(len(normal))
+    writer.add_eos_token_id(len(normal) + 2)
+    return len(normal) + len(special)
+
+
+def _add_spm_vocabulary(writer: gguf.GGUFWriter) -> int:
+    """Gemma's order of special tokens, a user-defined token, the 256 bytes, then pieces and letters, best first."""
+    kinds = gguf.TokenType
+    tokens = [(text, kinds.CONTROL, 0.0) for text in ("<pad>", "<eos>", "<bos>")]
+    tokens += [("<unk>", kinds.UNKNOWN, 0.0)]
+    tokens += [(text, kinds.CONTROL, 0.0) for text in ("<start_of_turn>", "<end_of_turn>")]
+    tokens += [("\n\n", kinds.USER_DEFINED, 0.0)]
+    tokens += [(f"<0x{byte:02X}>", kinds.BYTE, 0.0) for byte in range(256)]
+    tokens += [(piece, kinds.NORMAL, -1.0 - rank) for rank, piece in enumerate((*_PIECES, *_LETTERS))]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([text for text, _, _ in tokens])
+    writer.add_token_scores([score for _, _, score in tokens])
+    writer.add_token_types([kind for _, kind, _ in tokens])
+    writer.add_bos_token_id(2)
+    writer.add_eos_token_id(1)
+    writer.add_unk_token_id(3)
+    writer.add_pad_token_id(0)
+    writer.add_add_space_prefix(False)
+    return len(tokens)
