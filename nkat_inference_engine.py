@@ -43,6 +43,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--batch", type=cli.positive_int, default=4, metavar="N", help="chunks in one forward pass (default 4)")
     add("--dtype", choices=DTYPES, help="of the computation (default: float32 on the processor, bfloat16 on CUDA)")
+    add(
+        "--activations",
+        choices=("float", "int8"),
+        default="float",
+        help="int8: round the layers' inputs as llama.cpp does, to compare with its figures (default float: exact)",
+    )
     add("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
     add("--threads", type=cli.positive_int, metavar="N", help="processor threads (default: torch's choice)")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
@@ -74,6 +80,7 @@ def main() -> None:
         gamma=gamma,
         device=device,
         dtype=DTYPES[options.dtype] if options.dtype else None,
+        int8_activations=options.activations == "int8",
     )
     record = measure_perplexity(options, theta_set, loaded, text)
     record["machine"] = hardware.describe(device)
@@ -100,6 +107,7 @@ def measure_perplexity(
         "context": base.context,
         "scored_tokens": base.tokens,
         "dtype": str(loaded.model.output.dtype).removeprefix("torch."),
+        "activations": options.activations,
         "baseline_perplexity": base.ppl,
         "baseline_perplexity_stderr": base.stderr,
         "baseline_tpe": tpe(base.ppl),

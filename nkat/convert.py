@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from nkat.theta import Theta, ThetaError, coupling, factors_from_weight, quantiz
 from nkat.theta_io import ModelFile, ThetaSet
 
 SOURCES = ("weight", "residual")
+_MOST_WORKERS = 4  # bounds the memory: each may hold a weight of a large model in float32
 DEFAULT_RANK = 4
 DEFAULT_GAMMA = 0.97
 
@@ -58,22 +60,34 @@ def check_options(tensors: Mapping[str, TensorInfo], names: Sequence[str], optio
 def make_thetas(
     file: GGUFFile, names: Sequence[str], options: ThetaOptions, on_layer: Callable[[], object] | None = None
 ) -> dict[str, Theta]:
-    """Θ for each named weight. Peak memory is that of the largest weight in float32 and its factors.
+    """Θ for each named weight, as many at once as there are threads.
 
-    `on_layer` is called after each one. Raises ThetaError naming the layer whose weight is not finite.
+    A layer to a thread and not a product to all threads: the products are too small to share, and the results do not
+    depend on the number of threads. Peak memory is that of the largest weight in float32, twice, for each thread.
+    `on_layer` is called after each layer. Raises ThetaError naming the layer whose weight is not finite.
     """
     check_options(file.tensors, names, options)
-    thetas = {}
-    for name in names:
-        weight = read_weight(file, name)
+    threads = torch.get_num_threads()
+    workers = min(threads, _MOST_WORKERS)
+    torch.set_num_threads(1)
+
+    def make(name: str) -> Theta:
+        torch.set_num_threads(1)  # each thread has a setting of its own
         try:
-            thetas[name] = quantize_factors(*_factors(weight, name, options))
+            theta = quantize_factors(*_factors(read_weight(file, name), name, options))
         except ThetaError as error:
             raise ThetaError(f"{file.path}: {name}: {error}") from None
         file.release(name)
         if on_layer:
             on_layer()
-    return thetas
+        return theta
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        return dict(zip(names, pool.map(make, names), strict=True))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def read_weight(file: GGUFFile, name: str) -> torch.Tensor:

@@ -55,6 +55,7 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     keep_dense: bool = False,
+    int8_activations: bool = False,
 ) -> LoadedModel:
     """Loads a GGUF or `.nkat`, from a path or already opened. Raises NKATError for everything that is wrong with it.
 
@@ -62,6 +63,7 @@ def load_model(
     gamma: strength of Θ, 1 turns it off; None: the one recorded with the Θ in the file
     dtype: of multiplications and the KV cache; None: float32 on CPU, bfloat16 on CUDA
     keep_dense: keep the weights dequantised in `dtype` as well: several times the memory, faster decoding
+    int8_activations: round the linear layers' inputs as llama.cpp does, to compare with its figures
     """
     model_file = source if isinstance(source, ModelFile) else open_model_file(source)
     path = model_file.path
@@ -90,6 +92,8 @@ def load_model(
     if thetas is not None:
         model.set_thetas(thetas)
         model.set_gamma(gamma)
+    for layer in model.star_linears().values():
+        layer.int8_activations = int8_activations
     return LoadedModel(model, tokenizer, config, gguf, tensors, gamma if thetas else None)
 
 

@@ -46,6 +46,7 @@ class StarLinear(nn.Module):
         super().__init__()
         self.qtype, self.shape, self.dtype = qtype, shape, dtype
         self.kappa = 0.0
+        self.int8_activations = False  # round W's inputs as llama.cpp does: to compare with its figures
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(packed.device, dtype), persistent=False)
         dense = dequantize(packed, qtype, shape).to(dtype) if keep_dense else None
@@ -78,11 +79,12 @@ class StarLinear(nn.Module):
         """Outputs [start, stop) only: the way to a large vocabulary's logits in bounded memory."""
         x = x.to(self.dtype)
         bias = None if self.bias is None else self.bias[start:stop]
+        inputs = reference.round_activations(x, self.qtype) if self.int8_activations else x
         if self.dense is not None:
-            y = F.linear(x, self.dense[start:stop], bias)
+            y = F.linear(inputs, self.dense[start:stop], bias)
         else:
             packed = reference.packed_rows(self.packed, self.shape[0], start, stop)
-            y = reference.linear(packed, self.qtype, (stop - start, self.shape[1]), x, bias)
+            y = reference.linear(packed, self.qtype, (stop - start, self.shape[1]), inputs, bias)
         if self.kappa == 0.0 or self.down is None:
             return y
         return y + reference.star_term(x, self.down, self.up[start:stop], self.kappa)

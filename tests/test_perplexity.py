@@ -207,3 +207,16 @@ def test_perplexity_equals_llama_cpp(name, chunks, request, shared_text):
         assert (result.chunk_nll - chunk_nll).abs().max() < tolerance, setting
         if chunks == len(expected["chunk_nll"]):
             assert result.stderr == pytest.approx(expected["ppl_error"], rel=1e-3), setting
+
+
+def test_rounded_activations_come_nearer_to_llama_cpps_usual_run(smollm2, shared_text):
+    """llama.cpp multiplies by activations of 8 bits; rounding ours likewise removes most of the difference."""
+    expected = json.loads((GOLDEN / "models.json").read_text())["smollm2"]["default"]["perplexity"]["chunk_nll"][:2]
+    text = shared_text("wiki.test.raw").read_text(encoding="utf-8")[:20_000]
+    distance = {}
+    for rounded in (False, True):
+        loaded = load_model(smollm2, int8_activations=rounded)
+        nll = measure(loaded.model, loaded.tokenizer, text, chunks=2).chunk_nll
+        distance[rounded] = float((nll - torch.tensor(expected, dtype=torch.float64)).abs().mean())
+    assert distance[True] < 0.01
+    assert distance[True] != distance[False]

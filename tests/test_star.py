@@ -173,3 +173,21 @@ def test_errors():
     for gamma in (0.0, 1.01, -0.5):
         with pytest.raises(ThetaError, match="gamma"):
             layer.set_gamma(gamma)
+
+
+def test_rounded_activations_are_gguf_pys_q8_0_and_q8_k() -> None:
+    x = torch.randn(3, 512) * torch.logspace(-3, 3, 512)
+    for qtype in (gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.IQ4_NL):
+        packed = gguf.quants.quantize(x.numpy(), gguf.GGMLQuantizationType.Q8_0)
+        oracle = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
+        found = reference.round_activations(x, qtype)
+        # A half-way case may round either way: one step, of 1/127 of the block's largest value.
+        step = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
+        difference = (found - torch.from_numpy(oracle)).unflatten(-1, (-1, 32)).abs()
+        assert bool((difference <= 1.001 * step).all())
+        assert float((difference > 1e-6 * step).float().mean()) < 0.001
+    by_256 = reference.round_activations(x, gguf.GGMLQuantizationType.Q4_K)
+    step = x.unflatten(-1, (-1, 256)).abs().amax(-1, keepdim=True) / 127
+    assert bool(((by_256 - x).unflatten(-1, (-1, 256)).abs() <= 0.5001 * step).all())
+    assert not torch.equal(by_256, found)
+    assert torch.equal(reference.round_activations(x, gguf.GGMLQuantizationType.F16), x)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gguf
 import torch
 import torch.nn.functional as F
+from gguf.constants import GGML_QUANT_SIZES
 
 from nkat.quants import dequantize
 
@@ -45,3 +46,19 @@ def linear(
 def star_term(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, kappa: float) -> torch.Tensor:
     """κ Θ x for x [..., n], with Θ = up @ down of `nkat.theta.low_rank_form`: down [2r, n], up [m, 2r]."""
     return kappa * F.linear(F.linear(x, down), up)
+
+
+def round_activations(x: torch.Tensor, qtype: gguf.GGMLQuantizationType) -> torch.Tensor:
+    """x [..., n] rounded to INT8 and back as llama.cpp's CPU kernels do before they multiply by a weight of this type.
+
+    One scale (absmax / 127) for each block: of 256 values for the K-quants and IQ4_XS (ggml's Q8_K, float32 scale), of
+    32 for the other quantised types (Q8_0 and Q8_1, float16 scale); float weights take x as it is.
+    """
+    block = GGML_QUANT_SIZES[qtype][0]
+    if block == 1:
+        return x
+    blocks = x.float().unflatten(-1, (-1, block))
+    scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
+    rounded = torch.round(blocks / scale.clamp_min(torch.finfo(torch.float32).tiny))
+    stored = scale if block == 256 else scale.half().float()
+    return (rounded * stored).flatten(-2).to(x.dtype)
