@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,13 +12,13 @@ import torch
 from nkat.errors import NKATError
 from nkat.gguf_file import GGUFFile, TensorInfo
 from nkat.gguf_writer import MetadataValue, sha256_of_parts
-from nkat.quants import dequantize
+from nkat.quants import dequantize, packed_tensor
 from nkat.residual import factors_from_residual
 from nkat.theta import Theta, ThetaError, coupling, factors_from_weight, quantize_factors
 from nkat.theta_io import ModelFile, ThetaSet
 
 SOURCES = ("weight", "residual")
-_MOST_WORKERS = 4  # bounds the memory: each may hold a weight of a large model in float32
+_MOST_WORKERS = 2  # bounds the memory: each holds a weight in float32
 DEFAULT_RANK = 4
 DEFAULT_GAMMA = 0.97
 
@@ -60,19 +59,17 @@ def check_options(tensors: Mapping[str, TensorInfo], names: Sequence[str], optio
 def make_thetas(
     file: GGUFFile, names: Sequence[str], options: ThetaOptions, on_layer: Callable[[], object] | None = None
 ) -> dict[str, Theta]:
-    """Θ for each named weight, as many at once as there are threads.
+    """Θ for each named weight, two at a time: most products are too small to share out among threads.
 
-    A layer to a thread and not a product to all threads: the products are too small to share, and the results do not
-    depend on the number of threads. Peak memory is that of the largest weight in float32, twice, for each thread.
-    `on_layer` is called after each layer. Raises ThetaError naming the layer whose weight is not finite.
+    Peak memory is about three times the largest weight in float32 for each of the two. `on_layer` is called after each
+    layer. Raises ThetaError naming the layer whose weight is not finite.
     """
     check_options(file.tensors, names, options)
     threads = torch.get_num_threads()
     workers = min(threads, _MOST_WORKERS)
-    torch.set_num_threads(1)
 
     def make(name: str) -> Theta:
-        torch.set_num_threads(1)  # each thread has a setting of its own
+        torch.set_num_threads(threads // workers)  # each thread has a setting of its own
         try:
             theta = quantize_factors(*_factors(read_weight(file, name), name, options))
         except ThetaError as error:
@@ -93,10 +90,7 @@ def make_thetas(
 def read_weight(file: GGUFFile, name: str) -> torch.Tensor:
     """A tensor as float32 of its shape. Raises UnsupportedTypeError naming the tensor for types we cannot read."""
     info = file.tensors[name]
-    with warnings.catch_warnings():  # the map is read-only and stays unwritten; torch cannot express that
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        packed = torch.from_numpy(file.raw(name))
-    return dequantize(packed, info.type, info.shape, name=name)
+    return dequantize(packed_tensor(file.raw(name)), info.type, info.shape, name=name)
 
 
 def describe_theta_set(model: ModelFile, thetas: dict[str, Theta], options: ThetaOptions, base_sha256: str) -> ThetaSet:

@@ -6,7 +6,6 @@ other processes; on CUDA they are copied there, still packed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from nkat.config import BLOCK_LINEARS, ConfigError, ModelConfig
 from nkat.gguf_file import GGUFFile, TensorInfo
-from nkat.quants import SUPPORTED_TYPES, UnsupportedTypeError, dequantize
+from nkat.quants import SUPPORTED_TYPES, UnsupportedTypeError, dequantize, packed_tensor
 from nkat.star import StarLinear
 from nkat.theta import Theta
 from nkat.theta_io import ModelFile, open_model_file
@@ -142,7 +141,4 @@ class _Assembler:
             raise UnsupportedTypeError(
                 f"{self.gguf.path}: tensor {name} has the type {info.type.name}, which is not supported"
             )
-        with warnings.catch_warnings():
-            # torch has no read-only tensors and warns of the read-only map; nothing here writes to a packed weight
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
-            return torch.from_numpy(self.gguf.raw(name)).to(self.device)
+        return packed_tensor(self.gguf.raw(name)).to(self.device)

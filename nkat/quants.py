@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -40,6 +42,7 @@ _FLOAT_TYPES = {
     GGMLQuantizationType.F16: torch.float16,
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
+_WARNING_FILTERS = threading.Lock()
 _BLOCK_FORMATS: dict[GGMLQuantizationType, type[_BlockFormat]] = {}
 
 
@@ -49,6 +52,17 @@ class QuantError(NKATError):
 
 class UnsupportedTypeError(QuantError):
     """A tensor type that cannot be unpacked; the message lists those that can."""
+
+
+def packed_tensor(raw: np.ndarray) -> Tensor:
+    """A tensor over a tensor's packed bytes, uint8 [nbytes], not copied. It must never be written to.
+
+    torch has no read-only tensors and warns about a read-only memory map; only that warning is held back. The lock is
+    there because the filters of warnings are one for all threads.
+    """
+    with _WARNING_FILTERS, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+        return torch.from_numpy(raw)
 
 
 class _BlockFormat:

@@ -37,6 +37,7 @@ from nkat.gguf_writer import (
     part_size,
     sha256_of_parts,
 )
+from nkat.layers import block_number
 from nkat.theta import Theta, ThetaError, coupling, low_rank_form
 
 FORMAT_VERSION = 1
@@ -259,6 +260,16 @@ def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:
         for name, t in theta_set.thetas.items()
     }
     return replace(theta_set, thetas=thetas)
+
+
+def scale_by_depth(theta_set: ThetaSet, factor: float) -> ThetaSet:
+    """Θ of block l multiplied by factor^l: a strength that decays with depth, kept in the INT8 scales."""
+    thetas = {}
+    for name, theta in theta_set.thetas.items():
+        scale = theta.scale.clone()
+        scale[0] *= factor ** max(0, block_number(name))
+        thetas[name] = replace(theta, scale=scale)
+    return replace(theta_set, thetas=thetas, notes={**theta_set.notes, "nkat.theta.depth_decay": factor})
 
 
 def _is_theta(file: GGUFFile) -> bool:
