@@ -17,7 +17,7 @@ demo: $(VENV)/.user
 
 test: $(VENV)/.developer
 	-$(PY) -m nkat.models smollm2
-	$(PY) -m pytest
+	$(PY) -m pytest -rs
 
 lint: $(VENV)/.developer
 	$(PY) -m ruff check .
