@@ -36,6 +36,7 @@ from nkat.theta_io import (
     embedded_parts,
     lora_parts,
     open_model_file,
+    scale_by_depth,
     theta_only_parts,
 )
 
@@ -89,6 +90,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--selective-layers", nargs="+", metavar="NAME", help="only these weights: GGUF names or globs, or LLaMA names")
     add("--target-size", type=cli.positive_int, metavar="N", help="Θ acts on the leading NxN corner only")
+    add("--depth-decay", action="store_true", help="multiply block l's Θ by gamma^l: weaker with depth")
     add(
         "--theta-source",
         choices=SOURCES,
@@ -126,6 +128,7 @@ def _conflict(o: argparse.Namespace) -> str | None:
     if o.theta_source == "weight" and (o.reference or o.calibrate):
         return "--reference and --calibrate are for --theta-source residual"
     made = [o.theta_rank, o.selective_layers, o.target_size, o.theta_only or None, o.optimize_rank or None]
+    made.append(o.depth_decay or None)
     if o.remove and (o.export_lora or o.theta_gamma is not None or any(value is not None for value in made)):
         return "--remove only takes Θ off: it goes with --input, --output or --in-place, --force, --dry-run, --json"
     if not making and any(value is not None for value in made):
@@ -172,6 +175,8 @@ def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
     with cli.bar(len(names), "making Θ", "layer") as bar:
         thetas = make_thetas(model.base.file, names, theta_options, bar.update)
     theta_set = describe_theta_set(model, thetas, theta_options, base_sha256)
+    if options.depth_decay:
+        theta_set = scale_by_depth(theta_set, theta_set.gamma)
     made = time.perf_counter()
     record: dict[str, Any] = {}
     if trial is not None:

@@ -14,7 +14,16 @@ from tests.conftest import ROOT
 
 PACKAGES = [name for name in ("nkat", "nkat_vit") if (ROOT / name).is_dir()]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
-OPTIONAL = {"numba", "triton", "scipy", "pynvml", "matplotlib", "optuna", "libgguf", "kornia", "psutil"}
+OPTIONAL = {
+    "numba",
+    "triton",
+    "pynvml",
+    "libgguf",
+    "kornia",
+    "safetensors",
+    "pytest",
+    "hypothesis",
+}  # not in requirements.txt
 
 
 def modules() -> dict[str, Path]:

@@ -1,0 +1,153 @@
+"""How many trials each sampler needs to find the best of an exhaustive grid.
+
+    python -m benchmarks.optimizer --model model.gguf --chunks 2 --seeds 20
+
+First every setting of the grid (rank × γ × layers × decay: 240) is measured on the model. Then each sampler searches
+that table, many times with other seeds: TPE as the optimiser uses it, random, and the grid in random order. Reported
+are the trials until the best setting was tried, and until one within 2 % of the way from best to median. The last
+line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import optuna
+import torch
+
+from nkat import cli
+from nkat.convert import ThetaOptions, base_hash, describe_theta_set, make_thetas
+from nkat.hardware import describe, set_threads
+from nkat.layers import select_layers
+from nkat.load import load_model
+from nkat.perplexity import text_chunks
+from nkat.report import format_table, write_json
+from nkat.search import GROUPS, GUIDE_DEFAULT, RANKS, Judge, Setting, Space, make_sampler
+from nkat.texts import load_text
+from nkat.theta_io import open_model_file
+from nkat.tpe import tpe
+
+MOST_TRIALS = 240
+NEAR = 0.02
+
+
+def grid() -> list[Setting]:
+    """Every setting of the search's space."""
+    gammas = [round(0.90 + 0.01 * i, 2) for i in range(10)]
+    return [Setting(*point) for point in itertools.product(RANKS, gammas, GROUPS, (False, True))]
+
+
+def measure_grid(judge: Judge) -> dict[Setting, float]:
+    """TPE of every setting, measured."""
+    settings = grid()
+    table = {}
+    with cli.bar(len(settings), "measuring the grid", "setting") as bar:
+        for setting in settings:
+            table[setting] = tpe(judge.measure(setting).ppl, judge.ratio(judge.apply(setting)))
+            bar.update()
+    return table
+
+
+def by_sampler(sampler: optuna.samplers.BaseSampler) -> Iterator[Setting]:
+    """The settings that a sampler tries, one after another; `send` it the score of each."""
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial(GUIDE_DEFAULT)
+    while True:
+        trial = study.ask()
+        setting = Space().suggest(trial)
+        study.tell(trial, (yield setting))
+
+
+def shuffled_grid(seed: int) -> Iterator[Setting]:
+    """The grid in a random order; takes the scores that are sent to it and does not use them."""
+    settings = grid()
+    random.Random(seed).shuffle(settings)
+    while settings:
+        yield settings.pop()
+
+
+def trials_to_reach(order: Iterator[Setting], table: dict[Setting, float], goal: float) -> int:
+    """Trials until a score of at least `goal`; MOST_TRIALS when it was not reached in so many."""
+    setting = next(order)
+    for count in range(1, MOST_TRIALS + 1):
+        if table[setting] >= goal:
+            return count
+        try:
+            setting = order.send(table[setting])
+        except StopIteration:
+            break
+    return MOST_TRIALS
+
+
+def main() -> None:
+    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.optimizer --model model.gguf")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--chunks", type=cli.positive_int, default=2)
+    parser.add_argument("--seeds", type=cli.positive_int, default=20)
+    parser.add_argument("--threads", type=cli.positive_int)
+    options = parser.parse_args()
+    set_threads(options.threads)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    model = open_model_file(options.model)
+    loaded, text = load_model(model), load_text(options.text)
+    made = ThetaOptions(rank=max(RANKS))
+    names = select_layers(model.base.tensors, None)
+    theta_set = describe_theta_set(model, make_thetas(model.base.file, names, made), made, base_hash(model))
+    judge = Judge(loaded, theta_set, text_chunks(loaded.tokenizer, text.content, options.chunks))
+    started = perf_counter()
+    table = measure_grid(judge)
+    seconds = perf_counter() - started
+    best = max(table, key=lambda setting: table[setting])
+    near = table[best] - NEAR * (table[best] - median(table.values()))
+    searches: dict[str, Callable[[int], Iterator[Setting]]] = {
+        "TPE": lambda seed: by_sampler(make_sampler(seed)),
+        "random": lambda seed: by_sampler(optuna.samplers.RandomSampler(seed=seed)),
+        "grid, shuffled": shuffled_grid,
+    }
+    results = {}
+    for name, search in searches.items():
+        with cli.bar(options.seeds, name, "seed") as bar:
+            counts = []
+            for seed in range(options.seeds):
+                counts.append([trials_to_reach(search(seed), table, goal) for goal in (table[best], near)])
+                bar.update()
+        to_best, to_near = (sorted(column) for column in zip(*counts, strict=True))
+        results[name] = {
+            "best_median": median(to_best),
+            "near_median": median(to_near),
+            "near_range": [to_near[0], to_near[-1]],
+        }
+    rows = [
+        [n, f"{r['best_median']:g}", f"{r['near_median']:g}", "{}-{}".format(*r["near_range"])]
+        for n, r in results.items()
+    ]
+    print(f"best of {len(table)}: {best}, TPE {table[best]:.6f}; without Θ {tpe(judge.base().ppl):.6f}")
+    print(format_table(rows, ["sampler", "trials to best", "to within 2 %", "range"]))
+    ratio = results["random"]["near"] / results["TPE"]["near"]
+    print(
+        f"random needs {ratio:.2f}x the trials of TPE (medians of {options.seeds} seeds; {MOST_TRIALS} means not found)"
+    )
+    record = {
+        "benchmark": "optimizer",
+        "model": options.model.name,
+        "text": text.name,
+        "chunks": options.chunks,
+        "seeds": options.seeds,
+        "best": best.parameters(),
+        "best_tpe": table[best],
+        "grid_seconds": seconds,
+        "results": results,
+        "ratio": ratio,
+        "machine": describe(torch.device("cpu")),
+    }
+    write_json(record, "-")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,127 @@
+"""Pictures of a search. matplotlib is imported when one is drawn, without a display."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nkat.atomic import atomic_output
+
+_BASE, _TRIAL, _PRUNED, _BEST = "#444444", "#1f77b4", "#bbbbbb", "#d62728"
+
+
+def plot_search(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    importances: Mapping[str, float],
+    title: str,
+    force: bool = True,
+) -> None:
+    """Four panels as PNG: score by trial, rank–γ map, parameter importances, perplexity against bytes of Θ.
+
+    rows: `nkat.study.history` of a language-model search; the trial without parameters is the model without Θ
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    panels = figure.subplots(2, 2)
+    complete = [row for row in rows if row["state"] == "COMPLETE"]
+    base = next((row for row in complete if not row["parameters"]), None)
+    searched = [row for row in complete if row["parameters"]]
+    best = max(searched, key=lambda row: row["value"], default=None)
+    _history(panels[0][0], rows, base, searched, best)
+    _rank_gamma(panels[0][1], figure, searched, best)
+    _importances(panels[1][0], importances)
+    _front(panels[1][1], base, searched, best)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    data = buffer.getvalue()
+    with atomic_output(path, len(data), force) as file:
+        file.write(data)
+
+
+def _history(axes: Any, rows: Sequence[Mapping], base: Any, searched: list[Mapping], best: Any) -> None:
+    axes.set(title="TPE by trial (higher is better)", xlabel="trial", ylabel="TPE")
+    axes.plot([r["number"] for r in searched], [r["value"] for r in searched], "o", color=_TRIAL, label="trial")
+    pruned = [r["number"] for r in rows if r["state"] == "PRUNED"]
+    if searched:
+        ordered = sorted(searched, key=lambda r: r["number"])
+        running = [max(r["value"] for r in ordered[: i + 1]) for i in range(len(ordered))]
+        axes.step([r["number"] for r in ordered], running, where="post", color=_BEST, label="best so far")
+    if pruned:
+        low = min([r["value"] for r in searched] or [base["value"] if base else 0.0])
+        axes.plot(pruned, [low] * len(pruned), "x", color=_PRUNED, label="stopped early")
+    if base:
+        axes.axhline(base["value"], color=_BASE, linestyle="--", label="without Θ")
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.legend()
+
+
+def _rank_gamma(axes: Any, figure: Any, searched: list[Mapping], best: Any) -> None:
+    axes.set(title="perplexity change by rank and γ, %", xlabel="γ (lower is stronger)", ylabel="rank")
+    if not searched:
+        axes.text(0.5, 0.5, "no finished trial", ha="center", transform=axes.transAxes)
+        return
+    ranks = sorted({r["parameters"]["rank"] for r in searched})
+    axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])
+    spread = max(abs(r["change_percent"]) for r in searched) or 1.0
+    # Trials of one rank and γ differ in their other parameters: drawn beside each other, not on top.
+    seen: dict[tuple, int] = {}
+    x, y = [], []
+    for row in searched:
+        key = row["parameters"]["rank"], row["parameters"]["gamma"]
+        x.append(key[1])
+        y.append(ranks.index(key[0]) + 0.13 * seen.get(key, 0))
+        seen[key] = seen.get(key, 0) + 1
+    colors = [r["change_percent"] for r in searched]
+    points = axes.scatter(x, y, c=colors, cmap="RdYlGn_r", vmin=-spread, vmax=spread, s=90, edgecolors="black", lw=0.5)
+    figure.colorbar(points, ax=axes, label="change, %")
+    at = searched.index(best)
+    axes.scatter([x[at]], [y[at]], s=240, facecolors="none", edgecolors=_BEST, lw=2, label=f"trial {best['number']}")
+    axes.legend()
+
+
+def _importances(axes: Any, importances: Mapping[str, float]) -> None:
+    axes.set(title="which parameter decides (PED-ANOVA)", xlabel="importance")
+    if not importances:
+        axes.text(0.5, 0.5, "too few finished trials", ha="center", transform=axes.transAxes)
+        return
+    names = sorted(importances, key=lambda name: importances[name])
+    axes.barh(names, [importances[name] for name in names], color=_TRIAL)
+
+
+def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
+    axes.set(title="perplexity against bytes", xlabel="bytes of Θ, MB", ylabel="perplexity (lower is better)")
+    points = [*([base] if base else []), *searched]
+    if not points:
+        return
+    for group, color, label in (([base] if base else [], _BASE, "without Θ"), (searched, _TRIAL, "trial")):
+        if group:
+            axes.plot(
+                [r["theta_bytes"] / 1e6 for r in group], [r["perplexity"] for r in group], "o", color=color, label=label
+            )
+    front = [p for p in points if not any(_dominates(q, p) for q in points)]
+    front.sort(key=lambda r: r["theta_bytes"])
+    axes.plot(
+        [r["theta_bytes"] / 1e6 for r in front], [r["perplexity"] for r in front], "-", color=_BEST, label="front"
+    )
+    if best:
+        axes.plot(
+            [best["theta_bytes"] / 1e6], [best["perplexity"]], "o", ms=14, mfc="none", mec=_BEST, label="highest TPE"
+        )
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.legend()
+
+
+def _sizes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    return [row["theta_bytes"] / 1e6 for row in rows], [row["perplexity"] for row in rows]
+
+
+def _dominates(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    no_worse = a["theta_bytes"] <= b["theta_bytes"] and a["perplexity"] <= b["perplexity"]
+    return no_worse and (a["theta_bytes"], a["perplexity"]) != (b["theta_bytes"], b["perplexity"])

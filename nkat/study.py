@@ -1,0 +1,191 @@
+"""An Optuna study that survives: storage, workers on one or many machines, resuming, and its records.
+
+Knows nothing of what is searched: a task gives an objective and gets finished trials. The default storage is a journal
+file in the output folder; any other Optuna storage is named by its URL.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import optuna
+import psutil
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+
+from nkat.errors import NKATError
+
+JOURNAL_NAME = "study.journal"
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_SETTINGS = "settings"
+_WORKER = "worker"
+
+Objective = Callable[[optuna.Trial], float]
+
+
+def open_storage(where: str) -> optuna.storages.BaseStorage:
+    """A storage from what the user named: a database URL, `grpc://host:port`, or the path of a journal file.
+
+    Raises NKATError when it cannot be reached.
+    """
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # so marked since version 3
+    try:
+        if where.startswith("grpc://"):
+            host, _, port = where.removeprefix("grpc://").partition(":")
+            return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
+        if "://" in where:
+            return optuna.storages.RDBStorage(where, heartbeat_interval=60, grace_period=180)
+        lock = optuna.storages.journal.JournalFileOpenLock(where)
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(where, lock_obj=lock))
+    except Exception as error:  # each database driver has exceptions of its own
+        raise NKATError(f"storage {where}: {str(error).strip().splitlines()[0]}") from error
+
+
+def open_study(
+    storage: optuna.storages.BaseStorage,
+    name: str,
+    settings: Mapping[str, Any],
+    first_trials: list[tuple[dict[str, Any], dict[str, Any]]],
+    *,
+    sampler: Callable[[int], optuna.samplers.BaseSampler],
+    pruner: optuna.pruners.BasePruner,
+    resume: bool,
+) -> optuna.Study:
+    """Creates the study, or joins or continues one that was made with the same settings.
+
+    settings: all that two trials must share to be comparable; checked when joining
+    first_trials: (parameters, user attributes) to run before the sampler's own
+    sampler: makes one, given how many trials the study has
+    resume: an existing study is continued; otherwise it is an error. Trials whose process died are tried again.
+    """
+    common = {"storage": storage, "pruner": pruner}
+    try:
+        study = optuna.create_study(study_name=name, direction="maximize", sampler=sampler(0), **common)
+    except optuna.exceptions.DuplicatedStudyError:
+        study = optuna.load_study(study_name=name, **common)
+        study.sampler = sampler(len(study.trials))
+        if not resume:
+            raise NKATError(
+                f"study {name!r} exists already with {len(study.trials)} trials: give --resume to continue or join it, "
+                "or another --output-dir or --study-name"
+            ) from None
+        found = study.user_attrs.get(_SETTINGS, {})
+        for key in settings:
+            if found.get(key) != settings[key]:
+                raise NKATError(
+                    f"study {name!r} was made with another {key}: {found.get(key)!r} there, {settings[key]!r} here"
+                ) from None
+        _retry_dead_trials(study)
+        return study
+    study.set_user_attr(_SETTINGS, dict(settings))
+    for parameters, attributes in first_trials:
+        study.enqueue_trial(parameters, user_attrs=attributes)
+    return study
+
+
+def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: float | None, label: str) -> bool:
+    """Runs trials until the study has `target` finished ones, all workers' together. False when interrupted.
+
+    The first Ctrl-C (or SIGTERM) lets the running trial finish; a second one ends at once.
+    """
+    bar = tqdm(total=target, desc=label, unit="trial", leave=False, smoothing=0.1)
+    with bar, _interrupts() as interrupted:
+
+        def update(*_: object) -> None:
+            finished = study.get_trials(deepcopy=False, states=FINISHED)
+            bar.update(len(finished) - bar.n)
+            best = best_trials(study, 1)
+            if best:
+                bar.set_postfix_str(f"best {best[0].value:.6f} (trial {best[0].number})")
+
+        def marked(trial: optuna.Trial) -> float:
+            trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{os.getpid()}")
+            return objective(trial)
+
+        update()
+        started = bar.start_t
+        while not interrupted and _room(study, target) and (timeout is None or bar._time() - started < timeout):
+            study.optimize(marked, n_trials=1, callbacks=[update])
+        return not interrupted
+
+
+def best_trials(study: optuna.Study, count: int) -> list[FrozenTrial]:
+    """The completed trials with the highest values that break no constraint, best first."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    allowed = [t for t in complete if t.value is not None and all(v <= 0 for v in t.constraints.values())]
+    return sorted(allowed, key=lambda t: (-t.value, t.number))[:count]
+
+
+def history(study: optuna.Study) -> list[dict[str, Any]]:
+    """Every trial: number, state, value, parameters, what its objective recorded, seconds."""
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        attributes = {key: value for key, value in trial.user_attrs.items() if key != _WORKER}
+        rows.append(
+            {
+                "number": trial.number,
+                "state": trial.state.name,
+                "value": trial.value if trial.state == TrialState.COMPLETE else None,
+                "parameters": trial.params,
+                **attributes,
+                "constraints": dict(trial.constraints),
+                "worker": trial.user_attrs.get(_WORKER),
+                "seconds": trial.duration.total_seconds() if trial.duration else None,
+            }
+        )
+    return rows
+
+
+def importances(study: optuna.Study) -> dict[str, float]:
+    """Share of the score's variation among the best trials by parameter (PED-ANOVA); empty when there are too few.
+
+    Watanabe et al., 2023, "PED-ANOVA", arXiv 2304.10255.
+    """
+    with_parameters = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.params]
+    if len(with_parameters) < 4:
+        return {}
+    narrowed = optuna.create_study(direction="maximize")
+    narrowed.add_trials(with_parameters)
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    return optuna.importance.get_param_importances(narrowed, evaluator=evaluator)
+
+
+def _room(study: optuna.Study, target: int) -> bool:
+    """Whether another trial may start: those that are running count as if they were finished."""
+    states = (*FINISHED, TrialState.RUNNING)
+    return len(study.get_trials(deepcopy=False, states=states)) < target
+
+
+def _retry_dead_trials(study: optuna.Study) -> None:
+    """Fails the trials of processes that died on this machine, and queues their parameters again."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        host, _, process = trial.user_attrs.get(_WORKER, "").partition(":")
+        if host == socket.gethostname() and not psutil.pid_exists(int(process)):
+            study.tell(trial.number, state=TrialState.FAIL)
+            attributes = {key: value for key, value in trial.user_attrs.items() if key == "base"}
+            study.enqueue_trial(trial.params, user_attrs=attributes)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that holds the signal once the user asked to stop; a second request raises KeyboardInterrupt."""
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        tqdm.write("stopping after the running trial; press Ctrl-C again to stop at once")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,234 @@
+"""The search over Θ: what a trial measures, and the optimiser as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from nkat.bench import paired_overhead
+from nkat.convert import ThetaOptions, describe_theta_set, make_thetas
+from nkat.errors import NKATError
+from nkat.layers import select_layers
+from nkat.load import load_model
+from nkat.perplexity import paired, score_chunks, text_chunks
+from nkat.search import GUIDE_DEFAULT, Judge, Setting, Space, apply_setting, log_tpe, make_objective
+from nkat.theta_io import ThetaSet, open_model_file
+from nkat.tpe import byte_ratio, tpe
+from tests.conftest import ROOT
+
+OPTIMIZER = "nkat_auto_optimizer.py"
+
+
+def make_set(path: Path, rank: int) -> ThetaSet:
+    model = open_model_file(path)
+    names = select_layers(model.base.tensors, None)
+    options = ThetaOptions(rank=rank)
+    return describe_theta_set(model, make_thetas(model.base.file, names, options), options, "0" * 64)
+
+
+@pytest.fixture(scope="module")
+def judge(stories: Path) -> Judge:
+    loaded = load_model(stories)
+    text = "Once upon a time there was a little dog. He liked to play with a red ball in the garden. " * 150
+    return Judge(loaded, make_set(stories, 8), text_chunks(loaded.tokenizer, text, 6))
+
+
+def test_a_trial_measures_what_the_written_model_would(judge: Judge) -> None:
+    setting = Setting(rank=4, gamma=0.93, layers="attention", depth_decay=True)
+    measured = judge.measure(setting)
+    chosen = apply_setting(judge.theta_set, setting)
+    assert all("attn_" in name for name in chosen.thetas)
+    assert chosen.rank == 4
+    by_hand = load_model(judge.loaded.gguf.path, thetas=chosen.thetas, gamma=0.93)
+    nll = score_chunks(by_hand.model, judge.chunks[judge.order()])
+    torch.testing.assert_close(measured.nll, nll, atol=1e-5, rtol=0)
+    other = judge.measure(Setting(4, 0.93, "attention", depth_decay=False))
+    assert not torch.allclose(other.nll, nll, atol=1e-5)  # control
+    assert judge.change(measured).percent == paired(judge.base(), measured).percent
+
+
+def test_decay_scales_blocks_by_powers_of_gamma(judge: Judge) -> None:
+    plain = apply_setting(judge.theta_set, Setting(8, 0.9, "both", False)).thetas
+    decayed = apply_setting(judge.theta_set, Setting(8, 0.9, "both", True))
+    for name, theta in decayed.thetas.items():
+        block = int(name.split(".")[1])
+        torch.testing.assert_close(theta.factors()[0], plain[name].factors()[0] * 0.9**block)
+        assert torch.equal(theta.factors()[1], plain[name].factors()[1])
+    assert decayed.notes["nkat.theta.depth_decay"] == 0.9
+
+
+def test_chunk_scores_average_to_the_trials_score(judge: Judge) -> None:
+    """What the pruner compares must be the objective: the mean of ln TPE over chunks is ln TPE."""
+    reported = []
+    setting = Setting(2, 0.95, "ffn", False)
+    measured = judge.measure(setting, lambda chunk, value: reported.append((chunk, value)))
+    ratio = byte_ratio(judge.loaded.tensors, apply_setting(judge.theta_set, setting).nbytes)
+    score = torch.tensor([value for _, value in reported], dtype=torch.float64).mean().exp()
+    assert float(score) == pytest.approx(tpe(measured.ppl, ratio), rel=1e-9)
+    assert [chunk for chunk, _ in reported] == judge.order()
+    assert sorted(judge.order()) == list(range(6)) != judge.order()
+    assert log_tpe(2.0, 1.0) == -2.0 > log_tpe(2.0, 1.1)
+
+
+def test_hopeless_trials_stop_early_and_good_ones_do_not(judge: Judge) -> None:
+    study = optuna.create_study(direction="maximize", pruner=optuna.pruners.WilcoxonPruner(n_startup_steps=3))
+    own = Judge(judge.loaded, judge.theta_set, judge.chunks)
+    objective = make_objective(own, Space(), None, judge.chunks[0, :16])
+
+    def run_one(gamma: float, strength: float) -> optuna.trial.FrozenTrial:
+        for theta in own.theta_set.thetas.values():
+            theta.scale.mul_(strength)
+        study.enqueue_trial({**GUIDE_DEFAULT, "gamma": gamma})
+        study.optimize(objective, n_trials=1)
+        for theta in own.theta_set.thetas.values():
+            theta.scale.div_(strength)
+        return study.trials[-1]
+
+    assert run_one(0.90, 40.0).state.name == "COMPLETE"  # ruins the model, but there is nothing to compare it with
+    assert run_one(0.97, 1.0).state.name == "COMPLETE"  # better than that
+    hopeless = run_one(0.91, 40.0)
+    assert hopeless.state.name == "PRUNED"
+    assert len(hopeless.intermediate_values) < len(judge.chunks)
+
+
+def test_the_overhead_is_a_constraint(judge: Judge) -> None:
+    study = optuna.create_study(direction="maximize")
+    study.enqueue_trial(GUIDE_DEFAULT)
+    study.optimize(make_objective(judge, Space(), -99.0, judge.chunks[0, :16]), n_trials=1)  # nobody can be so fast
+    trial = study.trials[0]
+    assert trial.constraints["overhead"] == pytest.approx(trial.user_attrs["overhead_percent"] + 99)
+    assert trial.constraints["overhead"] > 0
+
+
+def test_paired_overhead_alternates_and_checks_its_arguments(judge: Judge) -> None:
+    model = judge.loaded.model
+    model.set_thetas(judge.theta_set.thetas)
+    result = paired_overhead(model, judge.chunks[0, :8], 0.97, blocks=3, steps=2)
+    assert len(result.with_theta) == len(result.without) == 3
+    assert min(result.ratios) > 0
+    low, high = result.spread
+    assert low <= result.percent <= high
+    with pytest.raises(NKATError, match="at least one"):
+        paired_overhead(model, judge.chunks[0, :0], 0.97)
+
+
+def run(script, *arguments: object) -> tuple[dict, str]:
+    done = script(OPTIMIZER, *arguments, "--chunks", 2, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+def test_quick_writes_the_guides_files(script, tmp_path: Path, stories: Path) -> None:
+    out = tmp_path / "quick"
+    record, stdout = run(script, "--model", stories, "--mode", "quick", "--output-dir", out, "--force")
+    history = json.loads((out / "optimization_history.json").read_text())["trials"]
+    assert len(history) == 12
+    assert history[0]["parameters"] == {}
+    assert history[0]["change_percent"] == 0
+    assert history[1]["parameters"] == GUIDE_DEFAULT
+    for row in history:
+        if row["state"] == "COMPLETE":
+            assert row["tpe"] == pytest.approx(row["value"]) == tpe(row["perplexity"], row["byte_ratio"])
+            assert row["seconds"] > 0
+    assert json.loads((out / "optuna_study.json").read_text())["held_out"] == record["held_out"]
+    assert (out / "optimization_results.png").read_bytes().startswith(b"\x89PNG")
+    assert record["held_out_chunks"] == 4
+    assert stdout.index("held-out:") < stdout.index("trials completed")
+
+    optimal = record["optimal"]
+    setting = optimal["setting"]
+    path = out / f"optimal_rank{setting['rank']}_gamma{setting['gamma']:.2f}.nkat"
+    assert path == Path(optimal["file"])
+    assert json.loads(path.with_suffix(".json").read_text()) == optimal
+    again = tmp_path / "again.nkat"
+    words = shlex.split(optimal["command"])
+    words[words.index("--output") + 1] = str(again)
+    assert script(*words[1:]).returncode == 0
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_seed_gives_the_same_search(script, tmp_path: Path, stories: Path) -> None:
+    def trials(name: str, seed: int) -> list:
+        arguments = ("--mode", "custom", "--trials", 6, "--output-dir", tmp_path / name, "--seed", seed)
+        run(script, "--model", stories, *arguments)
+        rows = json.loads((tmp_path / name / "optimization_history.json").read_text())["trials"]
+        return [(row["parameters"], row["value"], row["state"]) for row in rows]
+
+    assert trials("a", 3) == trials("b", 3) != trials("c", 4)
+
+
+def test_targets_fix_one_and_search_the_rest(script, tmp_path: Path, stories: Path) -> None:
+    for flag, value, key in (("--target-rank", 6, "rank"), ("--target-gamma", 0.95, "gamma")):
+        out = tmp_path / key
+        run(script, "--model", stories, "--mode", "custom", "--trials", 6, flag, value, "--output-dir", out)
+        rows = json.loads((out / "optimization_history.json").read_text())["trials"][1:]
+        assert {row["parameters"][key] for row in rows} == {value}
+        other = "gamma" if key == "rank" else "rank"
+        assert len({row["parameters"][other] for row in rows}) > 1
+
+
+def test_resume_continues_and_nothing_is_replaced_unasked(script, fails, tmp_path: Path, stories: Path) -> None:
+    common = ["--model", stories, "--output-dir", tmp_path / "o", "--mode", "custom"]
+    run(script, *common, "--trials", 3)
+    message = fails(OPTIMIZER, *common, "--trials", 5, "--chunks", 2)
+    assert "exists already with 3 trials: give --resume" in message
+    record, _ = run(script, *common, "--trials", 5, "--resume")
+    assert sum(record["trials"].values()) == 5
+    assert "was made with another chunks" in fails(OPTIMIZER, *common, "--trials", 6, "--resume", "--chunks", 3)
+
+
+def test_workers_share_a_study(script, tmp_path: Path, stories: Path) -> None:
+    out = tmp_path / "o"
+    run(script, "--model", stories, "--mode", "custom", "--trials", 100, "--workers", 2, "--output-dir", out)
+    rows = json.loads((out / "optimization_history.json").read_text())["trials"]
+    assert [row["number"] for row in rows] == list(range(len(rows)))
+    assert len(rows) >= 100
+    assert len({row["worker"] for row in rows}) == 2
+
+
+def test_no_theta_that_loses_is_written(script, tmp_path: Path, stories: Path, monkeypatch) -> None:
+    """γ = 0.99 and every byte counted: on this model Θ costs more than it gives."""
+    out = tmp_path / "o"
+    arguments = ("--mode", "custom", "--trials", 3, "--target-rank", 8, "--target-gamma", 0.99)
+    record, stdout = run(script, "--model", stories, *arguments, "--output-dir", out)
+    assert record["optimal"] is None
+    assert "no Θ beats the model without it: none was written" in stdout
+    assert not list(out.glob("optimal_*"))
+    assert (out / "optimization_history.json").exists()
+
+
+def test_ctrl_c_still_writes_everything(tmp_path: Path, stories: Path) -> None:
+    out = tmp_path / "o"
+    command = [sys.executable, str(ROOT / OPTIMIZER), "--model", str(stories), "--mode", "custom", "--trials", "5000"]
+    child = subprocess.Popen([*command, "--chunks", "2", "--output-dir", str(out)], stderr=subprocess.PIPE, text=True)
+    journal = out / "study.journal"
+    while child.poll() is None and not (journal.exists() and '"worker"' in journal.read_text()):
+        child.stderr.read(1)
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=120)
+    assert child.returncode == 0, errors
+    assert "interrupted: reporting on what there is" in errors
+    rows = json.loads((out / "optimization_history.json").read_text())["trials"]
+    assert not any(row["state"] == "RUNNING" for row in rows)
+
+
+def test_mistakes(fails, tmp_path: Path, stories: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Once upon a time there was a dog. " * 100)
+    common = ["--model", stories, "--output-dir", tmp_path / "o"]
+    assert "no such file" in fails(OPTIMIZER, "--model", tmp_path / "no.gguf", "--output-dir", tmp_path / "o")
+    assert "too short" in fails(OPTIMIZER, *common, "--text", text)
+    assert "--mode custom needs it" in fails(OPTIMIZER, *common, "--mode", "custom")
+    assert "--trials goes with --mode custom" in fails(OPTIMIZER, *common, "--trials", 3)
+    assert "needs --reference" in fails(OPTIMIZER, *common, "--theta-source", "residual")
+    assert "theta rank 100 is impossible" in fails(OPTIMIZER, *common, "--target-rank", 100)
+    assert "gamma" in fails(OPTIMIZER, *common, "--target-gamma", 1.5)
+    assert "storage" in fails(OPTIMIZER, *common, "--storage", "nosuch://x")

@@ -1,0 +1,185 @@
+"""The study: workers that die, resuming, determinism, constraints. The objective here is a formula, not a model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from nkat.errors import NKATError
+from nkat.study import FINISHED, best_trials, history, importances, open_storage, open_study, run_trials
+from tests.conftest import ROOT
+
+WORKER = textwrap.dedent(
+    """
+    import sys, time
+    import optuna
+    from nkat.study import open_storage, open_study, run_trials
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    where, target, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+
+    def objective(trial):
+        x = trial.suggest_float("x", 0, 1)
+        print("running", trial.number, flush=True)
+        time.sleep(seconds)
+        return -x * x
+
+    import os
+    study = open_study(open_storage(where), "s", {"a": 1}, [({"x": 0.5}, {})], resume=True,
+        sampler=lambda finished: optuna.samplers.RandomSampler(seed=os.getpid() + finished),
+        pruner=optuna.pruners.NopPruner())
+    run_trials(study, objective, target, None, "worker")
+    """
+)
+
+
+def new_study(where: Path | str, *, settings=None, resume=False, seed=0, first=()) -> optuna.Study:
+    return open_study(
+        open_storage(str(where)),
+        "s",
+        settings or {"a": 1},
+        list(first),
+        sampler=lambda finished: optuna.samplers.TPESampler(seed=seed + finished, n_startup_trials=3),
+        pruner=optuna.pruners.NopPruner(),
+        resume=resume,
+    )
+
+
+def objective(trial: optuna.Trial) -> float:
+    x, y = trial.suggest_float("x", -1, 1), trial.suggest_categorical("y", (1, 2))
+    trial.set_user_attr("note", y)
+    return -((x - 0.3) ** 2) * y
+
+
+def start_worker(where: Path | str, target: int, seconds: float) -> subprocess.Popen:
+    command = [sys.executable, "-c", WORKER, str(where), str(target), str(seconds)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+
+
+def four_workers_two_killed(where: str) -> list[dict]:
+    """Runs the scenario on any storage and returns the trials at its end."""
+    new_study(where, resume=True)
+    workers = [start_worker(where, 16, 0.4) for _ in range(4)]
+    try:
+        for victim in workers[:2]:
+            assert victim.stdout.readline().startswith("running")
+            victim.send_signal(signal.SIGKILL)
+        finished_before = {t.number: t.value for t in new_study(where, resume=True).get_trials(states=FINISHED)}
+        for worker in workers:
+            worker.wait(timeout=120)
+        # The dead workers' trials were queued again by the line above; another worker takes what is left.
+        start_worker(where, 16, 0.01).wait(timeout=60)
+        trials = history(new_study(where, resume=True))
+    finally:
+        for worker in workers:
+            worker.kill()
+    numbers = [row["number"] for row in trials]
+    assert numbers == list(range(len(trials)))
+    assert {row["number"]: row["value"] for row in trials if row["number"] in finished_before} == finished_before
+    assert sum(row["state"] == "COMPLETE" for row in trials) >= 16
+    return trials
+
+
+def test_four_workers_of_which_two_are_killed(tmp_path: Path) -> None:
+    trials = four_workers_two_killed(str(tmp_path / "study.journal"))
+    assert sum(row["state"] == "FAIL" for row in trials) == 2
+    assert not any(row["state"] == "RUNNING" for row in trials)
+
+
+def test_postgresql(tmp_path: Path) -> None:
+    url = os.environ.get("NKAT_TEST_POSTGRESQL")
+    if url is None:
+        pytest.skip("NKAT_TEST_POSTGRESQL names no database (see benchmarks/optimizer_postgresql.py)")
+    four_workers_two_killed(url)
+
+
+def test_a_killed_trial_is_tried_again_with_its_parameters(tmp_path: Path) -> None:
+    where = tmp_path / "study.journal"
+    new_study(where, first=[({"x": 0.25}, {"base": True})])
+    worker = start_worker(where, 3, 60)
+    worker.stdout.readline()
+    worker.kill()
+    worker.wait()
+    study = new_study(where, resume=True)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
+    run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 1, None, "test")
+    assert study.trials[1].params == {"x": 0.25}
+    assert study.trials[1].user_attrs["base"] is True
+
+
+def test_a_seed_gives_the_same_trials(tmp_path: Path) -> None:
+    def run(name: str, seed: int) -> list[tuple]:
+        study = new_study(tmp_path / name, seed=seed)
+        assert run_trials(study, objective, 8, None, "test")
+        return [(t.params["x"], t.params["y"], t.value) for t in study.trials]
+
+    assert run("a", 1) == run("b", 1)
+    assert run("c", 2) != run("d", 1)
+
+
+def test_resuming_runs_only_what_is_missing(tmp_path: Path) -> None:
+    where = tmp_path / "study.journal"
+    run_trials(new_study(where), objective, 4, None, "test")
+    with pytest.raises(NKATError, match="exists already with 4 trials: give --resume"):
+        new_study(where)
+    with pytest.raises(NKATError, match="was made with another a: 1 there, 2 here"):
+        new_study(where, settings={"a": 2}, resume=True)
+    study = new_study(where, resume=True)
+    run_trials(study, objective, 6, None, "test")
+    assert len(study.trials) == 6
+    run_trials(study, objective, 6, None, "test")
+    assert len(study.trials) == 6
+
+
+def test_a_timeout_starts_no_further_trial(tmp_path: Path) -> None:
+    study = new_study(tmp_path / "s.journal")
+    run_trials(study, lambda trial: time.sleep(0.2) or objective(trial), 100, 0.3, "test")
+    assert 1 <= len(study.trials) <= 3
+
+
+def test_trials_that_break_a_constraint_are_never_best(tmp_path: Path) -> None:
+    def constrained(trial: optuna.Trial) -> float:
+        value = objective(trial)
+        trial.set_constraint("cost", trial.number - 2.5)  # only the first three are allowed
+        return value + trial.number  # the last would win
+
+    study = new_study(tmp_path / "s.journal")
+    run_trials(study, constrained, 6, None, "test")
+    assert {t.number for t in best_trials(study, 10)} == {0, 1, 2}
+    assert best_trials(study, 1)[0].number == 2
+    assert history(study)[5]["constraints"] == {"cost": 2.5}
+
+
+def test_importances_name_the_parameter_that_matters(tmp_path: Path) -> None:
+    study = new_study(tmp_path / "s.journal")
+    assert importances(study) == {}
+    run_trials(study, objective, 40, None, "test")
+    found = importances(study)
+    assert found["x"] > found["y"]
+
+
+def test_interrupt_lets_the_running_trial_finish(tmp_path: Path) -> None:
+    where = tmp_path / "s.journal"
+    worker = start_worker(where, 50, 0.5)
+    assert worker.stdout.readline().startswith("running")
+    worker.send_signal(signal.SIGINT)
+    assert worker.wait(timeout=60) == 0
+    states = [t.state for t in new_study(where, resume=True).trials]
+    assert states == [TrialState.COMPLETE]
+
+
+def test_storages_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(NKATError, match="storage nosuch://"):
+        open_storage("nosuch://host/db")
+    with pytest.raises(NKATError, match="storage"):
+        open_storage(str(tmp_path / "no" / "folder" / "study.journal"))
