@@ -132,7 +132,7 @@ def history(study: optuna.Study) -> list[dict[str, Any]]:
                 "number": trial.number,
                 "state": trial.state.name,
                 "value": trial.value if trial.state == TrialState.COMPLETE else None,
-                "parameters": trial.params,
+                "parameters": {k: round(v, 9) if isinstance(v, float) else v for k, v in trial.params.items()},
                 **attributes,
                 "constraints": dict(trial.constraints),
                 "worker": trial.user_attrs.get(_WORKER),
