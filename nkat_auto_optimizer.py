@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -86,8 +87,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="any Optuna storage: a database URL, grpc://host:port or a journal file "
         "(default: a journal file in --output-dir)",
     )
-    add("--study-name", metavar="NAME", help="workers on other machines join by it (default: from the model's name)")
-    add("--resume", action="store_true", help="continue or join an existing study")
+    add(
+        "--study-name",
+        metavar="NAME",
+        help="with --storage: join the study of this name, or start it (default: from the model's name)",
+    )
+    add("--resume", action="store_true", help="continue an existing study")
     add("--workers", type=cli.positive_int, default=1, metavar="N", help="processes on this machine (default 1)")
     add("--timeout", type=float, metavar="SECONDS", help="start no further trial after so long")
     add("--seed", type=cli.non_negative_int, default=0, help="of Θ, sampler and chunk order (default 0)")
@@ -132,13 +137,16 @@ def main() -> None:
     target = options.trials or TRIALS[options.mode]
 
     started = time.perf_counter()
-    helpers = [start_worker(study.study_name, options) for _ in range(1, options.workers)]
+    helpers = [start_worker(study.study_name, options, number) for number in range(1, options.workers)]
     objective = make_objective(
         Judge(task.loaded, task.theta_set, task.seen, options.seed), space, options.max_overhead, task.held_out[0, :64]
     )
     completed = run_trials(study, objective, target, options.timeout, "worker" if options.join else "searching")
-    for helper in helpers:
-        helper.wait()
+    for number, helper in enumerate(helpers, 1):
+        if not completed:
+            helper.send_signal(signal.SIGINT)
+        if helper.wait():
+            note(f"warning: worker {number} ended with status {helper.returncode}; see {worker_log(options, number)}")
     if options.join:
         return
     if not completed:
@@ -213,12 +221,19 @@ def connect(options: argparse.Namespace, space: Space, task: Task) -> optuna.Stu
         # A worker or a resumed run must not propose again what another one has proposed.
         sampler=lambda finished: make_sampler(options.seed + 1000 * finished + (os.getpid() if options.join else 0)),
         pruner=make_pruner(),
-        resume=options.resume or options.join,
+        resume=options.resume or options.join or bool(options.storage and options.study_name),
     )
 
 
-def start_worker(study_name: str, options: argparse.Namespace) -> subprocess.Popen:
-    """Another process of this script that joins the study and runs trials. Its progress bar is not shown."""
+def worker_log(options: argparse.Namespace, number: int) -> Path:
+    return options.output_dir / f"worker-{number}.log"
+
+
+def start_worker(study_name: str, options: argparse.Namespace, number: int) -> subprocess.Popen:
+    """Another process of this script that joins the study and runs trials; its messages go to a log.
+
+    In a session of its own, so that Ctrl-C reaches it once, from here, and not twice.
+    """
     command = [sys.executable, __file__, "--join", "--study-name", study_name, "--model", str(options.model)]
     command += ["--storage", options.storage or str(options.output_dir / JOURNAL_NAME), "--mode", options.mode]
     passed = ("output_dir", "trials", "target_rank", "target_gamma", "theta_source", "reference", "calibrate", "text")
@@ -226,7 +241,10 @@ def start_worker(study_name: str, options: argparse.Namespace) -> subprocess.Pop
         value = getattr(options, name)
         if value is not None:
             command += ["--" + name.replace("_", "-"), str(value)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with worker_log(options, number).open("w") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def report(options: argparse.Namespace, task: Task, study: optuna.Study, seconds: float) -> dict[str, Any]:
@@ -255,6 +273,7 @@ def report(options: argparse.Namespace, task: Task, study: optuna.Study, seconds
         "chunks": len(task.seen),
         "held_out_chunks": len(task.held_out),
         "trials": {state: sum(t.state.name == state for t in study.trials) for state in ("COMPLETE", "PRUNED", "FAIL")},
+        "best_trial": next((trial.number for trial in best_trials(study, 1)), None),
         "importances": importances(study),
         "held_out": {"base": base_row, "best": rows},
         "optimal": None,

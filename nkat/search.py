@@ -17,7 +17,7 @@ from typing import Any
 import optuna
 import torch
 
-from nkat.bench import paired_overhead
+from nkat.bench import PairedOverhead, paired_overhead
 from nkat.load import LoadedModel
 from nkat.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks
 from nkat.theta_io import ThetaSet, scale_by_depth, truncate_rank
@@ -170,13 +170,13 @@ def make_objective(
     max_overhead: per cent of decoding time that Θ may cost, as a constraint of the trial; measured once for each rank
     and choice of layers, because γ and the decay do not change the work
     """
-    overheads: dict[tuple[int, str], float] = {}
+    overheads: dict[tuple[int, str], PairedOverhead] = {}
 
-    def overhead(setting: Setting) -> float:
+    def overhead(setting: Setting) -> PairedOverhead:
         key = setting.rank, setting.layers
         if key not in overheads:
             judge.loaded.model.set_thetas(judge.apply(setting).thetas)
-            overheads[key] = paired_overhead(judge.loaded.model, prompt, setting.gamma).percent
+            overheads[key] = paired_overhead(judge.loaded.model, prompt, setting.gamma, blocks=6, steps=3)
         return overheads[key]
 
     def objective(trial: optuna.Trial) -> float:
@@ -188,8 +188,9 @@ def make_objective(
         setting = space.suggest(trial)
         if max_overhead is not None:
             cost = overhead(setting)
-            trial.set_user_attr("overhead_percent", cost)
-            trial.set_constraint("overhead", cost - max_overhead)
+            trial.set_user_attr("overhead_percent", cost.percent)
+            trial.set_user_attr("overhead_range", cost.spread)
+            trial.set_constraint("overhead", cost.percent - max_overhead)
 
         def on_chunk(chunk: int, value: float) -> bool:
             trial.report(value, chunk)

@@ -194,6 +194,14 @@ def test_workers_share_a_study(script, tmp_path: Path, stories: Path) -> None:
     assert len({row["worker"] for row in rows}) == 2
 
 
+def test_other_machines_join_by_the_studys_name(script, tmp_path: Path, stories: Path) -> None:
+    shared = ("--storage", f"sqlite:///{tmp_path}/shared.db", "--study-name", "s", "--mode", "custom")
+    run(script, "--model", stories, *shared, "--trials", 3, "--output-dir", tmp_path / "here")
+    record, _ = run(script, "--model", stories, *shared, "--trials", 5, "--output-dir", tmp_path / "there")
+    assert record["trials"]["COMPLETE"] + record["trials"]["PRUNED"] == 5
+    assert not (tmp_path / "there" / "study.journal").exists()
+
+
 def test_no_theta_that_loses_is_written(script, tmp_path: Path, stories: Path, monkeypatch) -> None:
     """γ = 0.99 and every byte counted: on this model Θ costs more than it gives."""
     out = tmp_path / "o"
