@@ -97,7 +97,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=float, metavar="SECONDS", help="start no further trial after so long")
     add("--seed", type=cli.non_negative_int, default=0, help="of Θ, sampler and chunk order (default 0)")
     add("--threads", type=cli.positive_int, metavar="N", help="processor threads of each worker")
-    add("--force", action="store_true", help="write the best Θ even if it does not beat the model without it")
+    add(
+        "--force",
+        action="store_true",
+        help="write the best Θ even if it does not beat the model without it; replace --json",
+    )
     add("--json", metavar="FILE", help='write the summary; "-" for stdout')
     add("--join", action="store_true", help=argparse.SUPPRESS)  # a worker that --workers starts: trials, no report
     options = parser.parse_args(argv)
@@ -125,8 +129,8 @@ class Task:
 
 def main() -> None:
     options = parse_arguments()
-    check_record(options.json, force=True)
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    check_record(options.json, options.force)
+    make_folder(options.output_dir)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # its warnings are about features marked experimental
     threads = hardware.set_threads(options.threads)
     if options.workers > 1 and options.threads is None:
@@ -153,7 +157,14 @@ def main() -> None:
         note("interrupted: reporting on what there is; --resume continues")
     record = report(options, task, study, time.perf_counter() - started)
     if options.json:
-        write_json(record, options.json, force=True)
+        write_json(record, options.json, options.force)
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NKATError(f"{path}: cannot be made a folder: {error.strerror}") from None
 
 
 def prepare(options: argparse.Namespace, space: Space) -> Task:

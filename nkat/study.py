@@ -6,12 +6,14 @@ file in the output folder; any other Optuna storage is named by its URL.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from time import monotonic
 from typing import Any
 
 import optuna
@@ -109,8 +111,8 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
             return objective(trial)
 
         update()
-        started = bar.start_t
-        while not interrupted and _room(study, target) and (timeout is None or bar._time() - started < timeout):
+        deadline = math.inf if timeout is None else monotonic() + timeout
+        while not interrupted and monotonic() < deadline and _room(study, target):
             study.optimize(marked, n_trials=1, callbacks=[update])
         return not interrupted
 

@@ -240,3 +240,5 @@ def test_mistakes(fails, tmp_path: Path, stories: Path) -> None:
     assert "theta rank 100 is impossible" in fails(OPTIMIZER, *common, "--target-rank", 100)
     assert "gamma" in fails(OPTIMIZER, *common, "--target-gamma", 1.5)
     assert "storage" in fails(OPTIMIZER, *common, "--storage", "nosuch://x")
+    assert "cannot be made a folder" in fails(OPTIMIZER, "--model", stories, "--output-dir", text)
+    assert "exists already; give --force" in fails(OPTIMIZER, *common, "--json", text)
