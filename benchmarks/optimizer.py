@@ -139,14 +139,11 @@ def main() -> None:
                 bar.update()
         to_best, to_near = (sorted(column) for column in zip(*counts, strict=True))
         results[name] = {
-            "best_median": median(to_best),
-            "near_median": median(to_near),
+            "best": median(to_best),
+            "near": median(to_near),
             "near_range": [to_near[0], to_near[-1]],
         }
-    rows = [
-        [n, f"{r['best_median']:g}", f"{r['near_median']:g}", "{}-{}".format(*r["near_range"])]
-        for n, r in results.items()
-    ]
+    rows = [[n, f"{r['best']:g}", f"{r['near']:g}", "{}-{}".format(*r["near_range"])] for n, r in results.items()]
     print(f"best of {len(table)}: {best}, TPE {table[best]:.6f}; without Θ {tpe(judge.base().ppl):.6f}")
     print(format_table(rows, ["sampler", "trials to best", "to within 2 %", "range"]))
     ratio = results["random"]["near"] / results["TPE"]["near"]
