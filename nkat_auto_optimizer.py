@@ -211,7 +211,6 @@ def prepare(options: argparse.Namespace, space: Space) -> Task:
 
 def connect(options: argparse.Namespace, space: Space, task: Task) -> optuna.Study:
     """Creates or joins the study."""
-    where = options.storage or str(options.output_dir / JOURNAL_NAME)
     name = options.study_name or f"nkat-{options.model.stem}"
     settings = {
         "model_sha256": task.theta_set.base_sha256,
@@ -225,7 +224,7 @@ def connect(options: argparse.Namespace, space: Space, task: Task) -> optuna.Stu
     }
     first = [({}, {BASE: True}), (space.guide_default(), {})]
     return open_study(
-        open_storage(where),
+        open_storage(storage_of(options)),
         name,
         settings,
         first,
@@ -234,6 +233,11 @@ def connect(options: argparse.Namespace, space: Space, task: Task) -> optuna.Stu
         pruner=make_pruner(),
         resume=options.resume or options.join or bool(options.storage and options.study_name),
     )
+
+
+def storage_of(options: argparse.Namespace) -> str:
+    """Where the study is: what the user named, else a journal file in the output folder."""
+    return options.storage or str(options.output_dir / JOURNAL_NAME)
 
 
 def worker_log(options: argparse.Namespace, number: int) -> Path:
@@ -246,7 +250,7 @@ def start_worker(study_name: str, options: argparse.Namespace, number: int) -> s
     In a session of its own, so that Ctrl-C reaches it once, from here, and not twice.
     """
     command = [sys.executable, __file__, "--join", "--study-name", study_name, "--model", str(options.model)]
-    command += ["--storage", options.storage or str(options.output_dir / JOURNAL_NAME), "--mode", options.mode]
+    command += ["--storage", storage_of(options), "--mode", options.mode]
     passed = ("output_dir", "trials", "target_rank", "target_gamma", "theta_source", "reference", "calibrate", "text")
     for name in (*passed, "chunks", "max_overhead", "timeout", "seed", "threads"):
         value = getattr(options, name)
@@ -275,7 +279,7 @@ def report(options: argparse.Namespace, task: Task, study: optuna.Study, seconds
         "model_sha256": task.theta_set.base_sha256,
         "mode": options.mode,
         "study": study.study_name,
-        "storage": options.storage or str(options.output_dir / JOURNAL_NAME),
+        "storage": storage_of(options),
         "sampler": type(study.sampler).__name__,
         "pruner": type(study.pruner).__name__,
         "seed": options.seed,

@@ -17,10 +17,10 @@ def plot_search(
     rows: Sequence[Mapping[str, Any]],
     importances: Mapping[str, float],
     title: str,
-    force: bool = True,
 ) -> None:
     """Four panels as PNG: score by trial, rank–γ map, parameter importances, perplexity against bytes of Θ.
 
+    Replaces an earlier picture.
     rows: `nkat.study.history` of a language-model search; the trial without parameters is the model without Θ
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -41,7 +41,7 @@ def plot_search(
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     data = buffer.getvalue()
-    with atomic_output(path, len(data), force) as file:
+    with atomic_output(path, len(data), force=True) as file:
         file.write(data)
 
 
