@@ -1,0 +1,78 @@
+"""One sequence, token by token: what generation and the decoding benchmarks run on, whatever the device.
+
+`make_decoder` picks the fastest way that this model and device have and says which and why in `Decoder.name`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from nkat.transformer import Transformer
+
+
+class Decoder(Protocol):
+    """A model, a KV cache for one sequence, and how many tokens are in it.
+
+    name: what runs the steps, for people ("compiled CPU step", "CUDA graph", ...)
+    length: tokens in the cache; setting it to a smaller value forgets the tokens after it
+    capacity: how many tokens fit; going beyond raises NKATError
+    cache_nbytes: bytes of the KV cache
+    """
+
+    name: str
+    length: int
+    capacity: int
+    cache_nbytes: int
+
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Adds tokens, at least one, to the cache; returns the logits after the last, float32 [V]."""
+        ...
+
+    def step(self, token: int) -> torch.Tensor:
+        """Adds one token; returns the logits after it, float32 [V]. Valid until the next call."""
+        ...
+
+    def set_gamma(self, gamma: float | None) -> None:
+        """Strength of Θ from the next token on; None or 1 turns it off."""
+        ...
+
+
+class EagerDecoder:
+    """The model's own forward pass, an operation at a time."""
+
+    name = "torch, an operation at a time"
+
+    def __init__(self, model: Transformer, capacity: int) -> None:
+        self.model, self.capacity = model, capacity
+        self.cache = model.new_cache(1, capacity)
+
+    @property
+    def length(self) -> int:
+        return self.cache.length
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self.cache.length = value
+
+    @property
+    def cache_nbytes(self) -> int:
+        return self.cache.nbytes
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.model.device)
+        return self.model(ids, self.cache, logits="last")[0, -1].float()
+
+    def step(self, token: int) -> torch.Tensor:
+        return self.prefill([token])
+
+    def set_gamma(self, gamma: float | None) -> None:
+        self.model.set_gamma(gamma)
+
+
+def make_decoder(model: Transformer, capacity: int) -> Decoder:
+    """The fastest decoder for this model's device, with room for `capacity` tokens."""
+    return EagerDecoder(model, capacity)
