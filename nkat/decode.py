@@ -74,5 +74,9 @@ class EagerDecoder:
 
 
 def make_decoder(model: Transformer, capacity: int) -> Decoder:
-    """The fastest decoder for this model's device, with room for `capacity` tokens."""
+    """The fastest decoder for this model as it was loaded, with room for `capacity` tokens."""
+    if all(layer.compiled is not None for layer in model.star_linears().values()):
+        from nkat.decode_cpu import CompiledDecoder  # LLVM is loaded only where it is used
+
+        return CompiledDecoder(model, capacity, torch.get_num_threads())
     return EagerDecoder(model, capacity)

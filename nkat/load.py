@@ -55,6 +55,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     keep_dense: bool = False,
     int8_activations: bool = False,
+    repack: bool = False,
 ) -> LoadedModel:
     """Loads a GGUF or `.nkat`, from a path or already opened. Raises NKATError for everything that is wrong with it.
 
@@ -62,7 +63,9 @@ def load_model(
     gamma: strength of Θ, 1 turns it off; None: the one recorded with the Θ in the file
     dtype: of multiplications and the KV cache; None: float32 on CPU, bfloat16 on CUDA
     keep_dense: keep the weights dequantised in `dtype` as well: several times the memory, faster decoding
-    int8_activations: round the linear layers' inputs as llama.cpp does, to compare with its figures
+    int8_activations: round the linear layers' inputs as llama.cpp does: faster, and to compare with its figures
+    repack: copy the weights into the layout of the CPU kernels, on which `nkat.decode` then runs; the file's pages are
+    let go, so that memory stays about the file's size
     """
     model_file = source if isinstance(source, ModelFile) else open_model_file(source)
     path = model_file.path
@@ -93,7 +96,15 @@ def load_model(
         model.set_gamma(gamma)
     for layer in model.star_linears().values():
         layer.int8_activations = int8_activations
+    if repack:
+        _repack(model, gguf, tensors)
     return LoadedModel(model, tokenizer, config, gguf, tensors, gamma if thetas else None)
+
+
+def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> None:
+    for name, layer in model.star_linears().items():
+        layer.repack()
+        gguf.release(name if name in tensors else "token_embd.weight")  # tied
 
 
 @dataclass(frozen=True, slots=True)

@@ -336,14 +336,14 @@ class _Q6_K(_BlockFormat, qtype=GGMLQuantizationType.Q6_K):
 
 
 # ggml's kvalues_iq4nl: what the 16 values of a nibble stand for in the two IQ4 formats
-_IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
 @functools.cache
 def _iq4_pairs(device: torch.device) -> Tensor:
     """int16 (0x1000,): the two bytes of entry a + 256·b are the levels of nibbles a and b."""
     index = torch.arange(0x1000, device=device)
-    levels = torch.tensor(_IQ4_LEVELS, dtype=torch.int8, device=device)
+    levels = torch.tensor(IQ4_LEVELS, dtype=torch.int8, device=device)
     return torch.stack([levels[index & 0x0F], levels[index >> 8]], dim=1).view(torch.int16).squeeze(1)
 
 
@@ -354,7 +354,7 @@ def _iq4_levels(nibbles: Tensor) -> Tensor:
 
 
 class _IQ4_NL(_BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
-    """w = d·level[k], level = `_IQ4_LEVELS`: 32 weights in 18 bytes.
+    """w = d·level[k], level = `IQ4_LEVELS`: 32 weights in 18 bytes.
 
     bytes  0-1    float16 d
            2-17   byte i: k[i] in bits 0-3, k[16 + i] in bits 4-7
@@ -368,7 +368,7 @@ class _IQ4_NL(_BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
 
 
 class _IQ4_XS(_BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
-    """w = d·(s - 32)·level[k], level = `_IQ4_LEVELS`: 256 weights in 136 bytes, a 6-bit s for each 32.
+    """w = d·(s - 32)·level[k], level = `IQ4_LEVELS`: 256 weights in 136 bytes, a 6-bit s for each 32.
 
     bytes  0-1    float16 d
            2-3    bits 2·g and 2·g + 1 of this 16-bit word: bits 4-5 of s[g]

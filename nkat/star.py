@@ -7,6 +7,8 @@ computed at all: the result is bit-identical to the plain layer's.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import gguf
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,9 @@ from torch import nn
 from nkat.kernels import reference
 from nkat.quants import dequantize
 from nkat.theta import Theta, ThetaError, coupling, low_rank_form
+
+if TYPE_CHECKING:
+    from nkat.kernels.cpu_linear import CpuLinear
 
 
 class StarLinear(nn.Module):
@@ -53,18 +58,22 @@ class StarLinear(nn.Module):
         self.register_buffer("dense", dense, persistent=False)
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
+        self.compiled: CpuLinear | None = None
         self.set_theta(theta)
 
     def set_theta(self, theta: Theta | None) -> None:
         """Replaces Θ; its strength stays. Raises ThetaError when it is larger than the layer."""
-        self.down = self.up = None
-        if theta is None or theta.is_zero():
-            return
-        if theta.size > max(self.shape):
+        if theta is not None and theta.size > max(self.shape):
             raise ThetaError(f"theta of size {theta.size} does not fit a {self.shape[0]}x{self.shape[1]} weight")
+        self.down = self.up = None
+        self.theta = None if theta is None or theta.is_zero() else theta
+        if self.compiled is not None:
+            self.compiled.set_theta(self.theta)
+        if self.theta is None:
+            return
         # INT8 times its scale is rounded once, to the layer's dtype
         precise = torch.float64 if self.dtype == torch.float64 else torch.float32
-        down, up = low_rank_form(*theta.factors(precise), *self.shape)
+        down, up = low_rank_form(*self.theta.factors(precise), *self.shape)
         self.down = down.to(self.packed.device, self.dtype)
         self.up = up.to(self.packed.device, self.dtype)
 
@@ -72,11 +81,24 @@ class StarLinear(nn.Module):
         """Strength of Θ: κ(γ). None or 1 turns it off."""
         self.kappa = 0.0 if gamma is None else coupling(gamma)
 
+    def repack(self) -> None:
+        """Makes W ready for the CPU kernels, which then do the multiplication."""
+        from nkat.kernels.cpu_linear import CpuLinear  # LLVM is loaded only where it is used
+
+        self.compiled = CpuLinear(self.packed, self.qtype, self.shape, self.bias, exact=not self.int8_activations)
+        self.compiled.set_theta(self.theta)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.rows(x, 0, self.shape[0])
 
     def rows(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Outputs [start, stop) only: the way to a large vocabulary's logits in bounded memory."""
+        """Outputs [start, stop) only: the way to a large vocabulary's logits in bounded memory.
+
+        `start` must be a multiple of 16 (a tile of the CPU kernels).
+        """
+        if self.compiled is not None:
+            kappa = 0.0 if self.theta is None else self.kappa
+            return self.compiled.rows(x, start, stop, kappa, torch.get_num_threads()).to(self.dtype)
         x = x.to(self.dtype)
         bias = None if self.bias is None else self.bias[start:stop]
         inputs = reference.round_activations(x, self.qtype) if self.int8_activations else x

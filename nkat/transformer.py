@@ -225,6 +225,8 @@ class Transformer(nn.Module):
         """output_norm: RMS norm weight [d], in the residual stream's dtype; rope_factors: see rope_frequencies."""
         super().__init__()
         self.config = config
+        self.gamma: float | None = None
+        self.theta_changes = 0  # how often Θ was replaced: what was made from the old one is then stale
         self.embedding, self.output = embedding, output
         self.blocks = nn.ModuleList(blocks)
         self.output_norm: torch.Tensor
@@ -245,6 +247,7 @@ class Transformer(nn.Module):
 
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ in all layers; None or 1 turns it off. The weights are shared by both arms."""
+        self.gamma = gamma
         for layer in self.star_linears().values():
             layer.set_gamma(gamma)
 
@@ -254,6 +257,7 @@ class Transformer(nn.Module):
         for name in thetas:
             if name not in layers:
                 raise NKATError(f"theta for {name!r}, but the model has no such linear layer")
+        self.theta_changes += 1
         for name, layer in layers.items():
             layer.set_theta(thetas.get(name))
 
