@@ -26,6 +26,11 @@ KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 @functools.cache
 def target() -> binding.TargetMachine:
+    """What is compiled for: this processor."""
+    return _new_target()
+
+
+def _new_target() -> binding.TargetMachine:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     return binding.Target.from_default_triple().create_target_machine(
@@ -58,50 +63,42 @@ def best_isa() -> str:
 def compile_kernel(name: str, emit: Callable[[Builder], None], isa: str | None = None) -> int:
     """Address of a C function void(const int64_t *arguments, int64_t thread, int64_t threads).
 
-    Taken from the cache folder where it was compiled before. Raises NKATError when LLVM rejects it.
+    Its machine code comes from the cache folder if it was compiled before. Raises NKATError when LLVM rejects it.
     """
+    global compile_seconds
+    started = perf_counter()
     builder = Builder(name, isa or best_isa())
     emit(builder)
     builder.ir.ret_void()
-    return _address(str(builder.module), name)
-
-
-def _address(source: str, name: str) -> int:
-    global compile_seconds
-    started = perf_counter()
     with _LOCK:
-        code = _object_code(source)
-        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _engine_machine())
-        engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _new_target())  # it takes the target over
+        engine.add_object_file(binding.ObjectFileRef.from_data(_machine_code(str(builder.module))))
         engine.finalize_object()
         _KEPT.append(engine)
         compile_seconds += perf_counter() - started
-        return engine.get_function_address(name)
+    return engine.get_function_address(name)
 
 
-def _engine_machine() -> binding.TargetMachine:
-    return binding.Target.from_default_triple().create_target_machine(opt=3, jit=True)
-
-
-def _object_code(source: str) -> bytes:
-    machine = target()
+def _machine_code(source: str) -> bytes:
+    """An object file; in the cache it stands behind its SHA-256, so that a damaged one is noticed and made anew."""
     compiler = f"{llvmlite.__version__} {binding.llvm_version_info}"
-    key = "\n".join([compiler, machine.triple, binding.get_host_cpu_name(), *sorted(cpu_features()), source])
+    key = "\n".join([compiler, target().triple, binding.get_host_cpu_name(), *sorted(cpu_features()), source])
     path = cache_folder() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()}.o"
-    if path.is_file():
-        return path.read_bytes()
+    kept = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(kept[32:]).digest() == kept[:32]:
+        return kept[32:]
     try:
         module = binding.parse_assembly(source)
         module.verify()
     except RuntimeError as error:
         raise NKATError(f"this version of LLVM ({compiler}) rejects a kernel: {str(error).splitlines()[0]}") from None
+    # the kernels are vectors already, and unrolled where it pays
     options = binding.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
-    binding.create_pass_builder(machine, options).getModulePassManager().run(
-        module, binding.create_pass_builder(machine, options)
-    )
-    code = machine.emit_object(module)
+    passes = binding.create_pass_builder(target(), options)
+    passes.getModulePassManager().run(module, passes)
+    code = target().emit_object(module)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_output(path, len(code), force=True) as file:
-        file.write(code)
+    with atomic_output(path, len(code) + 32, force=True) as file:
+        file.write(hashlib.sha256(code).digest() + code)
     return code

@@ -57,33 +57,46 @@ class Program:
 
 
 class Threads:
-    """Threads that wait for a kernel to run; the caller's is the first of them."""
+    """Threads that wait for a kernel to run. The caller only waits, so that Ctrl-C finds no kernel half started."""
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._start = [threading.Semaphore(0) for _ in range(count - 1)]
-        self._done = threading.Semaphore(0)
+        self._start = [threading.Lock() for _ in range(count)]  # held until there is something to do
+        self._done = threading.Lock()  # held until the last thread has finished
+        self._counting = threading.Lock()
+        self._left = 0  # threads that have not finished
         self._job = (0, 0)
         self._busy = threading.Lock()  # one program at a time
-        for i in range(count - 1):
-            threading.Thread(target=self._work, args=(i,), daemon=True, name=f"nkat-{i + 1}").start()
+        for i, start in enumerate(self._start):
+            start.acquire()
+            threading.Thread(target=self._work, args=(i,), daemon=True, name=f"nkat-{i}").start()
 
     def run(self, kernel: int, arguments: np.ndarray) -> None:
-        """Runs a kernel on all threads and waits for the last."""
+        """Runs a kernel on all threads and waits for the last; a Ctrl-C meanwhile is raised after that."""
+        interrupt = None
         with self._busy:
+            self._done.acquire(blocking=False)
             self._job = (kernel, arguments.ctypes.data)
+            self._left = self.count
             for start in self._start:
                 start.release()
-            _call(kernel)(arguments.ctypes.data, 0, self.count)
-            for _ in self._start:
-                self._done.acquire()
+            while self._left:
+                try:
+                    self._done.acquire()
+                except KeyboardInterrupt as error:  # the kernels still use the caller's arrays
+                    interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _work(self, index: int) -> None:
         while True:
             self._start[index].acquire()
             kernel, arguments = self._job
-            _call(kernel)(arguments, index + 1, self.count)
-            self._done.release()
+            _call(kernel)(arguments, index, self.count)
+            with self._counting:
+                self._left -= 1
+                if self._left == 0:
+                    self._done.release()
 
 
 def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
