@@ -316,7 +316,7 @@ class Transformer(nn.Module):
         The logits are made and reduced in tiles of the vocabulary, so memory does not grow with N·V.
         """
         vocabulary, d = self.output.shape
-        tile = max(256, _TILE_ELEMENTS // max(d, len(targets)))
+        tile = max(256, _TILE_ELEMENTS // max(d, len(targets)) // 16 * 16)  # see StarLinear.rows
         total = hidden.new_full(targets.shape, -math.inf)
         chosen = torch.zeros_like(total)
         for start in range(0, vocabulary, tile):

@@ -28,6 +28,9 @@ FLOAT_TYPES = {
     GGMLQuantizationType.F16: F16,
     GGMLQuantizationType.BF16: I16,
 }
+# Bytes by which decoding asks for a weight before it needs it. Measured on a Xeon with two threads: 13 to 19 GB/s
+# without, 20 to 22 GB/s from 2 kB (6 kB for Q6_K) on, which is all that reading alone reaches there.
+_AHEAD = 6144
 STAR_ROWS = 8  # rows of `down` in one tile: 2 lanes each
 
 
@@ -156,6 +159,9 @@ def matmul_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, isa: st
                     with k.loop(0, units) as unit:
                         number = panel * units + unit
                         here = at + unit * unit_bytes(qtype)
+                        if tokens == 1:
+                            for line in range(0, unit_bytes(qtype), 64):
+                                k.prefetch(here + (_AHEAD + line))
                         if exact:
                             _exact_unit(k, layout, here, q + number * (layout.columns * tokens * 4), totals)
                         else:
@@ -213,6 +219,8 @@ def _float_tile(k: Builder, qtype: GGMLQuantizationType, at: Value, columns: Val
     tokens, width = len(totals), GGML_QUANT_SIZES[qtype][1]
     with k.loop(0, columns) as c:
         loaded = k.load(FLOAT_TYPES[qtype](ROWS), at + c * (ROWS * width))
+        if tokens == 1:
+            k.prefetch(at + c * (ROWS * width) + _AHEAD)
         bfloat16 = qtype == GGMLQuantizationType.BF16
         w = (loaded.unsigned(I32()) << 16).bits(F32(ROWS)) if bfloat16 else loaded.float32()
         for t, total in enumerate(totals):

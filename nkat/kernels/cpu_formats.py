@@ -254,7 +254,7 @@ class _Q2_K(BlockLayout, qtype=GGMLQuantizationType.Q2_K):
     def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
         both = k.load(I8(ROWS), unit + (2 * _HALF + _BYTE * group)).unsigned(I32())
         s, t = (both & 0x0F).float32(), (both >> 4).float32()
-        return s * _half(k, unit, 0), t * _half(k, unit, _HALF) * -1.0
+        return s * _half(k, unit, 0), t * (_half(k, unit, _HALF) * -1.0)
 
     @staticmethod
     def quad(k: Builder, unit: Value, quad: int) -> Value:
@@ -312,7 +312,7 @@ class _Q4_K(BlockLayout, qtype=GGMLQuantizationType.Q4_K):
     def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
         s = _unsigned_byte(k, unit, 2 * _HALF + _BYTE * group)
         t = _unsigned_byte(k, unit, 2 * _HALF + _BYTE * (8 + group))
-        return s * _half(k, unit, 0), t * _half(k, unit, _HALF) * -1.0
+        return s * _half(k, unit, 0), t * (_half(k, unit, _HALF) * -1.0)
 
     @staticmethod
     def quad(k: Builder, unit: Value, quad: int) -> Value:

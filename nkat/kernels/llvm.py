@@ -287,6 +287,15 @@ class Builder:
         align = 8 if kind in (_I64, _POINTER) else 1
         return Value(self, self.ir.load(address.raw, typ=kind, align=align))
 
+    def prefetch(self, address: Value) -> None:
+        """Asks for the cache line there: it will be read soon."""
+        function = self.module.globals.get("llvm.prefetch.p0")
+        if function is None:
+            kind = ir.FunctionType(ir.VoidType(), [_POINTER, _I32, _I32, _I32])
+            function = ir.Function(self.module, kind, "llvm.prefetch.p0")
+        read, all_levels, data = (ir.Constant(_I32, x) for x in (0, 3, 1))
+        self.ir.call(function, [address.raw, read, all_levels, data])
+
     def load_pointer(self, address: Value) -> Value:
         return self.load(_POINTER, address)
 
