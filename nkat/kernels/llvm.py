@@ -289,12 +289,8 @@ class Builder:
 
     def prefetch(self, address: Value) -> None:
         """Asks for the cache line there: it will be read soon."""
-        function = self.module.globals.get("llvm.prefetch.p0")
-        if function is None:
-            kind = ir.FunctionType(ir.VoidType(), [_POINTER, _I32, _I32, _I32])
-            function = ir.Function(self.module, kind, "llvm.prefetch.p0")
-        read, all_levels, data = (ir.Constant(_I32, x) for x in (0, 3, 1))
-        self.ir.call(function, [address.raw, read, all_levels, data])
+        read, all_levels, data = (self.value(x, _I32) for x in (0, 3, 1))
+        self.perform("llvm.prefetch.p0", [address, read, all_levels, data])
 
     def load_pointer(self, address: Value) -> Value:
         return self.load(_POINTER, address)
@@ -359,6 +355,14 @@ class Builder:
         if function is None:
             function = ir.Function(self.module, ir.FunctionType(result, kinds), intrinsic)
         return Value(self, self.ir.call(function, [a.raw for a in arguments]))
+
+    def perform(self, intrinsic: str, arguments: list[Value]) -> None:
+        """An LLVM intrinsic that returns nothing."""
+        function = self.module.globals.get(intrinsic)
+        if function is None:
+            kind = ir.FunctionType(ir.VoidType(), [a.kind for a in arguments])
+            function = ir.Function(self.module, kind, intrinsic)
+        self.ir.call(function, [a.raw for a in arguments])
 
     def _named(self, intrinsic: str, arguments: list[Value]) -> Value:
         kind = arguments[0].kind
@@ -471,10 +475,7 @@ class Builder:
     def pause(self) -> None:
         """Tells the processor that this is a loop that waits."""
         if self.isa != "generic":
-            function = self.module.globals.get("llvm.x86.sse2.pause")
-            if function is None:
-                function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause")
-            self.ir.call(function, [])
+            self.perform("llvm.x86.sse2.pause", [])
 
     def call_address(self, function: Value, arguments: list[Value]) -> None:
         """Calls a C function of pointers and int64 that returns nothing."""
