@@ -34,6 +34,7 @@ from nkat.search import (
     GROUPS,
     RANKS,
     Judge,
+    OverheadLimit,
     Setting,
     Space,
     apply_setting,
@@ -142,9 +143,11 @@ def main() -> None:
 
     started = time.perf_counter()
     helpers = [start_worker(study.study_name, options, number) for number in range(1, options.workers)]
-    objective = make_objective(
-        Judge(task.loaded, task.theta_set, task.seen, options.seed), space, options.max_overhead, task.held_out[0, :64]
-    )
+    limit = None
+    if options.max_overhead is not None:
+        fast = load_model(task.model, int8_activations=True, repack=True).model
+        limit = OverheadLimit(options.max_overhead, fast, task.held_out[0, :64])
+    objective = make_objective(Judge(task.loaded, task.theta_set, task.seen, options.seed), space, limit)
     completed = run_trials(study, objective, target, options.timeout, "worker" if options.join else "searching")
     for number, helper in enumerate(helpers, 1):
         if not completed:

@@ -1,165 +1,442 @@
 #!/usr/bin/env python3
-"""Measures a model with and without its Θ on real text."""
+"""Runs a model with and without its Θ: speed, comparison, perplexity, text, and the layers by themselves."""
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Sequence
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import torch
+
 from nkat import cli, hardware
+from nkat.atomic import check_output
+from nkat.bench import Arms, bench_decode, bench_prefill
+from nkat.chat import chat_messages, encode_chat, render_chat
+from nkat.compare import (
+    Comparison,
+    benchmark_record,
+    benchmark_text,
+    comparison_record,
+    comparison_text,
+    measure_quality,
+)
+from nkat.decode import Decoder, make_decoder
 from nkat.errors import NKATError
-from nkat.load import DTYPES, LoadedModel, load_model
-from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
-from nkat.report import check_record, format_table, git_commit, note, write_json
+from nkat.gemm import bench_gemm, copy_speed, gemm_table
+from nkat.generate import Sampler, Sampling, generate
+from nkat.load import DTYPES, LoadedModel
+from nkat.memory import memory
+from nkat.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks, text_chunks
+from nkat.plots import plot_comparison
+from nkat.provenance import file_hash, provenance
+from nkat.report import check_record, format_table, note, write_json
+from nkat.startup import Request, fresh_startup
 from nkat.texts import Text, load_text
-from nkat.theta_io import ModelFile, ThetaSet, check_judging_text, open_model_file, theta_for
+from nkat.theta_io import ModelFile, ThetaSet, check_judging_text
 from nkat.tpe import byte_ratio, tpe
 
+Record = dict[str, Any]
+
 EXAMPLES = """\
-  python nkat_inference_engine.py --model model.nkat --perplexity
+  python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --benchmark --seq-len 512 --iterations 100
+  python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --benchmark --theta-gamma 0.95
+  python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --compare --seq-len 512
   python nkat_inference_engine.py --model model.nkat --perplexity --text wiki.test.raw --chunks 40
-  python nkat_inference_engine.py --model model.nkat --perplexity --theta-gamma 0.90
   python nkat_inference_engine.py --model model.gguf --theta theta_rank4.bin --perplexity --json result.json
+  python nkat_inference_engine.py --model model.nkat --generate "Once upon a time" --max-tokens 100 --seed 1
+  python nkat_inference_engine.py --model model.nkat --generate "Name three rivers." --chat --temperature 0
+  python nkat_inference_engine.py --model model.nkat --gemm
 """
+COMMANDS = ("benchmark", "compare", "perplexity", "generate", "gemm")
+# Flags that only some commands take, and what they default to there.
+TAKEN_BY: dict[str, dict[str, Any]] = {
+    "text": dict.fromkeys(("benchmark", "compare", "perplexity")),
+    "seq_len": dict.fromkeys(("benchmark", "compare"), 512),
+    "iterations": dict.fromkeys(("benchmark", "compare"), 100),
+    "repetitions": {"benchmark": 6, "compare": 6, "gemm": 20},
+    "chunks": {"compare": 4, "perplexity": 16},
+    "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH),
+    "output_dir": {"compare": None},
+    "max_tokens": {"generate": 256},
+    "temperature": {"generate": Sampling().temperature},
+    "top_k": {"generate": Sampling().top_k},
+    "top_p": {"generate": Sampling().top_p},
+    "min_p": {"generate": Sampling().min_p},
+    "seed": {"generate": None},
+    "chat": {"generate": False},
+    "system": {"generate": None},
+}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.parser("Measure a language model with and without its Θ.", EXAMPLES)
+    parser = cli.parser("Run a language model with and without its Θ, and measure what Θ costs and buys.", EXAMPLES)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf")
     add("--theta", type=Path, metavar="FILE", help="a Θ file made for this model (--theta-only of the converter)")
     add("--theta-gamma", type=float, metavar="G", help="strength of Θ in place of the recorded one: lower is stronger")
-    add("--perplexity", action="store_true", help="perplexity without and with Θ, on the same chunks of 512 tokens")
-    add("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: Python's own documentation)")
-    add(
+    what = parser.add_argument_group("what to do, one of")
+    what.add_argument("--benchmark", action="store_true", help="speed of prefill and decoding, and what Θ costs")
+    what.add_argument("--compare", action="store_true", help="without Θ against with Θ: speed, memory, perplexity, TPE")
+    what.add_argument("--perplexity", action="store_true", help="perplexity without and with Θ, on the same chunks")
+    what.add_argument("--generate", metavar="PROMPT", help="continue a text, streaming; Ctrl-C stops")
+    what.add_argument("--gemm", action="store_true", help="each shape of layer alone, with and without the star term")
+    measure = parser.add_argument_group("measuring").add_argument
+    measure("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: Python's documentation)")
+    measure("--seq-len", type=cli.positive_int, metavar="N", help="tokens to prefill (default 512)")
+    measure("--iterations", type=cli.positive_int, metavar="N", help="decode steps behind them (default 100)")
+    measure("--repetitions", type=cli.positive_int, metavar="N", help="times over (default 6; --gemm 20)")
+    measure(
         "--chunks",
-        type=cli.positive_int,
-        default=16,
+        type=cli.non_negative_int,
         metavar="N",
-        help="at most so many chunks of the text (default 16)",
+        help="chunks of 512 tokens for perplexity, at most (default 16; --compare 4, and 0 leaves perplexity out)",
     )
-    add("--batch", type=cli.positive_int, default=4, metavar="N", help="chunks in one forward pass (default 4)")
+    measure("--batch", type=cli.positive_int, metavar="N", help="chunks in one forward pass (default 4)")
+    text = parser.add_argument_group("generating").add_argument
+    text("--max-tokens", type=cli.positive_int, metavar="N", help="at most so many (default 256)")
+    text("--temperature", type=float, metavar="T", help="0 takes the best token each time (default 0.8)")
+    text("--top-k", type=cli.non_negative_int, metavar="K", help="draw from the K likeliest tokens (default 40; 0 off)")
+    text("--top-p", type=float, metavar="P", help="draw from the likeliest that sum to P (default 0.95; 1 off)")
+    text("--min-p", type=float, metavar="P", help="draw from those P times as likely as the best (default 0.05; 0 off)")
+    text(
+        "--seed", type=cli.non_negative_int, metavar="N", help="the same seed gives the same text (default: a new one)"
+    )
+    text("--chat", action="store_true", default=None, help="put the prompt into the model's own chat template")
+    text("--system", metavar="TEXT", help="instructions for the model, with --chat")
     add("--dtype", choices=DTYPES, help="of the computation (default: float32 on the processor, bfloat16 on CUDA)")
     add(
         "--activations",
         choices=("float", "int8"),
-        default="float",
-        help="int8: round the layers' inputs as llama.cpp does, to compare with its figures (default float: exact)",
+        help="int8: round the layers' inputs as llama.cpp does (default: int8 on the processor, but exact for "
+        "--perplexity and on CUDA)",
     )
     add("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
     add("--threads", type=cli.positive_int, metavar="N", help="processor threads (default: torch's choice)")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
-    add("--force", action="store_true", help="replace an existing JSON file")
+    add(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="where --compare writes (default: a new folder in output/compare)",
+    )
+    add("--force", action="store_true", help="replace existing files")
     options = parser.parse_args(argv)
-    if not options.perplexity:
-        parser.error("say what to do: --perplexity")
+    chosen = [name for name in COMMANDS if getattr(options, name) not in (None, False)]
+    if len(chosen) != 1:
+        problem = "say what to do, one of" if not chosen else "one thing at a time, give only one of"
+        parser.error(f"{problem} {', '.join(f'--{name}' for name in COMMANDS)}")
+    options.command = chosen[0]
+    for name, defaults in TAKEN_BY.items():
+        if getattr(options, name) is None:
+            setattr(options, name, defaults.get(options.command))
+        elif options.command not in defaults:
+            parser.error(f"--{name.replace('_', '-')} has no meaning with --{options.command}")
+    if options.command == "perplexity" and options.chunks == 0:
+        parser.error("--perplexity needs at least one chunk")
+    if options.system is not None and not options.chat:
+        parser.error("--system goes with --chat")
     return options
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The model of this run, opened and checked but not loaded. theta: None when it has none; text: when not needed."""
+
+    options: argparse.Namespace
+    device: torch.device
+    threads: int
+    request: Request
+    model_file: ModelFile
+    theta: ThetaSet | None
+    text: Text | None
+
+    def load(self) -> LoadedModel:
+        return self.request.load(self.model_file, self.theta)
+
+    def tokens(self, loaded: LoadedModel) -> tuple[list[int], list[int]]:
+        """The text's first --seq-len tokens, and the --iterations behind them."""
+        first, total = self.options.seq_len, self.options.seq_len + self.options.iterations
+        ids = loaded.tokenizer.encode(self.text.content, add_special=True)
+        if len(ids) < total:
+            raise NKATError(f"the text is too short: it has {len(ids)} tokens, and {total} are to be run")
+        if total > loaded.config.context_length:
+            note(f"warning: {total} tokens, but the model was made for {loaded.config.context_length}")
+        return ids[:first], ids[first:total]
 
 
 def main() -> None:
     options = parse_arguments()
+    try:
+        run(options)
+    except torch.OutOfMemoryError:
+        raise NKATError(
+            f"{options.model}: does not fit into the GPU's memory; --no-cuda runs it on the processor"
+        ) from None
+
+
+def run(options: argparse.Namespace) -> None:
     check_record(options.json, options.force)
-    hardware.set_threads(options.threads)
+    count = hardware.set_threads(options.threads)
     device = hardware.pick_device(allow_cuda=not options.no_cuda)
-    text = load_text(options.text)
-    model_file = open_model_file(options.model)
-    if model_file.unfinished:
-        note(f"warning: the Θ behind {options.model} is incomplete or damaged; measuring the base model alone")
-    theta_set = _theta_set(options, model_file)
-    if theta_set is not None:
-        check_judging_text(theta_set, text.sha256, options.theta or options.model)
-    gamma = options.theta_gamma
-    if theta_set is not None and gamma is None:
-        gamma = theta_set.gamma
-    loaded = load_model(
-        model_file,
-        thetas=theta_set.thetas if theta_set else None,
-        gamma=gamma,
-        device=device,
-        dtype=DTYPES[options.dtype] if options.dtype else None,
+    fast = device.type == "cpu" and options.command != "perplexity"
+    if options.activations is None:
+        options.activations = "int8" if fast else "float"
+    text = load_text(options.text) if options.command in TAKEN_BY["text"] else None
+    request = Request(
+        options.model,
+        options.theta,
+        options.theta_gamma,
+        str(device),
+        options.dtype,
         int8_activations=options.activations == "int8",
+        repack=fast and options.dtype in (None, "float32"),  # what the CPU kernels compute in
     )
-    record = measure_perplexity(options, theta_set, loaded, text)
-    record["machine"] = hardware.describe(device)
-    record["git_commit"] = git_commit()
+    model_file, theta = request.open()
+    if model_file.unfinished:
+        note(f"warning: the Θ behind {options.model} is incomplete or damaged; using the base model alone")
+    if theta is not None and text is not None and options.chunks != 0:
+        check_judging_text(theta, text.sha256, options.theta or options.model)
+    job = Job(options, device, count, request, model_file, theta, text)
+    commands: dict[str, Callable[[Job], Record]] = {
+        "benchmark": benchmark,
+        "compare": compare,
+        "perplexity": measure_perplexity,
+        "generate": generate_text,
+        "gemm": gemm,
+    }
+    record = commands[options.command](job)
     if options.json:
         write_json(record, options.json, options.force)
+    if record.get("stopped") == "interrupted":
+        sys.exit(cli.INTERRUPTED)
 
 
-def measure_perplexity(
-    options: argparse.Namespace, theta_set: ThetaSet | None, loaded: LoadedModel, text: Text
-) -> dict[str, Any]:
+def benchmark(job: Job) -> Record:
+    """Prefill and decoding, with and without Θ where there is one; loading and memory in a fresh process."""
+    options = job.options
+    with cli.bar(1, "loading in a fresh process", "start"):
+        start = fresh_startup(job.request, job.text.content, job.threads)
+    loaded = job.load()
+    prefill, decode, decoder = measure_speed(job, loaded)
+    held = memory(options.model)
+    record = {
+        **benchmark_record(prefill, decode, start),
+        **conditions(job, loaded, decoder),
+        "peak_memory_bytes": held.peak,
+        "memory": asdict(held),
+    }
+    print_subject(job, record, f"{options.seq_len} tokens, then {options.iterations} more one by one")
+    print(benchmark_text(record))
+    return record
+
+
+def compare(job: Job) -> Record:
+    """Both arms, everything; a picture and a record in a folder."""
+    options = job.options
+    if job.theta is None:
+        raise NKATError(
+            f"{options.model}: has no Θ, so there is nothing to compare; --benchmark or --perplexity measure it alone, "
+            "nkat_gguf_converter.py adds Θ"
+        )
+    folder = options.output_dir or Path("output", "compare", f"{options.model.stem}_{datetime.now():%Y%m%d-%H%M%S}")
+    picture, details = folder / "comparison.png", folder / "comparison.json"
+    if options.output_dir:  # a name of our own is new; it is made when there is something to put there
+        make_folder(folder)
+        for path in (picture, details):
+            check_output(path, options.force)
+    with cli.bar(2, "loading in fresh processes", "start") as progress:
+        starts = []
+        for with_theta in (False, True):
+            request = replace(job.request, gamma=job.request.gamma if with_theta else None, with_theta=with_theta)
+            starts.append(fresh_startup(request, job.text.content, job.threads))
+            progress.update()
+    loaded = job.load()
+    prefill, decode, decoder = measure_speed(job, loaded)
+    held = memory(options.model)
+    quality = None
+    if options.chunks:
+        chunks = text_chunks(loaded.tokenizer, job.text.content, options.chunks)
+        rounded = job.request.int8_activations
+        exact = (
+            replace(job.request, int8_activations=False, repack=False).load(job.model_file, None) if rounded else None
+        )
+        quality = measure_quality(loaded, chunks, batch=options.batch, exact=exact)
+    ratio = byte_ratio(loaded.tensors, job.theta.nbytes)
+    record = {
+        **comparison_record(Comparison(prefill, decode, (starts[0], starts[1]), quality, ratio)),
+        **conditions(job, loaded, decoder),
+        "peak_memory_bytes": held.peak,
+        "memory": asdict(held),
+    }
+    print_subject(job, record, f"{options.seq_len} tokens, then {options.iterations} more one by one")
+    print(comparison_text(record))
+    make_folder(folder)
+    plot_comparison(picture, record, f"{options.model.name} without and with Θ", options.force)
+    write_json(record, str(details), options.force)
+    print(f"\nfiles are in {folder}")
+    return record
+
+
+def measure_speed(job: Job, loaded: LoadedModel) -> tuple[Arms, Arms, Decoder]:
+    options = job.options
+    first, following = job.tokens(loaded)
+    decoder = make_decoder(loaded.model, len(first) + len(following))
+    prefill = bench_prefill(decoder, first, loaded.gamma, repetitions=options.repetitions)
+    decode = bench_decode(decoder, following, loaded.gamma, start=len(first), repetitions=options.repetitions)
+    return prefill, decode, decoder
+
+
+def print_subject(job: Job, record: Record, what: str) -> None:
+    """Two lines: what was measured, and how."""
+    options = job.options
+    print(f"\n{options.model} on {job.text.name}: {what}, {options.repetitions} times over")
+    print(
+        f"{record['machine']['device_name']}, {threads(job)}, {record['dtype']}, "
+        f"activations {options.activations}, {record['decoder']}\n"
+    )
+
+
+def threads(job: Job) -> str:
+    return f"{job.threads} thread{'s' if job.threads > 1 else ''}"
+
+
+def generate_text(job: Job) -> Record:
+    """Streams to stdout; the speed goes to stderr, where it does not mix with the text."""
+    options = job.options
+    seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    loaded = job.load()
+    tokenizer = loaded.tokenizer
+    if options.chat:
+        rendered = render_chat(loaded.gguf.metadata, tokenizer, chat_messages(options.generate, options.system))
+        prompt = encode_chat(tokenizer, rendered)
+    else:
+        prompt = tokenizer.encode(options.generate, add_special=True, parse_special=True)
+    total = len(prompt) + options.max_tokens
+    if total > loaded.config.context_length:
+        note(f"warning: up to {total} tokens, but the model was made for {loaded.config.context_length}")
+    decoder = make_decoder(loaded.model, total)
+    decoder.set_gamma(loaded.gamma)
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    result = generate(decoder, tokenizer, prompt, Sampler(sampling, seed), max_tokens=options.max_tokens, on_text=show)
+    print(flush=True)
+    note(
+        f"prompt {result.prompt_tokens} tokens, {result.prompt_speed:.1f} tok/s; "
+        f"generated {len(result.tokens)} tokens, {result.speed:.2f} tok/s; stopped by {result.stopped}; seed {seed}"
+    )
+    return {
+        "prompt": options.generate,
+        "text": result.text,
+        "tokens": result.tokens,
+        "stopped": result.stopped,
+        "seed": seed,
+        **asdict(sampling),
+        "chat": options.chat,
+        "prompt_tokens": result.prompt_tokens,
+        "prompt_tokens_per_second": result.prompt_speed,
+        "generated_tokens": len(result.tokens),
+        "tokens_per_second": result.speed,
+        **conditions(job, loaded, decoder),
+    }
+
+
+def gemm(job: Job) -> Record:
+    """Each kind of layer of the model by itself."""
+    options = job.options
+    loaded = job.load()
+    if loaded.gamma is None:
+        note(f"{options.model} has no Θ: its layers are timed without the star term only")
+    copy = copy_speed(job.device)
+    rows = [row.record(copy) for row in bench_gemm(loaded.model, loaded.gamma, repetitions=options.repetitions)]
+    record = {"copy_gb_per_second": copy / 1e9, "rows": rows, **conditions(job, loaded)}
+    print(f"\n{options.model}: packed weight × x, {options.repetitions} calls of each, median; {record['dtype']}")
+    print(f"{record['machine']['device_name']}, {threads(job)}; a copy reaches {copy / 1e9:.1f} GB/s\n")
+    print(gemm_table(rows))
+    return record
+
+
+def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) -> Record:
+    """Under which conditions this run's figures hold; the model's hash only where somebody will read it."""
+    options = job.options
+    record = provenance(
+        options.model, loaded, theta=job.theta, theta_path=options.theta, text=job.text, decoder=decoder
+    )
+    for name in ("command", "seq_len", "iterations", "repetitions"):
+        if getattr(options, name) is not None:
+            record[name] = getattr(options, name)
+    if options.json or options.command == "compare":
+        record["model_sha256"] = file_hash(options.model)
+    return record
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NKATError(f"{path}: cannot be made a folder: {error.strerror}") from None
+
+
+def measure_perplexity(job: Job) -> Record:
     """Scores the same chunks without Θ and, where there is one, with it; prints the table."""
-    chunks = text_chunks(loaded.tokenizer, text.content, options.chunks)
-    started = time.perf_counter()
+    options, theta = job.options, job.theta
+    loaded = job.load()
+    chunks = text_chunks(loaded.tokenizer, job.text.content, options.chunks)
+    started = perf_counter()
     loaded.model.set_gamma(None)
     base = Perplexity(score_chunks(loaded.model, chunks, batch=options.batch, progress="without Θ"))
-    base_seconds = time.perf_counter() - started
-    record: dict[str, Any] = {
-        "model": str(options.model),
-        "theta": str(options.theta) if options.theta else None,
-        "text": text.name,
-        "text_sha256": text.sha256,
+    record = {
+        **conditions(job, loaded),
         "chunks": base.chunks,
         "context": base.context,
         "scored_tokens": base.tokens,
-        "dtype": str(loaded.model.output.dtype).removeprefix("torch."),
-        "activations": options.activations,
         "baseline_perplexity": base.ppl,
         "baseline_perplexity_stderr": base.stderr,
         "baseline_tpe": tpe(base.ppl),
-        "baseline_seconds": base_seconds,
-        "theta_enabled": theta_set is not None,
+        "baseline_seconds": perf_counter() - started,
     }
     rows = [["without Θ", str(base), "", f"{tpe(base.ppl):.6f}"]]
-    if theta_set is not None:
+    if theta is not None:
         loaded.model.set_gamma(loaded.gamma)
-        started = time.perf_counter()
+        started = perf_counter()
         with_theta = Perplexity(score_chunks(loaded.model, chunks, batch=options.batch, progress="with Θ"))
-        seconds = time.perf_counter() - started
         change = paired(base, with_theta)
-        ratio = byte_ratio(loaded.tensors, theta_set.nbytes)
+        ratio = byte_ratio(loaded.tensors, theta.nbytes)
         record |= {
-            "theta_rank": theta_set.rank,
-            "theta_gamma": loaded.gamma,
-            "theta_source": theta_set.source,
-            "theta_layers": len(theta_set.thetas),
-            "theta_bytes": theta_set.nbytes,
             "nkat_perplexity": with_theta.ppl,
             "nkat_perplexity_stderr": with_theta.stderr,
             "perplexity_change_percent": change.percent,
             "perplexity_change_stderr": change.percent_stderr,
             "byte_ratio": ratio,
             "nkat_tpe": tpe(with_theta.ppl, ratio),
-            "nkat_seconds": seconds,
+            "nkat_seconds": perf_counter() - started,
         }
-        label = f"with Θ (rank {theta_set.rank}, gamma {loaded.gamma:g})"
-        rows.append(
-            [label, f"{with_theta.ppl:.4f} ± {with_theta.stderr:.4f}", str(change), f"{record['nkat_tpe']:.6f}"]
-        )
-    print(f"\n{options.model} on {text.name}: {base.chunks} chunks of {base.context} tokens, {base.tokens} scored\n")
+        label = f"with Θ (rank {theta.rank}, gamma {loaded.gamma:g})"
+        rows.append([label, str(with_theta), str(change), f"{record['nkat_tpe']:.6f}"])
+    print(
+        f"\n{options.model} on {job.text.name}: {base.chunks} chunks of {base.context} tokens, {base.tokens} scored\n"
+    )
     print(format_table(rows, ["", "perplexity", "change", "TPE"]))
-    if theta_set is not None:
-        print(f"\n{_verdict(record)}")
+    if theta is not None:
+        print(f"\n{verdict(change)}")
     return record
 
 
-def _theta_set(options: argparse.Namespace, model_file: ModelFile) -> ThetaSet | None:
-    theta_set = theta_for(model_file, options.theta) if options.theta else model_file.thetas
-    if theta_set is None and options.theta_gamma is not None:
-        raise NKATError(f"{options.model}: has no Θ, so --theta-gamma has no meaning")
-    return theta_set
-
-
-def _verdict(record: dict[str, Any]) -> str:
+def verdict(change: PairedChange) -> str:
     """What the paired difference says, at two standard errors."""
-    change, error = record["perplexity_change_percent"], record["perplexity_change_stderr"]
-    if abs(change) <= 2 * error:
+    if abs(change.percent) <= 2 * change.percent_stderr:
         return "Θ makes no difference that this text can show (within two standard errors)."
-    return f"Θ makes this model {'better' if change < 0 else 'worse'} on this text (beyond two standard errors)."
+    better = change.percent < 0
+    return f"Θ makes this model {'better' if better else 'worse'} on this text (beyond two standard errors)."
 
 
 if __name__ == "__main__":

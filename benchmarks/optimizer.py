@@ -56,7 +56,7 @@ def measure_grid(judge: Judge) -> dict[Setting, float]:
 def trial_cost(judge: Judge, rounds: int = 3) -> float:
     """Seconds of a whole trial over those of the bare perplexity run of the same Θ, in turns; median of the ratios."""
     study = optuna.create_study(direction="maximize", pruner=make_pruner())
-    objective = make_objective(judge, Space(), None, judge.chunks[0, :1])
+    objective = make_objective(judge, Space())
     ratios = []
     for _ in range(rounds):
         judge.measured.clear()

@@ -85,8 +85,12 @@ class TensorInfo:
         return self.type.name
 
 
+_LONG = 4096
+
+
 class Metadata(Mapping[str, Any]):
-    """Key → value in file order. Values are decoded on first access and kept.
+    """Key → value in file order. Values are decoded on first access and kept, but for long lists of strings (a
+    vocabulary takes many megabytes, and its user keeps what it needs).
 
     Scalars are Python bool, int, float or str; numeric arrays read-only numpy arrays; string arrays list[str].
     """
@@ -97,9 +101,12 @@ class Metadata(Mapping[str, Any]):
         self._values: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self._values:
-            self._values[key] = self._decoders[key]()
-        return self._values[key]
+        if key in self._values:
+            return self._values[key]
+        value = self._decoders[key]()
+        if not (isinstance(value, list) and len(value) > _LONG):
+            self._values[key] = value
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.spans)

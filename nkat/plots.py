@@ -1,4 +1,4 @@
-"""Pictures of a search. matplotlib is imported when one is drawn, without a display."""
+"""Pictures of a search and of a comparison. matplotlib is imported when one is drawn, without a display."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from nkat.atomic import atomic_output
 
+_LATENCIES = "p90_latency_ms", "p10_latency_ms"
 _BASE, _TRIAL, _PRUNED, _BEST = "#444444", "#1f77b4", "#bbbbbb", "#d62728"
 
 
@@ -23,12 +24,7 @@ def plot_search(
     Replaces an earlier picture.
     rows: `nkat.study.history` of a language-model search; the trial without parameters is the model without Θ
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
+    figure = _figure(title, (13, 9))
     panels = figure.subplots(2, 2)
     complete = [row for row in rows if row["state"] == "COMPLETE"]
     base = next((row for row in complete if not row["parameters"]), None)
@@ -38,10 +34,59 @@ def plot_search(
     _rank_gamma(panels[0][1], figure, searched, best)
     _importances(panels[1][0], importances)
     _front(panels[1][1], base, searched, best)
+    _save(figure, path, force=True)
+
+
+def plot_comparison(path: Path, record: Mapping[str, Any], title: str, force: bool) -> None:
+    """Decoding, prefill and perplexity without and with Θ as PNG, from the record of `nkat.compare`.
+
+    Bars are medians with the 10th to 90th percentile of single runs, perplexity with its standard error; the heading of
+    a panel has the paired change, which is surer than the bars. Without perplexity there are two panels.
+    """
+    arms = record["baseline"], record["nkat"]
+    figure = _figure(title, (12 if record["chunks"] else 8, 4.5))
+    panels = figure.subplots(1, 3 if record["chunks"] else 2)
+    for axes, part, overhead in zip(panels, ("decode", "prefill"), ("overhead", "prefill_overhead"), strict=False):
+        speeds = [arm[part]["tokens_per_second"] for arm in arms]
+        # a percentile of the latency is the opposite one of the speed
+        relative = [[arm[part]["median_latency_ms"] / arm[part][key] for arm in arms] for key in _LATENCIES]
+        low = [v * (1 - r) for v, r in zip(speeds, relative[0], strict=True)]
+        high = [v * (r - 1) for v, r in zip(speeds, relative[1], strict=True)]
+        bottom, top = record[overhead]["interval"]
+        axes.set_title(
+            f"{part}: time {record[overhead]['percentage']:+.2f} % ({bottom:+.2f} to {top:+.2f})", fontsize=10
+        )
+        _bars(axes, "tokens per second", speeds, [low, high], "{:.1f}")
+    if record["chunks"]:
+        change, error = record["estimated_perplexity_improvement"], record["perplexity_change_stderr"]
+        panels[2].set_title(f"perplexity: {change:+.3f} % ± {error:.3f}", fontsize=10)
+        errors = [arm["perplexity_stderr"] for arm in arms]
+        _bars(panels[2], "perplexity (lower is better)", [arm["perplexity"] for arm in arms], errors, "{:.3f}")
+    _save(figure, path, force)
+
+
+def _bars(axes: Any, label: str, values: list[float], errors: Any, form: str) -> None:
+    axes.set(ylabel=label)
+    axes.bar(["without Θ", "with Θ"], values, yerr=errors, color=[_BASE, _TRIAL], width=0.6, capsize=8)
+    for at, value in enumerate(values):  # at the foot, out of the error bar's way
+        axes.annotate(form.format(value), (at, 0), (0, 6), textcoords="offset points", ha="center", color="white")
+
+
+def _figure(title: str, inches: tuple[float, float]) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    return figure
+
+
+def _save(figure: Any, path: Path, force: bool) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     data = buffer.getvalue()
-    with atomic_output(path, len(data), force=True) as file:
+    with atomic_output(path, len(data), force) as file:
         file.write(data)
 
 
@@ -116,10 +161,6 @@ def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
         )
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.legend()
-
-
-def _sizes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    return [row["theta_bytes"] / 1e6 for row in rows], [row["perplexity"] for row in rows]
 
 
 def _dominates(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

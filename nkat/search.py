@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -18,10 +18,13 @@ import optuna
 import torch
 
 from nkat.bench import PairedOverhead, paired_overhead
+from nkat.decode import make_decoder
 from nkat.load import LoadedModel
 from nkat.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks
+from nkat.theta import Theta
 from nkat.theta_io import ThetaSet, scale_by_depth, truncate_rank
 from nkat.tpe import byte_ratio, tpe
+from nkat.transformer import Transformer
 
 RANKS = (2, 4, 6, 8)
 GAMMA_RANGE = (0.90, 0.99)
@@ -34,6 +37,7 @@ GROUPS = {
 }
 GUIDE_DEFAULT = {"rank": 4, "gamma": 0.97, "layers": "both", "depth_decay": False}
 BASE = "base"  # the user attribute that marks the trial of the model without Θ
+_OVERHEAD_STEPS = 8  # decoded tokens of one block when the overhead is measured
 _GROUP = DEFAULT_BATCH  # chunks scored between two looks at the evidence: one forward pass
 
 
@@ -162,22 +166,32 @@ def log_tpe(nll: float, ratio: float) -> float:
     return -nll - math.log(math.log10(10.0 * ratio))
 
 
-def make_objective(
-    judge: Judge, space: Space, max_overhead: float | None, prompt: torch.Tensor
-) -> Callable[[optuna.Trial], float]:
-    """TPE of a trial's setting on the judge's chunks.
+@dataclass(slots=True)
+class OverheadLimit:
+    """A constraint of the trials: what Θ may cost in decoding, in per cent of the time without.
 
-    max_overhead: per cent of decoding time that Θ may cost, as a constraint of the trial; measured once for each rank
-    and choice of layers, because γ and the decay do not change the work
+    model: loaded to decode as fast as it can, so that Θ's share of the time is what users will see
+    prompt: decoding is timed behind it, int64 [T]
     """
-    overheads: dict[tuple[int, str], PairedOverhead] = {}
 
-    def overhead(setting: Setting) -> PairedOverhead:
+    percent: float
+    model: Transformer
+    prompt: torch.Tensor
+    measured: dict[tuple[int, str], PairedOverhead] = field(default_factory=dict, init=False)
+
+    def cost(self, setting: Setting, thetas: Mapping[str, Theta]) -> PairedOverhead:
+        """Measured once for each rank and choice of layers: γ and the decay do not change the work."""
         key = setting.rank, setting.layers
-        if key not in overheads:
-            judge.loaded.model.set_thetas(judge.apply(setting).thetas)
-            overheads[key] = paired_overhead(judge.loaded.model, prompt, setting.gamma, blocks=6, steps=3)
-        return overheads[key]
+        if key not in self.measured:
+            self.model.set_thetas(thetas)
+            decoder = make_decoder(self.model, len(self.prompt) + _OVERHEAD_STEPS)
+            prompt = self.prompt.tolist()
+            self.measured[key] = paired_overhead(decoder, prompt, setting.gamma, blocks=12, steps=_OVERHEAD_STEPS)
+        return self.measured[key]
+
+
+def make_objective(judge: Judge, space: Space, limit: OverheadLimit | None = None) -> Callable[[optuna.Trial], float]:
+    """TPE of a trial's setting on the judge's chunks."""
 
     def objective(trial: optuna.Trial) -> float:
         base = judge.base()
@@ -186,11 +200,11 @@ def make_objective(
                 trial.report(log_tpe(nll, 1.0), chunk)
             return _record(trial, base, None, None, judge)
         setting = space.suggest(trial)
-        if max_overhead is not None:
-            cost = overhead(setting)
+        if limit is not None:
+            cost = limit.cost(setting, judge.apply(setting).thetas)
             trial.set_user_attr("overhead_percent", cost.percent)
             trial.set_user_attr("overhead_range", cost.spread)
-            trial.set_constraint("overhead", cost.percent - max_overhead)
+            trial.set_constraint("overhead", cost.percent - limit.percent)
 
         def on_chunk(chunk: int, value: float) -> bool:
             trial.report(value, chunk)

@@ -13,13 +13,11 @@ import optuna
 import pytest
 import torch
 
-from nkat.bench import paired_overhead
 from nkat.convert import ThetaOptions, describe_theta_set, make_thetas
-from nkat.errors import NKATError
 from nkat.layers import select_layers
 from nkat.load import load_model
 from nkat.perplexity import paired, score_chunks, text_chunks
-from nkat.search import GUIDE_DEFAULT, Judge, Setting, Space, apply_setting, log_tpe, make_objective
+from nkat.search import GUIDE_DEFAULT, Judge, OverheadLimit, Setting, Space, apply_setting, log_tpe, make_objective
 from nkat.theta_io import ThetaSet, open_model_file
 from nkat.tpe import byte_ratio, tpe
 from tests.conftest import ROOT
@@ -81,7 +79,7 @@ def test_chunk_scores_average_to_the_trials_score(judge: Judge) -> None:
 def test_hopeless_trials_stop_early_and_good_ones_do_not(judge: Judge) -> None:
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.WilcoxonPruner(n_startup_steps=3))
     own = Judge(judge.loaded, judge.theta_set, judge.chunks)
-    objective = make_objective(own, Space(), None, judge.chunks[0, :16])
+    objective = make_objective(own, Space())
 
     def run_one(gamma: float, strength: float) -> optuna.trial.FrozenTrial:
         for theta in own.theta_set.thetas.values():
@@ -102,22 +100,11 @@ def test_hopeless_trials_stop_early_and_good_ones_do_not(judge: Judge) -> None:
 def test_the_overhead_is_a_constraint(judge: Judge) -> None:
     study = optuna.create_study(direction="maximize")
     study.enqueue_trial(GUIDE_DEFAULT)
-    study.optimize(make_objective(judge, Space(), -99.0, judge.chunks[0, :16]), n_trials=1)  # nobody can be so fast
+    limit = OverheadLimit(-99.0, judge.loaded.model, judge.chunks[0, :16])  # nobody can be so fast
+    study.optimize(make_objective(judge, Space(), limit), n_trials=1)
     trial = study.trials[0]
     assert trial.constraints["overhead"] == pytest.approx(trial.user_attrs["overhead_percent"] + 99)
     assert trial.constraints["overhead"] > 0
-
-
-def test_paired_overhead_alternates_and_checks_its_arguments(judge: Judge) -> None:
-    model = judge.loaded.model
-    model.set_thetas(judge.theta_set.thetas)
-    result = paired_overhead(model, judge.chunks[0, :8], 0.97, blocks=3, steps=2)
-    assert len(result.with_theta) == len(result.without) == 3
-    assert min(result.ratios) > 0
-    low, high = result.spread
-    assert low <= result.percent <= high
-    with pytest.raises(NKATError, match="at least one"):
-        paired_overhead(model, judge.chunks[0, :0], 0.97)
 
 
 def run(script, *arguments: object) -> tuple[dict, str]:

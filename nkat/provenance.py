@@ -1,0 +1,74 @@
+"""What a figure needs so that others can repeat it: model, Θ, text, setting, machine and versions."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from nkat import hardware
+from nkat.cli import bar
+from nkat.decode import Decoder
+from nkat.gguf_writer import FileRange, sha256_of_parts
+from nkat.load import LoadedModel
+from nkat.report import git_commit
+from nkat.texts import Text
+from nkat.theta_io import ThetaSet
+
+PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")
+
+
+def provenance(
+    model: Path,
+    loaded: LoadedModel,
+    *,
+    theta: ThetaSet | None = None,
+    theta_path: Path | None = None,
+    text: Text | None = None,
+    decoder: Decoder | None = None,
+) -> dict[str, Any]:
+    """For a JSON record. The model's hash is not here: `file_hash` reads all of it.
+
+    theta_path: of the file with Θ alone, where it is one
+    """
+    device = loaded.model.device
+    machine = hardware.describe(device)
+    record: dict[str, Any] = {
+        "model": str(model),
+        "theta": str(theta_path) if theta_path else None,
+        "theta_enabled": theta is not None,
+        "device": str(device),
+        "threads": machine["threads"],
+        "dtype": str(loaded.model.output.dtype).removeprefix("torch."),
+        "activations": "int8" if loaded.model.output.int8_activations else "float",
+        "machine": machine,
+        "versions": {name: _installed(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+    }
+    if text is not None:
+        record |= {"text": text.name, "text_sha256": text.sha256}
+    if theta is not None:
+        record |= {
+            "theta_rank": theta.rank,
+            "theta_gamma": loaded.gamma,
+            "theta_source": theta.source,
+            "theta_layers": len(theta.thetas),
+            "theta_bytes": theta.nbytes,
+        }
+    if decoder is not None:
+        record |= {"decoder": decoder.name, "kv_cache_bytes": decoder.cache_nbytes}
+    return record
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal, with a progress bar."""
+    size = path.stat().st_size
+    with bar(size, "hashing the model", "B") as progress:
+        return sha256_of_parts([FileRange(path, 0, size)], progress.update)
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
