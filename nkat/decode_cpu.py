@@ -66,7 +66,7 @@ class CompiledDecoder:
         self.cache_nbytes = self.cache.nbytes
         self._made_for = model.theta_changes
         self._one = _ForwardPass(self, 1, 1)
-        self._many: _ForwardPass | None = None
+        self._many = _ForwardPass(self, min(PREFILL_TOKENS, capacity), panel_tokens())
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         if not tokens:
@@ -74,8 +74,6 @@ class CompiledDecoder:
         self._check_room(len(tokens))
         if len(tokens) == 1:
             return self.step(tokens[0])
-        if self._many is None:
-            self._many = _ForwardPass(self, PREFILL_TOKENS, panel_tokens())
         logits = None
         for start in range(0, len(tokens), PREFILL_TOKENS):
             part = tokens[start : start + PREFILL_TOKENS]
