@@ -68,8 +68,8 @@ def llama_completion(program: Path, model: Path, threads: int, prompt: Path, lor
     ]
     found = _run([*command, *(["--lora", lora] if lora else [])]).stderr
     speeds = [
-        float(re.search(kind + r" time = .*?([\d.]+) tokens per second", found)[1])  # type: ignore[index]
-        for kind in ("prompt eval", " eval")
+        float(re.search(rf"print: +{kind} time = .*?([\d.]+) tokens per second", found)[1])  # type: ignore[index]
+        for kind in ("prompt eval", "eval")
     ]
     return speeds[0], speeds[1]
 
