@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from gguf.constants import GGML_QUANT_SIZES
 
 from nkat.errors import NKATError
-from nkat.kernels.cpu import panel_tokens
+from nkat.kernels.cpu import embedding_kernel, panel_tokens
 from nkat.kernels.cpu_blocks import (
     KEYS,
     Heads,
@@ -24,6 +25,7 @@ from nkat.kernels.cpu_blocks import (
 )
 from nkat.kernels.cpu_linear import CpuLinear, Panels
 from nkat.kernels.program import Program, aligned, pool
+from nkat.quants import packed_nbytes
 from nkat.star import StarLinear
 from nkat.transformer import Block, Transformer
 
@@ -64,6 +66,13 @@ class CompiledDecoder:
         )
         self.cache = _Cache(config.block_count, self.heads, capacity)
         self.cache_nbytes = self.cache.nbytes
+        self.angles = [
+            _rotation_tables(frequencies, rope.magnitude, capacity)
+            for frequencies, rope in (
+                (model.frequencies, config.rope),
+                (model.local_frequencies, config.local_rope),
+            )
+        ]
         self._made_for = model.theta_changes
         self._one = _ForwardPass(self, 1, 1)
         self._many = _ForwardPass(self, min(PREFILL_TOKENS, capacity), panel_tokens())
@@ -113,11 +122,13 @@ class _ForwardPass:
         self.scale = np.array([config.attention_scale], np.float32)
         self.d = config.embedding_length
         self.x, self.normed = self._rows(self.d), self._rows(self.d)
-        self.angles = [self._rotation_tables(), self._rotation_tables()]
+        self.ids = np.zeros(self.capacity, np.int64)
         self.panels: dict[tuple[str, object], Panels] = {}
         self.stars: list[tuple[StarLinear, np.ndarray, np.ndarray]] = []  # layer, arguments of down and of matmul
         self.strength = model.gamma  # that the programs are set to
-        self.program, self.head = Program(), Program()
+        self.program = Program()
+        self.head = self.program if self.capacity == 1 else Program()
+        self._embedding()
 
         linears = {name: _compiled(layer) for name, layer in model.blocks[0].linears.items()}
         self.y = {name: self._rows(linear.padded_rows) for name, linear in linears.items()}
@@ -133,33 +144,21 @@ class _ForwardPass:
     def _rows(self, columns: int) -> np.ndarray:
         return aligned((self.capacity, columns), np.float32)
 
-    def _rotation_tables(self) -> np.ndarray:
-        """Cosines, then sines, of each token's angles."""
-        return np.zeros((2, self.capacity, self.decoder.heads.rotated // 2), np.float32)
-
     def run(self, tokens: Sequence[int], position: int, want_logits: bool) -> torch.Tensor:
         """Logits after the last token, float32 [V]; an empty tensor when they are not wanted."""
-        model, count = self.decoder.model, len(tokens)
-        with torch.inference_mode():
-            rows = model.embedding(torch.tensor([list(tokens)], dtype=torch.int64))[0]
-            self.x[:count] = (rows * model.config.embedding_scale).numpy()
+        count, vocabulary = len(tokens), self.decoder.model.config.vocab_size
+        if min(tokens) < 0 or max(tokens) >= vocabulary:
+            raise NKATError(f"token id {min(tokens)} or {max(tokens)} lies outside the vocabulary of {vocabulary}")
+        self.ids[:count] = tokens
         self.state[:2] = count, position
-        self._set_angles(count, position)
         self._set_strengths()
         self.program.run(self.decoder.threads)
         if not want_logits:
             return torch.empty(0)
-        self.last_row[0] = self.x[count - 1]
-        self.head.run(self.decoder.threads)
-        return torch.from_numpy(self.logits[0, : model.config.vocab_size])
-
-    def _set_angles(self, count: int, position: int) -> None:
-        model = self.decoder.model
-        kinds = ((model.frequencies, model.config.rope), (model.local_frequencies, model.config.local_rope))
-        for table, (frequencies, rope) in zip(self.angles, kinds, strict=True):
-            angles = np.arange(position, position + count)[:, None] * frequencies.numpy()
-            table[0, :count] = rope.magnitude * np.cos(angles)
-            table[1, :count] = rope.magnitude * np.sin(angles)
+        if self.head is not self.program:
+            self.last_row[0] = self.x[count - 1]
+            self.head.run(self.decoder.threads)
+        return torch.from_numpy(self.logits[0, :vocabulary])
 
     def _set_strengths(self) -> None:
         if self.strength == self.decoder.model.gamma:
@@ -215,6 +214,15 @@ class _ForwardPass:
         kernel = add_kernel(self.d, self.tokens, normalise)
         self.program.add(kernel, (self.x, y, y.strides[0], weight, self.epsilon, self.state))
 
+    def _embedding(self) -> None:
+        """Token ids → residual stream, from the table as the file has it."""
+        table = self.decoder.model.embedding
+        factor = np.array([self.decoder.model.config.embedding_scale], np.float32)
+        units = self.d // GGML_QUANT_SIZES[table.qtype][0]
+        packed, row_bytes = table.packed.numpy(), packed_nbytes(table.qtype, (self.d,))
+        kernel = embedding_kernel(table.qtype, self.tokens)
+        self.program.add(kernel, (packed, row_bytes, units, self.ids, factor, self.x, self.x.strides[0], self.state))
+
     def _block(self, block: Block) -> None:
         program, y, state, norms = self.program, self.y, self.state, block.norms
         decoder, config = self.decoder, self.decoder.model.config
@@ -223,7 +231,7 @@ class _ForwardPass:
         self._norm(program, self.x, _numpy(norms["attn_norm"]), self.normed, state)
         self._linears(program, {n: layers[n] for n in ("attn_q", "attn_k", "attn_v")}, self.normed, state)
         q, k, v = (y[n] for n in ("attn_q", "attn_k", "attn_v"))
-        cosines, sines = self.angles[block.local]
+        cosines, sines = decoder.angles[block.local]
         q_norm, k_norm = (_numpy(norms[f"attn_{n}_norm"]) if config.qk_norm else 0 for n in "qk")
         program.add(
             rope_kernel(heads),
@@ -257,9 +265,16 @@ class _ForwardPass:
         model = self.decoder.model
         linear = _compiled(model.output)
         self.logits = aligned((1, linear.padded_rows), np.float32)
-        self.last_row, normed = aligned((1, self.d), np.float32), aligned((1, self.d), np.float32)
+        normed = aligned((1, self.d), np.float32)
+        self.last_row = self.x if self.head is self.program else aligned((1, self.d), np.float32)
         self._norm(self.head, self.last_row, _numpy(model.output_norm), normed, self.last)
         self._linears(self.head, {"output": model.output}, normed, self.last)
+
+
+def _rotation_tables(frequencies: torch.Tensor, magnitude: float, capacity: int) -> np.ndarray:
+    """Cosines, then sines, of every position's angles: float32 [2, capacity, rotated / 2]."""
+    angles = torch.arange(capacity, dtype=torch.float64)[:, None] * frequencies
+    return (magnitude * torch.stack((angles.cos(), angles.sin()))).float().numpy()
 
 
 def _compiled(layer: StarLinear) -> CpuLinear:

@@ -12,6 +12,7 @@ from nkat.kernels.cpu import (
     FLOAT_TYPES,
     Rounding,
     down_kernel,
+    embedding_kernel,
     matmul_kernel,
     panel_tokens,
     round_kernel,
@@ -120,6 +121,18 @@ def test_every_weight_is_the_files(qtype):
     assert torch.equal(columns.T, dequantize(packed, qtype, (M, N)))
     packed[GGML_QUANT_SIZES[qtype][1] - 1 if qtype not in (QType.Q6_K, QType.Q2_K, QType.Q3_K) else 40] ^= 0x10
     assert not torch.equal(columns.T, dequantize(packed, qtype, (M, N)))
+
+
+@pytest.mark.parametrize("qtype", [*BLOCK_LAYOUTS, *FLOAT_TYPES], ids=lambda qtype: qtype.name)
+def test_embedding_rows_are_the_files(qtype):
+    packed, ids = packed_weight(qtype), np.array([3, 39, 0, 17, 3], np.int64)
+    out, factor, state = np.zeros((5, N), np.float32), np.array([1.0], np.float32), np.array([5], np.int64)
+    units, rows = N // GGML_QUANT_SIZES[qtype][0], packed.numpy()
+    program = Program()
+    arguments = (rows, rows.nbytes // M, units, ids, factor, out, out.strides[0], state)
+    program.add(embedding_kernel(qtype, 4), arguments)
+    program.run(pool(2))
+    assert np.array_equal(out, dequantize(packed, qtype, (M, N)).numpy()[ids])
 
 
 @every_format

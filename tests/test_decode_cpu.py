@@ -164,6 +164,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         made.step(1)
     with pytest.raises(NKATError, match="no token"):
         made.prefill([])
+    made.length = 0
+    for wrong in (-1, 1 << 20):
+        with pytest.raises(NKATError, match="outside the vocabulary"):
+            made.prefill([1, wrong])
 
 
 def test_threads_change_no_bit(tmp_path):

@@ -15,11 +15,12 @@ Float weights (F32, F16, BF16) are multiplied in float32 without rounding, and s
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from nkat.kernels.cpu_formats import BLOCK_LAYOUTS, ROWS, BlockLayout, unit_bytes
+from nkat.kernels.cpu_formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
 from nkat.kernels.jit import best_isa, compile_kernel
 from nkat.kernels.llvm import F16, F32, I8, I16, I32, I64, Builder, Value
 
@@ -203,28 +204,71 @@ def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, 
 def _exact_unit(k: Builder, layout: type[BlockLayout], at: Value, x: Value, totals: list) -> None:
     """Adds one unit's products with float32 inputs, each weight in float32, to the totals."""
     tokens = len(totals)
+    for column, w in enumerate(_weights(k, layout, at)):
+        for t, total in enumerate(totals):
+            total.value = k.fma(w, k.load(F32(), x + (column * tokens + t) * 4), total.value)
+
+
+def _weights(k: Builder, layout: type[BlockLayout], at: Value) -> Iterator[Value]:
+    """The weights of a unit, column by column, 16 rows each, in float32."""
     for group in range(layout.columns // layout.group):
         s, m = layout.scales(k, at, group)
         for quad in range(group * layout.group // 4, (group + 1) * layout.group // 4):
             four = layout.quad(k, at, quad)
             for byte in range(4):
-                q = ((four >> 8 * byte) & 0xFF if byte < 3 else four >> 24).float32()
-                w = k.fma(q, s, m)
-                for t, total in enumerate(totals):
-                    x_at = x + ((4 * quad + byte) * tokens + t) * 4
-                    total.value = k.fma(w, k.load(F32(), x_at), total.value)
+                q = (four >> 8 * byte) & 0xFF if byte < 3 else four >> 24
+                yield k.fma(q.float32(), s, m)
+
+
+def _as_float32(k: Builder, qtype: GGMLQuantizationType, lanes: int, at: Value) -> Value:
+    """Numbers of a float type."""
+    loaded = k.load(FLOAT_TYPES[qtype](lanes), at)
+    if qtype == GGMLQuantizationType.BF16:
+        return (loaded.unsigned(I32()) << 16).bits(F32(lanes))
+    return loaded.float32()
 
 
 def _float_tile(k: Builder, qtype: GGMLQuantizationType, at: Value, columns: Value, x: Value, totals: list) -> None:
     tokens, width = len(totals), GGML_QUANT_SIZES[qtype][1]
     with k.loop(0, columns) as c:
-        loaded = k.load(FLOAT_TYPES[qtype](ROWS), at + c * (ROWS * width))
+        w = _as_float32(k, qtype, ROWS, at + c * (ROWS * width))
         if tokens == 1:
             k.prefetch(at + c * (ROWS * width) + _AHEAD)
-        bfloat16 = qtype == GGMLQuantizationType.BF16
-        w = (loaded.unsigned(I32()) << 16).bits(F32(ROWS)) if bfloat16 else loaded.float32()
         for t, total in enumerate(totals):
             total.value = k.fma(w, k.load(F32(), x + (c * tokens + t) * 4), total.value)
+
+
+@functools.cache
+def embedding_kernel(qtype: GGMLQuantizationType, tokens: int) -> int:
+    """Rows of a packed table, as the file has it, times a factor. Thread i takes the panels of `round_kernel`.
+
+    arguments: packed table, bytes of a packed row, units (columns of a float table), ids int64 [token], factor float32
+    [1], out float32, bytes of a row of out, state
+    """
+
+    def emit(k: Builder) -> None:
+        table, row_bytes, units, ids, factor, out, stride, state = _arguments(k, "pii pppi p")
+        factor = k.load(F32(), factor)
+        unit_at = k.local(1 if qtype in FLOAT_TYPES else unit_bytes(qtype))
+        with (
+            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(panel * tokens, k.minimum(panel * tokens + tokens, k.load(I64(), state))) as token,
+        ):
+            row, to = table + k.load(I64(), ids + token * 8) * row_bytes, out + token * stride
+            if qtype in FLOAT_TYPES:
+                width = GGML_QUANT_SIZES[qtype][1]
+                with k.loop(0, units) as c:
+                    k.store(_as_float32(k, qtype, 1, row + c * width) * factor, to + c * 4)
+            else:
+                layout = BLOCK_LAYOUTS[qtype]
+                with k.loop(0, units) as unit:
+                    block = row + unit * GGML_QUANT_SIZES[qtype][1]
+                    # a tile whose 16 rows are all this one
+                    layout.interleave(Interleaver(k, block, k.value(0, I64()), unit_at))
+                    for column, w in enumerate(_weights(k, layout, unit_at)):
+                        k.store(w.lane(0) * factor, to + (unit * layout.columns + column) * 4)
+
+    return compile_kernel(f"embedding_{qtype.name}_{tokens}", emit)
 
 
 @functools.cache

@@ -145,8 +145,8 @@ def rope_kernel(heads: Heads) -> int:
     Interleaved pairs come out with all first elements before all second ones, in q and k alike, which leaves their
     product as it is. Each thread takes some of the (token, head) pairs.
 
-    arguments: q, k, v, bytes of a row of each, cosines and sines [token, rotated / 2], weights of the norms of q and k,
-    epsilon, scale float32 [1], key cache, value cache, bytes of a KV head in them, state
+    arguments: q, k, v, bytes of a row of each, cosines and sines [position, rotated / 2], weights of the norms of q and
+    k, epsilon, scale float32 [1], key cache, value cache, bytes of a KV head in them, state
     state: int64 number of tokens, position of the first
     """
     size, half, width = heads.size, heads.rotated // 2, heads.cache_bytes
@@ -182,7 +182,7 @@ def rope_kernel(heads: Heads) -> int:
         every = heads.queries + heads.kv
         with k.loop(k.thread, count * every, k.threads) as item:
             token, head = item // every, item % every
-            angle = token * (4 * half)
+            angle = (start + token) * (4 * half)
             with k.when(head < heads.queries):
                 row = q + token * q_stride + head * (4 * size)
                 if heads.norm:
