@@ -28,6 +28,7 @@ bench: $(VENV)/.user
 	$(PY) -m benchmarks.open_gguf
 	$(PY) -m benchmarks.dequantise
 	$(PY) -m benchmarks.svd
+	$(PY) -m benchmarks.cpu_kernels
 	$(PY) -m benchmarks.convert_7b
 
 clean:

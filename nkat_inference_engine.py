@@ -188,6 +188,8 @@ def run(options: argparse.Namespace) -> None:
     fast = device.type == "cpu" and options.command != "perplexity"
     if options.activations is None:
         options.activations = "int8" if fast else "float"
+    # what the kernels compute in; exact perplexity on the processor is faster in torch, many chunks at a time
+    kernel_dtypes = ("bfloat16", "float16") if device.type == "cuda" else ("float32",)
     text = load_text(options.text) if options.command in TAKEN_BY["text"] else None
     request = Request(
         options.model,
@@ -196,7 +198,7 @@ def run(options: argparse.Namespace) -> None:
         str(device),
         options.dtype,
         int8_activations=options.activations == "int8",
-        repack=fast and options.dtype in (None, "float32"),  # what the CPU kernels compute in
+        repack=(fast or device.type == "cuda") and options.dtype in (None, *kernel_dtypes),
     )
     model_file, theta = request.open()
     if model_file.unfinished:

@@ -79,4 +79,8 @@ def make_decoder(model: Transformer, capacity: int) -> Decoder:
         from nkat.decode_cpu import CompiledDecoder  # LLVM is loaded only where it is used
 
         return CompiledDecoder(model, capacity, torch.get_num_threads())
+    if model.output.device_weight is not None:
+        from nkat.decode_cuda import CudaGraphDecoder  # Triton is loaded only where it is used
+
+        return CudaGraphDecoder(model, capacity)
     return EagerDecoder(model, capacity)

@@ -236,7 +236,7 @@ def _held_bytes(layer: StarLinear) -> tuple[int, int]:
         star = 0 if layer.compiled.star is None else layer.compiled.star.nbytes
         return layer.compiled.nbytes - star, star
     star = 0 if layer.down is None or layer.up is None else layer.down.nbytes + layer.up.nbytes
-    return layer.packed.nbytes, star
+    return (layer.packed if layer.device_weight is None else layer.device_weight).nbytes, star
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

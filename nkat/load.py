@@ -64,8 +64,8 @@ def load_model(
     dtype: of multiplications and the KV cache; None: float32 on CPU, bfloat16 on CUDA
     keep_dense: keep the weights dequantised in `dtype` as well: several times the memory, faster decoding
     int8_activations: round the linear layers' inputs as llama.cpp does: faster, and to compare with its figures
-    repack: copy the weights into the layout of the CPU kernels, on which `nkat.decode` then runs; the file's pages are
-    let go, so that memory stays about the file's size
+    repack: copy the weights into the layout of the device's kernels, on which `nkat.decode` then runs; the file's pages
+    are let go, so that memory stays about the file's size. On a GPU for 16-bit dtypes only
     """
     model_file = source if isinstance(source, ModelFile) else open_model_file(source)
     path = model_file.path
@@ -96,15 +96,24 @@ def load_model(
         model.set_gamma(gamma)
     for layer in model.star_linears().values():
         layer.int8_activations = int8_activations
-    if repack:
+    if repack and (device.type == "cpu" or dtype in (torch.bfloat16, torch.float16)):
         _repack(model, gguf, tensors)
     return LoadedModel(model, tokenizer, config, gguf, tensors, gamma if thetas else None)
 
 
 def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> None:
+    tied = "output.weight" not in tensors
+    if model.device.type == "cuda":
+        from nkat.kernels.cuda import out_of_memory_hint  # Triton is loaded only where it is used
+
+        with out_of_memory_hint():
+            for layer in model.star_linears().values():
+                layer.repack()
+            model.embedding.repack(model.output.device_weight if tied else None)
+        return
     for name, layer in model.star_linears().items():
         layer.repack()
-        gguf.release(name if name in tensors else "token_embd.weight")  # tied
+        gguf.release("token_embd.weight" if tied and name == "output.weight" else name)
 
 
 @dataclass(frozen=True, slots=True)

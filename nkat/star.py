@@ -20,6 +20,7 @@ from nkat.theta import Theta, ThetaError, coupling, low_rank_form
 
 if TYPE_CHECKING:
     from nkat.kernels.cpu_linear import CpuLinear
+    from nkat.kernels.cuda_pack import PackedWeight
 
 
 class StarLinear(nn.Module):
@@ -31,7 +32,7 @@ class StarLinear(nn.Module):
     keep_dense: also keep W dequantised in `dtype`, for models small enough that repeated decoding gains from it
     """
 
-    packed: torch.Tensor
+    packed: torch.Tensor | None
     bias: torch.Tensor | None
     dense: torch.Tensor | None
     down: torch.Tensor | None
@@ -58,7 +59,9 @@ class StarLinear(nn.Module):
         self.register_buffer("dense", dense, persistent=False)
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
-        self.compiled: CpuLinear | None = None
+        self.device = packed.device
+        self.compiled: CpuLinear | None = None  # what `repack` made, on the CPU
+        self.device_weight: PackedWeight | None = None  # and on a GPU
         self.set_theta(theta)
 
     def set_theta(self, theta: Theta | None) -> None:
@@ -74,15 +77,24 @@ class StarLinear(nn.Module):
         # INT8 times its scale is rounded once, to the layer's dtype
         precise = torch.float64 if self.dtype == torch.float64 else torch.float32
         down, up = low_rank_form(*self.theta.factors(precise), *self.shape)
-        self.down = down.to(self.packed.device, self.dtype)
-        self.up = up.to(self.packed.device, self.dtype)
+        self.down = down.to(self.device, self.dtype)
+        self.up = up.to(self.device, self.dtype)
 
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ: κ(γ). None or 1 turns it off."""
         self.kappa = 0.0 if gamma is None else coupling(gamma)
 
     def repack(self) -> None:
-        """Makes W ready for the CPU kernels, which then do the multiplication."""
+        """Makes W ready for the kernels of its device, which then do the multiplication.
+
+        On a GPU the file's bytes are let go, and 16-bit inputs are multiplied as they are, with sums in float32.
+        """
+        if self.device.type == "cuda":
+            from nkat.kernels import cuda  # Triton is loaded only where it is used
+
+            self.device_weight = cuda.pack(self.packed, self.qtype, self.shape)
+            self.packed = None
+            return
         from nkat.kernels.cpu_linear import CpuLinear  # LLVM is loaded only where it is used
 
         self.compiled = CpuLinear(self.packed, self.qtype, self.shape, self.bias, exact=not self.int8_activations)
@@ -102,7 +114,15 @@ class StarLinear(nn.Module):
         x = x.to(self.dtype)
         bias = None if self.bias is None else self.bias[start:stop]
         inputs = reference.round_activations(x, self.qtype) if self.int8_activations else x
-        if self.dense is not None:
+        if self.device_weight is not None:
+            from nkat.kernels import cuda
+
+            weight = self.device_weight.rows(start, stop)
+            if not self.int8_activations:
+                up = None if self.up is None else self.up[start:stop]
+                return cuda.linear(weight, x, bias, self.down, up, self.kappa)
+            y = cuda.linear(weight, inputs, bias)
+        elif self.dense is not None:
             y = F.linear(inputs, self.dense[start:stop], bias)
         else:
             packed = reference.packed_rows(self.packed, self.shape[0], start, stop)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import gguf
 import torch
@@ -23,6 +23,9 @@ from nkat.errors import NKATError
 from nkat.quants import dequantize_rows
 from nkat.star import StarLinear
 from nkat.theta import Theta
+
+if TYPE_CHECKING:
+    from nkat.kernels.cuda_pack import PackedWeight
 
 _TILE_ELEMENTS = 1 << 22  # logits, or weights, of one vocabulary tile: 16 MB in float32
 
@@ -65,15 +68,27 @@ class KVCache:
 class Embedding(nn.Module):
     """Rows of a packed [V, d] table, unpacked one look-up at a time."""
 
-    packed: torch.Tensor
+    packed: torch.Tensor | None
 
     def __init__(self, packed: torch.Tensor, qtype: gguf.GGMLQuantizationType, shape: tuple[int, int]) -> None:
         super().__init__()
         self.qtype, self.shape = qtype, shape
         self.register_buffer("packed", packed, persistent=False)
+        self.device_weight: PackedWeight | None = None
+
+    def repack(self, shared: PackedWeight | None) -> None:
+        """Into the layout of the GPU kernels; `shared`: it is the output layer's weight, which is there already."""
+        from nkat.kernels import cuda  # Triton is loaded only where it is used
+
+        self.device_weight = cuda.pack(self.packed, self.qtype, self.shape) if shared is None else shared
+        self.packed = None
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] → float32 [B, T, d]."""
+        if self.device_weight is not None:
+            from nkat.kernels import cuda
+
+            return cuda.rows(self.device_weight, tokens.reshape(-1)).view(*tokens.shape, self.shape[1]).float()
         rows = dequantize_rows(self.packed, self.qtype, self.shape, tokens.reshape(-1))
         return rows.view(*tokens.shape, self.shape[1])
 

@@ -15,7 +15,6 @@ from tests.conftest import ROOT
 PACKAGES = [name for name in ("nkat", "nkat_vit") if (ROOT / name).is_dir()]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 OPTIONAL = {
-    "numba",
     "triton",
     "pynvml",
     "libgguf",
