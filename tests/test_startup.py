@@ -49,12 +49,13 @@ def test_own_pages_are_told_from_those_of_a_file(tmp_path: Path) -> None:
         during = memory(path)
         assert during.model_file == size
         assert during.anonymous - before.anonymous < size // 2
-    own = bytearray(b"x") * (2 * size)  # malloc maps new pages for what is so large, instead of handing out old ones
-    after = memory(path)
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # fresh pages for sure; malloc may hand out old ones
+    with mmap.mmap(-1, 2 * size, flags=private) as own:
+        own.write(b"x" * len(own))
+        after = memory(path)
     assert after.model_file == 0
     assert after.anonymous - during.anonymous > size // 2
     assert after.peak >= after.resident > 0
-    del own
 
 
 def test_a_start_is_measured_in_its_own_process(tmp_path: Path) -> None:
