@@ -1,14 +1,43 @@
-"""What this machine has. The only file that asks."""
+"""What this machine has: processor, memory, graphics devices, disk. The only file that asks."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
 from nkat.errors import NKATError
+
+_ASKING_SECONDS = 20  # for a driver to answer; a cold one on Windows takes some seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A graphics device as one programming interface sees it; the same card can appear under both.
+
+    interface: "cuda" or "vulkan"
+    index: its number there: PCI order for cuda, the order of enumeration for vulkan
+    kind: "discrete", "integrated", "virtual", "software" (a processor in disguise) or "other"
+    total, free: bytes of its memory; free is None where the driver does not tell
+    source: who told
+    """
+
+    interface: str
+    index: int
+    name: str
+    kind: str
+    total: int
+    free: int | None
+    source: str
 
 
 def set_threads(count: int | None) -> int:
@@ -25,6 +54,21 @@ def pick_device(allow_cuda: bool) -> torch.device:
     return torch.device("cuda:0" if allow_cuda and torch.cuda.is_available() else "cpu")
 
 
+def worker_device(allow_cuda: bool) -> torch.device:
+    """The same for one of the processes that torchrun started: each has a GPU of its own."""
+    device = pick_device(allow_cuda)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are computed as such, and not by way of float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
 def describe(device: torch.device) -> dict[str, str | int]:
     """Machine and versions for a report: processor, cores, threads, device, operating system, Python, torch."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -38,6 +82,130 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def is_x86() -> bool:
+    """Whether the processor is of the family that has AVX or not."""
+    return platform.machine().lower() in ("x86_64", "amd64", "i686", "x86")
+
+
+def cpu_features() -> frozenset[str]:
+    """Which of "avx", "avx2" and "avx512" the processor has; avx2 means FMA and F16C too, as its programs use them.
+
+    From the kernel's list on Linux; elsewhere from torch, which tells AVX2 and AVX-512 only.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        line = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+        return features_from_flags(line.partition(":")[2])
+    level = torch.backends.cpu.get_cpu_capability()
+    levels = {"AVX2": {"avx", "avx2"}, "AVX512": {"avx", "avx2", "avx512"}}
+    return frozenset(levels.get(level, set()))
+
+
+def features_from_flags(flags: str) -> frozenset[str]:
+    """`cpu_features` from the `flags` of /proc/cpuinfo."""
+    needed = {
+        "avx": {"avx"},
+        "avx2": {"avx2", "fma", "f16c"},
+        "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    }
+    have = set(flags.split())
+    return frozenset(name for name, parts in needed.items() if parts <= have)
+
+
+def physical_cores() -> int:
+    """Cores without hyper-threading, and no more than this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of main memory: all of it, and what programs could still get."""
+    found = psutil.virtual_memory()
+    return found.total, found.available
+
+
+def disk_free(folder: Path) -> int:
+    """Free bytes where `folder` is, or where it would be made."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def nvidia_gpus() -> tuple[list[Gpu], str | None]:
+    """NVIDIA's devices in PCI order, and why there are none.
+
+    By NVML where the package nvidia-ml-py is installed, else by the driver's own nvidia-smi.
+    """
+    try:
+        import pynvml
+    except ModuleNotFoundError:
+        return _nvidia_smi()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [], f"no NVIDIA driver (NVML: {error})"
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        gpus = []
+        for index, handle in enumerate(handles):
+            name, found = pynvml.nvmlDeviceGetName(handle), pynvml.nvmlDeviceGetMemoryInfo(handle)
+            text = name.decode() if isinstance(name, bytes) else name  # bytes until nvidia-ml-py 11.5
+            gpus.append(Gpu("cuda", index, text, "discrete", found.total, found.free, "NVML"))
+        return gpus, None if gpus else "NVML knows no device"
+    except pynvml.NVMLError as error:
+        return [], f"NVML: {error}"
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def vulkan_gpus() -> tuple[list[Gpu], str | None]:
+    """The devices of the system's Vulkan library, and why there are none. Asked in a process of its own."""
+    command = [sys.executable, "-I", str(Path(__file__).with_name("vulkan.py"))]
+    out, problem = _ask(command)
+    if problem is not None:
+        return [], problem
+    found: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
+    gpus = [Gpu("vulkan", d["index"], d["name"], d["kind"], d["total"], d["free"], "Vulkan") for d in found]
+    return gpus, None if gpus else "the Vulkan library knows no device"
+
+
+def _nvidia_smi() -> tuple[list[Gpu], str | None]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return [], "no NVIDIA driver (neither the package nvidia-ml-py nor nvidia-smi is there)"
+    fields = "--query-gpu=index,name,memory.total,memory.free"
+    out, problem = _ask([program, fields, "--format=csv,noheader,nounits"])
+    if problem is not None:
+        return [], f"nvidia-smi: {problem}"
+    gpus = smi_gpus(out)
+    return gpus, None if gpus else "nvidia-smi knows no device"
+
+
+def smi_gpus(table: str) -> list[Gpu]:
+    """From nvidia-smi's lines `index, name, MiB in all, MiB free`; a line without numbers ("[N/A]") is left out."""
+    gpus = []
+    for line in table.splitlines():
+        index, _, rest = line.partition(",")
+        name, *sizes = (part.strip() for part in rest.rsplit(",", 2))
+        if index.strip().isdigit() and len(sizes) == 2 and all(size.isdigit() for size in sizes):
+            total, free = (int(size) << 20 for size in sizes)
+            gpus.append(Gpu("cuda", int(index), name, "discrete", total, free, "nvidia-smi"))
+    return gpus
+
+
+def _ask(command: list[str]) -> tuple[str, str | None]:
+    """A program's stdout, and what went wrong in one line."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ASKING_SECONDS, check=False, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    if done.returncode != 0 or not done.stdout.strip():
+        lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode} and said nothing"]
+        return "", lines[-1]
+    return done.stdout, None
 
 
 def _processor() -> str:

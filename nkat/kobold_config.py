@@ -1,0 +1,101 @@
+"""Settings for KoboldCpp in its own `.kcpps` files, and what a benchmark found fastest, remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nkat.atomic import atomic_output
+from nkat.errors import NKATError
+from nkat.kobold import Choice
+from nkat.kobold_bench import Speed
+from nkat.kobold_files import RunFiles, kobold_cache, model_key
+from nkat.kobold_find import Kobold
+
+_EXPORT_SECONDS = 180
+
+
+@dataclass(frozen=True, slots=True)
+class Fastest:
+    """What a benchmark of this model on this KoboldCpp with this context found."""
+
+    backend: str
+    layers: int
+    generation: float
+    config: Path
+
+
+def write_config(path: Path, values: Mapping[str, Any], force: bool) -> None:
+    """Writes a `.kcpps`, atomically. ASCII only: older versions read it in the system's own encoding."""
+    data = (json.dumps(values, indent=2) + "\n").encode("ascii")
+    with atomic_output(path, len(data), force) as file:
+        file.write(data)
+
+
+def config_with_extra(kobold: Kobold, command: Sequence[str]) -> dict[str, Any]:
+    """The settings of a command that has flags of the user's own, translated by KoboldCpp itself.
+
+    Raises NKATError for versions that cannot.
+    """
+    if "--exportconfig" not in kobold.flags:
+        raise NKATError(
+            f"{kobold.label} cannot write flags behind -- into a .kcpps file; leave them out here and give them "
+            "beside --config"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "exported.kcpps"
+        done = subprocess.run(
+            [*command, "--exportconfig", str(target)],
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=_EXPORT_SECONDS,
+        )
+        if not target.is_file():
+            said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+            raise NKATError(f"KoboldCpp did not accept these flags: {said}")
+        return json.loads(target.read_text(encoding="utf-8"))
+
+
+def remember(kobold: Kobold, files: RunFiles, choice: Choice, speed: Speed, values: Mapping[str, Any]) -> Path:
+    """Keeps the fastest as this model's default, with a `.kcpps` that KoboldCpp loads; returns that file."""
+    record = _record_file(kobold, files, speed.context)
+    path = record.with_suffix(".kcpps")
+    write_config(path, values, force=True)
+    found = {
+        "backend": choice.backend,
+        "layers": choice.layers or 0,
+        "generation": speed.generation,
+        "processing": speed.processing,
+        "kobold": str(kobold.path),
+        "version": kobold.version,
+        "model": str(files.model),
+    }
+    data = json.dumps(found, indent=2).encode()
+    with atomic_output(record, len(data), force=True) as file:
+        file.write(data)
+    return path
+
+
+def recall(kobold: Kobold, files: RunFiles, context: int) -> Fastest | None:
+    """What `remember` kept for the same model, KoboldCpp and context."""
+    record = _record_file(kobold, files, context)
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        return Fastest(str(found["backend"]), int(found["layers"]), float(found["generation"]), record)
+    except (OSError, ValueError, KeyError, TypeError):  # none was measured, or the record is damaged: as if none
+        return None
+
+
+def _record_file(kobold: Kobold, files: RunFiles, context: int) -> Path:
+    key = f"{model_key(files)}|{kobold.path}|{kobold.version}|{context}"
+    return kobold_cache() / f"fastest-{files.asked.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"

@@ -1,0 +1,158 @@
+"""How many of a model's layers fit into a GPU's free memory, counted from the GGUF itself.
+
+Weights and KV cache are exact: they are the bytes of the tensors and of the cache that KoboldCpp allocates. The compute
+buffer is what llama.cpp's graph needs for a batch of 512 tokens, by the formula in `compute_bytes`, and the margin is
+for what no file tells (the driver's own context, the desktop). docs/results/kobold.md compares with KoboldCpp's log.
+
+"Layers" are KoboldCpp's: a model of n blocks has n + 1, the last being the output matrix. Versions differ in which one
+goes first (older ones the last block, newer ones the output matrix), so the larger of the two counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nkat.gguf_file import TensorInfo
+from nkat.layers import block_number
+from nkat.report import format_bytes, format_table
+
+BATCH = 512  # tokens, KoboldCpp's default
+MARGIN = 768 << 20
+_EXTRA_CELLS = 128  # KoboldCpp adds them to the context against fragmentation (80 in 1.76)
+_CELL_MULTIPLE = 256  # llama.cpp rounds the cache up (32 without flash attention)
+_CACHE_ITEM = 2  # bytes: F16
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMemory:
+    """Bytes of a model's parts.
+
+    blocks: weights of each block, with its share of the adapter
+    cache: KV cache of one block
+    output: output matrix and norm; a matrix shared with the embedding is copied to the GPU
+    compute: buffers for a batch
+    largest: the largest weight; it is copied to the GPU for large batches when it does not live there
+    context: tokens the cache is for
+    """
+
+    blocks: tuple[int, ...]
+    cache: int
+    output: int
+    compute: int
+    largest: int
+    context: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.blocks) + 1
+
+    @property
+    def total(self) -> int:
+        """Everything, wherever it is."""
+        return sum(self.blocks) + len(self.blocks) * self.cache + self.output + self.compute
+
+
+def model_memory(
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    context: int,
+    adapter: Mapping[str, int] | None = None,
+    flash_attention: bool = True,
+) -> ModelMemory:
+    """Reads a GGUF's metadata and tensor sizes.
+
+    adapter: bytes of the adapter by the name of the weight it belongs to
+    flash_attention: without it the attention scores of a whole batch are kept
+    """
+    arch = str(metadata.get("general.architecture", ""))
+    count = max((block_number(name) for name in tensors), default=-1) + 1
+    blocks = [0] * count
+    for name, info in tensors.items():
+        if block_number(name) >= 0:
+            blocks[block_number(name)] += info.nbytes
+    for name, size in (adapter or {}).items():
+        if 0 <= block_number(name) < count:
+            blocks[block_number(name)] += size
+    embedding = tensors["token_embd.weight"]
+    matrix = tensors.get("output.weight", embedding)
+    norm = tensors.get("output_norm.weight")
+
+    heads = _largest(metadata.get(f"{arch}.attention.head_count", 0))
+    kv_heads = _largest(metadata.get(f"{arch}.attention.head_count_kv", heads))
+    width = _largest(metadata.get(f"{arch}.embedding_length", embedding.shape[1]))
+    head_size = width // heads if heads else 0
+    key = _largest(metadata.get(f"{arch}.attention.key_length", head_size))
+    value = _largest(metadata.get(f"{arch}.attention.value_length", head_size))
+    cells = -(-(context + _EXTRA_CELLS) // _CELL_MULTIPLE) * _CELL_MULTIPLE
+    return ModelMemory(
+        blocks=tuple(blocks),
+        cache=cells * kv_heads * (key + value) * _CACHE_ITEM,
+        output=matrix.nbytes + (norm.nbytes if norm else 0),
+        compute=compute_bytes(
+            vocabulary=embedding.shape[0],
+            width=width,
+            feed_forward=_largest(metadata.get(f"{arch}.feed_forward_length", 4 * width)),
+            scores=cells // 2 if flash_attention else (heads + 1) * cells,
+        ),
+        largest=max(info.nbytes for info in tensors.values()),
+        context=context,
+    )
+
+
+def compute_bytes(vocabulary: int, width: int, feed_forward: int, scores: int) -> int:
+    """Float32 intermediates of a batch that live at the same time, in the layer that needs most.
+
+    scores: numbers a token in attention: the mask and every head's score for each cell of the cache; with flash
+    attention the mask alone, in float16
+    The last layer holds the logits, a feed-forward network three of its inner vectors, attention ten vectors of the
+    model's width beside the scores; the residual stream and one vector more live through all of them.
+    """
+    return 4 * BATCH * (2 * width + max(vocabulary, 3 * feed_forward, scores + 10 * width))
+
+
+def gpu_bytes(memory: ModelMemory, layers: int) -> int:
+    """GPU memory for this many layers, margin not included; 0 layers still need the compute buffer."""
+    return sum(_parts(memory, layers)[1:])
+
+
+def _parts(memory: ModelMemory, layers: int) -> tuple[int, int, int, int, int]:
+    """(blocks on the GPU, bytes of their weights, of their cache, of the output matrix, of compute buffers)."""
+    count = len(memory.blocks)
+
+    def split(blocks: int, output: int) -> tuple[int, int, int, int, int]:
+        compute = memory.compute if blocks == count and output else memory.compute + memory.largest
+        return blocks, sum(memory.blocks[count - blocks :]), blocks * memory.cache, output, compute
+
+    if layers > count:
+        return split(count, memory.output)
+    if layers == 0:
+        return split(0, 0)
+    return max(split(layers, 0), split(layers - 1, memory.output), key=lambda parts: sum(parts[1:]))
+
+
+def layers_that_fit(memory: ModelMemory, free: int, margin: int = MARGIN) -> int:
+    """The most layers whose bytes leave the margin free; 0 when not one does."""
+    fitting = (n for n in range(memory.layers, 0, -1) if gpu_bytes(memory, n) + margin <= free)
+    return next(fitting, 0)
+
+
+def layer_table(memory: ModelMemory, layers: int, device: str, free: int, margin: int = MARGIN) -> str:
+    """For people: where the bytes of this split go."""
+    blocks, weights, cache, output, compute = _parts(memory, layers)
+    rows = [
+        [f"weights of {blocks} of {len(memory.blocks)} blocks", format_bytes(weights)],
+        [f"their KV cache for {memory.context} tokens, F16", format_bytes(cache)],
+        ["output matrix", format_bytes(output) if output else "on the CPU"],
+        ["compute buffers (estimated)", format_bytes(compute)],
+        ["margin for driver and desktop", format_bytes(margin)],
+        [f"needed for {layers} of {memory.layers} layers", format_bytes(gpu_bytes(memory, layers) + margin)],
+        [f"free on {device}", format_bytes(free)],
+    ]
+    return format_table(rows, ["on the GPU", "bytes"])
+
+
+def _largest(value: Any) -> int:
+    """Some models have a value for each block."""
+    return max((int(item) for item in value), default=0) if hasattr(value, "__iter__") else int(value)

@@ -1,0 +1,334 @@
+"""Runs KoboldCpp and watches it: what it says it loaded, when it is ready, how it ended.
+
+What counts as loaded is the name of the library that its log says it opened, and the devices on which it put weights;
+its line "offloaded 5/31 layers to GPU" is written by the CPU library too and counts for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from tqdm import tqdm
+
+from nkat.errors import NKATError
+from nkat.kobold_guard import Guard, kill_group, signal_group
+from nkat.report import note
+
+_LAST_LINES = 12  # of its log, shown when it fails
+_END_SECONDS = 10.0  # between a forwarded signal and the end by force
+_POLL_SECONDS = 0.25
+_LOG_SECONDS = 5.0  # for a line of the log that was written before KoboldCpp answered to be read here
+_EVERYWHERE = ("", "0.0.0.0", "::")
+_LIBRARY = re.compile(r"Initializing dynamic library: (?:.*[/\\])?(?:precompiled_)?koboldcpp_(\w+)\.(?:so|dll)")
+_BUFFER = re.compile(r"load_tensors:\s+(.+?) (?:model )?buffer size =\s+([\d.]+) MiB")
+_ADAPTER = re.compile(r"loaded (\d+) tensors from lora file")
+_VERSION = re.compile(r"Welcome to KoboldCpp - Version (\S+)")
+_NO_PORT = re.compile(r"IPv4 Socket Failed to Bind|Address already in use|cannot bind")
+# Main memory by its names. What is left is a GPU: CUDA0 or Vulkan0, and in older versions the card's own name.
+_MAIN_MEMORY = re.compile(r"(CPU|AMX|BLAS)|.*_Host$")
+
+
+@dataclass(slots=True)
+class Loaded:
+    """What the log says was really loaded.
+
+    library: "default", "cublas", ...; None before it was opened
+    buffers: MiB of weights on each device, such as {"CUDA0": 3821.0, "CPU": 70.3}
+    adapter_tensors: of the LoRA adapter; None when none was loaded
+    """
+
+    version: str | None = None
+    library: str | None = None
+    buffers: dict[str, float] = field(default_factory=dict)
+    adapter_tensors: int | None = None
+
+    def read(self, line: str) -> None:
+        """Takes one line of the log into account."""
+        if match := _VERSION.search(line):
+            self.version = match[1]
+        elif match := _LIBRARY.search(line):
+            self.library = match[1]
+        elif match := _BUFFER.search(line):
+            self.buffers[match[1]] = self.buffers.get(match[1], 0.0) + float(match[2])
+        elif match := _ADAPTER.search(line):
+            self.adapter_tensors = int(match[1])
+
+    @property
+    def gpu_megabytes(self) -> float:
+        """MiB of weights that are on a GPU."""
+        return sum(size for name, size in self.buffers.items() if not _MAIN_MEMORY.match(name))
+
+
+class KoboldProcess:
+    """A running KoboldCpp; made by `running`."""
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self.child = child
+        self.loaded = Loaded()
+        self.lines: deque[str] = deque(maxlen=2000)
+        self.on_line: Callable[[str], object] | None = None
+        self.signalled: int | None = None
+        self._kill_at = float("inf")
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.child.stdout is not None
+        for raw in self.child.stdout:
+            line = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
+            self.lines.append(line)
+            self.loaded.read(line)
+            if self.on_line is not None:
+                self.on_line(line)
+
+    def told(self, what: Callable[[Loaded], bool]) -> bool:
+        """Whether the log says so. Its reader can be behind what KoboldCpp already answers, so it is waited for."""
+        deadline = time.monotonic() + _LOG_SECONDS
+        while not what(self.loaded) and self.child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return what(self.loaded)
+
+    def forward(self, number: int) -> None:
+        """Passes a signal on; a second one, or ten seconds without effect, end it by force."""
+        if self.signalled is not None:
+            kill_group(self.child)
+            return
+        self.signalled = number
+        self.end_by(time.monotonic() + _END_SECONDS)
+        if os.name != "nt":  # on Windows Ctrl-C reaches every program of the console by itself
+            signal_group(self.child, number)
+
+    def end_by(self, deadline: float) -> None:
+        """Ends it by force at this time (of time.monotonic) unless it ends before."""
+        self._kill_at = min(self._kill_at, deadline)
+
+    def poll(self) -> int | None:
+        """Its exit status, or None while it runs; ends it by force when a forwarded signal had no effect."""
+        if time.monotonic() > self._kill_at:
+            kill_group(self.child)
+        status = self.child.poll()
+        if status is not None:
+            self._reader.join(timeout=2)  # what it said last; a grandchild may hold the pipe open
+        return status
+
+    def wait(self) -> int:
+        """Waits until it has ended and returns its exit status."""
+        while (status := self.poll()) is None:
+            time.sleep(_POLL_SECONDS)
+        return status
+
+    def failure(self, what: str) -> NKATError:
+        """An error in one line; its own last lines are shown above it."""
+        words = [line[:300] for line in self.lines if line.strip()][-_LAST_LINES:]
+        if not words:
+            return NKATError(f"{what}; it said nothing")
+        note("KoboldCpp's last lines:\n" + "\n".join(f"    {word}" for word in words))
+        telling = next((word for word in words if "error" in word.lower()), words[-1])
+        too_old = "; a newer KoboldCpp may know it" if "unknown model architecture" in telling else ""
+        return NKATError(f"{what}: {telling}{too_old}")
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str]) -> Iterator[KoboldProcess]:
+    """Starts KoboldCpp without a shell and ends it, with everything it started, when the block ends.
+
+    While the block runs, the signals that ask this process to stop go to KoboldCpp instead.
+    """
+    with _Signals() as signals, Guard() as guard:
+        try:
+            child = subprocess.Popen(
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+                **guard.popen_options,
+            )
+        except OSError as error:
+            raise NKATError(f"{command[0]}: cannot be started: {error.strerror or error}") from None
+        guard.watch(child)
+        process = KoboldProcess(child)
+        signals.go_to(process)
+        try:
+            yield process
+        finally:
+            if child.poll() is None:
+                signal_group(child, signal.SIGTERM)
+                process.end_by(time.monotonic() + _END_SECONDS)
+                process.wait()
+
+
+def wait_until_ready(process: KoboldProcess, url: str, seconds: float, check: Callable[[Loaded], None]) -> str:
+    """Waits for `/api/v1/model` and returns the model's name there.
+
+    check: is called as the log goes on and raises NKATError when something else was loaded than was asked for
+    Raises NKATError when KoboldCpp ends, cannot have its port, or is not ready in time. Returns "" after a signal.
+    """
+    started = time.monotonic()
+    with tqdm(desc="KoboldCpp loads", bar_format="{desc}: {elapsed} {postfix}", leave=False, disable=None) as bar:
+        while True:
+            status = process.poll()
+            check(process.loaded)
+            if process.signalled is not None and status is not None:
+                return ""
+            if status is not None:
+                raise process.failure(f"KoboldCpp {_ended(status)} before it was ready")
+            if any(_NO_PORT.search(line) for line in list(process.lines)[-_LAST_LINES:]):
+                raise process.failure(f"KoboldCpp could not listen at {url}")
+            name = _model_name(url)
+            if name is not None:
+                process.told(lambda loaded: loaded.library is not None)
+                check(process.loaded)
+                return name
+            if time.monotonic() - started > seconds:
+                raise process.failure(f"KoboldCpp was not ready within {seconds:.0f} seconds (--timeout allows more)")
+            bar.set_postfix_str(next((line for line in reversed(list(process.lines)) if line.strip()), "")[:60])
+            bar.update(0)
+            time.sleep(_POLL_SECONDS)
+
+
+def check_loaded(loaded: Loaded, libraries: Sequence[str], backend: str, advice: str) -> None:
+    """Raises NKATError as soon as the log shows another library than one of `libraries`."""
+    if loaded.library is not None and loaded.library not in libraries:
+        raise NKATError(
+            f"asked for {backend}, but KoboldCpp loaded koboldcpp_{loaded.library} without a word, "
+            f"because it has no koboldcpp_{' or koboldcpp_'.join(libraries)}; {advice}"
+        )
+
+
+def base_url(host: str, port: int, secure: bool = False) -> str:
+    """Where to reach a KoboldCpp that listens on `host`, from this machine."""
+    name = "127.0.0.1" if host in _EVERYWHERE else host
+    return f"http{'s' if secure else ''}://{f'[{name}]' if ':' in name else name}:{port}"
+
+
+def is_private(host: str) -> bool:
+    """Whether only this machine can reach it."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises NKATError when KoboldCpp could not listen there: why, and which port is free.
+
+    By connecting and by binding: KoboldCpp itself asks for an address that is in use (SO_REUSEADDR), which Windows
+    grants.
+    """
+    name = "127.0.0.1" if host in _EVERYWHERE else host
+    refused = _refusal(host, port)
+    code = refused.errno if refused is not None else 0
+    # Windows may say "access denied" for a port that another program has.
+    busy = code == errno.EADDRINUSE or (code in (0, errno.EACCES) and _listens(name, port))
+    if refused is not None and not busy:
+        raise NKATError(f"cannot listen at port {port} of --host {host}: {refused.strerror or refused}")
+    if not busy:
+        return
+    model = _model_name(base_url(host, port))
+    who = f"a KoboldCpp with {model}" if model else "another program"
+    free = next((p for p in range(port + 1, min(port + 50, 65536)) if _refusal(host, p) is None), None)
+    hint = f"; port {free} is free: --port {free}" if free else ""
+    raise NKATError(f"port {port} at {name} is in use by {who}{hint}")
+
+
+def post(url: str, path: str, body: Mapping[str, Any], seconds: float = 600.0) -> dict[str, Any]:
+    """One JSON request to KoboldCpp's API. Raises NKATError when it fails."""
+    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with _opener(url).open(request, timeout=seconds) as answer:
+            return json.loads(answer.read())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise NKATError(f"{url}{path}: {error}") from None
+
+
+def _ended(status: int) -> str:
+    if status < 0 or status > 128:
+        number = -status if status < 0 else status - 128
+        with contextlib.suppress(ValueError):
+            return f"crashed ({signal.Signals(number).name}, status {128 + number})"
+    return f"ended with status {status}"
+
+
+def _model_name(url: str) -> str | None:
+    """What `/api/v1/model` answers, or None when nothing that speaks KoboldCpp's API does."""
+    try:
+        with _opener(url).open(f"{url}/api/v1/model", timeout=2) as answer:
+            found = json.loads(answer.read())
+    except (OSError, ValueError, http.client.HTTPException):  # not there yet, or something else
+        return None
+    return str(found["result"]) if isinstance(found, dict) and "result" in found else None
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    """Without the proxy that the environment may name, and without checking a certificate: the user's own machine."""
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
+    if url.startswith("https"):
+        handlers.append(urllib.request.HTTPSHandler(context=ssl._create_unverified_context()))
+    return urllib.request.build_opener(*handlers)
+
+
+def _listens(name: str, port: int) -> bool:
+    try:
+        with socket.create_connection((name, port), timeout=1):
+            return True
+    except OSError:
+        return False
+
+
+def _refusal(host: str, port: int) -> OSError | None:
+    """Why the system does not let a program listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        if os.name != "nt":  # or a port that was closed a minute ago would count as taken
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error
+    return None
+
+
+class _Signals:
+    """While the block runs, the signals that ask this process to stop go to KoboldCpp; early ones wait for it."""
+
+    def __init__(self) -> None:
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+        self._numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self._before: dict[int, Any] = {}
+        self._early: list[int] = []
+        self._process: KoboldProcess | None = None
+
+    def __enter__(self) -> _Signals:
+        self._before = {number: signal.signal(number, self._handle) for number in self._numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._before.items():
+            signal.signal(number, previous)
+
+    def go_to(self, process: KoboldProcess) -> None:
+        self._process = process
+        for number in self._early:
+            process.forward(number)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self._process is None:
+            self._early.append(number)
+        else:
+            self._process.forward(number)

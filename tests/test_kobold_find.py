@@ -1,0 +1,140 @@
+"""Finding KoboldCpp, and believing only what it says itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nkat import kobold_find
+from nkat.errors import NKATError
+from nkat.kobold_find import find, libraries_in_program, parse_help, probe, programs_in
+from tests.fake_koboldcpp import NEW, OLD, archive, install, install_program
+
+posix = pytest.mark.skipif(os.name == "nt", reason="the stand-in for a one-file program is a shell script")
+REAL_HELP = """\
+usage: koboldcpp.py [-h] [--usecuda [[main GPU ID] ...]] [--jinja]
+
+KoboldCpp Server - Version 1.115.1
+
+options:
+  -h, --help            show this help message and exit
+  --usecuda [[main GPU ID] ...], --usecublas [[main GPU ID] ...], --usehipblas [[main GPU ID] ...]
+                        Use CUDA for GPU Acceleration. Not --useclblast, which is gone.
+  --jinja               Enables jinja. Tool calls need --jinja_tools
+  --gpulayers [[GPU layers]], --gpu-layers [[GPU layers]], -ngl [[GPU layers]]
+                        Set to -1 to enable autofit
+  -p, --prompt [prompt]
+"""
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A user's empty home, on a machine without KoboldCpp; returns the working folder."""
+    for name in ("home", "work", "bin"):
+        (tmp_path / name).mkdir()
+    monkeypatch.delenv("KOBOLDCPP", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(kobold_find, "__file__", str(tmp_path / "toolkit" / "nkat" / "kobold_find.py"))
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+def test_flags_are_those_of_option_lines_only() -> None:
+    version, flags = parse_help(REAL_HELP)
+    assert version == "1.115.1"
+    assert flags == {
+        *("--help", "--usecuda", "--usecublas", "--usehipblas", "--jinja", "--gpulayers", "--gpu-layers", "--prompt")
+    }
+    assert parse_help("usage: something else") == (None, frozenset())
+
+
+@pytest.mark.parametrize(("version", "cuda"), [(OLD, "--usecublas"), (NEW, "--usecuda")])
+def test_source_folder(tmp_path: Path, version: str, cuda: str) -> None:
+    install(tmp_path, version, ("default", "cublas"))
+    kobold = probe(find(tmp_path))
+    assert (kobold.version, kobold.is_source, kobold.libraries) == (version, True, {"default", "cublas"})
+    assert kobold.flag("--usecuda", "--usecublas") == cuda
+    assert ("--useclblast" in kobold.flags) == (version == OLD)
+    assert ("--failsafe" in kobold.flags) == (version == NEW)
+    assert not kobold.has_library("vulkan")
+
+
+@posix
+def test_one_file_program(alone: Path, tmp_path: Path) -> None:
+    path = install_program(alone / "koboldcpp-linux-x64", NEW, ("default", "vulkan_noavx2"))
+    kobold = probe(find(None))
+    assert (kobold.path, kobold.version, kobold.is_source) == (path.resolve(), NEW, False)
+    assert kobold.libraries == {"default", "vulkan_noavx2"}
+    # The answer is remembered until the file changes: this one can no longer answer.
+    (alone / ".koboldcpp-linux-x64-unpacked" / "koboldcpp.py").unlink()
+    assert probe(path) == kobold
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(NKATError, match="is not a KoboldCpp that runs here"):
+        probe(path)
+
+
+@posix
+def test_asking_without_remembering_leaves_the_cache_alone(alone: Path, tmp_path: Path) -> None:
+    probe(install_program(alone / "koboldcpp", NEW), remember=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_table_of_contents(tmp_path: Path) -> None:
+    names = [
+        "koboldcpp.py",
+        "koboldcpp_default.dll",
+        "sub/koboldcpp_cublas.so",
+        "precompiled_koboldcpp_failsafe.so",
+        "x.so",
+    ]
+    path = tmp_path / "program"
+    path.write_bytes(b"MZ" * 5000 + archive(names))
+    assert libraries_in_program(path) == {"default", "cublas", "failsafe"}
+    path.write_bytes(path.read_bytes() + b"a signature" * 100)
+    assert libraries_in_program(path) == {"default", "cublas", "failsafe"}
+    path.write_bytes(b"MZ" * 5000)
+    assert libraries_in_program(path) is None
+    whole = archive(names)
+    path.write_bytes(whole[60:])  # cut off at the front: the table's position lies before the file
+    assert libraries_in_program(path) is None
+
+
+def test_order_of_places(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NKATError, match=r"no KoboldCpp found .* download it with: curl"):
+        find(None)
+    at_home = install(tmp_path / "home" / "koboldcpp", OLD)
+    assert find(None) == at_home
+    here = install(alone / "koboldcpp", NEW)
+    assert find(None) == here
+    other = install(tmp_path / "other", NEW)
+    monkeypatch.setenv("KOBOLDCPP", str(tmp_path / "other"))
+    assert find(None) == other
+    assert find(here) == here
+
+
+def test_what_was_named_must_be_one(alone: Path, tmp_path: Path) -> None:
+    with pytest.raises(NKATError, match="no such file"):
+        find(tmp_path / "nowhere")
+    with pytest.raises(NKATError, match="no KoboldCpp in this folder"):
+        find(alone)
+    text = alone / "koboldcpp.txt"
+    text.write_text("not a program")
+    assert list(programs_in(alone)) == []
+    broken = tmp_path / "koboldcpp.py"
+    broken.write_text("raise SystemExit('it is broken')")
+    with pytest.raises(NKATError, match="status 1, it is broken"):
+        probe(find(broken))
+
+
+@posix
+def test_a_download_without_the_right_to_run(alone: Path) -> None:
+    path = alone / "koboldcpp"
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o644)
+    with pytest.raises(NKATError, match=r"chmod \+x"):
+        find(path)
