@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nkat import cli, hardware, inplace, rank_search
+from nkat import cli, hardware, inplace, merge, rank_search, residual_report
 from nkat.atomic import check_output
 from nkat.calibrate import input_second_moments
 from nkat.convert import (
@@ -22,14 +25,19 @@ from nkat.convert import (
     check_options,
     describe_theta_set,
     make_thetas,
+    residual_errors,
 )
+from nkat.distributed import is_first
 from nkat.errors import NKATError
+from nkat.fit_job import FitRequest, check_state, run_fit
+from nkat.fit_options import add_fit_arguments, fit_settings, given_fit_flags
 from nkat.gguf_file import GGUFFile
 from nkat.gguf_writer import Part, part_size, write_gguf
 from nkat.layers import select_layers
 from nkat.report import check_record, format_bytes, format_table, note, write_json
 from nkat.theta import coupling
 from nkat.theta_io import (
+    UNFINISHED_KEY,
     ModelFile,
     ThetaSet,
     appended_parts,
@@ -38,15 +46,19 @@ from nkat.theta_io import (
     open_model_file,
     scale_by_depth,
     theta_only_parts,
+    truncate_rank,
 )
+from nkat.theta_report import report_strengths
 
 EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-rank 4 --theta-gamma 0.97
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --selective-layers 'blk.*.attn_q.weight'
   python nkat_gguf_converter.py --input model.gguf --output best.nkat --optimize-rank
+  python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-source fit --calibrate text.txt
   python nkat_gguf_converter.py --input model.gguf --in-place
   python nkat_gguf_converter.py --input model.nkat --export-lora theta-lora.gguf
+  python nkat_gguf_converter.py --input model.nkat --merge merged.gguf --text text.txt
   python nkat_gguf_converter.py --input model.nkat --output model.gguf --remove
 """
 
@@ -71,6 +83,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="also write Θ as a LoRA adapter for llama.cpp and KoboldCpp; "
         "with neither --output nor --in-place, of the Θ the input has",
     )
+    add(
+        "--merge",
+        type=Path,
+        metavar="FILE",
+        help="also write a plain GGUF with Θ folded into the weights, re-quantised in their own types, and measure "
+        "what that loses on --text; with neither --output nor --in-place, of the Θ the input has, or of a new one",
+    )
     add("--remove", action="store_true", help="give the base model back, byte for byte")
     add("--theta-rank", type=cli.positive_int, metavar="R", help=f"columns of each factor (default {DEFAULT_RANK})")
     add(
@@ -93,17 +112,31 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--depth-decay", action="store_true", help="multiply block l's Θ by gamma^l: weaker with depth")
     add(
         "--theta-source",
-        choices=SOURCES,
+        choices=(*SOURCES, "fit"),
         default="weight",
-        help="weight: from the model alone (default); residual: from what --reference has and the input lost",
+        help="weight: from the model alone (default); residual: from what --reference has and the input lost; "
+        "fit: learned from --calibrate, and from --reference where given",
     )
-    add("--reference", type=Path, metavar="FILE", help="the same model at a higher precision, for source residual")
-    add("--calibrate", type=Path, metavar="FILE", help="text whose activations weight source residual's error")
-    add("--seed", type=cli.non_negative_int, default=0, help="of the randomised SVD (default 0)")
+    add("--reference", type=Path, metavar="FILE", help="the same model at a higher precision, for residual and fit")
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="residual: text whose activations weight the error; fit: text to learn from",
+    )
+    add("--keep", type=Path, metavar="FILE", help="fit: another text, on which the model is to stay as it is")
+    add(
+        "--truncate-rank",
+        type=cli.positive_int,
+        metavar="R",
+        help="make no new Θ: keep the first R columns of the one the input has",
+    )
+    add("--seed", type=cli.non_negative_int, default=0, help="of whatever is random in making Θ (default 0)")
     add("--threads", type=cli.positive_int, metavar="N", help="processor threads (default: torch's choice)")
     add("--dry-run", action="store_true", help="do everything but write")
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
+    add_fit_arguments(parser)
     options = parser.parse_args(argv)
     problem = _conflict(options)
     if problem:
@@ -115,8 +148,10 @@ def _conflict(o: argparse.Namespace) -> str | None:
     making = o.output is not None or o.in_place
     if o.output is not None and o.in_place:
         return "--output and --in-place exclude each other"
-    if not making and (o.remove or o.export_lora is None):
-        return "say where the result goes: --output FILE or --in-place (or --export-lora FILE)"
+    if not making and (o.remove or (o.export_lora is None and o.merge is None)):
+        return "say where the result goes: --output FILE or --in-place (or --export-lora FILE, --merge FILE)"
+    if o.merge and o.output is None and (o.theta_only or o.layout):
+        return "--theta-only and --layout say what --output is to be, which is not given"
     if o.in_place and (o.theta_only or o.layout == "tensors"):
         return "--in-place always uses layout 'appended'; --theta-only and --layout tensors need --output"
     if o.theta_only and o.layout:
@@ -126,18 +161,46 @@ def _conflict(o: argparse.Namespace) -> str | None:
     if o.theta_source == "residual" and o.reference is None:
         return "--theta-source residual needs --reference, the same model at a higher precision"
     if o.theta_source == "weight" and (o.reference or o.calibrate):
-        return "--reference and --calibrate are for --theta-source residual"
-    made = [o.theta_rank, o.selective_layers, o.target_size, o.theta_only or None, o.optimize_rank or None]
-    made.append(o.depth_decay or None)
-    if o.remove and (o.export_lora or o.theta_gamma is not None or any(value is not None for value in made)):
+        return "--reference and --calibrate are for --theta-source residual or fit"
+    problem = _fit_conflict(o)
+    if problem:
+        return problem
+    made = [o.theta_rank, o.selective_layers, o.target_size, o.optimize_rank or None, o.depth_decay or None]
+    if o.truncate_rank and (o.theta_source != "weight" or any(value is not None for value in made)):
+        return "--truncate-rank keeps the Θ that the input has, so flags for making one have no meaning with it"
+    made += [o.theta_only or None, o.truncate_rank]
+    if o.remove and (o.export_lora or o.merge or o.theta_gamma is not None or any(value is not None for value in made)):
         return "--remove only takes Θ off: it goes with --input, --output or --in-place, --force, --dry-run, --json"
-    if not making and any(value is not None for value in made):
+    if not making and o.merge is None and any(value is not None for value in made):
         return "--export-lora alone exports the Θ the input has; to make a new one give --output or --in-place too"
+    return None
+
+
+def _fit_conflict(o: argparse.Namespace) -> str | None:
+    if o.theta_source != "fit":
+        given = given_fit_flags(o) + ["--keep"] * (o.keep is not None)
+        return f"{given[0]} is for --theta-source fit" if given else None
+    if o.calibrate is None:
+        return "--theta-source fit needs --calibrate, the text to learn from"
+    if o.target_size or o.depth_decay:
+        return "--target-size and --depth-decay are not for --theta-source fit, which learns every entry's strength"
+    if o.fit_start == "residual" and o.reference is None:
+        return "--fit-start residual needs --reference, the same model at a higher precision"
+    if o.fit_reference_share is not None and o.reference is None:
+        return "--fit-reference-share needs --reference, the same model at a higher precision"
     return None
 
 
 def main() -> None:
     options = parse_arguments()
+    if not is_first():
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            run(options)
+        return
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     check_record(options.json, options.force)
     hardware.set_threads(options.threads)
     model = open_model_file(options.input)
@@ -145,44 +208,67 @@ def main() -> None:
         note(f"note: {options.input} ends in remains of a Θ that was not completely written; they are left out")
     if options.remove:
         record = remove_theta(options, model)
-    elif options.output is None and not options.in_place:
+    elif options.output is None and not options.in_place and not _makes_theta_to_merge(options, model):
         record = export_existing(options, model)
+    elif options.truncate_rank:
+        record = truncate_existing(options, model)
     else:
         record = convert(options, model)
-    if options.json:
+    if options.json and record:
         record["machine"] = hardware.describe(hardware.pick_device(allow_cuda=False))
         write_json(record, options.json, options.force)
+    if not record.get("fit", {}).get("finished", True):
+        sys.exit(cli.INTERRUPTED)
 
 
 def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
-    """Makes Θ and writes it in the form asked for."""
+    """Makes Θ and writes it in the form asked for; {} in a process of torchrun's that does not write."""
     if model.base is None:
         raise NKATError(f"{model.path}: holds only Θ; --input must be a model")
+    if options.theta_source == "fit":
+        check_state(_fit_state_path(options), options.resume, options.force)
+        if options.resume and _is_unfinished(options.output or model.path):
+            options.force = True  # what an interrupted fit wrote is replaced by what comes of it
     _check_outputs(options, model)
     tensors = model.base.tensors
     names = select_layers(tensors, options.selective_layers)
-    theta_options = _theta_options(options)
+    theta_options = _theta_options(options, names)
     if options.optimize_rank:
         theta_options = replace(theta_options, rank=max(rank_search.RANKS))  # lower ranks are its first columns
     check_options(tensors, names, theta_options)
     trial = rank_search.prepare(model, options.text, options.chunks) if options.optimize_rank else None
+    judge = _merge_judge(options, model)
     _announce(options, model, names, theta_options)
 
     started = time.perf_counter()
     with cli.bar(model.base_size, "hashing the base", "B") as bar:
         base_sha256 = base_hash(model, bar.update)
     made_from = time.perf_counter()
-    with cli.bar(len(names), "making Θ", "layer") as bar:
-        thetas = make_thetas(model.base.file, names, theta_options, bar.update)
+    record: dict[str, Any] = {}
+    validation = None
+    if options.theta_source == "fit":
+        fitted = run_fit(_fit_request(options, model, names, theta_options))
+        if not fitted.writes:
+            return {}
+        thetas, validation, record["fit"] = fitted.thetas, fitted.validation, fitted.record
+        theta_options = replace(theta_options, notes=fitted.notes)
+    else:
+        with cli.bar(len(names), "making Θ", "layer") as bar:
+            thetas = make_thetas(model.base.file, names, theta_options, bar.update)
+    if options.theta_source == "residual":
+        with cli.bar(len(names), "comparing with other Θ", "layer") as bar:
+            errors = residual_errors(model.base.file, thetas, theta_options, bar.update)
+        record["residual"] = residual_report.describe_errors(errors, theta_options.input_weights)
     theta_set = describe_theta_set(model, thetas, theta_options, base_sha256)
     if options.depth_decay:
         theta_set = scale_by_depth(theta_set, theta_set.gamma)
     made = time.perf_counter()
-    record: dict[str, Any] = {}
     if trial is not None:
         theta_set, record["rank_search"] = rank_search.search_rank(trial, theta_set)
     searched = time.perf_counter()
     written = _write(options, model, theta_set)
+    if options.theta_source == "fit" and record["fit"]["finished"]:
+        _fit_state_path(options).unlink(missing_ok=True)
     seconds = {
         "hash": made_from - started,
         "make": made - made_from,
@@ -191,23 +277,77 @@ def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
     }
     record |= _describe(options, model, theta_set, written, seconds)
     _print_summary(record)
+    if "residual" in record:
+        residual_report.print_errors(record["residual"])
+    if record.get("fit", {}).get("finished", True):
+        record["merge"] = _merge(options, model, theta_set, judge)
+    if options.theta_source != "weight":
+        record["report"] = report_strengths(model, theta_set, options.text, validation, options.reference)
+    return record
+
+
+def truncate_existing(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
+    """Writes the input with fewer columns of the Θ it has."""
+    if model.thetas is None or model.base is None:
+        raise NKATError(f"{model.path}: holds no Θ with its model, so there is nothing to truncate")
+    if options.truncate_rank > model.thetas.rank:
+        raise NKATError(f"{model.path}: its Θ has rank {model.thetas.rank}, which is below {options.truncate_rank}")
+    _check_outputs(options, model)
+    judge = _merge_judge(options, model)
+    started = time.perf_counter()
+    theta_set = truncate_rank(model.thetas, options.truncate_rank)
+    written = _write(options, model, theta_set)
+    record = _describe(options, model, theta_set, written, {"write": time.perf_counter() - started})
+    _print_summary(record)
+    record["merge"] = _merge(options, model, theta_set, judge)
     return record
 
 
 def export_existing(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
-    """Writes the Θ that the input has as a LoRA adapter."""
+    """Writes the Θ that the input has as a LoRA adapter, or merged into the model's weights, or both."""
     if model.thetas is None or model.base is None:
         raise NKATError(f"{model.path}: holds no Θ with its model; add --output or --in-place to make one")
-    parts = lora_parts(model.thetas, model.base, options.theta_gamma)
-    _write_unless_dry(options, options.export_lora, parts, [model.path])
+    _check_outputs(options, model)
+    judge = _merge_judge(options, model)
+    parts = lora_parts(model.thetas, model.base, options.theta_gamma) if options.export_lora else []
+    if options.export_lora:
+        _write_unless_dry(options, options.export_lora, parts, [model.path])
     return {
         "input": str(model.path),
-        "lora": str(options.export_lora),
+        "lora": str(options.export_lora) if options.export_lora else None,
         "rank": model.thetas.rank,
         "gamma": model.thetas.gamma if options.theta_gamma is None else options.theta_gamma,
         "bytes": _size(parts),
+        "merge": _merge(options, model, model.thetas, judge),
         "dry_run": options.dry_run,
     }
+
+
+def _makes_theta_to_merge(options: argparse.Namespace, model: ModelFile) -> bool:
+    """--merge alone takes the Θ that the input has, unless it has none or the flags ask for another."""
+    another = options.optimize_rank or options.depth_decay or options.theta_source != "weight"
+    asked = [options.theta_rank, options.selective_layers, options.target_size, options.truncate_rank]
+    asks = another or any(value is not None for value in asked)
+    return options.merge is not None and (model.thetas is None or asks)
+
+
+def _merge_judge(options: argparse.Namespace, model: ModelFile) -> merge.Judge | None:
+    """What --merge needs, so that it fails before time is spent; None where nothing is to be measured."""
+    if options.merge is None:
+        return None
+    merge.check_quantiser()
+    return None if options.dry_run else merge.prepare_judge(model, options.text, options.chunks)
+
+
+def _merge(
+    options: argparse.Namespace, model: ModelFile, theta_set: ThetaSet, judge: merge.Judge | None
+) -> dict[str, Any] | None:
+    if options.merge is None:
+        return None
+    gamma = theta_set.gamma if options.theta_gamma is None else options.theta_gamma
+    record = merge.merge_model(options.merge, model, theta_set, gamma, judge, options.force)
+    merge.print_merge(record)
+    return record
 
 
 def remove_theta(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
@@ -238,18 +378,25 @@ def remove_theta(options: argparse.Namespace, model: ModelFile) -> dict[str, Any
     }
 
 
-def _theta_options(options: argparse.Namespace) -> ThetaOptions:
+def _theta_options(options: argparse.Namespace, names: Sequence[str]) -> ThetaOptions:
     gamma = DEFAULT_GAMMA if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
+    if gamma == 1.0 and options.theta_source == "fit":
+        raise NKATError("--theta-source fit needs theta gamma below 1: at 1 the coupling is 0, and Θ acts on nothing")
     if gamma == 1.0:
         note("warning: gamma 1 couples Θ with strength 0: it will have no effect")
     elif not 0.90 <= gamma <= 0.99:
         note(f"warning: gamma {gamma:g} is outside the usual range 0.90 to 0.99")
     reference, input_weights, notes = None, None, {}
-    if options.reference:
+    if options.theta_source == "fit":
+        if gamma == 1.0:
+            raise NKATError(
+                "--theta-source fit needs theta gamma below 1: at 1 the coupling is 0, and Θ acts on nothing"
+            )
+    elif options.reference:
         reference = GGUFFile.open(options.reference)
         if options.calibrate:
-            input_weights, notes = input_second_moments(options.input, options.calibrate)
+            input_weights, notes = input_second_moments(options.input, options.calibrate, names=names)
     return ThetaOptions(
         rank=options.theta_rank or DEFAULT_RANK,
         gamma=gamma,
@@ -262,14 +409,52 @@ def _theta_options(options: argparse.Namespace) -> ThetaOptions:
     )
 
 
+def _fit_request(
+    options: argparse.Namespace, model: ModelFile, names: Sequence[str], theta_options: ThetaOptions
+) -> FitRequest:
+    return FitRequest(
+        model=model,
+        names=names,
+        settings=fit_settings(options, theta_options.rank, theta_options.gamma),
+        calibrate=options.calibrate,
+        reference=options.reference,
+        keep=options.keep,
+        ignore=options.calibrate_ignore or [],
+        start=options.fit_start or "auto",
+        precision=options.fit_precision or "auto",
+        state=_fit_state_path(options),
+        resume=options.resume,
+        force=options.force,
+        allow_cuda=not options.no_cuda,
+    )
+
+
+def _fit_state_path(options: argparse.Namespace) -> Path:
+    """Where an interrupted fit is kept: beside what it makes."""
+    target = options.output or options.input
+    return target.with_name(target.name + ".fit")
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether a file holds the Θ of a fit that was interrupted."""
+    thetas = open_model_file(path).thetas if path.exists() else None
+    return thetas is not None and bool(thetas.notes.get(UNFINISHED_KEY))
+
+
 def _check_outputs(options: argparse.Namespace, model: ModelFile) -> None:
     """Everything about the outputs that can be known before time is spent on Θ."""
-    if options.output is not None:
-        check_output(options.output, options.force, [model.path])
-    if options.export_lora is not None:
-        check_output(options.export_lora, options.force, [model.path])
-        if options.output is not None and options.output.absolute() == options.export_lora.absolute():
-            raise NKATError(f"{options.output}: --output and --export-lora are the same file")
+    seen: dict[Path, str] = {}
+    for flag, path in (
+        ("--output", options.output),
+        ("--export-lora", options.export_lora),
+        ("--merge", options.merge),
+    ):
+        if path is None:
+            continue
+        check_output(path, options.force, [model.path])
+        other = seen.setdefault(path.absolute(), flag)
+        if other != flag:
+            raise NKATError(f"{path}: {other} and {flag} are the same file")
     if options.in_place:
         if model.layout == "tensors":
             raise NKATError(f"{model.path}: Θ stands among the tensors (layout 'tensors'); give --output instead")
@@ -283,8 +468,8 @@ def _check_outputs(options: argparse.Namespace, model: ModelFile) -> None:
 
 
 def _announce(options: argparse.Namespace, model: ModelFile, names: Sequence[str], made: ThetaOptions) -> None:
-    target = options.output or model.path
-    how = "theta-only" if options.theta_only else _layout(options)
+    target = options.output or (model.path if options.in_place else options.merge)
+    how = "theta-only" if options.theta_only else _layout(options) if target != options.merge else "Θ merged"
     rank = "2, 4, 6 or 8, whichever measures best" if options.optimize_rank else str(made.rank)
     print(f"input   {model.path} ({format_bytes(model.base_size)}, {model.base.file.metadata['general.architecture']})")
     print(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
@@ -308,7 +493,7 @@ def _write(options: argparse.Namespace, model: ModelFile, theta_set: ThetaSet) -
         if not options.dry_run:
             inplace.append(model.path, model.base.data_end, parts)
         sizes["output"] = model.base.data_end + _size(parts)
-    else:
+    elif options.output is not None:
         parts = _output_parts(options, model, theta_set)
         _write_unless_dry(options, options.output, parts, [model.path])
         sizes["output"] = _size(parts)
@@ -341,7 +526,8 @@ def _size(parts: Sequence[Part]) -> int:
 def _describe(
     options: argparse.Namespace, model: ModelFile, theta_set: ThetaSet, sizes: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    added = sizes["output"] - (0 if options.theta_only else model.base_size)
+    size = sizes.get("output")  # None: only --merge or --export-lora writes
+    added = None if size is None else size - (0 if options.theta_only else model.base_size)
     layers = [
         {
             "name": name,
@@ -354,8 +540,8 @@ def _describe(
     ]
     return {
         "input": str(model.path),
-        "output": str(options.output or model.path),
-        "layout": "theta-only" if options.theta_only else _layout(options),
+        "output": None if size is None else str(options.output or model.path),
+        "layout": None if size is None else "theta-only" if options.theta_only else _layout(options),
         "lora": str(options.export_lora) if options.export_lora else None,
         "dry_run": options.dry_run,
         "metadata": theta_set.metadata(),
@@ -363,9 +549,9 @@ def _describe(
         "layers": layers,
         "theta_bytes": theta_set.nbytes,
         "bytes_added": added,
-        "bytes_added_percent": 100.0 * added / model.base_size,
+        "bytes_added_percent": None if added is None else 100.0 * added / model.base_size,
         "base_bytes": model.base_size,
-        "output_bytes": sizes["output"],
+        "output_bytes": size,
         "lora_bytes": sizes.get("lora"),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
@@ -389,15 +575,16 @@ def _print_summary(record: dict[str, Any]) -> None:
     rows.append(["all", str(len(record["layers"])), "", "", "", f"{record['theta_bytes']:,}"])
     print()
     print(format_table(rows, ["layer", "count", "shape", "type", "rank", "Θ bytes"]))
-    print()
-    print(
-        f"added {record['bytes_added']:,} bytes ({record['bytes_added_percent']:.2f} % of the base) "
-        f"in {sum(record['seconds'].values()):.1f} s"
-    )
+    if record["output"]:
+        print(
+            f"\nadded {record['bytes_added']:,} bytes ({record['bytes_added_percent']:.2f} % of the base) "
+            f"in {sum(record['seconds'].values()):.1f} s"
+        )
     if record["dry_run"]:
         print("dry run: nothing was written")
         return
-    print(f"wrote {record['output']} ({record['output_bytes']:,} bytes)")
+    if record["output"]:
+        print(f"wrote {record['output']} ({record['output_bytes']:,} bytes)")
     if record["lora"]:
         print(f"wrote {record['lora']} ({record['lora_bytes']:,} bytes)")
 

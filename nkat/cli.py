@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from tqdm import tqdm
@@ -67,3 +69,25 @@ def non_negative_int(text: str) -> int:
 def bar(total: int, what: str, unit: str) -> tqdm:
     """A progress bar with ETA on stderr, for anything that turns out to take longer than a second."""
     return tqdm(total=total, desc=what, unit=unit, unit_scale=unit == "B", delay=1, leave=False)
+
+
+@contextmanager
+def interrupts(unfinished: str) -> Iterator[list[int]]:
+    """A list that holds the signal once the user asked to stop; a second request raises KeyboardInterrupt.
+
+    unfinished: what is still brought to its end after the first, for the message
+    """
+    received: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        tqdm.write(f"stopping after {unfinished}; press Ctrl-C again to stop at once", file=sys.stderr)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -13,11 +14,12 @@ from nkat.errors import NKATError
 from nkat.gguf_file import GGUFFile, TensorInfo
 from nkat.gguf_writer import MetadataValue, sha256_of_parts
 from nkat.quants import dequantize, packed_tensor
-from nkat.residual import factors_from_residual
+from nkat.residual import ErrorsLeft, errors_left, factors_from_residual
 from nkat.theta import Theta, ThetaError, coupling, factors_from_weight, quantize_factors
 from nkat.theta_io import ModelFile, ThetaSet
 
 SOURCES = ("weight", "residual")
+_Result = TypeVar("_Result")
 _MOST_WORKERS = 2  # bounds the memory: each holds a weight in float32
 DEFAULT_RANK = 4
 DEFAULT_GAMMA = 0.97
@@ -27,7 +29,7 @@ DEFAULT_GAMMA = 0.97
 class ThetaOptions:
     """How Θ is made. `reference`: for source `residual`, the same model at a higher precision.
 
-    input_weights: for source `residual`, E[x_j²] of each adapted weight's inputs, [n] by tensor name
+    input_weights: for source `residual`, by tensor name E[x xᵀ] [n, n] or E[x_j²] [n] of each adapted weight's inputs
     """
 
     rank: int = DEFAULT_RANK
@@ -65,23 +67,45 @@ def make_thetas(
     layer. Raises ThetaError naming the layer whose weight is not finite.
     """
     check_options(file.tensors, names, options)
+
+    def make(name: str) -> Theta:
+        return quantize_factors(*_factors(read_weight(file, name), name, options))
+
+    return _two_at_a_time(file, names, make, on_layer)
+
+
+def residual_errors(
+    file: GGUFFile, thetas: Mapping[str, Theta], options: ThetaOptions, on_layer: Callable[[], object] | None = None
+) -> dict[str, ErrorsLeft]:
+    """For each Θ made with source `residual`: the error it leaves, and what else the same bytes could do."""
+
+    def compare(name: str) -> ErrorsLeft:
+        residual, moments = _residual(read_weight(file, name), name, options)
+        return errors_left(residual, thetas[name], coupling(options.gamma), moments, options.seed, options.target_size)
+
+    return _two_at_a_time(file, list(thetas), compare, on_layer)
+
+
+def _two_at_a_time(
+    file: GGUFFile, names: Sequence[str], work: Callable[[str], _Result], on_layer: Callable[[], object] | None
+) -> dict[str, _Result]:
     threads = torch.get_num_threads()
     workers = min(threads, _MOST_WORKERS)
 
-    def make(name: str) -> Theta:
+    def one(name: str) -> _Result:
         torch.set_num_threads(threads // workers)  # each thread has a setting of its own
         try:
-            theta = quantize_factors(*_factors(read_weight(file, name), name, options))
+            result = work(name)
         except ThetaError as error:
             raise ThetaError(f"{file.path}: {name}: {error}") from None
         file.release(name)
         if on_layer:
             on_layer()
-        return theta
+        return result
 
     pool = ThreadPoolExecutor(workers)
     try:
-        return dict(zip(names, pool.map(make, names), strict=True))
+        return dict(zip(names, pool.map(one, names), strict=True))
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
@@ -133,13 +157,18 @@ def base_hash(model: ModelFile, progress: Callable[[int], object] | None = None)
 def _factors(weight: torch.Tensor, name: str, options: ThetaOptions) -> tuple[torch.Tensor, torch.Tensor]:
     if options.source == "weight":
         return factors_from_weight(weight, options.rank, options.seed, options.target_size)
+    residual, moments = _residual(weight, name, options)
+    return factors_from_residual(
+        residual, options.rank, coupling(options.gamma), moments, options.seed, options.target_size
+    )
+
+
+def _residual(weight: torch.Tensor, name: str, options: ThetaOptions) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the reference has and the weight lost, and the second moments of the layer's inputs where they are known."""
     assert options.reference is not None
     residual = read_weight(options.reference, name) - weight
     options.reference.release(name)
-    input_weights = options.input_weights[name] if options.input_weights else None
-    return factors_from_residual(
-        residual, options.rank, coupling(options.gamma), input_weights, options.seed, options.target_size
-    )
+    return residual, options.input_weights[name] if options.input_weights else None
 
 
 def _check_reference(tensors: Mapping[str, TensorInfo], names: Sequence[str], options: ThetaOptions) -> None:

@@ -54,12 +54,6 @@ def pick_device(allow_cuda: bool) -> torch.device:
     return torch.device("cuda:0" if allow_cuda and torch.cuda.is_available() else "cpu")
 
 
-def worker_device(allow_cuda: bool) -> torch.device:
-    """The same for one of the processes that torchrun started: each has a GPU of its own."""
-    device = pick_device(allow_cuda)
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if device.type == "cuda" else device
-
-
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are computed as such, and not by way of float32."""
     if device.type == "cuda":

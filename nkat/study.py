@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from time import monotonic
 from typing import Any
 
@@ -21,6 +19,7 @@ import psutil
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
+from nkat import cli
 from nkat.errors import NKATError
 
 JOURNAL_NAME = "study.journal"
@@ -97,7 +96,7 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
     The first Ctrl-C (or SIGTERM) lets the running trial finish; a second one ends at once.
     """
     bar = tqdm(total=target, desc=label, unit="trial", leave=False, smoothing=0.1)
-    with bar, _interrupts() as interrupted:
+    with bar, cli.interrupts("the running trial") as interrupted:
 
         def update(*_: object) -> None:
             finished = study.get_trials(deepcopy=False, states=FINISHED)
@@ -172,22 +171,3 @@ def _retry_dead_trials(study: optuna.Study) -> None:
             study.tell(trial.number, state=TrialState.FAIL)
             attributes = {key: value for key, value in trial.user_attrs.items() if key == "base"}
             study.enqueue_trial(trial.params, user_attrs=attributes)
-
-
-@contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """A list that holds the signal once the user asked to stop; a second request raises KeyboardInterrupt."""
-    received: list[int] = []
-
-    def stop(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        tqdm.write("stopping after the running trial; press Ctrl-C again to stop at once")
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

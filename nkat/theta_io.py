@@ -49,6 +49,8 @@ _FOOTER_MAGIC = b"NKATTHTA"
 _SUFFIXES = (".theta_p", ".theta_q", ".theta_scale")
 _KEY_PREFIX = "nkat."
 CALIBRATION_KEY = "nkat.calibration.sha256"
+KEEP_KEY = "nkat.keep.sha256"
+UNFINISHED_KEY = "nkat.fit.unfinished"
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +251,12 @@ def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Pat
 
 def check_judging_text(theta_set: ThetaSet, text_sha256: str, path: Path) -> None:
     """Raises GGUFError when the text a Θ is to be judged on is the one it was made from."""
-    if theta_set.notes.get(CALIBRATION_KEY) == text_sha256:
+    if text_sha256 in (theta_set.notes.get(CALIBRATION_KEY), theta_set.notes.get(KEEP_KEY)):
         raise GGUFError(f"{path}: this theta was made from that very text, so it cannot be judged on it; give another")
 
 
 def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:
-    """Keeps the first `rank` columns of every Θ (columns are ordered by importance)."""
+    """Keeps the first `rank` columns of every Θ: each source orders them by importance."""
     thetas = {
         name: Theta(t.p[:, :rank].contiguous(), t.q[:, :rank].contiguous(), t.scale[:, :rank].contiguous())
         for name, t in theta_set.thetas.items()

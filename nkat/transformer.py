@@ -17,6 +17,7 @@ import gguf
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nkat.config import BLOCK_LINEARS, ModelConfig, Rope
 from nkat.errors import NKATError
@@ -299,9 +300,18 @@ class Transformer(nn.Module):
         return self.output(hidden[:, wanted]).to(hidden.dtype)
 
     def hidden(
-        self, tokens: torch.Tensor, cache: KVCache | None = None, *, trace: dict[str, torch.Tensor] | None = None
+        self,
+        tokens: torch.Tensor,
+        cache: KVCache | None = None,
+        *,
+        trace: dict[str, torch.Tensor] | None = None,
+        recompute: bool = False,
     ) -> torch.Tensor:
-        """Token ids [B, T] → normalised output of the last block [B, T, d]: what the output layer multiplies."""
+        """Token ids [B, T] → normalised output of the last block [B, T, d]: what the output layer multiplies.
+
+        recompute: keep only each block's input for the backward pass, and compute the rest again then (Chen et al.,
+        2016, arXiv 1604.06174)
+        """
         config = self.config
         batch, count = tokens.shape
         start = 0
@@ -315,7 +325,8 @@ class Transformer(nn.Module):
             local_rope = config.local_rope
             local = make_view(self.local_frequencies, local_rope.magnitude, start, count, config.sliding_window, x)
         for block in self.blocks:
-            x = block(x, local if block.local else view, cache)
+            seen = local if block.local else view
+            x = checkpoint(block, x, seen, cache, use_reentrant=False) if recompute else block(x, seen, cache)
             if trace is not None:
                 trace[f"blk.{block.index}"] = x
         if cache is not None:

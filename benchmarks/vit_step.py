@@ -1,0 +1,178 @@
+"""Training step of the image model against a plain ViT of the same size, interleaved in one run.
+
+    python -m benchmarks.vit_step --threads 2
+    python -m benchmarks.vit_step --patch-size 1 --conv-stem small      64 tokens instead of 16
+
+The peer is built from torch.nn.TransformerEncoderLayer (pre-norm, GELU, same width, depth, heads, MLP, tokens) behind
+one convolution that makes the patches. It has no stem, no colour features, no filtering, no gauge terms and no
+dropout. It is timed twice: as it comes, and with torch's unfused attention, which on a processor can be the faster. All
+arms run the same forward, loss, backward and AdamW step in turns on the same pictures; a ratio is the median of the
+paired ratios of each round. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nkat import cli
+from nkat.hardware import describe, pick_device, set_threads
+from nkat.report import format_table, write_json
+from nkat_vit.augment import AugmentConfig, augment
+from nkat_vit.model import STEMS, NKATViT, ViTConfig
+from nkat_vit.predict import autocast
+
+WARM_UP = 2
+
+
+class PlainViT(nn.Module):
+    """The peer, with as many tokens of the same width."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.patches = nn.Conv2d(3, dim, config.cell, config.cell)
+        self.cls = nn.Parameter(torch.zeros(1, 1, dim))
+        self.position = nn.Parameter(torch.zeros(1, config.grid**2 + 1, dim))
+        hidden = round(dim * config.mlp_ratio)
+        layer = nn.TransformerEncoderLayer(dim, config.heads, hidden, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, config.depth, nn.LayerNorm(dim), enable_nested_tensor=False)
+        self.head = nn.Linear(dim, config.classes)
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """[b, 3, h, w] → (logits [b, classes],)"""
+        x = self.patches(images).flatten(2).mT
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], dim=1) + self.position
+        return (self.head(self.encoder(x)[:, 0]),)
+
+
+def make_step(model: nn.Module, images: Tensor, labels: Tensor, amp: str, unfused: bool = False) -> Callable[[], float]:
+    """A whole training step; calling it returns its seconds."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    device = images.device
+
+    def step() -> float:
+        context = sdpa_kernel(SDPBackend.MATH) if unfused else contextlib.nullcontext()
+        started = perf_counter()
+        with context:
+            with autocast(device, amp):
+                logits = model(images)[0]
+            loss = F.cross_entropy(logits.float(), labels)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter() - started
+
+    return step
+
+
+def make_augmentation(images: Tensor, labels: Tensor) -> Callable[[], float]:
+    """STAGE2's augmentation of one batch; calling it returns its seconds."""
+    pictures = (images * 255).to(torch.uint8)
+    random = np.random.default_rng(0)
+
+    def run() -> float:
+        started = perf_counter()
+        augment(pictures, labels, AugmentConfig(), (0.5, 0.5, 0.5), random)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize()
+        return perf_counter() - started
+
+    return run
+
+
+def main() -> None:
+    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.vit_step --threads 2 --amp bf16")
+    parser.add_argument("--batch-size", type=cli.positive_int, default=128)
+    parser.add_argument("--rounds", type=cli.positive_int, default=12)
+    parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
+    parser.add_argument("--conv-stem", choices=list(STEMS), default="tiny")
+    parser.add_argument("--patch-size", type=cli.positive_int, default=2)
+    parser.add_argument("--threads", type=cli.positive_int)
+    parser.add_argument("--no-cuda", action="store_true")
+    options = parser.parse_args()
+    set_threads(options.threads)
+    device = pick_device(not options.no_cuda)
+    torch.manual_seed(0)
+    full = ViTConfig(conv_stem=options.conv_stem, patch_size=options.patch_size)
+    still = replace(full, dropout_attn=0.0, dropout_embed=0.0)
+    open_ = replace(still, top_k=0, top_p=1.0)
+    bare = replace(open_, nkat_strength=0.0)
+    images = torch.rand(options.batch_size, 3, 32, 32, device=device)
+    labels = torch.randint(10, (options.batch_size,), device=device)
+
+    def arm(model: nn.Module, unfused: bool = False) -> Callable[[], float]:
+        return make_step(model.to(device), images, labels, options.amp, unfused)
+
+    arms = {
+        "TransformerEncoderLayer": arm(PlainViT(full)),
+        "TransformerEncoderLayer, unfused attention": arm(PlainViT(full), unfused=True),
+        "ours, stage2 (with dropout)": arm(NKATViT(full)),
+        "ours, no dropout": arm(NKATViT(still)),
+        "ours, no filter": arm(NKATViT(open_)),
+        "ours, no filter, no gauge": arm(NKATViT(bare)),
+        "ours, no filter, gauge, colours": arm(NKATViT(replace(bare, split_heads=False, color_norm="off"))),
+        "augmentation alone": make_augmentation(images, labels),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    with cli.bar(WARM_UP + options.rounds, "rounds", "round") as progress:
+        for index in range(WARM_UP + options.rounds):
+            for name, step in arms.items():
+                elapsed = step()
+                if index >= WARM_UP:
+                    seconds[name].append(elapsed)
+            progress.update()
+
+    def ratio(slower: str, faster: str) -> float:
+        return median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
+
+    rows = [
+        [name, f"{1e3 * median(times):.1f}", f"{1e3 * min(times):.1f}", f"{options.batch_size / median(times):.0f}"]
+        for name, times in seconds.items()
+    ]
+    print(
+        f"{describe(device)['device_name']}, {torch.get_num_threads()} threads, amp {options.amp}, {full.tokens} tokens"
+    )
+    print(format_table(rows, ["step", "median ms", "fastest ms", "images/s"]))
+    names = list(arms)
+    ratios = {
+        "speed against TransformerEncoderLayer": ratio(names[0], names[2]),
+        "speed against it with unfused attention": ratio(names[1], names[2]),
+        "time with filtering / without": ratio(names[3], names[4]),
+        "time with gauge terms / without": ratio(names[4], names[5]),
+        "time with filtering and gauge / without either": ratio(names[3], names[5]),
+        "time with split heads and colour norm / without": ratio(names[5], names[6]),
+        "augmentation / step": ratio(names[7], names[2]),
+    }
+    for name, value in ratios.items():
+        print(f"{name}: {value:.3f}")
+    record = {
+        "benchmark": "vit_step",
+        "batch_size": options.batch_size,
+        "rounds": options.rounds,
+        "amp": options.amp,
+        "tokens": full.tokens,
+        "median_seconds": {name: median(times) for name, times in seconds.items()},
+        "fastest_seconds": {name: min(times) for name, times in seconds.items()},
+        "ratios": ratios,
+        "ratio": ratios["speed against TransformerEncoderLayer"],
+        "machine": describe(device),
+    }
+    write_json(record, "-")
+
+
+if __name__ == "__main__":
+    cli.run(main)

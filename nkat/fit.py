@@ -1,0 +1,342 @@
+"""Θ by gradient descent: P and Q of every adapted layer learned through the frozen packed weights.
+
+The loss is the text's next token, or another model's prediction of it (KL), or a mixture; a second text can hold the
+model to its own unmodified predictions there. What is learned is the product κ(γ₀)Θ, so γ₀ only divides the result.
+
+Each sequence of a batch may see only the first columns of P and Q (`nested`): the first r columns of the result then
+are a good Θ of rank r (Kusupati et al., 2022, "Matryoshka Representation Learning", arXiv 2205.13147). In the last
+steps the factors act as INT8 will have them. A validation slice decides which step's factors are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nkat.distributed import World
+from nkat.errors import NKATError
+from nkat.fit_data import Batch, FitText, Validation, batch_at
+from nkat.fit_layers import Factors, FittedLinear, ThetaMode, fitted_layers
+from nkat.fit_loss import Teacher, vocabulary_loss
+from nkat.fit_state import FitState
+from nkat.quants import dequantize
+from nkat.theta import Theta, coupling, quantize_factors
+from nkat.transformer import Transformer
+
+_BETAS = (0.9, 0.99)  # of AdamW: a fit has few steps, so its second moments must settle in fewer than the usual 1000
+_ZERO_START = 0.02  # standard deviation of P where Q starts at zero
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """How a fit goes. Every field is a flag of the converter; the defaults were found by experiment.
+
+    batch: sequences of `context` tokens in a step, per process
+    warmup: steps in which the learning rate rises to its value; then it falls to zero along a cosine
+    int8_share: share of the steps, the last ones, in which the factors act rounded
+    reference_share: of the reference model's prediction in the loss's target, 0 to 1
+    keep_weight: of the divergence from the unmodified model on the second text; keep_batch: sequences of it in a step
+    start_steps: with several starts, how long each is tried before the validation slice chooses
+    fast: keep activations instead of computing them again for the backward pass
+    patience: validations without a better one before the fit ends; 0: never
+    """
+
+    rank: int
+    gamma: float
+    seed: int = 0
+    steps: int = 200
+    batch: int = 4
+    context: int = 256
+    learning_rate: float = 3e-3
+    warmup: int = 10
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    int8_share: float = 0.2
+    nested: bool = True
+    reference_share: float = 0.0
+    keep_weight: float = 1.0
+    keep_batch: int = 2
+    start_steps: int = 10
+    fast: bool = False
+    validate_every: int = 20
+    patience: int = 0
+
+    def learning_rate_at(self, step: int) -> float:
+        rising = min(1.0, (step + 1) / max(1, self.warmup))
+        return self.learning_rate * rising * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+
+    def rounds_at(self, step: int) -> bool:
+        return step >= self.steps * (1.0 - self.int8_share)
+
+
+@dataclass(frozen=True, slots=True)
+class FitData:
+    """text: to learn from;  validation: a part of it, kept back;  keep: a text on which to change nothing."""
+
+    text: FitText
+    validation: Validation
+    keep: FitText | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the caller is told and asked after each step.
+
+    step: gets the state, None while the starts are tried, and the step's loss
+    stop: True ends the fit as if this step were its last, in all processes
+    """
+
+    step: Callable[[FitState | None, float], None]
+    stop: Callable[[], bool]
+
+
+def zero_start(shapes: Sequence[tuple[int, int]], rank: int, seed: int) -> list[Factors]:
+    """P random and Q zero for each m×n weight: Θ = 0, but no saddle of the loss as P = Q = 0 would be."""
+    generator = torch.Generator().manual_seed(seed)
+    random = [_ZERO_START * torch.randn(max(shape), rank, generator=generator) for shape in shapes]
+    return [(p, torch.zeros_like(p)) for p in random]
+
+
+def theta_start(thetas: Sequence[Theta], shapes: Sequence[tuple[int, int]], gamma: float) -> list[Factors]:
+    """Factors of κ(γ)Θ from the Θ that another source made for each m×n weight."""
+    root = math.sqrt(coupling(gamma))
+
+    def padded(factor: torch.Tensor, rows: int) -> torch.Tensor:
+        return root * torch.cat([factor, factor.new_zeros(rows - len(factor), factor.shape[1])])
+
+    pairs = zip(thetas, shapes, strict=True)
+    return [tuple(padded(factor, max(shape)) for factor in theta.factors()) for theta, shape in pairs]
+
+
+def by_name(names: Sequence[str], factors: Sequence[torch.Tensor]) -> dict[str, Factors]:
+    """A state's list of factors (P, Q, P, Q, …) as pairs by weight name."""
+    return dict(zip(names, zip(factors[::2], factors[1::2], strict=True), strict=True))
+
+
+def to_thetas(factors: Mapping[str, Factors], gamma: float) -> dict[str, Theta]:
+    """INT8 Θ whose κ(γ)Θ is what the factors say: their scales absorb 1/√κ."""
+    root = math.sqrt(coupling(gamma))
+    rounded = {name: quantize_factors(p.cpu(), q.cpu()) for name, (p, q) in factors.items()}
+    return {name: Theta(theta.p, theta.q, theta.scale / root) for name, theta in rounded.items()}
+
+
+def fit(
+    model: Transformer,
+    names: Sequence[str],
+    starts: Mapping[str, Sequence[Factors]],
+    data: FitData,
+    settings: FitSettings,
+    progress: Progress,
+    *,
+    reference: Transformer | None = None,
+    state: FitState | None = None,
+    world: World | None = None,
+    kind: type[FittedLinear] = FittedLinear,
+) -> FitState:
+    """Learns factors for the named weights from one of `starts`, or goes on from `state`, which then needs none.
+
+    starts: factors of each weight, in the order of `names`, under what the start is called
+    kind: what is learned; benchmarks compare Θ with other low-rank terms
+    Returns the state after the last step; its best_* are the result. Raises NKATError when the loss is not finite.
+    """
+    teacher = None if reference is None else _Model(reference, _output_weight(reference))
+    run = _Run(
+        names,
+        _Model(model, _output_weight(model)),
+        teacher,
+        data,
+        settings,
+        progress,
+        world or World(0, 1, model.device),
+        kind,
+    )
+    if state is None:
+        name = run.choose(starts) if len(starts) > 1 else next(iter(starts))
+        state = FitState(name, 0, [factor for pair in starts[name] for factor in pair])
+    with fitted_layers(model, by_name(names, state.factors), kind) as (layers, mode):
+        return run.continue_from(state, layers, mode)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A model and its output layer's weight [V, d], dequantised once for the whole fit."""
+
+    model: Transformer
+    output: torch.Tensor
+
+    @torch.no_grad()
+    def teach(self, tokens: torch.Tensor, chosen: torch.Tensor, share: float) -> Teacher:
+        """Its prediction at the chosen positions of tokens [B, T]: bool [B, T − 1]."""
+        return Teacher(self.model.hidden(tokens)[:, :-1][chosen], self.output, share)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    names: Sequence[str]
+    student: _Model
+    reference: _Model | None
+    data: FitData
+    settings: FitSettings
+    progress: Progress
+    world: World
+    kind: type[FittedLinear]
+
+    def choose(self, starts: Mapping[str, Sequence[Factors]]) -> str:
+        """The start with the lowest validation loss after a few steps from each."""
+        scores = {}
+        for name, factors in starts.items():
+            named = dict(zip(self.names, factors, strict=True))
+            with fitted_layers(self.student.model, named, self.kind) as (layers, mode):
+                parameters = _parameters(layers)
+                optimizer = self.optimizer(parameters)
+                for step in range(self.settings.start_steps):
+                    loss = self.step(step, parameters, optimizer, mode)
+                    self.progress.step(None, loss)
+                scores[name] = self.validate(mode)
+        return min(scores, key=scores.__getitem__)
+
+    def continue_from(self, state: FitState, layers: Mapping[str, FittedLinear], mode: ThetaMode) -> FitState:
+        settings = self.settings
+        parameters = _parameters(layers)
+        optimizer = self.optimizer(parameters)
+        if state.optimizer:
+            optimizer.load_state_dict(state.optimizer)
+        began = time.monotonic() - state.seconds
+        without_gain = 0
+        for step in range(state.step, settings.steps):
+            loss = self.step(step, parameters, optimizer, mode)
+            state.step = step + 1
+            stopping = self.anywhere(self.progress.stop())
+            if stopping or state.step % settings.validate_every == 0 or state.step == settings.steps:
+                nll = self.validate(mode)
+                without_gain += 1
+                if state.best_nll is None or nll < state.best_nll:
+                    state.best_step, state.best_nll, without_gain = state.step, nll, 0
+                    state.best_factors = [parameter.detach().clone() for parameter in parameters]
+                state.history.append({"step": state.step, "loss": loss, "validation_nll": nll})
+            state.factors = [parameter.detach() for parameter in parameters]
+            state.optimizer = optimizer.state_dict()
+            state.seconds = time.monotonic() - began
+            self.progress.step(state, loss)
+            if stopping or (settings.patience and without_gain >= settings.patience):
+                break
+        return state
+
+    def optimizer(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, betas=_BETAS, weight_decay=self.settings.weight_decay, fused=True)
+
+    def step(
+        self, step: int, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, mode: ThetaMode
+    ) -> float:
+        """One step of gradient descent; returns its loss in nats a token, over all processes."""
+        settings, data = self.settings, self.data
+        mode.rounded = settings.rounds_at(step)
+        loss = self.learn(self.batch(data.text, step, settings.batch, mode), mode)
+        if data.keep is not None:
+            loss += self.hold(self.batch(data.keep, step, settings.keep_batch, mode), mode)
+        mode.columns = None
+        gradients = [parameter.grad for parameter in parameters]
+        self.world.sum_(gradients)
+        self.world.sum_([loss])
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            raise self.diverged(f"at step {step + 1}")
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    def batch(self, text: FitText, step: int, count: int, mode: ThetaMode) -> Batch:
+        """This process's sequences of a step, on the model's device; `mode` gets the columns they see."""
+        settings = self.settings
+        first = (step * self.world.size + self.world.rank) * count
+        if settings.nested:
+            mode.columns = visible_columns(first, count, settings.rank, settings.seed).to(self.device)
+        batch = batch_at(text, first, count, settings.context, settings.seed)
+        return Batch(batch.tokens.to(self.device), batch.counted.to(self.device))
+
+    def learn(self, batch: Batch, mode: ThetaMode) -> torch.Tensor:
+        """Adds the gradients of the loss on the calibration text; returns this process's part of it."""
+        tokens, counted = batch.tokens, batch.counted
+        teacher = None
+        if self.reference is not None and self.settings.reference_share > 0.0:
+            teacher = self.reference.teach(tokens, counted, self.settings.reference_share)
+        return self.backward(batch, tokens[:, 1:][counted], teacher, 1.0)
+
+    def hold(self, batch: Batch, mode: ThetaMode) -> torch.Tensor:
+        """Adds the gradients of the divergence from the unmodified model on the second text; returns its part."""
+        mode.active = False
+        unmodified = self.student.teach(batch.tokens, batch.counted, 1.0)
+        mode.active = True
+        return self.backward(batch, None, unmodified, self.settings.keep_weight)
+
+    def backward(
+        self, batch: Batch, targets: torch.Tensor | None, teacher: Teacher | None, factor: float
+    ) -> torch.Tensor:
+        count = batch.counted.sum(dtype=torch.float64)
+        self.world.sum_([count])  # of all processes: the mean is over every token that counts
+        hidden = self.student.model.hidden(batch.tokens, recompute=not self.settings.fast)[:, :-1][batch.counted]
+        loss = factor * vocabulary_loss(hidden, self.student.output, targets, teacher) / count
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self, mode: ThetaMode) -> float:
+        """Mean −ln p on the validation slice with the factors as INT8 will have them."""
+        rounded, mode.rounded = mode.rounded, True
+        mine = slice(self.world.rank, None, self.world.size)
+        part = Validation(self.data.validation.chunks[mine], self.data.validation.counted[mine])
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if len(part.chunks):
+            nll = self.finite(part)
+            total += torch.tensor([float(nll.sum()), nll.numel()], dtype=torch.float64, device=self.device)
+        self.world.sum_([total])
+        mode.rounded = rounded
+        return float(total[0] / total[1])
+
+    def finite(self, part: Validation) -> torch.Tensor:
+        try:
+            return part.score(self.student.model)
+        except NKATError:
+            raise self.diverged("on the validation slice") from None
+
+    def diverged(self, where: str) -> NKATError:
+        return NKATError(
+            f"the loss is not a finite number {where}: a learning rate below {self.settings.learning_rate:g} may help; "
+            "nothing was written"
+        )
+
+    def anywhere(self, here: bool) -> bool:
+        """Whether any process says so."""
+        said = torch.tensor(float(here), device=self.device)
+        self.world.sum_([said])
+        return bool(said > 0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.model.device
+
+
+def visible_columns(first: int, count: int, rank: int, seed: int) -> torch.Tensor:
+    """bool [count, r]: which columns sequence first + i sees. Every second one sees all, the others a random number."""
+    columns = torch.empty(count, rank, dtype=torch.bool)
+    for i in range(count):
+        number = first + i
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        seen = rank if number % 2 == 0 else int(torch.randint(1, rank + 1, (1,), generator=generator))
+        columns[i] = torch.arange(rank) < seen
+    return columns
+
+
+def _output_weight(model: Transformer) -> torch.Tensor:
+    output = model.output
+    return dequantize(output.packed, output.qtype, output.shape).to(output.dtype)
+
+
+def _parameters(layers: Mapping[str, FittedLinear]) -> list[torch.nn.Parameter]:
+    return [factor for layer in layers.values() for factor in (layer.p, layer.q)]

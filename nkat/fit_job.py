@@ -1,0 +1,268 @@
+"""`--theta-source fit` from files to Θ: opens and checks the inputs, runs the fit, keeps its state, judges it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nkat import cli, hardware
+from nkat.convert import ThetaOptions, base_hash, make_thetas
+from nkat.distributed import World, join_world
+from nkat.errors import NKATError
+from nkat.fit import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
+from nkat.fit_data import Validation, fit_text, split_validation
+from nkat.fit_layers import Factors
+from nkat.fit_state import FitState, load_state, run_identity, save_state
+from nkat.gguf_writer import MetadataValue
+from nkat.load import DTYPES, LoadedModel, load_model
+from nkat.memory import memory
+from nkat.perplexity import PairedChange, Perplexity, paired
+from nkat.report import note
+from nkat.texts import Text, load_text
+from nkat.theta import Theta
+from nkat.theta_io import CALIBRATION_KEY, KEEP_KEY, UNFINISHED_KEY, ModelFile, open_model_file
+
+_SAVE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class FitRequest:
+    """What is to be fitted, on what, and where an interrupted fit is kept.
+
+    names: the weights that get a Θ;  reference: the same model at a higher precision;  keep: where to change nothing
+    start: "auto" or one of the starts;  precision: "auto", "float32" or "bfloat16"
+    state: the file of an interrupted fit, `resume` goes on with it and `force` may replace it
+    """
+
+    model: ModelFile
+    names: Sequence[str]
+    settings: FitSettings
+    calibrate: Path
+    reference: Path | None
+    keep: Path | None
+    ignore: Sequence[str]
+    start: str
+    precision: str
+    state: Path
+    resume: bool
+    force: bool
+    allow_cuda: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """thetas: by weight name;  notes: what a Θ file records;  record: for the report
+
+    validation: the part of the calibration text that was kept back, int64 [chunks, 512]
+    writes: whether this process is the one to write files;  finished: False when it was interrupted
+    """
+
+    thetas: dict[str, Theta]
+    notes: dict[str, MetadataValue]
+    record: dict[str, Any]
+    validation: torch.Tensor
+    writes: bool
+    finished: bool
+
+
+def run_fit(request: FitRequest) -> FitResult:
+    """Fits Θ. Raises NKATError for inputs that do not go together, and when no step beats Θ = 0 on validation."""
+    text = load_text(request.calibrate)
+    keep = None if request.keep is None else load_text(request.keep)
+    if keep is not None and keep.sha256 == text.sha256:
+        raise NKATError(f"{request.keep}: --keep and --calibrate are the same text")
+    with join_world(request.allow_cuda) as world:
+        dtype = _dtype(request.precision, world.device)
+        fast = request.settings.fast
+        loaded = load_model(request.model, device=world.device, dtype=dtype, keep_dense=fast)
+        loaded.model.set_gamma(None)
+        reference = None if request.reference is None else _load_reference(request.reference, loaded)
+        data = _data(request, loaded, text, keep)
+        identity, hashes = _identity(request, text, keep, dtype)
+        state = _interrupted_state(request, identity)
+        starts = _starts(request, loaded) if state is None else {}
+        state, finished = _run(request, loaded, reference, data, starts, state, identity, world)
+    thetas = to_thetas(by_name(request.names, state.best_factors), request.settings.gamma)
+    change = _judge(request, thetas, data.validation, world.device) if world.first else None
+    record = {
+        "settings": asdict(request.settings),
+        "start": state.start,
+        "steps": state.step,
+        "kept_step": state.best_step,
+        "finished": finished,
+        "precision": str(dtype).removeprefix("torch."),
+        "processes": world.size,
+        "seconds": state.seconds,
+        "seconds_per_step": state.seconds / max(1, state.step),
+        "peak_memory_bytes": memory().peak,
+        "validation_tokens": int(data.validation.counted.sum()),
+        "history": state.history,
+        **hashes,
+    }
+    notes: dict[str, MetadataValue] = {
+        CALIBRATION_KEY: text.sha256,
+        "nkat.calibration.tokens": len(data.text.tokens),
+        "nkat.fit.start": state.start,
+        "nkat.fit.steps": state.step,
+        "nkat.fit.kept_step": state.best_step or 0,
+        UNFINISHED_KEY: not finished,
+    }
+    if keep is not None:
+        notes[KEEP_KEY] = keep.sha256
+    if "reference_sha256" in hashes:
+        notes["nkat.reference.sha256"] = hashes["reference_sha256"]
+    if change is not None:
+        record |= {"heldout_change_percent": change.percent, "heldout_change_percent_stderr": change.percent_stderr}
+        notes["nkat.heldout.change_percent"] = change.percent
+        notes["nkat.heldout.change_percent_stderr"] = change.percent_stderr
+        notes["nkat.heldout.tokens"] = int(data.validation.counted.sum())
+    return FitResult(thetas, notes, record, data.validation.chunks, world.first, finished)
+
+
+def check_state(path: Path, resume: bool, force: bool) -> None:
+    """Raises NKATError when an interrupted fit would be lost, or there is none to resume."""
+    if resume and not path.exists():
+        raise NKATError(f"{path}: there is no interrupted fit to resume")
+    if path.exists() and not resume and not force:
+        raise NKATError(f"{path}: is an interrupted fit; --resume goes on with it, --force starts anew")
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision != "auto":
+        return DTYPES[precision]
+    return torch.bfloat16 if hardware.computes_bfloat16(device) else torch.float32
+
+
+def _load_reference(path: Path, loaded: LoadedModel) -> LoadedModel:
+    reference = load_model(path, device=loaded.model.device, dtype=loaded.model.output.dtype)
+    reference.model.set_gamma(None)
+    if reference.config != loaded.config:
+        names = [f.name for f in fields(loaded.config)]
+        name = next(n for n in names if getattr(reference.config, n) != getattr(loaded.config, n))
+        raise NKATError(
+            f"{path}: is not the same model: {name} is {getattr(reference.config, name)}, in the input it is "
+            f"{getattr(loaded.config, name)}"
+        )
+    return reference
+
+
+def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> FitData:
+    context = request.settings.context
+    learned, validation = split_validation(fit_text(loaded.tokenizer, text, request.ignore), text.name, context)
+    kept = None if keep is None else fit_text(loaded.tokenizer, keep)
+    if kept is not None and len(kept.tokens) < context:
+        raise NKATError(
+            f"{keep.name}: the text is too short: it has {len(kept.tokens)} tokens, one sequence needs {context}"
+        )
+    return FitData(learned, validation, kept)
+
+
+def _identity(
+    request: FitRequest, text: Text, keep: Text | None, dtype: torch.dtype
+) -> tuple[str, dict[str, MetadataValue]]:
+    """The fit's name, and the hashes of its inputs."""
+    hashes: dict[str, MetadataValue] = {"calibration_sha256": text.sha256}
+    if keep is not None:
+        hashes["keep_sha256"] = keep.sha256
+    if request.reference is not None:
+        with cli.bar(request.reference.stat().st_size, "hashing the reference", "B") as bar:
+            hashes["reference_sha256"] = base_hash(open_model_file(request.reference), bar.update)
+    settings = {**asdict(request.settings), "names": list(request.names), "ignore": list(request.ignore)}
+    settings |= {"start": request.start, "precision": str(dtype)}
+    with cli.bar(request.model.base_size, "hashing the base", "B") as bar:
+        base_sha256 = base_hash(request.model, bar.update)
+    return run_identity({**hashes, **settings, "base_sha256": base_sha256}), hashes
+
+
+def _interrupted_state(request: FitRequest, identity: str) -> FitState | None:
+    check_state(request.state, request.resume, request.force)
+    if not request.resume:
+        return None
+    state = load_state(request.state, identity)
+    note(f"resuming {request.state} at step {state.step} of {request.settings.steps}")
+    return state
+
+
+def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]]:
+    settings = request.settings
+    shapes = [loaded.tensors[name].shape for name in request.names]
+    wanted = [request.start]
+    if request.start == "auto":
+        wanted = ["zero", "weight"] + ["residual"] * (request.reference is not None)
+    starts = {}
+    for source in wanted:
+        if source == "zero":
+            starts[source] = zero_start(shapes, settings.rank, settings.seed)
+            continue
+        reference = open_model_file(request.reference).base.file if source == "residual" else None
+        options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source=source, reference=reference)
+        with cli.bar(len(request.names), f"start {source}", "layer") as bar:
+            thetas = make_thetas(loaded.gguf, request.names, options, bar.update)
+        starts[source] = theta_start([thetas[name] for name in request.names], shapes, settings.gamma)
+    return starts
+
+
+def _run(
+    request: FitRequest,
+    loaded: LoadedModel,
+    reference: LoadedModel | None,
+    data: FitData,
+    starts: Mapping[str, Sequence[Factors]],
+    state: FitState | None,
+    identity: str,
+    world: World,
+) -> tuple[FitState, bool]:
+    """The fit with its bar, its saved states and Ctrl-C; returns the last state and whether it came to its end."""
+    settings = request.settings
+    unmodified = float(data.validation.score(loaded.model, "without Θ").mean())
+    trials = len(starts) * settings.start_steps if len(starts) > 1 else 0
+    saved = time.monotonic()
+    bar = cli.bar(trials + settings.steps, "fitting", "step")
+    bar.disable = bar.disable or not world.first
+    with bar, cli.interrupts("the running step") as interrupted:
+        bar.update(0 if state is None else state.step)
+
+        def after_step(now: FitState | None, loss: float) -> None:
+            nonlocal saved
+            best = "" if now is None or now.best_nll is None else f", validation {_change(now.best_nll, unmodified)}"
+            bar.set_postfix_str(f"loss {loss:.3f}{best}", refresh=False)
+            bar.update()
+            if world.first and now is not None and time.monotonic() - saved > _SAVE_SECONDS:
+                save_state(request.state, now, identity)
+                saved = time.monotonic()
+
+        progress = Progress(after_step, lambda: bool(interrupted))
+        teacher = None if reference is None else reference.model
+        state = fit(
+            loaded.model, request.names, starts, data, settings, progress, reference=teacher, state=state, world=world
+        )
+        stopped = bool(interrupted) and state.step < settings.steps
+        if world.first and stopped:
+            save_state(request.state, state, identity)
+    return state, not stopped
+
+
+def _change(nll: float, unmodified: float) -> str:
+    return f"{100.0 * math.expm1(nll - unmodified):+.2f} %"
+
+
+def _judge(
+    request: FitRequest, thetas: Mapping[str, Theta], validation: Validation, device: torch.device
+) -> PairedChange:
+    """The INT8 Θ against none on the validation slice, in the engine's own precision."""
+    model = load_model(request.model, thetas=thetas, gamma=request.settings.gamma, device=device).model
+    fitted = Perplexity(validation.score(model, "validating")[None])
+    model.set_gamma(None)
+    change = paired(Perplexity(validation.score(model, "validating")[None]), fitted)
+    if change.log_ratio >= 0.0:
+        raise NKATError(
+            f"no step of the fit beats the model without Θ on the validation slice: the best changes its perplexity by "
+            f"{change}; nothing was written"
+        )
+    return change

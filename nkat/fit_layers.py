@@ -1,0 +1,115 @@
+"""Linear layers whose Θ is learned: P and Q get gradients, the packed weight is frozen.
+
+While a model is fitted its StarLinears are replaced by FittedLinears over the same packed bytes. The factors learned
+are those of κ(γ₀)Θ (√κ in each of P and Q), so that the step sizes do not depend on γ₀.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nkat.quants import dequantize
+from nkat.star import StarLinear
+from nkat.theta import low_rank_form
+from nkat.transformer import Transformer
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+_INT8_MAX = 127
+
+
+@dataclass(slots=True)
+class ThetaMode:
+    """What all fitted layers of a model do just now.
+
+    active: Θ is added at all
+    rounded: the factors act as they would after INT8 rounding; gradients pass straight through
+    columns: bool [B, r], which columns of P and Q act in each sequence of the batch; None: all of them
+    """
+
+    active: bool = True
+    rounded: bool = False
+    columns: torch.Tensor | None = None
+
+
+class FittedLinear(nn.Module):
+    """y = W x + Θ' x + bias for x [B, T, n], with Θ' = P Qᵀ − Q Pᵀ learned: float32 P, Q [max(m, n), r]."""
+
+    def __init__(self, layer: StarLinear, factors: Factors, mode: ThetaMode) -> None:
+        super().__init__()
+        self.layer, self.mode, self.dtype = layer, mode, layer.dtype
+        self.p, self.q = (nn.Parameter(factor.to(layer.device, copy=True)) for factor in factors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.dtype)
+        y = _FrozenProduct.apply(x, self.layer)
+        if self.layer.bias is not None:
+            y = y + self.layer.bias
+        if not self.mode.active:
+            return y
+        p, q = (_round_straight_through(f) for f in (self.p, self.q)) if self.mode.rounded else (self.p, self.q)
+        down, up = self.low_rank(p, q)
+        z = F.linear(x, down.to(self.dtype))
+        if self.mode.columns is not None:
+            z = z * self.mode.columns.repeat(1, 2)[:, None].to(self.dtype)  # down's rows: Qᵀ, then Pᵀ
+        return y + F.linear(z, up.to(self.dtype))
+
+    def low_rank(self, p: torch.Tensor, q: torch.Tensor) -> Factors:
+        """(down [k, n], up [m, k]) of the term that the factors add to W."""
+        return low_rank_form(p, q, *self.layer.shape)
+
+
+@contextlib.contextmanager
+def fitted_layers(
+    model: Transformer, factors: Mapping[str, Factors], kind: type[FittedLinear] = FittedLinear
+) -> Iterator[tuple[dict[str, FittedLinear], ThetaMode]]:
+    """Puts a FittedLinear in place of each named layer, starting from these factors; the old layers are put back."""
+    mode = ThetaMode()
+    layers = model.star_linears()
+    fitted = {name: kind(layers[name], start, mode) for name, start in factors.items()}
+    try:
+        _replace(model, fitted)
+        yield fitted, mode
+    finally:
+        _replace(model, layers)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x Wᵀ with W dequantised in each direction and kept in neither, unless the layer keeps it anyway."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, layer: StarLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return F.linear(x, _weight(layer))
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ _weight(ctx.layer), None
+
+
+def _weight(layer: StarLinear) -> torch.Tensor:
+    if layer.dense is not None:
+        return layer.dense
+    return dequantize(layer.packed, layer.qtype, layer.shape).to(layer.dtype)
+
+
+def _round_straight_through(factor: torch.Tensor) -> torch.Tensor:
+    """`nkat.theta.quantize_factors`' rounding with the gradient of the identity (Bengio et al., 2013, 1308.3432)."""
+    with torch.no_grad():
+        scale = factor.abs().amax(dim=0) / _INT8_MAX
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        error = torch.round(factor / scale) * scale - factor
+    return factor + error
+
+
+def _replace(model: Transformer, layers: Mapping[str, nn.Module]) -> None:
+    for block in model.blocks:
+        for name in block.linears:
+            layer = layers.get(f"blk.{block.index}.{name}.weight")
+            if layer is not None:
+                block.linears[name] = layer

@@ -1,0 +1,105 @@
+"""The converter's flags for `--theta-source fit`, and what they say."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from nkat import cli
+from nkat.errors import NKATError
+from nkat.fit import FitSettings
+
+_DEFAULTS = {field.name: field.default for field in fields(FitSettings)}
+_FLAGS = {  # field of FitSettings: (type, help)
+    "steps": (cli.positive_int, "steps of gradient descent"),
+    "batch": (cli.positive_int, "sequences a step, in each process"),
+    "context": (cli.positive_int, "tokens of a sequence"),
+    "learning_rate": (float, "highest learning rate; it warms up and then falls to 0 along a cosine"),
+    "warmup": (cli.non_negative_int, "steps until the learning rate is reached"),
+    "weight_decay": (float, "of AdamW"),
+    "clip": (float, "largest norm of a step's gradients"),
+    "int8_share": (float, "share of the steps, the last ones, with the factors rounded as INT8 will have them"),
+    "keep_weight": (float, "weight of --keep's part of the loss"),
+    "keep_batch": (cli.positive_int, "sequences of --keep's text a step"),
+    "start_steps": (cli.non_negative_int, "steps that --fit-start auto tries each start for"),
+    "validate_every": (cli.positive_int, "steps between validations"),
+    "patience": (cli.non_negative_int, "validations without a better one before the fit ends; 0: go on to the end"),
+}
+STARTS = ("auto", "zero", "weight", "residual")
+
+
+def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the group of flags; those not given stay None."""
+    group = parser.add_argument_group("how --theta-source fit learns")
+    for name, (kind, text) in _FLAGS.items():
+        group.add_argument(
+            f"--fit-{name.replace('_', '-')}", type=kind, metavar="N", help=f"{text} (default {_DEFAULTS[name]})"
+        )
+    group.add_argument(
+        "--fit-reference-share",
+        type=float,
+        metavar="S",
+        help="with --reference: share of its prediction in what is learned, the rest is the text itself (default 1)",
+    )
+    group.add_argument(
+        "--fit-start", choices=STARTS, help="where P and Q begin; auto: whichever is best after a few steps (default)"
+    )
+    group.add_argument(
+        "--fit-precision",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the products with the frozen weights; auto: bfloat16 where the processor computes in it (default)",
+    )
+    group.add_argument(
+        "--fit-fast",
+        action="store_true",
+        help="keep activations and unpacked weights in memory, instead of making them again for the backward pass",
+    )
+    group.add_argument(
+        "--no-nested", action="store_true", help="learn this rank only, not the lower ones in its first columns"
+    )
+    group.add_argument("--resume", action="store_true", help="go on with a fit that was interrupted")
+    group.add_argument("--no-cuda", action="store_true", help="fit on the processor even where there is a GPU")
+    group.add_argument(
+        "--calibrate-ignore", nargs="+", metavar="STRING", help='parts of the text not to be learned, such as "<unk>"'
+    )
+
+
+def given_fit_flags(options: argparse.Namespace) -> list[str]:
+    """The flags of the group that were given."""
+    names = [f"fit_{name}" for name in (*_FLAGS, "reference_share", "start", "precision")] + ["calibrate_ignore"]
+    given = [name for name in names if getattr(options, name) is not None]
+    given += [name for name in ("fit_fast", "no_nested", "resume", "no_cuda") if getattr(options, name)]
+    return ["--" + name.replace("_", "-") for name in given]
+
+
+def fit_settings(options: argparse.Namespace, rank: int, gamma: float) -> FitSettings:
+    """The settings that the flags describe. Raises NKATError for values that make no sense."""
+    given = {name: getattr(options, f"fit_{name}") for name in _FLAGS}
+    share = options.fit_reference_share
+    if share is None:
+        share = 0.0 if options.reference is None else 1.0
+    settings = FitSettings(
+        rank=rank,
+        gamma=gamma,
+        seed=options.seed,
+        nested=not options.no_nested and rank > 1,
+        fast=options.fit_fast,
+        reference_share=share,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    _check(settings)
+    return settings
+
+
+def _check(settings: FitSettings) -> None:
+    for name in ("int8_share", "reference_share"):
+        if not 0.0 <= getattr(settings, name) <= 1.0:
+            raise NKATError(f"--fit-{name.replace('_', '-')} must lie between 0 and 1, got {getattr(settings, name)}")
+    for name in ("learning_rate", "clip"):
+        if not getattr(settings, name) > 0.0:
+            raise NKATError(f"--fit-{name.replace('_', '-')} must be above 0, got {getattr(settings, name)}")
+    for name in ("weight_decay", "keep_weight"):
+        if not getattr(settings, name) >= 0.0:
+            raise NKATError(f"--fit-{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}")
+    if settings.context < 8:
+        raise NKATError(f"--fit-context must be at least 8 tokens, got {settings.context}")

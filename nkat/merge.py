@@ -1,0 +1,363 @@
+"""κΘ folded into the weights, re-quantised in each tensor's own type: a plain GGUF that costs nothing at run time.
+
+W' = Q(W + κΘ[:m, :n]), Q the reference quantiser of the tensor's type. The file has the base's metadata and tensors in
+order; only adapted tensors' bytes differ. A block format can lose most of a Θ that is small beside its quantisation
+step, and Q adds the rounding error of a second quantisation; so both are measured, with the perplexity left.
+
+The quantisers are libgguf's: C code for every block format, K-quants and IQ4 included, bit-equal to llama-quantize's
+output. gguf-py's own know neither K-quants nor IQ4. It is no fixed requirement, because its wheels are for Linux,
+macOS and Windows on the usual processors only.
+
+Limits: no importance matrix; types that `nkat.quants` cannot unpack cannot be merged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType
+
+from nkat.atomic import atomic_output
+from nkat.cli import bar
+from nkat.errors import NKATError
+from nkat.gguf_file import GGUFFile, TensorInfo
+from nkat.gguf_writer import (
+    BaseView,
+    FileRange,
+    NewTensor,
+    Part,
+    Progress,
+    gguf_parts,
+    part_size,
+    write_gguf,
+    write_parts,
+)
+from nkat.load import LoadedModel, load_model
+from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
+from nkat.quants import dequantize, packed_tensor
+from nkat.report import format_table
+from nkat.texts import Text, load_text
+from nkat.theta import Theta, ThetaError, coupling, low_rank_form
+from nkat.theta_io import ModelFile, ThetaSet, check_judging_text
+
+_MANTISSA_BITS = {GGMLQuantizationType.F32: 23, GGMLQuantizationType.F16: 10, GGMLQuantizationType.BF16: 7}
+_STEP_GROUP = 16  # every block format has one scale for each 16, 32 or 256 weights
+
+
+def check_quantiser() -> None:
+    """Raises NKATError where libgguf is missing: to be known before time is spent."""
+    _libgguf()
+
+
+def quantize(weight: torch.Tensor, qtype: GGMLQuantizationType) -> np.ndarray:
+    """Float32 weights [m, n] packed in a type, as llama-quantize does without an importance matrix: uint8 [nbytes]."""
+    return _libgguf().quantize_rows(weight.contiguous().numpy(), int(qtype)).view(np.uint8).reshape(-1)
+
+
+def requantise(
+    base_path: Path, out_path: Path, type_for: Callable[[TensorInfo], GGMLQuantizationType], force: bool = False
+) -> None:
+    """Writes a copy of a GGUF with its tensors in other types: `llama-quantize --allow-requantize` for one's own rule.
+
+    type_for gives a tensor's new type; a tensor whose type stays is copied byte for byte. Metadata stays as it is, and
+    so `general.file_type` is still the base's. The re-quantised tensors are held in memory.
+    """
+    with GGUFFile.open(base_path) as file:
+        tensors = [
+            NewTensor(name, type_for(info), _in_type(file, info, type_for(info)), info.shape)
+            for name, info in file.tensors.items()
+        ]
+        metadata_only = BaseView(file, file.version, len(file.metadata), file.metadata_span[1], 0, file.data_start)
+        write_gguf(out_path, gguf_parts({}, tensors, metadata_only), force, [base_path])
+
+
+@dataclass(frozen=True, slots=True)
+class MergeLoss:
+    """What re-quantisation does to κΘ in one tensor or in all of a type: sums over the weights, which add up.
+
+    change: ‖κΘ‖²; error: ‖W' − (W + κΘ)‖²; aligned: ⟨W' − W, κΘ⟩
+    in_steps: sum of (κΘ / quantisation step)²; moved: weights that are not what they were; count: weights
+    """
+
+    change: float = 0.0
+    error: float = 0.0
+    aligned: float = 0.0
+    in_steps: float = 0.0
+    moved: int = 0
+    count: int = 0
+
+    def __add__(self, other: MergeLoss) -> MergeLoss:
+        return MergeLoss(
+            self.change + other.change,
+            self.error + other.error,
+            self.aligned + other.aligned,
+            self.in_steps + other.in_steps,
+            self.moved + other.moved,
+            self.count + other.count,
+        )
+
+    def describe(self) -> dict[str, float | None]:
+        """The figures for people: ratios of norms, and means; None for a Θ that is zero."""
+        zero = self.change == 0.0
+        return {
+            "error_over_theta": None if zero else math.sqrt(self.error / self.change),
+            "theta_kept": None if zero else self.aligned / self.change,
+            "theta_in_steps": math.sqrt(self.in_steps / self.count),
+            "weights_moved": self.moved / self.count,
+        }
+
+
+def merge_weight(
+    weight: torch.Tensor, theta: Theta, kappa: float, qtype: GGMLQuantizationType
+) -> tuple[np.ndarray, MergeLoss]:
+    """Packed W' (uint8) of W [m, n], float32, that is stored in `qtype`; and what that lost.
+
+    Raises ThetaError where a weight becomes too large for the type.
+    """
+    m, n = weight.shape
+    down, up = low_rank_form(*theta.factors(), m, n)
+    change = kappa * (up @ down)
+    wanted = weight + change
+    if not bool(torch.isfinite(wanted).all()):
+        raise ThetaError("the weight with Θ in it holds NaN or infinity")
+    packed = quantize(wanted, qtype)
+    merged = dequantize(torch.from_numpy(packed), qtype, (m, n))
+    if not bool(torch.isfinite(merged).all()):
+        raise ThetaError(f"the weight with Θ in it is too large for {qtype.name}")
+    return packed, MergeLoss(
+        change=_sum_of_squares(change),
+        error=_sum_of_squares(merged - wanted),
+        aligned=float(((merged - weight) * change).sum(dtype=torch.float64)),
+        in_steps=_sum_of_squares(change / quantisation_steps(weight, qtype)),
+        moved=int((merged != weight).sum()),
+        count=weight.numel(),
+    )
+
+
+def quantisation_steps(weight: torch.Tensor, qtype: GGMLQuantizationType) -> torch.Tensor:
+    """The distance to the next number the type could hold there, for each of the weights W [m, n] stored in it.
+
+    Float types: the unit in the last place. Block types: the smallest gap between two different weights among 16 that
+    share a scale; in weights that came from fewer bits that is the coarser step they came from. Infinite where the step
+    is unknown: a zero in a float type, or 16 equal weights.
+    """
+    if qtype in _MANTISSA_BITS:
+        exponent = torch.frexp(weight).exponent
+        unit = torch.ldexp(torch.ones_like(weight), exponent - 1 - _MANTISSA_BITS[qtype])
+        return torch.where(weight == 0, math.inf, unit)
+    gaps = weight.reshape(-1, _STEP_GROUP).sort(dim=1).values.diff(dim=1)
+    smallest = torch.where(gaps > 0, gaps, math.inf).amin(dim=1, keepdim=True)
+    return smallest.expand(-1, _STEP_GROUP).reshape(weight.shape)
+
+
+def write_merged(
+    path: Path | None,
+    model: ModelFile,
+    theta_set: ThetaSet,
+    gamma: float,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, MergeLoss]:
+    """Writes the model with κ(γ)Θ in its weights; returns the loss of each adapted tensor, in the file's order.
+
+    path: None to measure the losses and write nothing. Raises ThetaError naming the tensor that cannot be merged.
+    """
+    losses: dict[str, MergeLoss] = {}
+    parts = _merged_parts(model, theta_set.thetas, coupling(gamma), losses)
+    if path is None:
+        for part in parts:
+            if progress:
+                progress(part_size(part))
+        return losses
+    with atomic_output(path, model.base_size, force, [model.path]) as file:
+        write_parts(file, parts, progress)
+    return losses
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """A text to measure on: its chunks of token ids [C, T], and the model with Θ on."""
+
+    text: Text
+    chunks: torch.Tensor
+    loaded: LoadedModel
+
+
+def prepare_judge(model: ModelFile, text_path: Path | None, chunks: int) -> Judge:
+    """Opens text and model. Raises NKATError for what cannot be measured, before anything is written."""
+    text = load_text(text_path)
+    loaded = load_model(model)
+    return Judge(text, text_chunks(loaded.tokenizer, text.content, chunks), loaded)
+
+
+def measure_merge(judge: Judge, theta_set: ThetaSet, gamma: float, merged_path: Path) -> dict[str, Any]:
+    """Perplexity of the base, of the base with Θ and of the merged file, on the same chunks."""
+    model = judge.loaded.model
+    model.set_gamma(None)
+    base = Perplexity(score_chunks(model, judge.chunks, progress="without Θ"))
+    model.set_thetas(theta_set.thetas)
+    model.set_gamma(gamma)
+    with_theta = Perplexity(score_chunks(model, judge.chunks, progress="with Θ"))
+    merged = Perplexity(score_chunks(load_model(merged_path).model, judge.chunks, progress="merged"))
+    gain, kept = paired(base, with_theta), paired(base, merged)
+    clear = gain.log_ratio < -2 * gain.log_ratio_stderr
+    return {
+        "text": judge.text.name,
+        "text_sha256": judge.text.sha256,
+        "chunks": base.chunks,
+        "context": base.context,
+        "base": _figures(base),
+        "theta": {**_figures(with_theta), **_change(base, with_theta)},
+        "merged": {**_figures(merged), **_change(base, merged)},
+        "merged_against_theta": _change(with_theta, merged),
+        "gain_kept": kept.log_ratio / gain.log_ratio if clear else None,
+    }
+
+
+def merge_model(
+    path: Path,
+    model: ModelFile,
+    theta_set: ThetaSet,
+    gamma: float,
+    judge: Judge | None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Writes the merged model and returns the record of what it lost; judge None: a dry run, nothing is written.
+
+    Raises NKATError, before anything is written, for γ = 1 or a Θ made from the text it would be judged on.
+    """
+    assert model.base is not None
+    if coupling(gamma) == 0.0:
+        raise ThetaError("merging needs theta gamma below 1: at 1 the coupling is 0 and there is nothing to merge")
+    if judge is not None:
+        check_judging_text(theta_set, judge.text.sha256, model.path)
+    with bar(model.base_size, f"merging into {path.name}", "B") as done:
+        losses = write_merged(None if judge is None else path, model, theta_set, gamma, force, done.update)
+    return {
+        "output": str(path),
+        "bytes": model.base_size,
+        "rank": theta_set.rank,
+        "gamma": gamma,
+        **describe_losses(losses, model.base.tensors),
+        "perplexity": None if judge is None else measure_merge(judge, theta_set, gamma, path),
+    }
+
+
+def describe_losses(losses: Mapping[str, MergeLoss], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The record of `write_merged`: by type, and tensor by tensor."""
+    types: dict[str, list[str]] = {}
+    for name in losses:
+        types.setdefault(tensors[name].type_name, []).append(name)
+    return {
+        "types": [
+            {"type": kind, "tensors": len(names), **sum((losses[name] for name in names), MergeLoss()).describe()}
+            for kind, names in types.items()
+        ],
+        "tensors": [
+            {"name": name, "type": tensors[name].type_name, **loss.describe()} for name, loss in losses.items()
+        ],
+    }
+
+
+def print_merge(record: Mapping[str, Any]) -> None:
+    """The table of types, and the perplexities where they were measured."""
+    rows = [
+        [
+            row["type"],
+            str(row["tensors"]),
+            f"{row['theta_in_steps']:.3f}",
+            f"{100 * row['weights_moved']:.1f} %",
+            "" if row["theta_kept"] is None else f"{100 * row['theta_kept']:.1f} %",
+            "" if row["error_over_theta"] is None else f"{row['error_over_theta']:.3f}",
+        ]
+        for row in record["types"]
+    ]
+    header = ["type", "tensors", "κΘ in steps", "weights moved", "κΘ kept", "rounding / κΘ"]
+    print(f"\nκΘ (gamma {record['gamma']:g}) in the weights, re-quantised:\n\n{format_table(rows, header)}")
+    measured = record["perplexity"]
+    if measured is None:
+        print("\ndry run: nothing was written, so that perplexity was not measured")
+        return
+    arms = [("without Θ", "base"), ("with Θ", "theta"), ("merged", "merged")]
+    rows = [_row(label, measured[arm]) for label, arm in arms]
+    print(f"\non {measured['text']}: {measured['chunks']} chunks of {measured['context']} tokens\n")
+    print(format_table(rows, ["", "perplexity", "change"]))
+    print(f"\nmerged against with Θ: {_percent(measured['merged_against_theta'])}")
+    if measured["gain_kept"] is None:
+        print("Θ makes this model no better on this text beyond two standard errors, so there is no gain to keep.")
+    else:
+        print(f"merging keeps {100 * measured['gain_kept']:.0f} % of Θ's gain (of ln perplexity).")
+    print(f"wrote {record['output']} ({record['bytes']:,} bytes)")
+
+
+def _row(label: str, figures: Mapping[str, float]) -> list[str]:
+    change = _percent(figures) if "change_percent" in figures else ""
+    return [label, f"{figures['perplexity']:.4f} ± {figures['perplexity_stderr']:.4f}", change]
+
+
+def _percent(figures: Mapping[str, float]) -> str:
+    return f"{figures['change_percent']:+.3f} % ± {figures['change_percent_stderr']:.3f}"
+
+
+def _figures(measured: Perplexity) -> dict[str, float]:
+    return {"perplexity": measured.ppl, "perplexity_stderr": measured.stderr}
+
+
+def _change(a: Perplexity, b: Perplexity) -> dict[str, float]:
+    change = paired(a, b)
+    return {"change_percent": change.percent, "change_percent_stderr": change.percent_stderr}
+
+
+def _merged_parts(
+    model: ModelFile, thetas: Mapping[str, Theta], kappa: float, losses: dict[str, MergeLoss]
+) -> Iterator[Part]:
+    """The base's parts with adapted tensors replaced, one at a time as they are asked for; fills `losses`."""
+    assert model.base is not None
+    file = model.base.file
+    adapted = sorted((model.base.tensors[name] for name in thetas), key=lambda info: info.offset)
+    for part in model.base_parts():
+        if not isinstance(part, FileRange):
+            yield part
+            continue
+        position = part.start
+        for info in _inside(adapted, part):
+            yield FileRange(part.path, position, info.offset)
+            try:
+                packed, losses[info.name] = merge_weight(_weight(file, info), thetas[info.name], kappa, info.type)
+            except ThetaError as error:
+                raise ThetaError(f"{model.path}: {info.name}: {error}") from None
+            file.release(info.name)
+            yield packed
+            position = info.offset + info.nbytes
+        yield FileRange(part.path, position, part.end)
+
+
+def _inside(tensors: Sequence[TensorInfo], part: FileRange) -> Iterator[TensorInfo]:
+    return (info for info in tensors if part.start <= info.offset and info.offset + info.nbytes <= part.end)
+
+
+def _weight(file: GGUFFile, info: TensorInfo) -> torch.Tensor:
+    return dequantize(packed_tensor(file.raw(info.name)), info.type, info.shape, name=info.name)
+
+
+def _in_type(file: GGUFFile, info: TensorInfo, qtype: GGMLQuantizationType) -> np.ndarray:
+    return file.raw(info.name) if qtype == info.type else quantize(_weight(file, info), qtype)
+
+
+def _sum_of_squares(values: torch.Tensor) -> float:
+    return float(values.square().sum(dtype=torch.float64))
+
+
+def _libgguf() -> ModuleType:
+    try:
+        import libgguf
+    except ImportError:
+        raise NKATError("merging needs the quantisers of libgguf, which is not here: pip install libgguf") from None
+    return libgguf

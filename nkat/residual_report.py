@@ -1,0 +1,76 @@
+"""What source `residual` achieved, kind of layer by kind of layer: the record and the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from nkat.report import format_table
+from nkat.residual import ErrorsLeft
+
+
+def describe_errors(errors: Mapping[str, ErrorsLeft], moments: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
+    """The record: for each kind of layer and for all, the share of the outputs' squared error that is left.
+
+    moments: those of the layers' inputs that were used, if any. Errors are added up over layers before they are
+    divided, so that a share is that of the error in the model and not of the average layer.
+    """
+    kinds: dict[str, list[ErrorsLeft]] = {}
+    for name, error in errors.items():
+        kinds.setdefault(name.removesuffix(".weight").rpartition(".")[2], []).append(error)
+    return {
+        "moments": _known(moments),
+        "kinds": [{"kind": kind, **_shares(found)} for kind, found in kinds.items()],
+        "all": _shares(list(errors.values())),
+    }
+
+
+def print_errors(record: Mapping[str, Any]) -> None:
+    """The record as a table."""
+    rows = [
+        [
+            row.get("kind", "all"),
+            str(row["layers"]),
+            _percent(row["theta_left"]),
+            f"{_percent(row['unrestricted_left'])} (rank {row['unrestricted_rank']:g})",
+            _percent(row["diagonal_left"]),
+        ]
+        for row in [*record["kinds"], record["all"]]
+    ]
+    known = {
+        "full": "inputs weighted with their full second moments",
+        "diagonal": "inputs weighted with the diagonal of their second moments",
+        "mixed": "inputs weighted with their second moments, some with the diagonal alone",
+        "none": "all inputs weighted alike; --calibrate TEXT weights them as a text does",
+    }[record["moments"]]
+    print(f"\nsquared error of the layers' outputs that is left of what the input lost ({known}):\n")
+    print(format_table(rows, ["layer", "count", "Θ", "unrestricted, same bytes", "Θ, diagonal only"]))
+
+
+def _known(moments: Mapping[str, torch.Tensor] | None) -> str:
+    if moments is None:
+        return "none"
+    dimensions = {value.ndim for value in moments.values()}
+    return "mixed" if len(dimensions) == 2 else "full" if 2 in dimensions else "diagonal"
+
+
+def _shares(errors: Sequence[ErrorsLeft]) -> dict[str, Any]:
+    lost = sum(error.lost for error in errors)
+    diagonal = [error.diagonal for error in errors if error.diagonal is not None]
+    return {
+        "layers": len(errors),
+        "theta_left": _share(sum(error.theta for error in errors), lost),
+        "unrestricted_left": _share(sum(error.unrestricted for error in errors), lost),
+        "unrestricted_rank": sum(error.unrestricted_rank for error in errors) / len(errors),
+        "diagonal_left": _share(sum(diagonal), lost) if len(diagonal) == len(errors) else None,
+    }
+
+
+def _share(left: float, lost: float) -> float | None:
+    return left / lost if lost > 0 else None
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f} %"

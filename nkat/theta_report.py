@@ -1,0 +1,103 @@
+"""What a Θ is worth at other strengths, and beside the model it was made from: measured, for the converter's report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nkat.load import load_model
+from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
+from nkat.report import format_bytes, format_table
+from nkat.texts import load_text
+from nkat.theta_io import ModelFile, ThetaSet, check_judging_text, open_model_file
+from nkat.transformer import Transformer
+
+GAMMAS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
+_CHUNKS = 4
+
+
+def gamma_sweep(model: Transformer, chunks: torch.Tensor, gammas: Sequence[float] = GAMMAS) -> list[dict[str, Any]]:
+    """Perplexity of a model with Θ at each γ, against γ = 1 (no Θ) on the same chunks, which comes last."""
+    before = model.gamma
+    model.set_gamma(None)
+    base = Perplexity(score_chunks(model, chunks, progress="gamma 1"))
+    rows = []
+    for gamma in gammas:
+        model.set_gamma(gamma)
+        measured = Perplexity(score_chunks(model, chunks, progress=f"gamma {gamma:g}"))
+        change = paired(base, measured)
+        rows.append(
+            {
+                "gamma": gamma,
+                "perplexity": measured.ppl,
+                "change_percent": change.percent,
+                "change_percent_stderr": change.percent_stderr,
+            }
+        )
+    model.set_gamma(before)
+    return [*rows, {"gamma": 1.0, "perplexity": base.ppl, "change_percent": 0.0, "change_percent_stderr": 0.0}]
+
+
+def report_strengths(
+    model_file: ModelFile,
+    theta_set: ThetaSet,
+    text_path: Path | None,
+    validation: torch.Tensor | None,
+    reference: Path | None,
+) -> dict[str, Any]:
+    """Prints and returns perplexity over γ, and beside the reference's where there is one.
+
+    Measured on the user's text, else on the fit's validation chunks, else on the text every Python carries.
+    """
+    loaded = load_model(model_file, thetas=theta_set.thetas, gamma=theta_set.gamma)
+    if text_path is None and validation is not None:
+        chunks, where = validation[:_CHUNKS], "the calibration text's validation slice"
+    else:
+        text = load_text(text_path)
+        check_judging_text(theta_set, text.sha256, model_file.path)
+        chunks, where = text_chunks(loaded.tokenizer, text.content, _CHUNKS), text.name
+    rows = gamma_sweep(loaded.model, chunks)
+    print(f"\nperplexity by gamma, {len(chunks)} chunks of {chunks.shape[1]} tokens of {where}:\n")
+    cells = [
+        [
+            f"{row['gamma']:g}" + (" (made for)" if row["gamma"] == theta_set.gamma else ""),
+            f"{row['perplexity']:.3f}",
+            f"{row['change_percent']:+.3f} ± {row['change_percent_stderr']:.3f}",
+        ]
+        for row in rows
+    ]
+    print(format_table(cells, ["gamma", "perplexity", "change %"]))
+    record: dict[str, Any] = {"text": where, "chunks": len(chunks), "gammas": rows}
+    if reference is not None:
+        record["reference"] = _beside_reference(model_file, theta_set, reference, chunks, rows[-1]["perplexity"])
+    return record
+
+
+def _beside_reference(
+    model_file: ModelFile, theta_set: ThetaSet, path: Path, chunks: torch.Tensor, base: float
+) -> dict[str, Any]:
+    """The larger file is what the user could take instead: what it costs in bytes and what it gives."""
+    loaded = load_model(model_file, thetas=theta_set.thetas, gamma=theta_set.gamma)
+    fitted = Perplexity(score_chunks(loaded.model, chunks, progress="with Θ")).ppl
+    reference_file = open_model_file(path)
+    reference = load_model(reference_file).model
+    reference.set_gamma(None)
+    better = Perplexity(score_chunks(reference, chunks, progress="reference")).ppl
+    bytes_with = model_file.base_size + theta_set.nbytes
+    more = reference_file.base_size - bytes_with
+    verdict = (
+        "Θ gives more for less" if fitted <= better and more > 0 else f"{format_bytes(more)} more buy {better:.3f}"
+    )
+    print(
+        f"\nper byte: {format_bytes(model_file.base_size)} give {base:.3f}, {format_bytes(bytes_with)} with Θ "
+        f"{fitted:.3f}, the reference's {format_bytes(reference_file.base_size)} {better:.3f}: {verdict}"
+    )
+    return {
+        "bytes": reference_file.base_size,
+        "perplexity": better,
+        "bytes_with_theta": bytes_with,
+        "perplexity_with_theta": fitted,
+    }

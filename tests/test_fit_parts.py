@@ -1,0 +1,260 @@
+"""What a fit is made of: its losses, its layers, its batches."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nkat import fit_loss
+from nkat.errors import NKATError
+from nkat.fit import FitSettings, theta_start, to_thetas, visible_columns, zero_start
+from nkat.fit_data import FitText, batch_at, fit_text, split_validation
+from nkat.fit_layers import FittedLinear, ThetaMode, fitted_layers
+from nkat.fit_loss import Teacher, vocabulary_loss
+from nkat.load import load_model
+from nkat.star import StarLinear
+from nkat.texts import Text, default_text
+from nkat.theta import quantize_factors
+from nkat.theta_io import ThetaSet, truncate_rank
+from tests.tiny_models import write_tiny_model
+
+N, D, V = 7, 12, 50
+GAMMA = 0.97
+
+
+def reference_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor | None, teacher: Teacher | None
+) -> torch.Tensor:
+    logits = hidden @ weight.T
+    share = 0.0 if teacher is None else teacher.share
+    loss = hidden.new_zeros(())
+    if targets is not None:
+        loss = loss + (1.0 - share) * F.cross_entropy(logits, targets, reduction="sum")
+    if teacher is not None:
+        wanted = F.softmax(teacher.hidden @ teacher.weight.T, dim=-1)
+        loss = loss + share * F.kl_div(F.log_softmax(logits, dim=-1), wanted, reduction="sum")
+    return loss
+
+
+@pytest.mark.parametrize("tile", [1 << 24, 2 * V])
+@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
+def test_loss_and_gradient_are_torchs(monkeypatch: pytest.MonkeyPatch, share: float | None, tile: int) -> None:
+    monkeypatch.setattr(fit_loss, "_TILE_ELEMENTS", tile)
+    hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
+    weight, targets = torch.randn(V, D, dtype=torch.float64), torch.randint(V, (N,))
+    teacher = None
+    if share is not None:  # of another width, as another model's may be
+        teacher = Teacher(torch.randn(N, D + 3, dtype=torch.float64), torch.randn(V, D + 3, dtype=torch.float64), share)
+    expected = reference_loss(hidden, weight, targets, teacher)
+    (wanted,) = torch.autograd.grad(expected, hidden)
+    loss = vocabulary_loss(hidden, weight, targets, teacher)
+    (found,) = torch.autograd.grad(3.0 * loss, hidden)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, 3.0 * wanted)
+
+
+def test_divergence_from_itself_is_zero_and_only_then() -> None:
+    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    leaf = hidden.clone().requires_grad_()
+    same = vocabulary_loss(leaf, weight, None, Teacher(hidden, weight))
+    same.backward()
+    assert abs(float(same.detach())) < 1e-5
+    assert float(leaf.grad.abs().max()) < 1e-5
+    assert float(vocabulary_loss(hidden, weight, None, Teacher(hidden.roll(1, 0), weight))) > 0.1  # control
+
+
+def star_linear(m: int, n: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> StarLinear:
+    values = gguf.quants.quantize(torch.randn(m, n).numpy(), gguf.GGMLQuantizationType.Q8_0)
+    packed = torch.from_numpy(values).flatten()
+    b = torch.randn(m) if bias else None
+    return StarLinear(packed, gguf.GGMLQuantizationType.Q8_0, (m, n), dtype=dtype, bias=b)
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 96)])
+def test_a_rounded_layer_is_the_star_layer(shape: tuple[int, int]) -> None:
+    layer = star_linear(*shape)
+    factors = [torch.randn(max(shape), 3) * 0.1 for _ in range(2)]
+    fitted = FittedLinear(layer, tuple(factors), ThetaMode(rounded=True))
+    x = torch.randn(2, 5, shape[1], dtype=torch.float64)
+    layer.set_theta(to_thetas({"w": tuple(factors)}, GAMMA)["w"])
+    layer.set_gamma(GAMMA)
+    torch.testing.assert_close(fitted(x), layer(x), rtol=1e-5, atol=1e-6)
+    fitted.mode.rounded = False
+    assert not torch.allclose(fitted(x), layer(x), rtol=1e-5, atol=1e-6)  # control: the rounding is felt
+    fitted.mode.active = False
+    layer.set_gamma(None)
+    assert torch.equal(fitted(x), layer(x))
+
+
+def test_gradients_are_those_of_the_dense_formula() -> None:
+    layer = star_linear(32, 64)
+    fitted = FittedLinear(layer, (torch.randn(64, 2), torch.randn(64, 2)), ThetaMode())
+    fitted.double()
+    x = torch.randn(1, 3, 64, dtype=torch.float64, requires_grad=True)
+
+    def dense(x: torch.Tensor, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        layer.set_gamma(None)
+        weight = layer(torch.eye(64, dtype=torch.float64)).T - layer.bias[:, None]
+        theta = p @ q.T - q @ p.T
+        return x @ (weight + theta[:32, :64]).T + layer.bias
+
+    direction = torch.randn(1, 3, 32, dtype=torch.float64)
+    inputs = (x, fitted.p, fitted.q)
+    found = torch.autograd.grad((fitted(x) * direction).sum(), inputs)
+    wanted = torch.autograd.grad((dense(*inputs) * direction).sum(), inputs)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    assert float(wanted[1].abs().max()) > 0.1  # control: there is a gradient to compare
+
+
+def test_rounding_is_that_of_the_file_with_a_gradient_of_one() -> None:
+    p, q = torch.randn(20, 3), torch.randn(20, 3)
+    layer = FittedLinear(
+        star_linear(16, 32, torch.float32), (F.pad(p, (0, 0, 0, 12)), F.pad(q, (0, 0, 0, 12))), ThetaMode()
+    )
+    from nkat.fit_layers import _round_straight_through
+
+    stored = quantize_factors(layer.p.detach(), layer.q.detach())
+    torch.testing.assert_close(_round_straight_through(layer.p).detach(), stored.factors()[0], rtol=0, atol=1e-7)
+    (gradient,) = torch.autograd.grad(_round_straight_through(layer.p).sum(), layer.p)
+    assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+def test_hidden_columns_are_a_lower_rank() -> None:
+    layer = star_linear(32, 64)
+    mode = ThetaMode(rounded=True)
+    factors = (torch.randn(64, 4), torch.randn(64, 4))
+    fitted = FittedLinear(layer, factors, mode)
+    x = torch.randn(3, 2, 64, dtype=torch.float64)
+    mode.columns = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    found = fitted(x)
+    whole = ThetaSet(to_thetas({"w": factors}, GAMMA), GAMMA, "fit", 0, "", "", 0)
+    layer.set_gamma(GAMMA)
+    for i, rank in enumerate((1, 2, 4)):
+        layer.set_theta(truncate_rank(whole, rank).thetas["w"])
+        torch.testing.assert_close(found[i], layer(x[i]), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[0], layer(x[0]), rtol=1e-3)  # control
+
+
+def test_layers_are_put_back(tmp_path: Path) -> None:
+    model = load_model(write_tiny_model(tmp_path / "m.gguf", "llama")).model
+    before = model.star_linears()
+    name = "blk.0.attn_q.weight"
+    tokens = torch.randint(40, (1, 9))
+    with torch.no_grad():
+        expected = model(tokens)
+        factors = {name: zero_start([before[name].shape], 2, 0)[0]}
+        with fitted_layers(model, factors) as (layers, _):
+            assert model.blocks[0].linears["attn_q"] is layers[name]
+            torch.testing.assert_close(model(tokens), expected)  # a zero start is Θ = 0
+            layers[name].q.add_(0.5)
+            assert not torch.allclose(model(tokens), expected)
+        assert model.star_linears() == before
+        assert torch.equal(model(tokens), expected)
+
+
+def test_recomputing_changes_no_gradient(tmp_path: Path) -> None:
+    model = load_model(write_tiny_model(tmp_path / "m.gguf", "gemma3"), dtype=torch.float64).model
+    layers = model.star_linears()
+    factors = {"blk.1.ffn_up.weight": zero_start([layers["blk.1.ffn_up.weight"].shape], 2, 0)[0]}
+    tokens = torch.randint(40, (2, 9))
+    found = []
+    for recompute in (False, True):
+        with fitted_layers(model, factors) as (fitted, _):
+            model.hidden(tokens, recompute=recompute).square().sum().backward()
+            found.append(fitted["blk.1.ffn_up.weight"].q.grad)
+    torch.testing.assert_close(found[0], found[1])
+    assert float(found[0].abs().max()) > 0
+
+
+def test_theta_and_factors_convert_back_and_forth() -> None:
+    shapes = [(32, 64), (64, 32)]
+    thetas = [quantize_factors(torch.randn(64, 2), torch.randn(64, 2)) for _ in shapes]
+    back = to_thetas(dict(zip("ab", theta_start(thetas, shapes, GAMMA), strict=True)), GAMMA)
+    for name, theta in zip("ab", thetas, strict=True):
+        assert torch.equal(back[name].p, theta.p)
+        assert torch.equal(back[name].q, theta.q)
+        torch.testing.assert_close(back[name].scale, theta.scale)
+    other = to_thetas(dict(zip("ab", theta_start(thetas, shapes, GAMMA), strict=True)), 0.9)  # control: γ matters
+    assert not torch.allclose(other["a"].scale, thetas[0].scale)
+
+
+def numbered(count: int, ignored: int = 0) -> FitText:
+    marks = torch.zeros(count, dtype=torch.bool)
+    marks[:ignored] = True
+    return FitText(torch.arange(count), marks, None)
+
+
+def test_an_epoch_reads_every_sequence_once() -> None:
+    text = numbered(10 * 16 + 5)
+    batches = [batch_at(text, first, 2, 16, 3).tokens for first in range(0, 10, 2)]
+    starts = sorted(int(row[0]) for batch in batches for row in batch)
+    assert len(set(starts)) == 10
+    assert all(b - a == 16 for a, b in itertools.pairwise(starts))
+    second = sorted(int(batch_at(text, first, 1, 16, 3).tokens[0, 0]) for first in range(10, 20))
+    order = [int(batch_at(text, first, 1, 16, 3).tokens[0, 0]) for first in range(10, 20)]
+    assert order != [int(b) for batch in batches for b in batch[:, 0]]  # the next epoch goes another way
+    assert len(set(second)) == 10
+
+
+def test_batches_depend_on_their_arguments_alone() -> None:
+    text = numbered(500)
+    whole = batch_at(text, 4, 4, 32, 1).tokens
+    halves = torch.cat([batch_at(text, 4, 2, 32, 1).tokens, batch_at(text, 6, 2, 32, 1).tokens])
+    assert torch.equal(whole, halves)
+    assert not torch.equal(whole, batch_at(text, 4, 4, 32, 2).tokens)
+
+
+def test_what_is_ignored_is_not_learned(tmp_path: Path) -> None:
+    tokenizer = load_model(write_tiny_model(tmp_path / "m.gguf", "llama")).tokenizer
+    text = fit_text(tokenizer, Text("t", "and then <unk> in the <unk> there", ""), ["<unk>"])
+    hidden = text.tokens[text.ignored].tolist()
+    assert tokenizer.decode(hidden).count("<unk>") == 2
+    assert "<unk>" not in tokenizer.decode(text.tokens[~text.ignored].tolist())
+    with pytest.raises(NKATError, match="holds no 'zebra'"):
+        fit_text(tokenizer, Text("t", "and then", ""), ["zebra"])
+    assert torch.equal(batch_at(numbered(8, ignored=3), 0, 1, 8, 0).counted[0], torch.tensor([False] * 2 + [True] * 5))
+
+
+def test_validation_is_kept_back(tmp_path: Path) -> None:
+    text = FitText(torch.arange(20_000), torch.zeros(20_000, dtype=torch.bool), bos=None)
+    learned, validation = split_validation(text, "t", 256)
+    assert set(learned.tokens.tolist()).isdisjoint(validation.chunks.flatten().tolist())
+    assert len(learned.tokens) + validation.chunks.numel() == 20_000
+    assert bool(validation.counted.all())
+    with_bos = split_validation(FitText(text.tokens, text.ignored, bos=7), "t", 256)[1]
+    assert bool((with_bos.chunks[:, 0] == 7).all())
+    ignored = torch.zeros(20_000, dtype=torch.bool)
+    ignored[-3:] = True
+    counted = split_validation(FitText(text.tokens, ignored, None), "t", 256)[1].counted
+    assert counted.sum() == counted.numel() - 3
+    assert not counted[-1, -3:].any()
+    with pytest.raises(NKATError, match="needs at least 1280"):
+        split_validation(numbered(1279), "t", 256)
+    split_validation(numbered(1280), "t", 256)
+    tokenizer = load_model(write_tiny_model(tmp_path / "m.gguf", "llama")).tokenizer
+    assert len(fit_text(tokenizer, default_text()).tokens) > 20_000
+
+
+def test_columns_seen() -> None:
+    seen = visible_columns(0, 400, 8, 0)
+    assert bool(seen[::2].all())
+    counts = seen[1::2].sum(dim=1)
+    assert set(counts.tolist()) == set(range(1, 9))
+    assert torch.equal(seen, torch.arange(8) < seen.sum(dim=1, keepdim=True))  # always the first ones
+    assert torch.equal(visible_columns(100, 50, 8, 0), seen[100:150])
+    assert not torch.equal(visible_columns(0, 400, 8, 1), seen)
+
+
+def test_schedule() -> None:
+    settings = FitSettings(4, GAMMA, steps=100, warmup=10, learning_rate=1.0, int8_share=0.25)
+    rates = [settings.learning_rate_at(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0, abs=0.03)
+    assert rates[-1] < 0.001
+    assert [settings.rounds_at(step) for step in (74, 75)] == [False, True]
