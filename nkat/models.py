@@ -4,7 +4,7 @@
     python -m nkat.models --list           what there is
 
 The cache is $NKAT_CACHE, else the user's cache folder. A model is checked by SHA-256 before it is used. Nothing else
-in the toolkit opens a network connection.
+but `nkat_vit.download` fetches anything.
 """
 
 from __future__ import annotations

@@ -20,6 +20,10 @@ OPTIONAL = {
     "libgguf",
     "kornia",
     "safetensors",
+    "tensorboard",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
     "pytest",
     "hypothesis",
 }  # not in requirements.txt
@@ -74,6 +78,14 @@ def test_nothing_imports_a_script() -> None:
     for path in files:
         roots = {name.partition(".")[0] for name in imports(path)}
         assert not roots & set(SCRIPTS), path
+
+
+def test_the_language_side_does_not_know_the_image_side() -> None:
+    known = modules()
+    assert any(imports(path) & {"nkat.errors"} for name, path in known.items() if name.startswith("nkat_vit."))
+    for name, path in known.items():
+        if name.partition(".")[0] == "nkat":
+            assert not {other for other in imports(path) if other.partition(".")[0] == "nkat_vit"}, name
 
 
 def test_every_module_imports_without_optional_packages() -> None:

@@ -1,0 +1,71 @@
+"""Checkpoints: `last.pt` continues a run bit by bit, `best.pt` is the model to use.
+
+Both are dictionaries of tensors, numbers, strings and lists, written whole or not at all and read with torch's
+restricted loader, which runs no code from the file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nkat.atomic import atomic_output
+from nkat.errors import NKATError
+from nkat_vit.model import NKATViT
+from nkat_vit.recipe import Recipe, make_recipe
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    """A model ready for use, in evaluation mode, and what is known about it (`best.pt` without the weights)."""
+
+    model: NKATViT
+    recipe: Recipe
+    facts: dict[str, Any]
+    path: Path
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Replaces `path` in one step."""
+    buffer = io.BytesIO()
+    torch.save(content | {"format": FORMAT}, buffer)
+    with atomic_output(path, buffer.tell(), force=True) as file:
+        file.write(buffer.getbuffer())
+
+
+def load(path: Path, kind: str) -> dict[str, Any]:
+    """A checkpoint of the kind "run" or "weights", on the CPU. Raises NKATError for anything else."""
+    if not path.is_file():
+        raise NKATError(f"{path}: there is no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or ["damaged"]
+        raise NKATError(f"{path}: cannot be loaded safely as a checkpoint: {reason[0]}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise NKATError(f"{path}: this is no checkpoint of nkat_vit, version {FORMAT}")
+    if content.get("kind") != kind:
+        wanted = {"run": "last.pt, which continues a run", "weights": "best.pt, a model to use"}[kind]
+        raise NKATError(f"{path}: this checkpoint is of the kind {content.get('kind')!r}; needed is {wanted}")
+    return content
+
+
+def load_model(path: Path, device: torch.device | None = None) -> TrainedModel:
+    """The model of a `best.pt`, or of a run's folder."""
+    path = path / "best.pt" if path.is_dir() else path
+    content = load(path, "weights")
+    recipe = make_recipe(content["recipe"])
+    model = NKATViT(recipe.model)
+    try:
+        model.load_state_dict(content["weights"])
+    except RuntimeError as error:
+        raise NKATError(f"{path}: the weights do not fit the model: {str(error).splitlines()[0]}") from None
+    facts = {name: value for name, value in content.items() if name not in ("weights", "recipe")}
+    return TrainedModel(model.to(device).eval(), recipe, facts, path)

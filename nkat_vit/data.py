@@ -1,0 +1,264 @@
+"""The image sets: MNIST, Fashion-MNIST, EMNIST and CIFAR-10 from their original archives, as uint8 tensors.
+
+    DATA_ROOT/MNIST/raw, FashionMNIST/raw, EMNIST/raw      the IDX files, gzipped or not
+    DATA_ROOT/EMNIST/raw/gzip.zip                          EMNIST's own archive, read as it is
+    DATA_ROOT/cifar-10-batches-bin or -py                  CIFAR-10 unpacked,
+    DATA_ROOT/cifar-10-binary.tar.gz or -python.tar.gz     or its archive, read as it is
+
+Contents are compared with the published ones wherever those are known (EMNIST's are not: its SHA-256 goes into the
+record instead). Training and test pictures are loaded by separate calls, so that a run cannot look at the test set
+before its end. `python -m nkat_vit.download` fetches what is missing; nothing here opens a connection.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nkat.errors import NKATError
+from nkat_vit.readers import read_cifar_binary, read_cifar_pickle, read_idx
+
+_DIGITS = tuple("0123456789")
+_UPPER = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_LOWER = tuple("abcdefghijklmnopqrstuvwxyz")
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSpec:
+    """One image set.
+
+    folder, prefixes: where its IDX files lie, and how their names begin for training and test; CIFAR-10 has none
+    first_label: what the file calls the first class (EMNIST's letters start at 1)
+    transposed: stored column by column, as NIST does
+    mirrored: a mirrored picture is as good as the original (true of things, not of letters)
+    mean, std: of each channel over the training pictures, for pixels from 0 to 1
+    """
+
+    title: str
+    classes: tuple[str, ...]
+    channels: int
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    folder: str = ""
+    prefixes: tuple[str, str] = ("", "")
+    first_label: int = 0
+    transposed: bool = False
+    mirrored: bool = False
+
+
+def _emnist(split: str, classes: tuple[str, ...], first_label: int = 0) -> DatasetSpec:
+    prefixes = (f"emnist-{split}-train", f"emnist-{split}-test")
+    grey = ((0.1751,), (0.3332,))
+    return DatasetSpec(f"EMNIST {split}", classes, 1, 28, *grey, "EMNIST", prefixes, first_label, transposed=True)
+
+
+# EMNIST's merged classes: capitals, and those small letters that differ from them.
+_MERGED = (*_DIGITS, *_UPPER, *tuple("abdefghnqrt"))
+DATASETS = {
+    "mnist": DatasetSpec("MNIST", _DIGITS, 1, 28, (0.1307,), (0.3081,), "MNIST", ("train", "t10k")),
+    "fashion": DatasetSpec(
+        "Fashion-MNIST",
+        ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"),
+        1,
+        28,
+        (0.2860,),
+        (0.3530,),
+        "FashionMNIST",
+        ("train", "t10k"),
+        mirrored=True,
+    ),
+    "emnist": _emnist("balanced", _MERGED),
+    "emnist-bymerge": _emnist("bymerge", _MERGED),
+    "emnist-byclass": _emnist("byclass", (*_DIGITS, *_UPPER, *_LOWER)),
+    "emnist-letters": _emnist("letters", _LOWER, first_label=1),
+    "emnist-digits": _emnist("digits", _DIGITS),
+    "emnist-mnist": _emnist("mnist", _DIGITS),
+    "cifar10": DatasetSpec(
+        "CIFAR-10",
+        ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        3,
+        32,
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),
+        mirrored=True,
+    ),
+}
+
+# MD5 of the uncompressed contents, from files whose archives' published MD5s were right.
+_CONTENTS = {
+    ("MNIST", "train-images-idx3-ubyte"): "6bbc9ace898e44ae57da46a324031adb",
+    ("MNIST", "train-labels-idx1-ubyte"): "a25bea736e30d166cdddb491f175f624",
+    ("MNIST", "t10k-images-idx3-ubyte"): "2646ac647ad5339dbf082846283269ea",
+    ("MNIST", "t10k-labels-idx1-ubyte"): "27ae3e4e09519cfbb04c329615203637",
+    ("FashionMNIST", "train-images-idx3-ubyte"): "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    ("FashionMNIST", "train-labels-idx1-ubyte"): "9018921c3c673c538a1fc5bad174d6f9",
+    ("FashionMNIST", "t10k-images-idx3-ubyte"): "8181f5470baa50b63fa0f6fddb340f0a",
+    ("FashionMNIST", "t10k-labels-idx1-ubyte"): "15d484375f8d13e6eb1aabb0c3f46965",
+    ("CIFAR-10", "data_batch_1"): "5dd7e06a14cb22eb9f671a540d1b7c25",  # as in the binary version, either way
+    ("CIFAR-10", "data_batch_2"): "5ea93a67294ea407fff1d09f752e9692",
+    ("CIFAR-10", "data_batch_3"): "942cd6a4bcdd0dd3c604fbe906cb4421",
+    ("CIFAR-10", "data_batch_4"): "ae636b3ba5c66a11e91e8cb52e771fcb",
+    ("CIFAR-10", "data_batch_5"): "53f37980c15c3d472c316c40844f3f0d",
+    ("CIFAR-10", "test_batch"): "803d5f7f4d78ea53de84dbe85f74fb6d",
+}
+_CIFAR_BATCHES = {True: [f"data_batch_{i}" for i in range(1, 6)], False: ["test_batch"]}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSet:
+    """Pictures uint8 [n, channels, size, size] and labels int64 [n] from 0, on one device; sha256 of both as loaded."""
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    sha256: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: Tensor) -> ImageSet:
+        """The pictures of an index [k], with the whole set's name and hash."""
+        index = index.to(self.labels.device)
+        return ImageSet(self.name, self.images[index], self.labels[index], self.sha256)
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The same on another device."""
+        return ImageSet(self.name, self.images.to(device), self.labels.to(device), self.sha256)
+
+
+def find_dataset(name: str) -> DatasetSpec:
+    """The set's description; raises NKATError for a name there is not."""
+    if name not in DATASETS:
+        raise NKATError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def load_images(name: str, root: Path, train: bool) -> ImageSet:
+    """The whole training or test set; raises NKATError when it is absent, damaged or not the published one."""
+    spec = find_dataset(name)
+    images, labels = _cifar(root, train) if name == "cifar10" else _idx_set(name, root, train)
+    if images.shape[1:] != (spec.channels, spec.size, spec.size) or len(images) != len(labels) or not len(labels):
+        raise NKATError(f"{name}: pictures of shape {images.shape} and {len(labels)} labels do not fit {spec.title}")
+    labels = labels.astype(np.int64) - spec.first_label
+    if labels.min() < 0 or labels.max() >= len(spec.classes):
+        raise NKATError(f"{name}: labels from {labels.min()} to {labels.max()} for {len(spec.classes)} classes")
+    digest = hashlib.sha256(np.ascontiguousarray(images).tobytes() + labels.astype(np.uint8).tobytes()).hexdigest()
+    return ImageSet(name, torch.from_numpy(np.ascontiguousarray(images).copy()), torch.from_numpy(labels), digest)
+
+
+def split(whole: ImageSet, validation: int, seed: int, limit: int | None = None) -> tuple[ImageSet, ImageSet]:
+    """Training and validation parts, by seed; `limit` keeps so many training pictures (the validation set stays)."""
+    if not 0 < validation < len(whole):
+        raise NKATError(f"a validation set of {validation} does not fit {len(whole)} pictures")
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    chosen = order[validation:]
+    if limit is not None:
+        if limit > len(chosen):
+            raise NKATError(f"--limit-train {limit} is more than the {len(chosen)} pictures there are")
+        chosen = chosen[:limit]
+    return whole.take(chosen), whole.take(order[:validation])
+
+
+def _idx_set(name: str, root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    spec = DATASETS[name]
+    prefix = spec.prefixes[0 if train else 1]
+    images = read_idx(_idx_bytes(root, name, f"{prefix}-images-idx3-ubyte"), f"{prefix}-images-idx3-ubyte")
+    labels = read_idx(_idx_bytes(root, name, f"{prefix}-labels-idx1-ubyte"), f"{prefix}-labels-idx1-ubyte")
+    if images.ndim != 3 or labels.ndim != 1:
+        raise NKATError(f"{name}: pictures and labels are mixed up in {root / spec.folder}")
+    if spec.transposed:
+        images = images.transpose(0, 2, 1)
+    return images[:, None], labels
+
+
+def _idx_bytes(root: Path, name: str, file: str) -> bytes:
+    folder = DATASETS[name].folder
+    raw = root / folder / "raw"
+    archive = raw / "gzip.zip"
+    if (raw / f"{file}.gz").is_file():
+        data = _unpack(raw / f"{file}.gz", gzip.decompress)
+    elif (raw / file).is_file():
+        data = (raw / file).read_bytes()
+    elif folder == "EMNIST" and archive.is_file():
+        data = _unpack(archive, lambda _: _from_zip(archive, f"gzip/{file}.gz"))
+    else:
+        raise _absent(root, name, f"{raw / file}.gz")
+    _check_content(folder, file, data)
+    return data
+
+
+def _from_zip(archive: Path, member: str) -> bytes:
+    with zipfile.ZipFile(archive) as opened:
+        return gzip.decompress(opened.read(member))
+
+
+def _unpack(path: Path, how: Callable[[bytes], bytes]) -> bytes:
+    try:
+        return how(b"" if path.suffix == ".zip" else path.read_bytes())
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise NKATError(f"{path}: damaged, delete it and fetch it again: {error}") from None
+
+
+def _cifar(root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
+    parts = []
+    for batch, data, is_pickle in _cifar_batches(root, train):
+        images, labels = (read_cifar_pickle if is_pickle else read_cifar_binary)(data, batch)
+        records = np.concatenate([labels[:, None], images.reshape(len(images), -1)], axis=1)
+        _check_content("CIFAR-10", batch, records.tobytes())
+        parts.append((images, labels))
+    return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
+
+
+def _cifar_batches(root: Path, train: bool) -> list[tuple[str, bytes, bool]]:
+    """(name, bytes, whether they are a pickle) of each batch, from the first form that is there."""
+    for kind, suffix in (("bin", ".bin"), ("py", "")):
+        folder = root / f"cifar-10-batches-{kind}"
+        if folder.is_dir():
+            paths = {batch: folder / f"{batch}{suffix}" for batch in _CIFAR_BATCHES[train]}
+            for path in paths.values():
+                if not path.is_file():
+                    raise _absent(root, "cifar10", path)
+            return [(batch, path.read_bytes(), kind == "py") for batch, path in paths.items()]
+    for kind, suffix in (("binary", ".bin"), ("python", "")):
+        archive = root / f"cifar-10-{kind}.tar.gz"
+        if archive.is_file():
+            found = _from_tar(archive, {f"{batch}{suffix}" for batch in _CIFAR_BATCHES[train]})
+            return [(batch, found[f"{batch}{suffix}"], kind == "python") for batch in _CIFAR_BATCHES[train]]
+    raise _absent(root, "cifar10", root / "cifar-10-binary.tar.gz")
+
+
+def _from_tar(archive: Path, wanted: set[str]) -> dict[str, bytes]:
+    found = {}
+    try:
+        with tarfile.open(archive) as opened:
+            for member in opened:
+                name = Path(member.name).name
+                if member.isfile() and name in wanted:
+                    found[name] = opened.extractfile(member).read()
+    except (OSError, EOFError, tarfile.TarError) as error:
+        raise NKATError(f"{archive}: damaged, delete it and fetch it again: {error}") from None
+    if set(found) != wanted:
+        raise NKATError(f"{archive}: {', '.join(sorted(wanted - set(found)))} is not in it")
+    return found
+
+
+def _check_content(folder: str, file: str, data: bytes) -> None:
+    known = _CONTENTS.get((folder, file))
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if known is not None and found != known:
+        raise NKATError(f"{folder} {file}: the content has MD5 {found}, the published one {known}")
+
+
+def _absent(root: Path, name: str, path: Path | str) -> NKATError:
+    command = f"python -m nkat_vit.download {name} --data-root {root}"
+    return NKATError(f"{name}: {path} is not there; fetch it with: {command} (or copy the original file to that place)")

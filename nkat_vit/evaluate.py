@@ -1,0 +1,253 @@
+"""The Stage-2 table: accuracy, TPE, Global TPE, Consistency and Robustness beside the plan's targets.
+
+    python -m nkat_vit.evaluate output/vit/mnist-* output/vit/cifar10-*      runs that are there
+    python -m nkat_vit.evaluate --train --seeds 3 --output output/stage2     trains what is missing first
+
+A set's figure is the mean over its runs (seeds) with the standard deviation and their number. Global TPE and
+Consistency are made for each seed that all sets share, at the largest λ of the models taking part; without a common
+seed, from the means, and no spread is given. Robustness is measured on the first pictures of CIFAR-10's test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from nkat import cli
+from nkat.errors import NKATError
+from nkat.hardware import describe, pick_device, set_threads
+from nkat.report import check_record, format_table, git_commit, note, write_json
+from nkat_vit.checkpoint import TrainedModel, load_model
+from nkat_vit.corruptions import SIDE, Frost, load_frost
+from nkat_vit.data import DATASETS, find_dataset, load_images
+from nkat_vit.metrics import consistency, global_tpe, lambda_theory, measure_robustness, tpe
+from nkat_vit.predict import accuracy, predict_logits
+from nkat_vit.recipe import PRESETS
+
+# STAGE2's targets: accuracy, TPE.
+TARGETS = {"mnist": (0.91, 0.69), "fashion": (0.87, 0.67), "emnist": (0.75, 0.60), "cifar10": (0.60, 0.45)}
+GLOBAL_TARGETS = {"Global TPE": 0.70, "Consistency": 0.80, "Robustness": 0.75}
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One run: what it was judged on, and how it did."""
+
+    dataset: str
+    seed: int
+    accuracy: float
+    images: int
+    lam: float
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean, standard deviation of the sample (None for one value), and number."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    def text(self, factor: float = 1.0, digits: int = 4) -> str:
+        """`0.7012 ± 0.0031 (n = 3)`"""
+        spread = f" ± {factor * self.sd:.{digits}f}" if self.sd is not None else ""
+        return f"{factor * self.mean:.{digits}f}{spread} (n = {self.n})"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"mean": self.mean, "sd": self.sd, "n": self.n}
+
+
+def judge(trained: TrainedModel, data_root: Path, device: torch.device) -> RunResult:
+    """The run's test accuracy: the one found at its end, or measured now when the run left the test set alone."""
+    recipe, facts = trained.recipe, trained.facts
+    lam = lambda_theory(sum(p.numel() for p in trained.model.parameters()))
+    if "test" in facts:
+        result, images = facts["test"], facts["test_images"]
+    else:
+        test = load_images(recipe.dataset, data_root, train=False).to(device)
+        result, images = accuracy(trained.model, test, recipe.train.tta, recipe.train.amp), len(test)
+    return RunResult(recipe.dataset, recipe.train.seed, result, images, lam, str(trained.path))
+
+
+def summarise(runs: Sequence[RunResult]) -> dict[str, Any]:
+    """Spreads of accuracy and TPE a set, and of Global TPE and Consistency over common seeds."""
+    by_set: dict[str, list[RunResult]] = {}
+    for run in runs:
+        by_set.setdefault(run.dataset, []).append(run)
+    for name, group in by_set.items():
+        if len({run.seed for run in group}) < len(group):
+            raise NKATError(f"{name}: two runs have the same seed; they are no independent measurements")
+    sets = {
+        name: {
+            "accuracy": Spread.of([run.accuracy for run in group]),
+            "tpe": Spread.of([tpe(run.accuracy, run.lam) for run in group]),
+            "images": group[0].images,
+        }
+        for name, group in by_set.items()
+    }
+    lam = max(run.lam for run in runs)
+    common = set.intersection(*({run.seed for run in group} for group in by_set.values()))
+    if common:
+        rows = [[next(r for r in group if r.seed == seed) for group in by_set.values()] for seed in sorted(common)]
+    else:
+        # A stand-in run of mean accuracy for each set: one value, no spread.
+        rows = [[RunResult(n, -1, sets[n]["accuracy"].mean, 0, g[0].lam, "") for n, g in by_set.items()]]
+    return {
+        "sets": sets,
+        "lambda": lam,
+        "Global TPE": Spread.of([global_tpe([run.accuracy for run in row], lam) for row in rows]),
+        "Consistency": Spread.of([consistency([tpe(run.accuracy, run.lam) for run in row]) for row in rows]),
+    }
+
+
+def robustness_of(
+    trained: TrainedModel, data_root: Path, device: torch.device, count: int, seed: int, frost: Frost
+) -> dict[str, Any]:
+    """The record of `measure_robustness` on the first `count` test pictures (0: all)."""
+    test = load_images(trained.recipe.dataset, data_root, train=False)
+    chosen = test.take(torch.arange(min(count or len(test), len(test))))
+    settings = trained.recipe.train
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        logits = predict_logits(trained.model, torch.from_numpy(images).to(device), settings.tta, settings.amp)
+        return logits.argmax(dim=1).cpu().numpy()
+
+    return measure_robustness(predict, chosen.images.numpy(), chosen.labels.numpy(), seed, frost).record()
+
+
+def train_missing(options: argparse.Namespace) -> list[Path]:
+    """A run for each set and seed below --output, in processes of their own; finished ones are kept."""
+    folders = []
+    for name in options.sets:
+        for seed in range(options.seeds):
+            folder = options.output / f"{name}-seed{seed}"
+            folders.append(folder)
+            if (folder / "result.json").exists():
+                note(f"{folder}: done already")
+                continue
+            command = [sys.executable, "-m", "nkat_vit.train", "--dataset", name, "--data-root", options.data_root]
+            command += ["--seed", seed, "--output", folder]
+            for flag in ("preset", "config", "epochs", "amp", "threads"):
+                value = getattr(options, flag)
+                command += [f"--{flag}", value] if value is not None else []
+            command += ["--resume"] if (folder / "last.pt").exists() else []
+            command += ["--no-cuda"] if options.no_cuda else []
+            note(f"training {name}, seed {seed}")
+            done = subprocess.run([str(part) for part in command], check=False, stdout=subprocess.DEVNULL)
+            if done.returncode != 0:
+                raise NKATError(f"training {name} with seed {seed} ended with status {done.returncode}; see above")
+    return folders
+
+
+def table(summary: dict[str, Any], robustness: Spread | None) -> str:
+    """The Stage-2 table for people."""
+
+    def verdict(value: float, target: float | None) -> list[str]:
+        return ["", ""] if target is None else [f"{target:.2f}", "yes" if value >= target else "no"]
+
+    rows = []
+    for name, result in summary["sets"].items():
+        targets = TARGETS.get(name, (None, None))
+        title = f"{find_dataset(name).title}, {result['images']:,} pictures"
+        for label, key, target in ((f"{title}: accuracy", "accuracy", targets[0]), ("  TPE", "tpe", targets[1])):
+            rows.append([label, result[key].text(), *verdict(result[key].mean, target)])
+    whole = {name: summary[name] for name in ("Global TPE", "Consistency")}
+    if robustness is not None:
+        whole["Robustness"] = robustness
+    missing = [name for name in TARGETS if name not in summary["sets"]]
+    for name, spread in whole.items():
+        complete = not missing or name == "Robustness"
+        label = name if complete else f"{name} (without {', '.join(missing)})"
+        rows.append([label, spread.text(), *(verdict(spread.mean, GLOBAL_TARGETS[name]) if complete else ["", ""])])
+    return format_table(rows, [f"lambda {summary['lambda']:.2f}", "measured", "target", "met"])
+
+
+def main() -> None:
+    parser = cli.parser(
+        "The Stage-2 table of trained models beside the plan's targets.",
+        "  python -m nkat_vit.evaluate output/vit/mnist-stage2-seed0 output/vit/cifar10-stage2-seed0\n"
+        "  python -m nkat_vit.evaluate --train --seeds 3 --epochs 10 --amp auto --output output/stage2",
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help="runs' folders, or best.pt files")
+    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
+    parser.add_argument("--train", action="store_true", help="train what is missing below --output")
+    parser.add_argument("--output", type=Path, default=Path("output/stage2"), help="folder for --train's runs")
+    parser.add_argument("--sets", nargs="+", choices=list(DATASETS), default=list(TARGETS), help="for --train (four)")
+    parser.add_argument("--seeds", type=cli.positive_int, default=1, help="runs a set for --train (1)")
+    parser.add_argument("--preset", choices=list(PRESETS), help="for --train")
+    parser.add_argument("--config", type=Path, help="for --train: settings from a JSON file")
+    parser.add_argument("--epochs", type=cli.positive_int, help="for --train")
+    parser.add_argument("--amp", choices=("off", "bf16", "auto"), help="for --train")
+    parser.add_argument(
+        "--robustness-images", type=cli.non_negative_int, default=1000, help="test pictures, 0: all (1000)"
+    )
+    parser.add_argument("--no-robustness", action="store_true", help="leave robustness out")
+    parser.add_argument("--frost", type=Path, help="folder with CIFAR-10-C's frost textures (else procedural ones)")
+    parser.add_argument("--seed", type=int, default=0, help="of the corruptions (0)")
+    parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
+    parser.add_argument("--threads", type=cli.positive_int, help="processor threads")
+    parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
+    parser.add_argument("--force", action="store_true", help="replace an existing record")
+    options = parser.parse_args()
+    if not options.runs and not options.train:
+        parser.error("give runs, or --train")
+    check_record(options.json, options.force)
+    set_threads(options.threads)
+    device, frost = pick_device(not options.no_cuda), load_frost(options.frost)
+    paths = [*options.runs, *(train_missing(options) if options.train else [])]
+    runs, robust = [], []
+    for path in paths:
+        trained = load_model(path, device)
+        runs.append(judge(trained, options.data_root, device))
+        model = trained.recipe.model
+        if not options.no_robustness and (model.channels, model.image_size) == (3, SIDE):
+            robust.append(
+                robustness_of(trained, options.data_root, device, options.robustness_images, options.seed, frost)
+            )
+    summary = summarise(runs)
+    robustness = Spread.of([record["robustness"] for record in robust]) if robust else None
+    print(table(summary, robustness))
+    if robust:
+        errors, flips = (100 * fmean(r[key] for r in robust) for key in ("mean_corruption_error", "flip_rate"))
+        print(
+            f"\nCIFAR-10-C style, {robust[0]['images']} pictures, frost {frost.source}: "
+            f"mean corruption error {errors:.2f} %, predictions changed {flips:.2f} %"
+        )
+    if options.json:
+        sets = {
+            name: {key: value.record() if isinstance(value, Spread) else value for key, value in result.items()}
+            for name, result in summary["sets"].items()
+        }
+        record = {
+            "sets": sets,
+            "lambda_theory": summary["lambda"],
+            "global_tpe": summary["Global TPE"].record(),
+            "consistency": summary["Consistency"].record(),
+            "robustness": robustness.record() if robustness else None,
+            "corruptions": robust,
+            "targets": {"sets": {n: list(t) for n, t in TARGETS.items()}, **GLOBAL_TARGETS},
+            "runs": [{name: getattr(run, name) for name in RunResult.__slots__} for run in runs],
+            "machine": describe(device),
+            "git_commit": git_commit(),
+        }
+        write_json(record, options.json, options.force)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,245 @@
+"""The training loop. Every random number follows from (seed, step, process), so that a run can go on from any step.
+
+A checkpoint is written after each epoch (and every `save_steps` steps): killed at any moment and resumed, a run ends
+with the same weights, bit by bit on a processor. A loss that is no number any more stops it; what was saved stays good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from nkat import cli
+from nkat.distributed import World
+from nkat.errors import NKATError
+from nkat.report import note
+from nkat_vit import checkpoint
+from nkat_vit.augment import Batch, augment
+from nkat_vit.data import ImageSet
+from nkat_vit.model import NKATViT
+from nkat_vit.optim import Average, lr_factor, make_optimizers, set_lr
+from nkat_vit.predict import accuracy, autocast
+from nkat_vit.recipe import Recipe
+
+_CHECK_STEPS = 20  # reading the loss more often would make a GPU wait
+_AMP_TRIALS = 4
+
+
+def mixed_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+    """Cross-entropy against two labels by weight, with label smoothing; the mean over the batch."""
+    losses = [
+        F.cross_entropy(logits, y, label_smoothing=smoothing, reduction="none") for y in (batch.labels, batch.others)
+    ]
+    return torch.lerp(losses[1], losses[0], batch.weight).mean()
+
+
+def measure_amp(recipe: Recipe, images: ImageSet, device: torch.device) -> tuple[str, dict[str, float]]:
+    """Which of "off" and "bf16" trains faster here, and the seconds of a step of each (the fastest of four)."""
+    seconds = {}
+    model = NKATViT(recipe.model).to(device).train()
+    batch = images.images[: recipe.train.batch_size].float() / 255
+    labels = images.labels[: recipe.train.batch_size]
+    for amp in ("off", "bf16"):
+        times = []
+        for _ in range(_AMP_TRIALS):
+            started = perf_counter()
+            with autocast(device, amp):
+                logits = model(batch)[0]
+            loss = F.cross_entropy(logits.float(), labels)
+            loss.backward()
+            loss.item()  # waits for a GPU
+            times.append(perf_counter() - started)
+        seconds[amp] = min(times)
+    return min(seconds, key=lambda amp: seconds[amp]), seconds
+
+
+class Trainer:
+    """One run: model, optimisers, averages, position. `run` trains from there to the end.
+
+    folder: where rank 0 writes last.pt and best.pt
+    on_epoch: called on rank 0 after each epoch, before its checkpoint, with the history so far
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: ImageSet,
+        held: ImageSet,
+        world: World,
+        folder: Path,
+        *,
+        save_steps: int = 0,
+        compiled: bool = False,
+        on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
+    ) -> None:
+        config = recipe.train
+        if config.batch_size % world.size:
+            raise NKATError(f"batch_size {config.batch_size} cannot be divided among {world.size} processes")
+        if len(train) < config.batch_size:
+            raise NKATError(f"{len(train)} training pictures are fewer than one batch of {config.batch_size}")
+        self.recipe, self.world, self.folder = recipe, world, folder
+        self.train_set, self.held = train.to(world.device), held.to(world.device)
+        self.save_steps, self.on_epoch = save_steps, on_epoch
+        self.epoch_steps = len(train) // config.batch_size
+        torch.manual_seed(config.seed)
+        self.model = NKATViT(recipe.model).to(world.device)
+        self.average = Average(self.model, config.ema) if config.ema else None
+        self.judge = deepcopy(self.model).eval()
+        self.optimizers = make_optimizers(self.model, config)
+        self.forward: nn.Module = torch.compile(self.model) if compiled else self.model
+        if world.size > 1:
+            self.forward = DistributedDataParallel(self.forward)
+        self.step = 0
+        self.losses = torch.zeros((), device=world.device)
+        self.history: list[dict[str, float]] = []
+        self.best = -1.0
+        self._order = -1, torch.empty(0)  # an epoch and its order of pictures
+
+    def run(self) -> None:
+        """Trains to the last epoch."""
+        self.model.train()
+        while self.step < self.recipe.train.epochs * self.epoch_steps:
+            self._run_epoch()
+
+    def train_step(self) -> Tensor:
+        """One step of the optimiser; returns the loss of this process's part of the batch, without waiting for it."""
+        config, rank = self.recipe.train, self.world.rank
+        steps, warmup = config.epochs * self.epoch_steps, round(config.warmup * self.epoch_steps)
+        set_lr(self.optimizers, lr_factor(self.step, steps, warmup))
+        random = np.random.default_rng([config.seed, self.step, rank])
+        torch.manual_seed(int(random.integers(2**62)))  # of the dropouts
+        index = self._batch_index()
+        images, labels = self.train_set.images[index], self.train_set.labels[index]
+        batch = augment(images, labels, self.recipe.augment, self.recipe.model.mean, random)
+        with autocast(self.world.device, config.amp):
+            logits = self.forward(batch.images)[0]
+        loss = mixed_loss(logits.float(), batch, config.smoothing)
+        loss.backward()
+        if config.clip_grad:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model)
+        self.step += 1
+        return loss.detach()
+
+    def _run_epoch(self) -> None:
+        config = self.recipe.train
+        epoch, done = divmod(self.step, self.epoch_steps)
+        started, first = perf_counter(), self.step
+        title = f"epoch {epoch + 1}/{config.epochs}"
+        with cli.bar(self.epoch_steps, title, "step") if self.world.first else tqdm(disable=True) as progress:
+            progress.update(done)
+            for position in range(done, self.epoch_steps):
+                self.losses += self.train_step()
+                progress.update()
+                last = position + 1 == self.epoch_steps
+                if last or self.step % _CHECK_STEPS == 0 or self._saves_now():
+                    mean = float(self.losses) / (position + 1)
+                    progress.set_postfix(loss=f"{mean:.3f}", refresh=False)
+                    self._check_finite(mean)
+                if self._saves_now() and not last:
+                    self._save_run()
+        seconds = perf_counter() - started
+        self.losses.zero_()
+        if self.world.first:
+            images = (self.step - first) * config.batch_size
+            self._judge_epoch(epoch + 1, mean, images, seconds)
+        self.world.wait()
+
+    def _saves_now(self) -> bool:
+        return self.save_steps > 0 and self.step % self.save_steps == 0
+
+    def _batch_index(self) -> Tensor:
+        config, world = self.recipe.train, self.world
+        epoch, position = divmod(self.step, self.epoch_steps)
+        if self._order[0] != epoch:
+            seed = int(np.random.SeedSequence([config.seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+            order = torch.randperm(len(self.train_set), generator=torch.Generator().manual_seed(seed))
+            self._order = epoch, order.to(world.device)
+        part = config.batch_size // world.size
+        start = position * config.batch_size + world.rank * part
+        return self._order[1][start : start + part]
+
+    def _check_finite(self, loss: float) -> None:
+        weights = torch.stack([p.detach().abs().sum() for p in self.model.parameters()]).sum()
+        if np.isfinite(loss) and bool(torch.isfinite(weights)):
+            return
+        saved = self.folder / "last.pt"
+        kept = f"the last good checkpoint is {saved}" if saved.exists() else "no epoch was finished yet"
+        raise NKATError(f"the loss is no number any more at step {self.step}; {kept}; try a lower --lr")
+
+    def _judge_epoch(self, epoch: int, loss: float, images: int, seconds: float) -> None:
+        """Validation, history, and both checkpoints."""
+        config = self.recipe.train
+        self.judge.load_state_dict(self.model.state_dict() if self.average is None else self.average.weights)
+        row = {
+            "epoch": float(epoch),
+            "loss": loss,
+            "validation": accuracy(self.judge, self.held, config.tta, config.amp),
+            "validation_last": accuracy(self.model, self.held, config.tta, config.amp),
+            "lr": self.optimizers[0].param_groups[0]["lr"],
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+        }
+        self.history.append(row)
+        if row["validation"] > self.best:
+            self.best = row["validation"]
+            self._save_best(epoch)
+        if self.on_epoch is not None:
+            self.on_epoch(self.history)
+        self._save_run()
+        note(
+            f"epoch {epoch}/{config.epochs}: loss {loss:.4f}, validation {100 * row['validation']:.2f} % "
+            f"({seconds:.0f} s, {row['images_per_second']:.0f} images/s)"
+        )
+
+    def _save_best(self, epoch: int) -> None:
+        facts = {"epoch": epoch, "steps": self.step, "validation": self.best, "data_sha256": self.train_set.sha256}
+        facts |= {"train_images": len(self.train_set), "kind": "weights", "recipe": self.recipe.values()}
+        checkpoint.save(self.folder / "best.pt", facts | {"weights": self.judge.state_dict()})
+
+    def _save_run(self) -> None:
+        if not self.world.first:
+            return
+        content: dict[str, Any] = {
+            "kind": "run",
+            "recipe": self.recipe.values(),
+            "data_sha256": self.train_set.sha256,
+            "processes": self.world.size,
+            "step": self.step,
+            "losses": self.losses,
+            "model": self.model.state_dict(),
+            "average": self.average.state() if self.average else None,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "history": self.history,
+            "best": self.best,
+        }
+        checkpoint.save(self.folder / "last.pt", content)
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Goes on from a `last.pt`; raises NKATError when it belongs to another run."""
+        for name, mine in (("data_sha256", self.train_set.sha256), ("processes", self.world.size)):
+            if content[name] != mine:
+                raise NKATError(f"this checkpoint was made with another {name}: {content[name]}, here it is {mine}")
+        self.model.load_state_dict(content["model"])
+        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        if self.average is not None:
+            self.average.restore(content["average"])
+        self.step, self.history, self.best = content["step"], content["history"], content["best"]
+        # The loss of an epoch is a sum over its steps; after its last step, the next one starts from zero.
+        if self.step % self.epoch_steps:
+            self.losses.copy_(content["losses"])

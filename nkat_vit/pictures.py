@@ -1,0 +1,46 @@
+"""PNG output shared by the package's pictures. matplotlib is imported when one is drawn, without a display."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nkat.atomic import atomic_output
+
+
+def new_figure(title: str, size: tuple[float, float], automatic: bool = True) -> Any:
+    """A matplotlib Figure of `size` inches that belongs to no window; `automatic` lays out its panels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained" if automatic else "none")
+    figure.suptitle(title)
+    return figure
+
+
+def save_figure(figure: Any, path: Path, force: bool) -> None:
+    """Writes it as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    data = buffer.getvalue()
+    with atomic_output(path, len(data), force) as file:
+        file.write(data)
+
+
+def as_picture(image: Tensor) -> np.ndarray:
+    """[c, h, w], floats from 0 to 1 → what matplotlib's imshow takes for grey or colour."""
+    array = image.detach().cpu().float().clamp(0, 1).numpy()
+    return array[0] if len(array) == 1 else array.transpose(1, 2, 0)
+
+
+def save_grid(path: Path, images: Tensor, title: str, force: bool) -> None:
+    """Pictures [rows, columns, c, h, w], floats from 0 to 1, in a grid."""
+    rows, columns = images.shape[:2]
+    figure = new_figure(title, (columns * 1.1, rows * 1.1 + 0.4))
+    for axes, image in zip(figure.subplots(rows, columns, squeeze=False).flat, images.flatten(0, 1), strict=True):
+        axes.imshow(as_picture(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.axis("off")
+    save_figure(figure, path, force)

@@ -1,0 +1,211 @@
+"""What a training run is: one flat set of named values, from a preset, a file and the command line, in that order.
+
+The names are the command line's; `Recipe` holds them checked. A run writes them to `config.json`, which `--config`
+reads again. Values that only make sense in colour (and mirroring, which letters do not survive) follow the data set
+unless they are given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from nkat.errors import NKATError
+from nkat_vit.augment import AugmentConfig
+from nkat_vit.data import find_dataset
+from nkat_vit.model import ViTConfig
+
+OPTIMIZERS = ("adamw", "muon")
+AMP = ("off", "bf16", "auto")
+TTA = ("none", "flip")
+TTA_CHOICES = (*TTA, "auto")  # auto: flip where the set's pictures may be mirrored; a recipe holds what it came to
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig:
+    """How a model is trained.
+
+    lr, warmup: AdamW's peak learning rate, reached after so many epochs; a cosine to zero follows
+    muon_lr: peak for the matrices of the blocks with `opt` muon; everything else stays with AdamW at `lr`
+    batch_size: over all processes
+    ema: decay of the averaged weights, which are what is judged and kept; 0 is off
+    clip_grad: greatest norm of the gradient; 0 is off
+    amp: "bf16" autocast, "off", or "auto": whichever a few measured steps find faster
+    validation: pictures held out of the training set, by seed; limit_train: train on so many only (0: all)
+    tta: "flip" averages the logits of a picture and its mirror image
+    """
+
+    epochs: int = 40
+    batch_size: int = 128
+    opt: str = "adamw"
+    lr: float = 2e-4
+    muon_lr: float = 0.02
+    warmup: float = 5.0
+    weight_decay: float = 0.05
+    ema: float = 0.9995
+    clip_grad: float = 1.0
+    smoothing: float = 0.0
+    amp: str = "off"
+    seed: int = 0
+    validation: int = 5000
+    limit_train: int = 0
+    tta: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "validation"):
+            _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "muon_lr"):
+            value = getattr(self, name)
+            _check(math.isfinite(value) and value > 0, f"{name} must be positive, got {value}")
+        for name in ("warmup", "weight_decay", "clip_grad", "limit_train", "seed"):
+            _check(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("ema", "smoothing"):
+            _check(0 <= getattr(self, name) < 1, f"{name} must lie in 0 <= x < 1, got {getattr(self, name)}")
+        for name, choices in (("opt", OPTIMIZERS), ("amp", AMP), ("tta", TTA)):
+            value = getattr(self, name)
+            _check(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A data set, a model for it, and how to train that."""
+
+    dataset: str
+    model: ViTConfig
+    augment: AugmentConfig
+    train: TrainConfig
+
+    def values(self) -> dict[str, Any]:
+        """All of it as one flat dictionary: the inverse of `make_recipe`, for JSON and checkpoints."""
+        flat: dict[str, Any] = {"dataset": self.dataset}
+        for part, names in ((self.model, MODEL_NAMES), (self.augment, AUGMENT_NAMES), (self.train, TRAIN_NAMES)):
+            flat |= {name: getattr(part, name) for name in names}
+        flat["randaugment"] = list(self.augment.randaugment)
+        return flat
+
+
+# What follows from the data set is no choice of the user's.
+_FROM_DATASET = {"image_size", "channels", "classes", "mean", "std"}
+MODEL_NAMES = tuple(field.name for field in fields(ViTConfig) if field.name not in _FROM_DATASET)
+AUGMENT_NAMES = tuple(field.name for field in fields(AugmentConfig))
+TRAIN_NAMES = tuple(field.name for field in fields(TrainConfig))
+
+# The plan's baseline; the defaults of the three parts are its values, and those it leaves open.
+STAGE2: dict[str, Any] = {
+    "conv_stem": "tiny",
+    "patch_size": 2,
+    "embed_dim": 384,
+    "depth": 7,
+    "temperature": 0.65,
+    "top_k": 6,
+    "top_p": 0.80,
+    "nkat_strength": 0.0024,
+    "nkat_decay": 0.99,
+    "dropout_attn": 0.17,
+    "dropout_embed": 0.08,
+    "mixup": 0.1,
+    "cutmix": 0.2,
+    "randaugment": [2, 9],
+    "cutout": 8,
+    "lr": 2e-4,
+    "epochs": 40,
+    "warmup": 5,
+    "ema": 0.9995,
+    "clip_grad": 1.0,
+}
+# The same size of model over 64 tokens instead of 16, learning faster.
+STRONG: dict[str, Any] = STAGE2 | {
+    "conv_stem": "small",
+    "patch_size": 1,
+    "pool": "seq",
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "dropout_attn": 0.0,
+    "dropout_embed": 0.0,
+    "drop_path": 0.1,
+    "cutout": 0,
+    "opt": "muon",
+    "lr": 1e-3,
+    "muon_lr": 0.01,
+    "smoothing": 0.1,
+    "tta": "auto",
+    "ema": 0.999,
+}
+PRESETS = {"stage2": STAGE2, "strong": STRONG}
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """From flat values, "dataset" among them; what is absent takes its default. Raises NKATError for unknown names."""
+    known = {"dataset", *MODEL_NAMES, *AUGMENT_NAMES, *TRAIN_NAMES}
+    unknown = sorted(set(values) - known)
+    _check(not unknown, f"unknown setting(s): {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    _check("dataset" in values, "no data set is given (--dataset)")
+    spec = find_dataset(values["dataset"])
+    given = dict(values)
+    if spec.channels == 1:
+        given.setdefault("color_norm", "off")
+        given.setdefault("split_heads", False)
+    given.setdefault("flip", spec.mirrored)
+    if given.get("tta") == "auto":
+        given["tta"] = "flip" if spec.mirrored else "none"
+    if "randaugment" in given:
+        given["randaugment"] = _pair(given["randaugment"])
+    facts = {"image_size": spec.size, "channels": spec.channels, "classes": len(spec.classes)}
+    facts |= {"mean": spec.mean, "std": spec.std}
+    _check_types(given)
+    return Recipe(
+        values["dataset"],
+        ViTConfig(**facts, **_pick(given, MODEL_NAMES)),
+        AugmentConfig(**_pick(given, AUGMENT_NAMES)),
+        TrainConfig(**_pick(given, TRAIN_NAMES)),
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Flat values from a JSON file, as a run's `config.json`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NKATError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise NKATError(f"{path}: this is no JSON: {error}") from None
+    _check(isinstance(values, dict), f"{path}: expected one JSON object with a run's settings")
+    return values
+
+
+def with_amp(recipe: Recipe, amp: str) -> Recipe:
+    """The recipe with "auto" decided."""
+    return replace(recipe, train=replace(recipe.train, amp=amp))
+
+
+def _pick(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    _check(
+        isinstance(value, list | tuple) and len(value) == 2, f"randaugment takes two numbers, N and M, got {value!r}"
+    )
+    return value[0], value[1]
+
+
+def _check_types(values: Mapping[str, Any]) -> None:
+    """A file can hold anything; numbers have to be numbers before they are compared."""
+    for part in (ViTConfig, AugmentConfig, TrainConfig):
+        for field in fields(part):
+            if field.name not in values or field.name in ("randaugment", *_FROM_DATASET):
+                continue
+            value, kind = values[field.name], type(field.default)
+            accepted = (int, float) if kind is float else kind
+            fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
+            _check(fits, f"{field.name} must be of type {kind.__name__}, got {value!r}")
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise NKATError(message)

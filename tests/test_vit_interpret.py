@@ -1,0 +1,118 @@
+"""Interpretation: rollout and commutator shares against written-out sums, files of a run, and untrained models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from nkat_vit import checkpoint
+from nkat_vit.interpret import look, pooling_weights, rollout, without_gauge
+from nkat_vit.model import NKATViT, ViTConfig
+from nkat_vit.recipe import make_recipe
+from tests.vit_data import run_module, write_digits
+
+VALUES = {"dataset": "emnist-digits", "embed_dim": 32, "depth": 2, "heads": 4, "gauge_rank": 2, "validation": 24}
+CONFIG = ViTConfig(
+    embed_dim=32, depth=2, heads=4, color_dim=4, gauge_rank=2, nkat_strength=0.8, dropout_attn=0, dropout_embed=0
+)
+
+
+def test_rollout_is_the_sum_over_paths() -> None:
+    attention = [torch.rand(2, 3, 5, 5, dtype=torch.float64).softmax(-1) for _ in range(2)]
+    pooling = torch.rand(2, 5, dtype=torch.float64).softmax(-1)
+    got = rollout(attention, pooling)
+    steps = [0.5 * layer.mean(1) + 0.5 * torch.eye(5, dtype=torch.float64) for layer in attention]
+    expected = torch.einsum("bi,bij,bjk->bk", pooling, steps[1], steps[0])
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(got.sum(-1), torch.ones(2, dtype=torch.float64))
+    assert not torch.allclose(rollout(attention[::-1], pooling), got)  # control: layers have an order
+
+
+@pytest.mark.parametrize("pool", ["cls", "seq", "mean"])
+def test_pooling_weights_give_the_pooled_vector(pool: str) -> None:
+    model = NKATViT(replace(CONFIG, pool=pool)).eval()
+    final: list[torch.Tensor] = []
+    model.norm.register_forward_hook(lambda _m, _i, out: final.append(out))
+    pooled = model(torch.rand(3, 3, 32, 32))[1]["pooled"]
+    weights = pooling_weights(model, final[0])
+    torch.testing.assert_close((weights[:, None] @ final[0]).squeeze(1), pooled)
+
+
+def test_facts_of_layers_are_what_they_say() -> None:
+    model, x = NKATViT(CONFIG).eval(), torch.rand(4, 3, 32, 32)
+    logits, attention, flow, facts = look(model, x)
+    torch.testing.assert_close(logits, model(x)[0])
+    torch.testing.assert_close(flow.sum(-1), torch.ones(4))
+    assert all(1 <= layer.keys <= CONFIG.top_k for layer in facts)
+    assert all(0 <= e <= 2.6 for layer in facts for e in layer.entropy)  # of at most six keys
+    # The scores with and without the term differ by the share that is reported.
+    layer = model.blocks[0].attention
+    seen: list[tuple] = []
+    layer.register_forward_pre_hook(lambda _m, arguments: seen.append(arguments[:2]))
+    model(x)
+    with torch.no_grad():
+        q, k, _ = layer.project(*seen[0])
+        gauge, layer.gauge = layer.gauge, None
+        plain = layer.project(*seen[0])[0] @ k.mT
+        layer.gauge = gauge
+    share = ((q @ k.mT - plain) ** 2).mean((0, 2, 3)).sqrt() / (plain**2).mean((0, 2, 3)).sqrt()
+    torch.testing.assert_close(torch.tensor(facts[0].commutator), share, rtol=1e-3, atol=1e-6)
+    assert share.min() > 1e-3
+    assert len(attention) == 2
+
+
+def test_taking_the_gauge_out_is_strength_zero_and_is_undone() -> None:
+    torch.manual_seed(0)
+    model = NKATViT(CONFIG).eval()
+    torch.manual_seed(0)
+    zero = NKATViT(replace(CONFIG, nkat_strength=0.0)).eval()
+    x = torch.rand(4, 3, 32, 32)
+    before = model(x)[0]
+    assert torch.equal(without_gauge(model, x), zero(x)[0])
+    assert torch.equal(model(x)[0], before)
+    assert not torch.equal(before, zero(x)[0])
+    none = look(zero, x)[3]
+    assert [layer.commutator for layer in none] == [[0.0] * 4] * 2
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder whose best.pt claims a good accuracy."""
+    recipe = make_recipe(VALUES)
+    torch.manual_seed(0)
+    content = {"kind": "weights", "recipe": recipe.values(), "weights": NKATViT(recipe.model).state_dict()}
+    checkpoint.save(tmp_path / "best.pt", content | {"steps": 100, "epoch": 3, "validation": 0.9, "train_images": 72})
+    return tmp_path
+
+
+def test_all_pictures_from_a_trained_checkpoint(run: Path) -> None:
+    data = write_digits(run / "data")
+    out = run / "pictures"
+    arguments = ["--checkpoint", run, "--data-root", data, "--output-dir", out, "--pictures", 20, "--json", "-"]
+    done = run_module("nkat_vit.interpret", *arguments)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    names = sorted(path.name for path in out.iterdir())
+    assert names == sorted(record["files"])
+    assert [
+        sum(n.startswith(f"nkat_{kind}_") for n in names) for kind in ("attention_sample", "gauge_parameter_analysis")
+    ] == [10, 1]
+    assert sum(n.startswith("nkat_interpretability_summary_") for n in names) == 1
+    assert all(Image.open(out / name).size[0] > 300 for name in names)
+    assert record["pictures"] == 20
+    assert len(record["layers"]) == 2
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"validation": 0.12}])
+def test_untrained_checkpoints_are_refused(run: Path, change: dict) -> None:
+    content = checkpoint.load(run / "best.pt", "weights")
+    checkpoint.save(run / "best.pt", content | change)
+    done = run_module("nkat_vit.interpret", "--checkpoint", run, "--data-root", run, "--output-dir", run / "out")
+    assert done.returncode == 2
+    assert "not trained" in done.stderr
+    assert not (run / "out").exists()

@@ -1,0 +1,176 @@
+"""Recipes, optimisers and averaged weights: the plan's command line, precedence, Muon against the SVD, schedules."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from nkat.errors import NKATError
+from nkat_vit.model import NKATViT, count_parameters
+from nkat_vit.optim import Average, Muon, lr_factor, make_optimizers, orthogonalise, set_lr
+from nkat_vit.recipe import PRESETS, Recipe, make_recipe, read_config
+from nkat_vit.train import given_values, make_parser
+
+# STAGE2's command, as it stands.
+COMMAND = """--dataset cifar10 --conv_stem tiny --patch_size 2 --embed_dim 384 --depth 7
+      --temperature 0.65 --top_k 6 --top_p 0.80 --nkat_strength 0.0024 --nkat_decay 0.99
+      --dropout_attn 0.17 --dropout_embed 0.08 --mixup 0.1 --cutmix 0.2 --randaugment 2 9
+      --lr 2e-4 --epochs 40 --warmup 5 --ema 0.9995 --clip_grad 1.0"""
+TINY = {"dataset": "emnist-digits", "embed_dim": 32, "depth": 2, "heads": 4, "gauge_rank": 2}
+
+
+def parse(command: str) -> dict:
+    return given_values(make_parser().parse_args(shlex.split(command)))
+
+
+def test_the_plans_command_is_the_preset() -> None:
+    given = parse(COMMAND)
+    assert len(given) == 20
+    assert make_recipe(given) == make_recipe(PRESETS["stage2"] | {"dataset": "cifar10"})
+    assert make_recipe(given) == make_recipe(parse("--dataset cifar10 --preset stage2"))
+    hyphens = re.sub(r"(?<=\w)_(?=\w)", "-", COMMAND)
+    assert hyphens != COMMAND
+    assert parse(hyphens) == given
+    assert make_recipe(given) != make_recipe(parse("--dataset cifar10 --preset strong"))
+
+
+def test_file_beats_preset_and_flags_beat_both(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"epochs": 7, "lr": 1e-3, "dataset": "mnist"}))
+    recipe = make_recipe(parse(f"--preset strong --config {path} --lr 5e-4"))
+    assert (recipe.train.epochs, recipe.train.lr, recipe.dataset) == (7, 5e-4, "mnist")
+    assert recipe.train.opt == "muon"
+
+
+def test_a_recipe_survives_json() -> None:
+    for name in ("cifar10", "mnist"):
+        recipe = make_recipe(PRESETS["strong"] | {"dataset": name, "limit_train": 5})
+        assert make_recipe(json.loads(json.dumps(recipe.values()))) == recipe
+
+
+def test_grey_sets_have_no_colours_and_letters_no_mirror_image() -> None:
+    mnist, fashion, cifar = (make_recipe({"dataset": n}) for n in ("mnist", "fashion", "cifar10"))
+    assert (mnist.model.color_norm, mnist.model.split_heads) == ("off", False)
+    assert (mnist.augment.flip, fashion.augment.flip, cifar.augment.flip) == (False, True, True)
+    for name, judged in (("mnist", "none"), ("cifar10", "flip")):
+        recipe = make_recipe(PRESETS["strong"] | {"dataset": name})
+        assert recipe.train.tta == judged
+        assert make_recipe(recipe.values()) == recipe
+    with pytest.raises(NKATError, match="three channels"):
+        make_recipe({"dataset": "mnist", "split_heads": True})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "no data set"),
+        ({"dataset": "imagenet"}, "there is no data set"),
+        ({"dataset": "mnist", "epoch": 3}, r"unknown setting\(s\): epoch"),
+        ({"dataset": "mnist", "lr": -1.0}, "lr must be positive"),
+        ({"dataset": "mnist", "lr": "fast"}, "lr must be of type float"),
+        ({"dataset": "mnist", "epochs": 2.5}, "epochs must be of type int"),
+        ({"dataset": "mnist", "depth": True}, "depth must be of type int"),
+        ({"dataset": "mnist", "randaugment": 2}, "two numbers"),
+        ({"dataset": "mnist", "opt": "sgd"}, "adamw, muon"),
+        ({"dataset": "mnist", "ema": 1.0}, "ema"),
+    ],
+)
+def test_impossible_recipes_are_refused(values: dict, message: str) -> None:
+    with pytest.raises(NKATError, match=message):
+        make_recipe(values)
+
+
+def test_unreadable_configs_are_refused(tmp_path: Path) -> None:
+    for content, message in (("{", "no JSON"), ("[1]", "one JSON object")):
+        (tmp_path / "c.json").write_text(content)
+        with pytest.raises(NKATError, match=message):
+            read_config(tmp_path / "c.json")
+    with pytest.raises(NKATError, match="cannot be read"):
+        read_config(tmp_path / "absent.json")
+
+
+def test_strong_has_the_size_of_the_baseline() -> None:
+    strong, stage2 = (make_recipe(PRESETS[p] | {"dataset": "cifar10"}).model for p in ("strong", "stage2"))
+    assert count_parameters(strong) == pytest.approx(count_parameters(stage2), rel=0.02)
+    assert strong.tokens >= 64
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 96)])
+def test_orthogonalise_against_the_svd(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape) * torch.tensor([1.0, 1e-3, 50.0]).view(3, 1, 1)
+    got = orthogonalise(matrices)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    values = torch.linalg.svdvals(got)
+    strong = s > 0.1 * s[:, :1]
+    assert (values[strong] > 0.5).all()
+    assert values.max() < 1.35
+    cosine = (got * (u @ vh)).sum((1, 2)) / (got.norm(dim=(1, 2)) * (u @ vh).norm(dim=(1, 2)))
+    assert (cosine > 0.95).all()
+    raw = (matrices * (u @ vh)).sum((1, 2)) / (matrices.norm(dim=(1, 2)) * (u @ vh).norm(dim=(1, 2)))
+    assert (raw < cosine).all()  # control: without it the direction is another
+
+
+def test_muon_treats_packed_maps_apart() -> None:
+    torch.manual_seed(0)
+    packed = torch.nn.Parameter(torch.zeros(24, 8))
+    packed.grad = torch.cat([torch.randn(8, 8) * scale for scale in (1.0, 100.0, 0.01)])
+    Muon([{"params": [packed], "parts": 3}], lr=1.0, weight_decay=0.0).step()
+    for part, gradient in zip(packed.detach().chunk(3), packed.grad.chunk(3), strict=True):
+        torch.testing.assert_close(-part, orthogonalise(gradient[None] * (1 - 0.95**2))[0], atol=0.02, rtol=0.02)
+
+
+def small(opt: str) -> tuple[NKATViT, Recipe]:
+    recipe = make_recipe(TINY | {"opt": opt})
+    torch.manual_seed(0)
+    return NKATViT(recipe.model), recipe
+
+
+@pytest.mark.parametrize("opt", ["adamw", "muon"])
+def test_every_parameter_has_one_optimiser_and_vectors_do_not_decay(opt: str) -> None:
+    model, recipe = small(opt)
+    optimizers = make_optimizers(model, recipe.train)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    owned = [id(p) for group in groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+    assert len(optimizers) == (2 if opt == "muon" else 1)
+    for group in groups:
+        assert all(p.ndim >= 2 for p in group["params"]) or group["weight_decay"] == 0
+    if opt == "muon":
+        assert sum(len(group["params"]) for group in optimizers[1].param_groups) == 5 * recipe.model.depth
+    set_lr(optimizers, 0.25)
+    assert [o.param_groups[0]["lr"] for o in optimizers] == [0.25 * o.param_groups[0]["peak_lr"] for o in optimizers]
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    factors = [lr_factor(step, 100, 10) for step in range(100)]
+    assert factors[0] == 0.1
+    assert factors[9] == factors[10] == max(factors) == 1.0
+    assert factors[55] == pytest.approx(0.5, abs=1e-9)
+    assert factors[-1] < 1e-3
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert lr_factor(0, 1, 0) == 1.0
+
+
+def test_average_is_the_recursion_written_out() -> None:
+    model, _ = small("adamw")
+    average = Average(model, decay=0.5)
+    name = "head.weight"
+    expected = model.state_dict()[name].clone()
+    for n in range(12):
+        with torch.no_grad():
+            model.head.weight.add_(torch.randn_like(model.head.weight))
+            model.stem[1].running_mean.add_(1.0)
+        average.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * model.state_dict()[name]
+    torch.testing.assert_close(average.weights[name], expected)
+    assert torch.equal(average.weights["stem.1.running_mean"], model.stem[1].running_mean)
+    other = Average(model, decay=0.5)
+    other.restore(average.state())
+    assert other.updates == 12
+    assert torch.equal(other.weights[name], average.weights[name])

@@ -1,0 +1,231 @@
+"""Training: it learns, repeats, survives being killed, stops at NaN, runs on two processes, and keeps files safe."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nkat.errors import NKATError
+from nkat_vit import checkpoint, loop
+from nkat_vit.augment import Batch
+from nkat_vit.checkpoint import load_model
+from nkat_vit.data import load_images
+from nkat_vit.loop import Trainer, mixed_loss
+from nkat_vit.model import NKATViT
+from nkat_vit.predict import accuracy, predict_logits
+from nkat_vit.recipe import make_recipe
+from tests.conftest import ROOT
+from tests.vit_data import run_module, write_digits
+
+MODEL = ["--embed-dim", 32, "--depth", 2, "--heads", 4, "--gauge-rank", 2]
+COMMON = ["--dataset", "emnist-digits", *MODEL, "--validation", 24, "--batch-size", 24, "--warmup", 1, "--threads", 1]
+STILL = ["--crop", 0, "--randaugment", 0, 0, "--cutout", 0, "--mixup", 0, "--cutmix", 0]
+STILL += ["--dropout-attn", 0, "--dropout-embed", 0]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_digits(tmp_path / "data")
+
+
+def run(data: Path, output: Path, *more: object) -> dict:
+    done = run_module(
+        "nkat_vit.train", "--data-root", data, "--output", output, *COMMON, "--epochs", 3, *more, "--json", "-"
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(folder / "last.pt", "run")["model"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_it_learns_and_leaves_everything_behind(tmp_path: Path) -> None:
+    data = write_digits(tmp_path / "data", train=384, test=100)
+    record = run(data, tmp_path / "run", *STILL, "--lr", 4e-3, "--epochs", 6, "--ema", 0.9, "--opt", "muon")
+    assert record["test"] > 0.8  # one in ten by chance
+    assert record["test_images"] == 100
+    assert record["tpe"] == pytest.approx(
+        record["test"] / torch.log10(torch.tensor(1 + record["lambda_theory"])).item()
+    )
+    folder = tmp_path / "run"
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    assert [float(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert (folder / "curves.png").stat().st_size > 5000
+    assert json.loads((folder / "result.json").read_text())["test"] == record["test"]
+    again = run_module("nkat_vit.train", "--data-root", data, "--output", folder, *COMMON)
+    assert again.returncode == 2
+    assert "holds a run already" in again.stderr
+
+    trained = load_model(folder)
+    assert trained.facts["test"] == record["test"]
+    assert not trained.model.training
+    whole = load_images("emnist-digits", data, train=False)
+    logits = predict_logits(trained.model, whole.images, tta="flip")
+    flipped = predict_logits(trained.model, whole.images.flip(-1), tta="flip")
+    torch.testing.assert_close(logits, flipped, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits, predict_logits(trained.model, whole.images), atol=1e-3)
+    assert accuracy(trained.model, whole) == record["test"]
+
+
+def test_a_seed_repeats_and_another_does_not(tmp_path: Path, data: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(data, tmp_path / name, "--seed", seed, "--no-test")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("opt", ["adamw", "muon"])
+def test_killed_and_resumed_ends_with_the_same_bits(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, opt: str
+) -> None:
+    extra = ["--opt", opt, "--save-steps", 2, "--drop-path", 0.2]
+    run(data, tmp_path / "whole", *extra)
+    whole = Trainer.train_step
+    for stop in (2, 5, 7):  # epochs have three steps: after a step that was saved, and between
+
+        def killed(self: Trainer, stop: int = stop) -> torch.Tensor:
+            if self.step == stop:
+                raise KeyboardInterrupt
+            return whole(self)
+
+        monkeypatch.setattr(Trainer, "train_step", killed)
+        resume = ["--resume"] if stop > 2 else []
+        command = ["--data-root", data, "--output", tmp_path / "cut", *COMMON, "--epochs", 3, *extra, *resume]
+        done = run_module("nkat_vit.train", *command)
+        assert done.returncode == 130
+        assert "--resume" in done.stderr
+    monkeypatch.setattr(Trainer, "train_step", whole)
+    done = run_module("nkat_vit.train", "--resume", tmp_path / "cut", "--data-root", data)
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    first, second = (checkpoint.load(tmp_path / n / "best.pt", "weights") for n in ("whole", "cut"))
+    assert same(first["weights"], second["weights"])
+    assert first["test"] == second["test"]
+    for a, b in zip(*(list(csv.DictReader((tmp_path / n / "log.csv").open())) for n in ("whole", "cut")), strict=True):
+        assert (a["loss"], a["validation"]) == (b["loss"], b["validation"])
+
+
+def test_resume_refuses_another_recipe_and_other_data(tmp_path: Path, data: Path) -> None:
+    run(data, tmp_path / "run", "--no-test")
+    resume = ["--resume", tmp_path / "run", "--data-root", data]
+    changed = run_module("nkat_vit.train", *resume, "--lr", 0.5)
+    assert changed.returncode == 2
+    assert "cannot change" in changed.stderr
+    other = write_digits(tmp_path / "other", train=95)
+    foreign = run_module("nkat_vit.train", "--resume", tmp_path / "run", "--data-root", other)
+    assert foreign.returncode == 2
+    assert "data_sha256" in foreign.stderr
+    for more in ([], ["--tta", "auto", "--randaugment", 2, 9]):  # nothing left to do, and nothing changed
+        assert run_module("nkat_vit.train", *resume, "--no-test", *more).returncode == 0
+    absent = run_module("nkat_vit.train", "--resume", tmp_path / "nowhere")
+    assert "no such checkpoint" in absent.stderr
+
+
+def test_nan_stops_with_the_last_good_checkpoint(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(data, tmp_path / "good", "--no-test")
+    original = loop.mixed_loss
+    count = iter(range(100))
+    monkeypatch.setattr(loop, "mixed_loss", lambda *a: original(*a) * (float("nan") if next(count) == 4 else 1.0))
+    command = ["--data-root", data, "--output", tmp_path / "bad", *COMMON, "--epochs", 3]
+    done = run_module("nkat_vit.train", *command)
+    assert done.returncode == 2
+    assert "no number any more" in done.stderr
+    assert "last good checkpoint" in done.stderr
+    kept = checkpoint.load(tmp_path / "bad" / "last.pt", "run")
+    assert kept["step"] == 3
+    assert all(bool(torch.isfinite(w).all()) for w in kept["model"].values())
+    monkeypatch.setattr(loop, "mixed_loss", original)
+    assert run_module("nkat_vit.train", *command, "--resume", "--no-test").returncode == 0
+    assert same(weights(tmp_path / "bad"), weights(tmp_path / "good"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model(tmp_path: Path, data: Path) -> None:
+    """Without BatchNorm and randomness two halves of a batch give the whole batch's gradient."""
+    plain = [*STILL, "--conv-stem", "off", "--patch-size", 7, "--no-test", "--clip-grad", 0, "--epochs", 1]
+    run(data, tmp_path / "one", *plain)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "-m",
+        "nkat_vit.train",
+        "--data-root",
+        data,
+        "--output",
+        tmp_path / "two",
+        *COMMON,
+        *plain,
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation") == 1  # one process speaks
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, atol=2e-5, rtol=1e-4, msg=name)
+    moved = (one["head.weight"] - start_of_head()).abs().max()
+    assert moved > 1e-4  # control: training moves weights by more than the tolerance
+
+
+def start_of_head() -> torch.Tensor:
+    values = {"dataset": "emnist-digits", "embed_dim": 32, "depth": 2, "heads": 4, "gauge_rank": 2}
+    torch.manual_seed(0)
+    return NKATViT(make_recipe(values | {"conv_stem": "off", "patch_size": 7}).model).head.weight.detach()
+
+
+def test_the_loss_weighs_two_labels() -> None:
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    labels, others = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 3, 2, 0])
+    weight = torch.tensor([1.0, 0.25, 0.5, 0.0], dtype=torch.float64)
+    target = 0.9 * (weight[:, None] * torch.eye(5)[labels] + (1 - weight[:, None]) * torch.eye(5)[others]) + 0.1 / 5
+    expected = -(target * logits.log_softmax(-1)).sum(-1).mean()
+    batch = Batch(logits, labels, others, weight)
+    torch.testing.assert_close(mixed_loss(logits, batch, 0.1), expected)
+    assert not torch.isclose(mixed_loss(logits, batch, 0.0), expected)
+
+
+def test_amp_is_measured_and_kept(tmp_path: Path, data: Path) -> None:
+    record = run(data, tmp_path / "run", "--amp", "--no-test")
+    assert record["recipe"]["amp"] in ("off", "bf16")
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["amp"] == record["recipe"]["amp"]
+    same_command = ["--data-root", data, "--output", tmp_path / "run", *COMMON, "--epochs", 3, "--amp", "--resume"]
+    assert run_module("nkat_vit.train", *same_command, "--no-test").returncode == 0
+
+
+def test_checkpoints_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(NKATError, match="cannot be loaded safely"):
+        checkpoint.load(path, "run")
+    torch.save({"format": 1, "kind": "run", "evil": Path}, path)  # a global that is no tensor
+    with pytest.raises(NKATError, match="cannot be loaded safely"):
+        checkpoint.load(path, "run")
+    torch.save([1, 2], path)
+    with pytest.raises(NKATError, match="no checkpoint of nkat_vit"):
+        checkpoint.load(path, "run")
+    checkpoint.save(path, {"kind": "run"})
+    with pytest.raises(NKATError, match=r"needed is best\.pt"):
+        load_model(path)
+
+
+def test_too_few_pictures_for_a_batch(tmp_path: Path, data: Path) -> None:
+    done = run_module(
+        "nkat_vit.train", "--data-root", data, "--output", tmp_path / "r", *COMMON, "--batch-size", 100, "--epochs", 1
+    )
+    assert done.returncode == 2
+    assert "fewer than one batch" in done.stderr
