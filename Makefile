@@ -17,7 +17,7 @@ demo: $(VENV)/.user
 
 test: $(VENV)/.developer
 	-$(PY) -m nkat.models smollm2
-	$(PY) -m pytest -rs
+	$(PY) -m pytest -rs --durations=20
 
 lint: $(VENV)/.developer
 	$(PY) -m ruff check .

@@ -37,7 +37,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """Chunks as perplexity cuts them, int64 [C, 512], and which of their scored tokens count, bool [C, 255]."""
+    """Chunks as perplexity cuts them, int64 [C, context], and which of their scored tokens count, bool [C, scored]."""
 
     chunks: torch.Tensor
     counted: torch.Tensor
@@ -45,6 +45,11 @@ class Validation:
     def score(self, model: Transformer, progress: str | None = None) -> torch.Tensor:
         """−ln p of the tokens that count, float64 [n]."""
         return score_chunks(model, self.chunks, progress=progress)[self.counted]
+
+
+def every_token(chunks: torch.Tensor) -> Validation:
+    """Chunks of which every scored token counts, as in a plain perplexity."""
+    return Validation(chunks, torch.ones(len(chunks), scored_tokens(chunks.shape[1]), dtype=torch.bool))
 
 
 def fit_text(tokenizer: Tokenizer, text: Text, ignore: Sequence[str] = ()) -> FitText:

@@ -59,14 +59,14 @@ class FitRequest:
 class FitResult:
     """thetas: by weight name;  notes: what a Θ file records;  record: for the report
 
-    validation: the part of the calibration text that was kept back, int64 [chunks, 512]
+    validation: the part of the calibration text that was kept back
     writes: whether this process is the one to write files;  finished: False when it was interrupted
     """
 
     thetas: dict[str, Theta]
     notes: dict[str, MetadataValue]
     record: dict[str, Any]
-    validation: torch.Tensor
+    validation: Validation
     writes: bool
     finished: bool
 
@@ -122,7 +122,7 @@ def run_fit(request: FitRequest) -> FitResult:
         notes["nkat.heldout.change_percent"] = change.percent
         notes["nkat.heldout.change_percent_stderr"] = change.percent_stderr
         notes["nkat.heldout.tokens"] = int(data.validation.counted.sum())
-    return FitResult(thetas, notes, record, data.validation.chunks, world.first, finished)
+    return FitResult(thetas, notes, record, data.validation, world.first, finished)
 
 
 def check_state(path: Path, resume: bool, force: bool) -> None:
@@ -230,7 +230,7 @@ def _run(
 
         def after_step(now: FitState | None, loss: float) -> None:
             nonlocal saved
-            best = "" if now is None or now.best_nll is None else f", validation {_change(now.best_nll, unmodified)}"
+            best = "" if now is None or now.best_nll is None else _validation(now.best_nll, unmodified)
             bar.set_postfix_str(f"loss {loss:.3f}{best}", refresh=False)
             bar.update()
             if world.first and now is not None and time.monotonic() - saved > _SAVE_SECONDS:
@@ -248,8 +248,8 @@ def _run(
     return state, not stopped
 
 
-def _change(nll: float, unmodified: float) -> str:
-    return f"{100.0 * math.expm1(nll - unmodified):+.2f} %"
+def _validation(nll: float, unmodified: float) -> str:
+    return f", validation perplexity {math.exp(nll):.2f} ({100.0 * math.expm1(nll - unmodified):+.2f} %)"
 
 
 def _judge(

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from nkat.fit_data import Validation, every_token
 from nkat.load import load_model
-from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
+from nkat.perplexity import Perplexity, paired, text_chunks
 from nkat.report import format_bytes, format_table
 from nkat.texts import load_text
 from nkat.theta_io import ModelFile, ThetaSet, check_judging_text, open_model_file
@@ -19,15 +18,15 @@ GAMMAS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
 _CHUNKS = 4
 
 
-def gamma_sweep(model: Transformer, chunks: torch.Tensor, gammas: Sequence[float] = GAMMAS) -> list[dict[str, Any]]:
-    """Perplexity of a model with Θ at each γ, against γ = 1 (no Θ) on the same chunks, which comes last."""
+def gamma_sweep(model: Transformer, held: Validation, gammas: Sequence[float] = GAMMAS) -> list[dict[str, Any]]:
+    """Perplexity of a model with Θ at each γ, against γ = 1 (no Θ) on the same tokens, which comes last."""
     before = model.gamma
     model.set_gamma(None)
-    base = Perplexity(score_chunks(model, chunks, progress="gamma 1"))
+    base = Perplexity(held.score(model, "gamma 1")[None])
     rows = []
     for gamma in gammas:
         model.set_gamma(gamma)
-        measured = Perplexity(score_chunks(model, chunks, progress=f"gamma {gamma:g}"))
+        measured = Perplexity(held.score(model, f"gamma {gamma:g}")[None])
         change = paired(base, measured)
         rows.append(
             {
@@ -45,7 +44,7 @@ def report_strengths(
     model_file: ModelFile,
     theta_set: ThetaSet,
     text_path: Path | None,
-    validation: torch.Tensor | None,
+    validation: Validation | None,
     reference: Path | None,
 ) -> dict[str, Any]:
     """Prints and returns perplexity over γ, and beside the reference's where there is one.
@@ -54,13 +53,14 @@ def report_strengths(
     """
     loaded = load_model(model_file, thetas=theta_set.thetas, gamma=theta_set.gamma)
     if text_path is None and validation is not None:
-        chunks, where = validation[:_CHUNKS], "the calibration text's validation slice"
+        held = Validation(validation.chunks[:_CHUNKS], validation.counted[:_CHUNKS])
+        where = "the calibration text's validation slice"
     else:
         text = load_text(text_path)
         check_judging_text(theta_set, text.sha256, model_file.path)
-        chunks, where = text_chunks(loaded.tokenizer, text.content, _CHUNKS), text.name
-    rows = gamma_sweep(loaded.model, chunks)
-    print(f"\nperplexity by gamma, {len(chunks)} chunks of {chunks.shape[1]} tokens of {where}:\n")
+        held, where = every_token(text_chunks(loaded.tokenizer, text.content, _CHUNKS)), text.name
+    rows = gamma_sweep(loaded.model, held)
+    print(f"\nperplexity by gamma, {len(held.chunks)} chunks of {held.chunks.shape[1]} tokens of {where}:\n")
     cells = [
         [
             f"{row['gamma']:g}" + (" (made for)" if row["gamma"] == theta_set.gamma else ""),
@@ -70,22 +70,22 @@ def report_strengths(
         for row in rows
     ]
     print(format_table(cells, ["gamma", "perplexity", "change %"]))
-    record: dict[str, Any] = {"text": where, "chunks": len(chunks), "gammas": rows}
+    record: dict[str, Any] = {"text": where, "chunks": len(held.chunks), "gammas": rows}
     if reference is not None:
-        record["reference"] = _beside_reference(model_file, theta_set, reference, chunks, rows[-1]["perplexity"])
+        record["reference"] = _beside_reference(model_file, theta_set, reference, held, rows[-1]["perplexity"])
     return record
 
 
 def _beside_reference(
-    model_file: ModelFile, theta_set: ThetaSet, path: Path, chunks: torch.Tensor, base: float
+    model_file: ModelFile, theta_set: ThetaSet, path: Path, held: Validation, base: float
 ) -> dict[str, Any]:
     """The larger file is what the user could take instead: what it costs in bytes and what it gives."""
     loaded = load_model(model_file, thetas=theta_set.thetas, gamma=theta_set.gamma)
-    fitted = Perplexity(score_chunks(loaded.model, chunks, progress="with Θ")).ppl
+    fitted = Perplexity(held.score(loaded.model, "with Θ")[None]).ppl
     reference_file = open_model_file(path)
     reference = load_model(reference_file).model
     reference.set_gamma(None)
-    better = Perplexity(score_chunks(reference, chunks, progress="reference")).ppl
+    better = Perplexity(held.score(reference, "reference")[None]).ppl
     bytes_with = model_file.base_size + theta_set.nbytes
     more = reference_file.base_size - bytes_with
     verdict = (
