@@ -5,8 +5,7 @@ A term adds up · down to a layer's weight, down [k, n] and up [m, k]. Its facto
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,18 +42,12 @@ class UnrestrictedLinear(FittedLinear):
         return q.T, p
 
 
-@contextlib.contextmanager
-def apply_terms(model: Transformer, terms: LowRankTerms) -> Iterator[None]:
-    """Adds the terms to a model that has no Θ; takes them off again."""
+def apply_terms(model: Transformer, terms: LowRankTerms) -> None:
+    """Adds the terms to a model that has no Θ; `set_thetas` and `set_gamma` take them off again."""
     layers = model.star_linears()
     for name, (down, up) in terms.layers.items():
         layer = layers[name]
         layer.down, layer.up, layer.kappa = down.to(layer.dtype), up.to(layer.dtype), 1.0
-    try:
-        yield
-    finally:
-        model.set_thetas({})
-        model.set_gamma(None)
 
 
 def weight_controls(loaded: LoadedModel, theta_set: ThetaSet, rank: int, gamma: float) -> dict[str, LowRankTerms]:

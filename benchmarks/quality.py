@@ -43,6 +43,7 @@ from nkat.report import note, write_json
 from nkat.texts import load_text
 from nkat.theta_io import ThetaSet, open_model_file, truncate_rank
 from nkat.tpe import byte_ratio, tpe
+from nkat.transformer import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 JUDGED = {"wiki.test.raw": 40, "tinyshakespeare.txt": 16, "plrabn12.txt": 16, "alice29.txt": 16}
@@ -80,7 +81,7 @@ class Bench:
         return cached(model) or fetch(model)
 
     def load(self, model: str) -> LoadedModel:
-        """One model at a time stays open, without Θ."""
+        """One model at a time stays open; whatever Θ it had is taken off."""
         if model not in self.models:
             self.models.clear()
             self.models[model] = load_model(self.path(model), dtype=self.dtype)
@@ -114,9 +115,11 @@ class Bench:
         torch.save({name: result.nll for name, result in measured.items()}, path)
         return measured
 
-    def compare(self, model: str, label: str, theta_bytes: int) -> dict[str, Any]:
-        """The model as it stands against the one without Θ, by text."""
-        base, loaded = self.base(model), self.models[model]
+    def compare(self, model: str, label: str, theta_bytes: int, apply: Callable[[Transformer], None]) -> dict[str, Any]:
+        """The model with what `apply` puts on it against the one without, by text."""
+        base = self.base(model)  # first: it takes off what is on the model
+        loaded = self.load(model)
+        apply(loaded.model)
         return self.record(model, base, self.judge(loaded, label), theta_bytes)
 
     def record(
@@ -173,10 +176,12 @@ def theta_case(model: str, make: Callable[[Bench], ThetaSet], gamma: float = GAM
 
     def run(bench: Bench, name: str) -> dict[str, Any]:
         theta_set = make(bench)
-        loaded = bench.load(model)
-        loaded.model.set_thetas(theta_set.thetas)
-        loaded.model.set_gamma(gamma)
-        record = bench.compare(model, name, theta_set.nbytes)
+
+        def apply(transformer: Transformer) -> None:
+            transformer.set_thetas(theta_set.thetas)
+            transformer.set_gamma(gamma)
+
+        record = bench.compare(model, name, theta_set.nbytes, apply)
         return {**record, "rank": theta_set.rank, "gamma": gamma, "source": theta_set.source}
 
     return run
@@ -187,9 +192,7 @@ def terms_case(model: str, make: Callable[[Bench, LoadedModel], LowRankTerms]) -
 
     def run(bench: Bench, name: str) -> dict[str, Any]:
         terms = make(bench, bench.load(model))
-        loaded = bench.load(model)
-        with apply_terms(loaded.model, terms):
-            return bench.compare(model, name, terms.nbytes)
+        return bench.compare(model, name, terms.nbytes, lambda transformer: apply_terms(transformer, terms))
 
     return run
 
