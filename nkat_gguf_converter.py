@@ -108,7 +108,7 @@ def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
     record: dict[str, Any] = {}
     validation = None
     if options.theta_source == "fit":
-        fitted = run_fit(_fit_request(options, model, names, theta_options))
+        fitted = run_fit(_fit_request(options, model, base_sha256, names, theta_options))
         if not fitted.writes:
             return {}
         thetas, validation, record["fit"] = fitted.thetas, fitted.validation, fitted.record
@@ -271,10 +271,11 @@ def _theta_options(options: argparse.Namespace, names: Sequence[str]) -> ThetaOp
 
 
 def _fit_request(
-    options: argparse.Namespace, model: ModelFile, names: Sequence[str], theta_options: ThetaOptions
+    options: argparse.Namespace, model: ModelFile, base_sha256: str, names: Sequence[str], theta_options: ThetaOptions
 ) -> FitRequest:
     return FitRequest(
         model=model,
+        base_sha256=base_sha256,
         names=names,
         settings=fit_settings(options, theta_options.rank, theta_options.gamma),
         calibrate=options.calibrate,
@@ -285,7 +286,6 @@ def _fit_request(
         precision=options.fit_precision or "auto",
         state=_fit_state_path(options),
         resume=options.resume,
-        force=options.force,
         allow_cuda=not options.no_cuda,
     )
 

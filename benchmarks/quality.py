@@ -159,12 +159,11 @@ class Bench:
         ignore = ["--calibrate-ignore", "<unk>"] if text.name == CALIBRATION else []
         return [*flags, "--calibrate", text, *ignore, *more]
 
-    def half(self, name: str, second: bool) -> Path:
-        """A half of a text, so that what is made from one half is judged on the other, whose start is judged on."""
-        path = self.out / f"{'second' if second else 'first'}-half-of-{name}"
+    def second_half(self, name: str) -> Path:
+        """The half of a text that is not judged on."""
+        path = self.out / f"second-half-of-{name}"
         content = load_text(self.text(name)).content
-        middle = content.index("\n", len(content) // 2)
-        path.write_text(content[middle:] if second else content[:middle], encoding="utf-8")
+        path.write_text(content[content.index("\n", len(content) // 2) :], encoding="utf-8")
         return path
 
 
@@ -238,12 +237,12 @@ def _domain_cases() -> dict[str, Case]:
 
     def keep_halves(bench: Bench) -> ThetaSet:
         text = bench.out / "second-halves.txt"
-        halves = [bench.half(name, second=True).read_text(encoding="utf-8") for name in list(JUDGED)[1:]]
+        halves = [bench.second_half(name).read_text(encoding="utf-8") for name in list(JUDGED)[1:]]
         text.write_text("".join(halves), encoding="utf-8")
         return bench.thetas("keep-halves", "smollm2", *bench.fit_flags(4, "--keep", text))
 
     def reverse(bench: Bench) -> ThetaSet:
-        text = bench.half("tinyshakespeare.txt", second=True)
+        text = bench.second_half("tinyshakespeare.txt")
         return bench.thetas("fit-shakespeare", "smollm2", *bench.fit_flags(4, calibrate=text))
 
     made = {"keep-python": keep_python, "keep-halves": keep_halves, "fit-shakespeare": reverse}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nkat.plots import new_figure, save_figure
 from nkat.report import format_bytes, format_table
 
 _SHORT = {
@@ -40,8 +41,6 @@ def tables(results: Mapping[str, Any]) -> str:
 
 def plot_ranks(path: Path, results: Mapping[str, Any]) -> None:
     """Perplexity and TPE by rank, fitted and data-free, where those cases are there."""
-    import matplotlib.pyplot as plt
-
     series = {
         "fit": {r: results.get(f"fit-r{r}-of-r8") for r in (2, 4, 6, 8)},
         "weight": {r: results.get(f"weight-r{r}") for r in (2, 4, 6, 8)},
@@ -49,7 +48,8 @@ def plot_ranks(path: Path, results: Mapping[str, Any]) -> None:
     found = {name: {r: c for r, c in cases.items() if c is not None} for name, cases in series.items()}
     if not any(found.values()):
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = new_figure("SmolLM2, by rank", (10, 4))
+    left, right = figure.subplots(1, 2)
     for name, cases in found.items():
         if not cases:
             continue
@@ -69,8 +69,7 @@ def plot_ranks(path: Path, results: Mapping[str, Any]) -> None:
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, force=True)
 
 
 def _won_back(results: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nkat.decode_eager import EagerDecoder
 from nkat.decode_plan import StepOps, decode_step, make_plan, strengths
 from nkat.errors import NKATError
 from nkat.kernels.cuda import out_of_memory_hint
@@ -21,7 +22,7 @@ from nkat.transformer import Transformer
 _WARM_UP_STEPS = 2  # the first compiles, the second finds everything compiled
 
 
-class StaticDecoder:
+class StaticDecoder(EagerDecoder):
     """A `nkat.decode.Decoder` whose steps always do the same to the same memory, as recording asks for.
 
     plain, star: the operations without and with Θ
@@ -30,25 +31,12 @@ class StaticDecoder:
     name = "fixed step, an operation at a time"
 
     def __init__(self, model: Transformer, capacity: int, plain: StepOps, star: StepOps) -> None:
-        self.model, self.capacity = model, capacity
-        self.cache = model.new_cache(1, capacity)
+        super().__init__(model, capacity)
         self._plan = make_plan(model, self.cache)
         self._ops = {False: plain, True: star}
         self._token, self._position = torch.zeros(2, 1, dtype=torch.int64, device=model.device)
         self._made_for, self._strength = model.theta_changes, model.gamma
         self._star = self._has_effect()
-
-    @property
-    def length(self) -> int:
-        return self.cache.length
-
-    @length.setter
-    def length(self, value: int) -> None:
-        self.cache.length = value
-
-    @property
-    def cache_nbytes(self) -> int:
-        return self.cache.nbytes
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int]) -> Tensor:
@@ -56,8 +44,7 @@ class StaticDecoder:
             raise NKATError("there is no token to start from")
         if len(tokens) == 1:
             return self.step(tokens[0])
-        ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.model.device)
-        return self.model(ids, self.cache, logits="last")[0, -1].float()
+        return super().prefill(tokens)
 
     @torch.inference_mode()
     def step(self, token: int) -> Tensor:
@@ -75,9 +62,6 @@ class StaticDecoder:
         logits = self._run(self._star)
         self.cache.length += 1
         return logits
-
-    def set_gamma(self, gamma: float | None) -> None:
-        self.model.set_gamma(gamma)
 
     def _has_effect(self) -> bool:
         return self._plan.has_theta and bool((self._plan.kappas != 0).any())

@@ -37,10 +37,11 @@ class FitRequest:
 
     names: the weights that get a Θ;  reference: the same model at a higher precision;  keep: where to change nothing
     start: "auto" or one of the starts;  precision: "auto", "float32" or "bfloat16"
-    state: the file of an interrupted fit, `resume` goes on with it and `force` may replace it
+    state: the file of an interrupted fit, `resume` goes on with it; see check_state
     """
 
     model: ModelFile
+    base_sha256: str
     names: Sequence[str]
     settings: FitSettings
     calibrate: Path
@@ -51,7 +52,6 @@ class FitRequest:
     precision: str
     state: Path
     resume: bool
-    force: bool
     allow_cuda: bool
 
 
@@ -175,13 +175,10 @@ def _identity(
             hashes["reference_sha256"] = base_hash(open_model_file(request.reference), bar.update)
     settings = {**asdict(request.settings), "names": list(request.names), "ignore": list(request.ignore)}
     settings |= {"start": request.start, "precision": str(dtype)}
-    with cli.bar(request.model.base_size, "hashing the base", "B") as bar:
-        base_sha256 = base_hash(request.model, bar.update)
-    return run_identity({**hashes, **settings, "base_sha256": base_sha256}), hashes
+    return run_identity({**hashes, **settings, "base_sha256": request.base_sha256}), hashes
 
 
 def _interrupted_state(request: FitRequest, identity: str) -> FitState | None:
-    check_state(request.state, request.resume, request.force)
     if not request.resume:
         return None
     state = load_state(request.state, identity)

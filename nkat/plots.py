@@ -24,7 +24,7 @@ def plot_search(
     Replaces an earlier picture.
     rows: `nkat.study.history` of a language-model search; the trial without parameters is the model without Θ
     """
-    figure = _figure(title, (13, 9))
+    figure = new_figure(title, (13, 9))
     panels = figure.subplots(2, 2)
     complete = [row for row in rows if row["state"] == "COMPLETE"]
     base = next((row for row in complete if not row["parameters"]), None)
@@ -34,7 +34,7 @@ def plot_search(
     _rank_gamma(panels[0][1], figure, searched, best)
     _importances(panels[1][0], importances)
     _front(panels[1][1], base, searched, best)
-    _save(figure, path, force=True)
+    save_figure(figure, path, force=True)
 
 
 def plot_comparison(path: Path, record: Mapping[str, Any], title: str, force: bool) -> None:
@@ -44,7 +44,7 @@ def plot_comparison(path: Path, record: Mapping[str, Any], title: str, force: bo
     a panel has the paired change, which is surer than the bars. Without perplexity there are two panels.
     """
     arms = record["baseline"], record["nkat"]
-    figure = _figure(title, (12 if record["chunks"] else 8, 4.5))
+    figure = new_figure(title, (12 if record["chunks"] else 8, 4.5))
     panels = figure.subplots(1, 3 if record["chunks"] else 2)
     for axes, part, overhead in zip(panels, ("decode", "prefill"), ("overhead", "prefill_overhead"), strict=False):
         speeds = [arm[part]["tokens_per_second"] for arm in arms]
@@ -62,7 +62,7 @@ def plot_comparison(path: Path, record: Mapping[str, Any], title: str, force: bo
         panels[2].set_title(f"perplexity: {change:+.3f} % ± {error:.3f}", fontsize=10)
         errors = [arm["perplexity_stderr"] for arm in arms]
         _bars(panels[2], "perplexity (lower is better)", [arm["perplexity"] for arm in arms], errors, "{:.3f}")
-    _save(figure, path, force)
+    save_figure(figure, path, force)
 
 
 def _bars(axes: Any, label: str, values: list[float], errors: Any, form: str) -> None:
@@ -72,19 +72,21 @@ def _bars(axes: Any, label: str, values: list[float], errors: Any, form: str) ->
         axes.annotate(form.format(value), (at, 0), (0, 6), textcoords="offset points", ha="center", color="white")
 
 
-def _figure(title: str, inches: tuple[float, float]) -> Any:
+def new_figure(title: str, inches: tuple[float, float], automatic: bool = True) -> Any:
+    """A matplotlib Figure that belongs to no window; `automatic` lays out its panels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=inches, layout="constrained")
+    figure = Figure(figsize=inches, layout="constrained" if automatic else "none")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     return figure
 
 
-def _save(figure: Any, path: Path, force: bool) -> None:
+def save_figure(figure: Any, path: Path, force: bool, dpi: int = 110) -> None:
+    """Writes it as PNG, whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=dpi)
     data = buffer.getvalue()
     with atomic_output(path, len(data), force) as file:
         file.write(data)

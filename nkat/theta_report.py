@@ -72,27 +72,28 @@ def report_strengths(
     print(format_table(cells, ["gamma", "perplexity", "change %"]))
     record: dict[str, Any] = {"text": where, "chunks": len(held.chunks), "gammas": rows}
     if reference is not None:
-        record["reference"] = _beside_reference(model_file, theta_set, reference, held, rows[-1]["perplexity"])
+        record["reference"] = _beside_reference(
+            loaded.model, model_file.base_size, theta_set.nbytes, reference, held, rows[-1]["perplexity"]
+        )
     return record
 
 
 def _beside_reference(
-    model_file: ModelFile, theta_set: ThetaSet, path: Path, held: Validation, base: float
+    model: Transformer, base_bytes: int, theta_bytes: int, path: Path, held: Validation, base: float
 ) -> dict[str, Any]:
     """The larger file is what the user could take instead: what it costs in bytes and what it gives."""
-    loaded = load_model(model_file, thetas=theta_set.thetas, gamma=theta_set.gamma)
-    fitted = Perplexity(held.score(loaded.model, "with Θ")[None]).ppl
+    fitted = Perplexity(held.score(model, "with Θ")[None]).ppl
     reference_file = open_model_file(path)
     reference = load_model(reference_file).model
     reference.set_gamma(None)
     better = Perplexity(held.score(reference, "reference")[None]).ppl
-    bytes_with = model_file.base_size + theta_set.nbytes
+    bytes_with = base_bytes + theta_bytes
     more = reference_file.base_size - bytes_with
     verdict = (
         "Θ gives more for less" if fitted <= better and more > 0 else f"{format_bytes(more)} more buy {better:.3f}"
     )
     print(
-        f"\nper byte: {format_bytes(model_file.base_size)} give {base:.3f}, {format_bytes(bytes_with)} with Θ "
+        f"\nper byte: {format_bytes(base_bytes)} give {base:.3f}, {format_bytes(bytes_with)} with Θ "
         f"{fitted:.3f}, the reference's {format_bytes(reference_file.base_size)} {better:.3f}: {verdict}"
     )
     return {

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nkat.plots import new_figure
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.gauge import Gauge
 from nkat_vit.model import ViTConfig
-from nkat_vit.pictures import as_picture, new_figure, save_figure
+from nkat_vit.pictures import as_picture, save_figure
 
 _GROUPS = ("red", "green", "blue", "shared")
 

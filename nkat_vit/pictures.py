@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from nkat.atomic import atomic_output
-
-
-def new_figure(title: str, size: tuple[float, float], automatic: bool = True) -> Any:
-    """A matplotlib Figure of `size` inches that belongs to no window; `automatic` lays out its panels."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained" if automatic else "none")
-    figure.suptitle(title)
-    return figure
+from nkat import plots
+from nkat.plots import new_figure
 
 
 def save_figure(figure: Any, path: Path, force: bool) -> None:
     """Writes it as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    data = buffer.getvalue()
-    with atomic_output(path, len(data), force) as file:
-        file.write(data)
+    plots.save_figure(figure, path, force, dpi=120)
 
 
 def as_picture(image: Tensor) -> np.ndarray:

@@ -20,6 +20,7 @@ from nkat.atomic import atomic_output
 from nkat.distributed import World, join_world
 from nkat.errors import NKATError
 from nkat.hardware import describe, set_threads
+from nkat.plots import new_figure
 from nkat.report import git_commit, note, write_json
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
@@ -28,7 +29,7 @@ from nkat_vit.data import DATASETS, load_images, split
 from nkat_vit.loop import Trainer, measure_amp
 from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import COLOR_NORMS, POOLS, STEMS
-from nkat_vit.pictures import new_figure, save_figure
+from nkat_vit.pictures import save_figure
 from nkat_vit.predict import accuracy
 from nkat_vit.recipe import AMP, OPTIMIZERS, PRESETS, TTA_CHOICES, Recipe, make_recipe, read_config, with_amp
 
