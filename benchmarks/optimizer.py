@@ -27,7 +27,8 @@ from nkat.layers import select_layers
 from nkat.load import load_model
 from nkat.perplexity import score_chunks, text_chunks
 from nkat.report import format_table, write_json
-from nkat.search import GROUPS, GUIDE_DEFAULT, RANKS, Judge, Setting, Space, make_objective, make_pruner, make_sampler
+from nkat.search import GROUPS, GUIDE_DEFAULT, RANKS, Judge, Setting, Space, make_objective, make_pruner
+from nkat.study import make_sampler
 from nkat.texts import load_text
 from nkat.theta_io import open_model_file
 from nkat.tpe import tpe

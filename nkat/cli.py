@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -40,9 +40,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"error: {message} (see --help)\n")
 
 
-def parser(description: str, examples: str) -> Parser:
+def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentParser] = ()) -> Parser:
     """A parser whose help ends with commands to copy."""
     return Parser(
+        parents=list(parents),
         description=description,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,7 +10,7 @@ from typing import Any
 from nkat.atomic import atomic_output
 
 _LATENCIES = "p90_latency_ms", "p10_latency_ms"
-_BASE, _TRIAL, _PRUNED, _BEST = "#444444", "#1f77b4", "#bbbbbb", "#d62728"
+BASE, TRIAL, PRUNED, BEST = "#444444", "#1f77b4", "#bbbbbb", "#d62728"
 
 
 def plot_search(
@@ -32,7 +32,7 @@ def plot_search(
     best = max(searched, key=lambda row: row["value"], default=None)
     _history(panels[0][0], rows, base, searched, best)
     _rank_gamma(panels[0][1], figure, searched, best)
-    _importances(panels[1][0], importances)
+    draw_importances(panels[1][0], importances)
     _front(panels[1][1], base, searched, best)
     save_figure(figure, path, force=True)
 
@@ -67,7 +67,7 @@ def plot_comparison(path: Path, record: Mapping[str, Any], title: str, force: bo
 
 def _bars(axes: Any, label: str, values: list[float], errors: Any, form: str) -> None:
     axes.set(ylabel=label)
-    axes.bar(["without Θ", "with Θ"], values, yerr=errors, color=[_BASE, _TRIAL], width=0.6, capsize=8)
+    axes.bar(["without Θ", "with Θ"], values, yerr=errors, color=[BASE, TRIAL], width=0.6, capsize=8)
     for at, value in enumerate(values):  # at the foot, out of the error bar's way
         axes.annotate(form.format(value), (at, 0), (0, 6), textcoords="offset points", ha="center", color="white")
 
@@ -94,17 +94,17 @@ def save_figure(figure: Any, path: Path, force: bool, dpi: int = 110) -> None:
 
 def _history(axes: Any, rows: Sequence[Mapping], base: Any, searched: list[Mapping], best: Any) -> None:
     axes.set(title="TPE by trial (higher is better)", xlabel="trial", ylabel="TPE")
-    axes.plot([r["number"] for r in searched], [r["value"] for r in searched], "o", color=_TRIAL, label="trial")
+    axes.plot([r["number"] for r in searched], [r["value"] for r in searched], "o", color=TRIAL, label="trial")
     pruned = [r["number"] for r in rows if r["state"] == "PRUNED"]
     if searched:
         ordered = sorted(searched, key=lambda r: r["number"])
         running = [max(r["value"] for r in ordered[: i + 1]) for i in range(len(ordered))]
-        axes.step([r["number"] for r in ordered], running, where="post", color=_BEST, label="best so far")
+        axes.step([r["number"] for r in ordered], running, where="post", color=BEST, label="best so far")
     if pruned:
         low = min([r["value"] for r in searched] or [base["value"] if base else 0.0])
-        axes.plot(pruned, [low] * len(pruned), "x", color=_PRUNED, label="stopped early")
+        axes.plot(pruned, [low] * len(pruned), "x", color=PRUNED, label="stopped early")
     if base:
-        axes.axhline(base["value"], color=_BASE, linestyle="--", label="without Θ")
+        axes.axhline(base["value"], color=BASE, linestyle="--", label="without Θ")
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.legend()
 
@@ -129,17 +129,18 @@ def _rank_gamma(axes: Any, figure: Any, searched: list[Mapping], best: Any) -> N
     points = axes.scatter(x, y, c=colors, cmap="RdYlGn_r", vmin=-spread, vmax=spread, s=90, edgecolors="black", lw=0.5)
     figure.colorbar(points, ax=axes, label="change, %")
     at = searched.index(best)
-    axes.scatter([x[at]], [y[at]], s=240, facecolors="none", edgecolors=_BEST, lw=2, label=f"trial {best['number']}")
+    axes.scatter([x[at]], [y[at]], s=240, facecolors="none", edgecolors=BEST, lw=2, label=f"trial {best['number']}")
     axes.legend()
 
 
-def _importances(axes: Any, importances: Mapping[str, float]) -> None:
+def draw_importances(axes: Any, importances: Mapping[str, float]) -> None:
+    """One panel: `nkat.study.importances` as bars."""
     axes.set(title="which parameter decides (PED-ANOVA)", xlabel="importance")
     if not importances:
         axes.text(0.5, 0.5, "too few finished trials", ha="center", transform=axes.transAxes)
         return
     names = sorted(importances, key=lambda name: importances[name])
-    axes.barh(names, [importances[name] for name in names], color=_TRIAL)
+    axes.barh(names, [importances[name] for name in names], color=TRIAL)
 
 
 def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
@@ -147,24 +148,25 @@ def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
     points = [*([base] if base else []), *searched]
     if not points:
         return
-    for group, color, label in (([base] if base else [], _BASE, "without Θ"), (searched, _TRIAL, "trial")):
+    for group, color, label in (([base] if base else [], BASE, "without Θ"), (searched, TRIAL, "trial")):
         if group:
             axes.plot(
                 [r["theta_bytes"] / 1e6 for r in group], [r["perplexity"] for r in group], "o", color=color, label=label
             )
-    front = [p for p in points if not any(_dominates(q, p) for q in points)]
-    front.sort(key=lambda r: r["theta_bytes"])
-    axes.plot(
-        [r["theta_bytes"] / 1e6 for r in front], [r["perplexity"] for r in front], "-", color=_BEST, label="front"
-    )
+    front = pareto_front([(r["theta_bytes"] / 1e6, r["perplexity"]) for r in points])
+    axes.plot(*zip(*front, strict=True), "-", color=BEST, label="front")
     if best:
         axes.plot(
-            [best["theta_bytes"] / 1e6], [best["perplexity"]], "o", ms=14, mfc="none", mec=_BEST, label="highest TPE"
+            [best["theta_bytes"] / 1e6], [best["perplexity"]], "o", ms=14, mfc="none", mec=BEST, label="highest TPE"
         )
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.legend()
 
 
-def _dominates(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    no_worse = a["theta_bytes"] <= b["theta_bytes"] and a["perplexity"] <= b["perplexity"]
-    return no_worse and (a["theta_bytes"], a["perplexity"]) != (b["theta_bytes"], b["perplexity"])
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is at least as small as in both coordinates, from the left."""
+    front: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front

@@ -151,11 +151,6 @@ class Judge:
         return paired(self.base(), measured)
 
 
-def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
-    """Tree-structured Parzen estimator (Watanabe, 2023, arXiv 2304.11127) over the space as a whole."""
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True)
-
-
 def make_pruner() -> optuna.pruners.BasePruner:
     """Stops a trial that is worse than the best on the same chunks at p < 0.1 (Wilcoxon's signed-rank test)."""
     return optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=3)

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
 from typing import Any
 
@@ -26,6 +26,7 @@ JOURNAL_NAME = "study.journal"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _SETTINGS = "settings"
 _WORKER = "worker"
+_ORIGIN = "retry of"
 
 Objective = Callable[[optuna.Trial], float]
 
@@ -46,6 +47,11 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
         return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(where, lock_obj=lock))
     except Exception as error:  # each database driver has exceptions of its own
         raise NKATError(f"storage {where}: {str(error).strip().splitlines()[0]}") from error
+
+
+def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
+    """Tree-structured Parzen estimator (Watanabe, 2023, arXiv 2304.11127) over the space as a whole."""
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True)
 
 
 def open_study(
@@ -111,7 +117,10 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
 
         update()
         deadline = math.inf if timeout is None else monotonic() + timeout
-        while not interrupted and monotonic() < deadline and _room(study, target):
+        while not interrupted and monotonic() < deadline:
+            _retry_dead_trials(study)  # of other workers
+            if not _room(study, target):
+                break
             study.optimize(marked, n_trials=1, callbacks=[update])
         return not interrupted
 
@@ -119,8 +128,12 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
 def best_trials(study: optuna.Study, count: int) -> list[FrozenTrial]:
     """The completed trials with the highest values that break no constraint, best first."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    allowed = [t for t in complete if t.value is not None and all(v <= 0 for v in t.constraints.values())]
-    return sorted(allowed, key=lambda t: (-t.value, t.number))[:count]
+    return sorted(filter(feasible, complete), key=lambda t: (-t.value, t.number))[:count]
+
+
+def feasible(trial: FrozenTrial) -> bool:
+    """Whether the trial completed and breaks no constraint."""
+    return trial.state == TrialState.COMPLETE and all(value <= 0 for value in trial.constraints.values())
 
 
 def history(study: optuna.Study) -> list[dict[str, Any]]:
@@ -143,16 +156,26 @@ def history(study: optuna.Study) -> list[dict[str, Any]]:
     return rows
 
 
-def importances(study: optuna.Study) -> dict[str, float]:
-    """Share of the score's variation among the best trials by parameter (PED-ANOVA); empty when there are too few.
+def origin(trial: FrozenTrial | optuna.Trial) -> int:
+    """The trial's number; of one that repeats a trial whose process died, the number of that."""
+    return trial.user_attrs.get(_ORIGIN, trial.number)
+
+
+def importances(trials: Iterable[tuple[FrozenTrial, float]]) -> dict[str, float]:
+    """Share of the scores' variation among the best trials by parameter (PED-ANOVA); empty when there are too few.
 
     Watanabe et al., 2023, "PED-ANOVA", arXiv 2304.10255.
+    trials: each with the score to explain; those without parameters do not take part
     """
-    with_parameters = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.params]
-    if len(with_parameters) < 4:
+    scored = [
+        optuna.trial.create_trial(params=t.params, distributions=t.distributions, value=value)
+        for t, value in trials
+        if t.params
+    ]
+    if len(scored) < 4:
         return {}
     narrowed = optuna.create_study(direction="maximize")
-    narrowed.add_trials(with_parameters)
+    narrowed.add_trials(scored)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
     return optuna.importance.get_param_importances(narrowed, evaluator=evaluator)
 
@@ -167,7 +190,11 @@ def _retry_dead_trials(study: optuna.Study) -> None:
     """Fails the trials of processes that died on this machine, and queues their parameters again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, _, process = trial.user_attrs.get(_WORKER, "").partition(":")
-        if host == socket.gethostname() and not psutil.pid_exists(int(process)):
+        if host != socket.gethostname() or psutil.pid_exists(int(process)):
+            continue
+        try:
             study.tell(trial.number, state=TrialState.FAIL)
-            attributes = {key: value for key, value in trial.user_attrs.items() if key == "base"}
-            study.enqueue_trial(trial.params, user_attrs=attributes)
+        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+            continue  # another worker saw it first
+        attributes = {key: value for key, value in trial.user_attrs.items() if key != _WORKER}
+        study.enqueue_trial(trial.params, user_attrs=attributes | {_ORIGIN: origin(trial)})

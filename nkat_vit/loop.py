@@ -6,7 +6,7 @@ with the same weights, bit by bit on a processor. A loss that is no number any m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from time import perf_counter
@@ -22,7 +22,6 @@ from tqdm import tqdm
 from nkat import cli
 from nkat.distributed import World
 from nkat.errors import NKATError
-from nkat.report import note
 from nkat_vit import checkpoint
 from nkat_vit.augment import Batch, augment
 from nkat_vit.data import ImageSet
@@ -33,6 +32,10 @@ from nkat_vit.recipe import Recipe
 
 _CHECK_STEPS = 20  # reading the loss more often would make a GPU wait
 _AMP_TRIALS = 4
+
+
+class DivergedError(NKATError):
+    """The loss or the weights are no numbers any more."""
 
 
 def mixed_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
@@ -67,6 +70,7 @@ class Trainer:
     """One run: model, optimisers, averages, position. `run` trains from there to the end.
 
     folder: where rank 0 writes last.pt and best.pt
+    label: what the progress bar says before the epoch
     on_epoch: called on rank 0 after each epoch, before its checkpoint, with the history so far
     """
 
@@ -80,6 +84,7 @@ class Trainer:
         *,
         save_steps: int = 0,
         compiled: bool = False,
+        label: str = "",
         on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
     ) -> None:
         config = recipe.train
@@ -89,7 +94,7 @@ class Trainer:
             raise NKATError(f"{len(train)} training pictures are fewer than one batch of {config.batch_size}")
         self.recipe, self.world, self.folder = recipe, world, folder
         self.train_set, self.held = train.to(world.device), held.to(world.device)
-        self.save_steps, self.on_epoch = save_steps, on_epoch
+        self.save_steps, self.label, self.on_epoch = save_steps, label, on_epoch
         self.epoch_steps = len(train) // config.batch_size
         torch.manual_seed(config.seed)
         self.model = NKATViT(recipe.model).to(world.device)
@@ -107,9 +112,15 @@ class Trainer:
 
     def run(self) -> None:
         """Trains to the last epoch."""
-        self.model.train()
+        for _ in self.epochs():
+            pass
+
+    def epochs(self) -> Iterator[None]:
+        """Trains epoch by epoch and stands still after each, its row in `history` and its checkpoint written."""
         while self.step < self.recipe.train.epochs * self.epoch_steps:
+            self.model.train()
             self._run_epoch()
+            yield
 
     def train_step(self) -> Tensor:
         """One step of the optimiser; returns the loss of this process's part of the batch, without waiting for it."""
@@ -139,7 +150,7 @@ class Trainer:
         config = self.recipe.train
         epoch, done = divmod(self.step, self.epoch_steps)
         started, first = perf_counter(), self.step
-        title = f"epoch {epoch + 1}/{config.epochs}"
+        title = f"{self.label}epoch {epoch + 1}/{config.epochs}"
         with cli.bar(self.epoch_steps, title, "step") if self.world.first else tqdm(disable=True) as progress:
             progress.update(done)
             for position in range(done, self.epoch_steps):
@@ -179,7 +190,7 @@ class Trainer:
             return
         saved = self.folder / "last.pt"
         kept = f"the last good checkpoint is {saved}" if saved.exists() else "no epoch was finished yet"
-        raise NKATError(f"the loss is no number any more at step {self.step}; {kept}; try a lower --lr")
+        raise DivergedError(f"the loss is no number any more at step {self.step}; {kept}; try a lower --lr")
 
     def _judge_epoch(self, epoch: int, loss: float, images: int, seconds: float) -> None:
         """Validation, history, and both checkpoints."""
@@ -201,10 +212,6 @@ class Trainer:
         if self.on_epoch is not None:
             self.on_epoch(self.history)
         self._save_run()
-        note(
-            f"epoch {epoch}/{config.epochs}: loss {loss:.4f}, validation {100 * row['validation']:.2f} % "
-            f"({seconds:.0f} s, {row['images_per_second']:.0f} images/s)"
-        )
 
     def _save_best(self, epoch: int) -> None:
         facts = {"epoch": epoch, "steps": self.step, "validation": self.best, "data_sha256": self.train_set.sha256}

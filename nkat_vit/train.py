@@ -26,11 +26,11 @@ from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import DATASETS, load_images, split
+from nkat_vit.judge import judge_once
 from nkat_vit.loop import Trainer, measure_amp
 from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import COLOR_NORMS, POOLS, STEMS
 from nkat_vit.pictures import save_figure
-from nkat_vit.predict import accuracy
 from nkat_vit.recipe import AMP, OPTIMIZERS, PRESETS, TTA_CHOICES, Recipe, make_recipe, read_config, with_amp
 
 _EXAMPLES = """\
@@ -197,9 +197,14 @@ def train(options: argparse.Namespace, world: World) -> dict[str, Any] | None:
 
     def on_epoch(history: list[dict[str, float]]) -> None:
         _write_log(folder / "log.csv", history)
+        row = history[-1]
+        note(
+            f"epoch {row['epoch']:.0f}/{config.epochs}: loss {row['loss']:.4f}, validation "
+            f"{100 * row['validation']:.2f} % ({row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s)"
+        )
         if writer is not None:
-            for name, value in history[-1].items():
-                writer.add_scalar(name, value, int(history[-1]["epoch"]))
+            for name, value in row.items():
+                writer.add_scalar(name, value, int(row["epoch"]))
             writer.flush()
 
     trainer = Trainer(
@@ -229,14 +234,11 @@ def train(options: argparse.Namespace, world: World) -> dict[str, Any] | None:
 def _finish(options: argparse.Namespace, folder: Path, trainer: Trainer) -> dict[str, Any]:
     """Judges the best weights on the test set, once; a run that was judged before keeps its result."""
     best = load_model(folder / "best.pt", trainer.world.device)
-    recipe, facts = best.recipe, best.facts
+    if not options.no_test:
+        best = judge_once(best, options.data_root, trainer.world.device)
+    facts = best.facts
     parameters = sum(p.numel() for p in best.model.parameters())
     lam = lambda_theory(parameters)
-    if "test" not in facts and not options.no_test:
-        test = load_images(recipe.dataset, options.data_root, train=False).to(trainer.world.device)
-        result = accuracy(best.model, test, recipe.train.tta, recipe.train.amp)
-        facts |= {"test": result, "test_images": len(test), "test_sha256": test.sha256}
-        checkpoint.save(best.path, facts | {"recipe": recipe.values(), "weights": best.model.state_dict()})
     record = {
         "output": str(folder),
         "parameters": parameters,
@@ -244,7 +246,7 @@ def _finish(options: argparse.Namespace, folder: Path, trainer: Trainer) -> dict
         "tpe": tpe(facts["test"], lam) if "test" in facts else None,
         "seconds": sum(row["seconds"] for row in trainer.history),
         **facts,
-        "recipe": recipe.values(),
+        "recipe": best.recipe.values(),
         "history": trainer.history,
         "machine": describe(trainer.world.device),
         "processes": trainer.world.size,

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from nkat import cli
+from nkat_vit.data import DATASETS
 
 _run_process = subprocess.run  # tests replace it
 
@@ -45,6 +46,18 @@ def write_digits(root: Path, train: int = 96, test: int = 40) -> Path:
         stored = np.ascontiguousarray(images[:, 0].transpose(0, 2, 1))
         (folder / f"emnist-digits-{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(stored)))
         (folder / f"emnist-digits-{part}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+    return root
+
+
+def write_grey(root: Path, name: str, train: int, test: int) -> Path:
+    """A set of DATASETS in IDX files, with contents that are not the published ones."""
+    spec = DATASETS[name]
+    folder = root / spec.folder / "raw"
+    folder.mkdir(parents=True, exist_ok=True)
+    for prefix, count, seed in zip(spec.prefixes, (train, test), (1, 2), strict=True):
+        images, labels = squares(count, 28, 1, 10, seed)
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images[:, 0])))
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
     return root
 
 

@@ -1,0 +1,188 @@
+"""What every search does around its study: its options, its worker processes, the files of its output folder."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.trial import TrialState
+
+from nkat import cli, hardware
+from nkat.errors import NKATError
+from nkat.report import git_commit, note, write_json
+from nkat.study import JOURNAL_NAME, Objective, best_trials, open_storage, open_study, run_trials
+
+_HISTORY, _STUDY = "optimization_history.json", "optuna_study.json"
+PICTURE = "optimization_results.png"
+
+
+def add_options(parser: argparse.ArgumentParser, trials: Mapping[str, int]) -> None:
+    """The options that all searches share; `trials` says how many a mode has."""
+    add = parser.add_argument_group("study").add_argument
+    counts = ", ".join(f"{mode}: {count}" for mode, count in trials.items())
+    add("--mode", choices=(*trials, "custom"), default="quick", help=f"how many trials ({counts}, custom: --trials)")
+    add("--trials", type=cli.positive_int, metavar="N", help="how many trials, with --mode custom")
+    add("--output-dir", type=Path, default=Path("output/optimized"), metavar="DIR", help="default output/optimized")
+    add(
+        "--storage",
+        metavar="WHERE",
+        help="any Optuna storage: a database URL, grpc://host:port or a journal file "
+        "(default: a journal file in --output-dir)",
+    )
+    add(
+        "--study-name",
+        metavar="NAME",
+        help="with --storage: join the study of this name, or start it (default: from what is searched)",
+    )
+    add("--resume", action="store_true", help="continue an existing study")
+    add("--workers", type=cli.positive_int, default=1, metavar="N", help="processes on this machine (default 1)")
+    add("--timeout", type=float, metavar="SECONDS", help="start no further trial after so long")
+    add("--seed", type=cli.non_negative_int, default=0, help="of everything random (default 0)")
+    add("--threads", type=cli.positive_int, metavar="N", help="processor threads of each worker")
+    add(
+        "--force",
+        action="store_true",
+        help="write the best setting even if it misses what it has to reach; replace --json",
+    )
+    add("--json", metavar="FILE", help='write the summary; "-" for stdout')
+    add("--join", action="store_true", help=argparse.SUPPRESS)  # a worker that --workers starts: trials, no report
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """What a task's study is made of.
+
+    name: of the study, where the user gives none
+    settings: all that two trials must share to be comparable
+    first_trials: (parameters, user attributes) to run before the sampler's own
+    make_sampler: from a seed
+    trials: how many, by mode
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    first_trials: list[tuple[dict[str, Any], dict[str, Any]]]
+    make_sampler: Callable[[int], optuna.samplers.BaseSampler]
+    pruner: optuna.pruners.BasePruner
+    trials: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A study after its trials: whether it was brought to its end, and the seconds that took."""
+
+    study: optuna.Study
+    completed: bool
+    seconds: float
+
+
+def prepare(options: argparse.Namespace) -> None:
+    """Output folder, threads of this process, Optuna's messages."""
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NKATError(f"{options.output_dir}: cannot be made a folder: {error.strerror}") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # its warnings are about features marked experimental
+    threads = hardware.set_threads(options.threads)
+    if options.workers > 1 and options.threads is None:
+        options.threads = hardware.set_threads(max(1, threads // options.workers))
+
+
+def connect(options: argparse.Namespace, search: Search) -> optuna.Study:
+    """Creates or joins the study."""
+    return open_study(
+        open_storage(storage_of(options)),
+        options.study_name or search.name,
+        search.settings,
+        search.first_trials,
+        # A worker or a resumed run must not propose again what another one has proposed.
+        sampler=lambda done: search.make_sampler(options.seed + 1000 * done + (os.getpid() if options.join else 0)),
+        pruner=search.pruner,
+        resume=options.resume or options.join or bool(options.storage and options.study_name),
+    )
+
+
+def run(options: argparse.Namespace, search: Search, study: optuna.Study, objective: Objective) -> Outcome:
+    """All trials, with as many processes as the user wants."""
+    started = time.perf_counter()
+    helpers = [_start_worker(options, study.study_name, number) for number in range(1, options.workers)]
+    target = options.trials or search.trials[options.mode]
+    completed = run_trials(study, objective, target, options.timeout, "worker" if options.join else "searching")
+    for number, helper in enumerate(helpers, 1):
+        if not completed:
+            helper.send_signal(signal.SIGINT)
+        if helper.wait():
+            log = _worker_log(options, number)
+            note(f"warning: worker {number} ended with status {helper.returncode}; see {log}")
+    if not completed and not options.join:
+        note("interrupted: reporting on what there is; --resume continues")
+    return Outcome(study, completed, time.perf_counter() - started)
+
+
+def storage_of(options: argparse.Namespace) -> str:
+    """Where the study is: what the user named, else a journal file in the output folder."""
+    return options.storage or str(options.output_dir / JOURNAL_NAME)
+
+
+def base_record(options: argparse.Namespace, outcome: Outcome, device: torch.device) -> dict[str, Any]:
+    """What the record of any search says."""
+    study = outcome.study
+    counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    return {
+        "task": options.task,
+        "mode": options.mode,
+        "study": study.study_name,
+        "storage": storage_of(options),
+        "sampler": type(study.sampler).__name__,
+        "pruner": type(study.pruner).__name__,
+        "seed": options.seed,
+        "trials": {state.name: sum(t.state == state for t in study.trials) for state in counted},
+        "best_trial": next((trial.number for trial in best_trials(study, 1)), None),
+        "search_seconds": round(outcome.seconds, 1),
+        "machine": hardware.describe(device),
+        "versions": {"optuna": optuna.__version__},
+        "git_commit": git_commit(),
+    }
+
+
+def write_records(folder: Path, trials: Sequence[Mapping[str, Any]], record: Mapping[str, Any]) -> None:
+    """Every trial, and the summary."""
+    write_json({"trials": list(trials)}, str(folder / _HISTORY), force=True)
+    write_json(dict(record), str(folder / _STUDY), force=True)
+
+
+def counts_line(record: Mapping[str, Any]) -> str:
+    """How the trials ended, for people."""
+    counts = record["trials"]
+    return (
+        f"{counts['COMPLETE']} trials completed, {counts['PRUNED']} stopped early, {counts['FAIL']} failed, "
+        f"in {record['search_seconds']:.0f} s"
+    )
+
+
+def _worker_log(options: argparse.Namespace, number: int) -> Path:
+    return options.output_dir / f"worker-{number}.log"
+
+
+def _start_worker(options: argparse.Namespace, study_name: str, number: int) -> subprocess.Popen:
+    """Another process of the same command that joins the study and runs trials; its messages go to a log.
+
+    In a session of its own, so that Ctrl-C reaches it once, from here, and not twice.
+    """
+    command = [sys.executable, *sys.argv, "--join", "--workers", "1", "--study-name", study_name]
+    command += ["--storage", storage_of(options)]
+    command += ["--threads", str(options.threads)] if options.threads else []
+    with _worker_log(options, number).open("w") as log:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )

@@ -1,0 +1,198 @@
+"""Round-2 of STAGE2: the search over the image model's shape, in two stages and by successive halving.
+
+Stage 1 trains on CIFAR-10; a trial whose Local TPE there misses the gate breaks a constraint, from which the sampler
+learns without its being ranked with those that pass. Stage 2 trains a trial that passes on the other sets; its score is
+Global TPE. The resource of successive halving (Jamieson and Talwalkar, 2016, arXiv 1502.07943; asynchronous, Li et al.,
+2018, arXiv 1810.05934) is the epoch: at each rung a trial goes on, with the weights it has, when it is among the best
+third so far, and ends there otherwise.
+
+All accuracies here are on pictures held out of the training sets. The test sets are no business of the search.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial
+
+from nkat.distributed import World
+from nkat.study import origin
+from nkat_vit import checkpoint
+from nkat_vit.data import DATASETS, ImageSet, load_images, split
+from nkat_vit.loop import DivergedError, Trainer
+from nkat_vit.metrics import global_tpe, lambda_theory, tpe
+from nkat_vit.model import STEMS, ViTConfig, count_parameters
+from nkat_vit.recipe import PRESETS, Recipe, make_recipe
+
+FIRST_SET = "cifar10"
+OTHER_SETS = ("mnist", "fashion", "emnist")
+CHOICES: dict[str, tuple[Any, ...]] = {"conv_stem": tuple(STEMS), "patch_size": (2, 4)}
+# From, to, step; widths are multiples of the eight heads.
+RANGES: dict[str, tuple[Any, Any, Any]] = {
+    "embed_dim": (384, 512, 32),
+    "depth": (5, 9, 1),
+    "temperature": (0.6, 1.0, 0.05),
+    "top_p": (0.80, 0.95, 0.01),
+}
+BASELINE: dict[str, Any] = {name: PRESETS["stage2"][name] for name in (*CHOICES, *RANGES)}
+GATE = "local_tpe"  # the constraint's name
+REDUCTION = 3  # one of so many goes on at a rung
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a trial may cost, and how it is trained.
+
+    epochs: of a trial that survives, on each set; the first rung is at a ninth of it
+    limit_train: pictures of each set it is trained on, 0: all
+    validation: pictures it is judged on
+    """
+
+    epochs: int
+    limit_train: int
+    validation: int
+    lr: float
+    amp: str
+    seed: int
+
+    @property
+    def first_rung(self) -> int:
+        """In epochs; the second is at three times as many."""
+        return max(1, self.epochs // REDUCTION**2)
+
+    def pruner(self) -> optuna.pruners.BasePruner:
+        """Successive halving with rungs at 1/9 and 1/3 of the epochs."""
+        return optuna.pruners.SuccessiveHalvingPruner(self.first_rung, REDUCTION)
+
+    def train_values(self) -> dict[str, Any]:
+        """As values of a recipe; warm-up is an eighth of the run, as in STAGE2's 40 epochs."""
+        return {
+            "epochs": self.epochs,
+            "limit_train": self.limit_train,
+            "validation": self.validation,
+            "lr": self.lr,
+            "amp": self.amp,
+            "seed": self.seed,
+            "warmup": self.epochs / 8,
+        }
+
+
+def suggest(trial: optuna.Trial) -> dict[str, Any]:
+    """One point of the space; every point is a model that can be built."""
+    point = {name: trial.suggest_categorical(name, choices) for name, choices in CHOICES.items()}
+    for name, (low, high, step) in RANGES.items():
+        if isinstance(step, int):
+            point[name] = trial.suggest_int(name, low, high, step=step)
+        else:
+            point[name] = round(trial.suggest_float(name, low, high, step=step), 6)
+    return point
+
+
+def model_values(parameters: Mapping[str, Any], dataset: str) -> dict[str, Any]:
+    """STAGE2's settings with a point's in their place, for one set; top_k is never above the number of tokens."""
+    values = PRESETS["stage2"] | dict(parameters)
+    shape = {name: values[name] for name in ("conv_stem", "patch_size")}
+    tokens = ViTConfig(image_size=DATASETS[dataset].size, **shape).tokens
+    return values | {"top_k": min(values["top_k"], tokens)}
+
+
+def recipe_of(parameters: Mapping[str, Any], dataset: str, budget: Budget) -> Recipe:
+    """How a point is trained on a set."""
+    return make_recipe(model_values(parameters, dataset) | budget.train_values() | {"dataset": dataset})
+
+
+@dataclass(slots=True)
+class Trials:
+    """Trains the points; one folder a trial keeps what it takes to go on after an interruption.
+
+    gate: Local TPE on CIFAR-10 that lets a trial into stage 2
+    sets: those of stage 2
+    """
+
+    data_root: Path
+    folder: Path
+    budget: Budget
+    gate: float
+    sets: tuple[str, ...]
+    world: World
+    _loaded: dict[str, ImageSet] = field(default_factory=dict, init=False)
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """Global TPE of a trial that passes the gate, else its Local TPE on CIFAR-10 and a broken constraint."""
+        parameters = suggest(trial)
+        trial.set_user_attr("setting", parameters)
+        recipes = {name: recipe_of(parameters, name, self.budget) for name in (FIRST_SET, *self.sets)}
+        sizes = {name: count_parameters(recipe.model) for name, recipe in recipes.items()}
+        lam = lambda_theory(max(sizes.values()))
+        trial.set_user_attr("parameters", sizes[FIRST_SET])
+        trial.set_user_attr("lambda_theory", lam)
+        accuracies = {FIRST_SET: self._first_stage(trial, recipes[FIRST_SET], lam)}
+        if trial.user_attrs["local_tpe"] < self.gate:
+            return trial.user_attrs["local_tpe"]
+        for name in self.sets:
+            trainer = self.trainer(recipes[name], self.place(trial) / name, f"trial {trial.number}, {name}, ")
+            trainer.run()
+            accuracies[name] = trainer.best
+            trial.set_user_attr("accuracies", accuracies)
+        for name in recipes:
+            (self.place(trial) / name / "last.pt").unlink()  # what is left is the model to use
+        return global_tpe(list(accuracies.values()), lam)
+
+    def images(self, name: str) -> ImageSet:
+        """A whole training set, read once."""
+        if name not in self._loaded:
+            self._loaded[name] = load_images(name, self.data_root, train=True)
+        return self._loaded[name]
+
+    def trainer(self, recipe: Recipe, folder: Path, label: str) -> Trainer:
+        """A run of a recipe in a folder, standing where an interrupted one was left."""
+        config = recipe.train
+        train, held = split(self.images(recipe.dataset), config.validation, config.seed, config.limit_train or None)
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(recipe, train, held, self.world, folder, label=label)
+        if (folder / "last.pt").exists():
+            trainer.restore(checkpoint.load(folder / "last.pt", "run"))
+        return trainer
+
+    def place(self, trial: optuna.Trial | FrozenTrial) -> Path:
+        """The trial's folder; a trial that repeats one whose process died goes on in that one's."""
+        return self.folder / f"trial-{origin(trial):03d}"
+
+    def _first_stage(self, trial: optuna.Trial, recipe: Recipe, lam: float) -> float:
+        """Accuracy on CIFAR-10; raises TrialPruned at a rung. A trial that ends here leaves no checkpoints."""
+        folder = self.place(trial) / FIRST_SET
+        trainer = self.trainer(recipe, folder, f"trial {trial.number}, {FIRST_SET}, ")
+        try:
+            goes_on = _train_and_report(trial, trainer, lam)
+        except DivergedError as error:
+            trial.set_user_attr("diverged", str(error))
+            goes_on = False
+        local = tpe(max(trainer.best, 0.0), lam)
+        trial.set_user_attr("accuracies", {FIRST_SET: max(trainer.best, 0.0)})
+        trial.set_user_attr("local_tpe", local)
+        trial.set_user_attr("epochs", len(trainer.history))
+        trial.set_constraint(GATE, self.gate - local)
+        if not goes_on or local < self.gate:
+            for kind in ("last.pt", "best.pt"):  # a hundred megabytes
+                (folder / kind).unlink(missing_ok=True)
+        if not goes_on:
+            raise optuna.TrialPruned
+        return trainer.best
+
+
+def _train_and_report(trial: optuna.Trial, trainer: Trainer, lam: float) -> bool:
+    """Trains to the end, and tells the pruner each epoch's Local TPE; False when it ended the trial at a rung."""
+    last = trainer.recipe.train.epochs
+    told = 0
+    for _ in itertools.chain([None], trainer.epochs()):  # first what an interrupted trial had done
+        for row in trainer.history[told:]:
+            told += 1
+            trial.report(tpe(row["validation"], lam), told)
+            if told < last and trial.should_prune():
+                return False
+    return True

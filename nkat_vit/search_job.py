@@ -1,0 +1,230 @@
+"""The search over the image model as a job: its options, its budget, the report, the winner's score on the test sets.
+
+`nkat_auto_optimizer.py --task vit` runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+from nkat import cli, study_run
+from nkat.distributed import World
+from nkat.hardware import pick_device
+from nkat.report import format_table, note, write_json
+from nkat.study import best_trials, feasible, history, importances, make_sampler
+from nkat.study_run import Outcome, Search
+from nkat_vit.checkpoint import load_model
+from nkat_vit.data import load_images
+from nkat_vit.evaluate import judge, summarise, table
+from nkat_vit.judge import judge_once
+from nkat_vit.loop import measure_amp
+from nkat_vit.search import BASELINE, FIRST_SET, OTHER_SETS, Budget, Trials, model_values, recipe_of
+from nkat_vit.search_plots import plot_image_search
+
+DESCRIPTION = "Search the shape of the image model: Local TPE on CIFAR-10 first, then Global TPE over four sets."
+EXAMPLES = """\
+  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --output-dir output/round2
+  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --local-tpe 0.35
+  python nkat_auto_optimizer.py --task vit --mode full --data-root data --storage postgresql://host/db --study-name r2
+  python nkat_auto_optimizer.py --task vit --mode custom --trials 20 --epochs 18 --limit-train 10000 --data-root data
+  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --resume"""
+TRIALS = {"quick": 12, "full": 50}
+TOP = 5
+AMP_IMAGES = 128
+# (epochs, pictures of each set to train on, to judge on, learning rate), by mode; 0: all.
+BUDGETS = {"quick": (9, 2560, 1000, 1e-3), "full": (27, 0, 5000, 2e-4)}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this task alone."""
+    add = parser.add_argument_group("image model").add_argument
+    add("--data-root", type=Path, default=Path("data"), metavar="DIR", help="folder with the archives (data)")
+    add("--local-tpe", type=float, default=0.60, metavar="X", help="Local TPE on CIFAR-10 that opens stage 2 (0.60)")
+    add("--sets", nargs="+", choices=OTHER_SETS, default=list(OTHER_SETS), help="sets of stage 2 (all three)")
+    budgets = {mode: f"{epochs} / {limit or 'all'}" for mode, (epochs, limit, _, _) in BUDGETS.items()}
+    chosen = ", ".join(f"{mode}: {budget}" for mode, budget in budgets.items())
+    add("--epochs", type=cli.positive_int, metavar="N", help=f"of a surviving trial (epochs / pictures: {chosen})")
+    add("--limit-train", type=cli.non_negative_int, metavar="N", help="pictures of each set to train on, 0: all")
+    add("--validation", type=cli.positive_int, metavar="N", help="pictures of each set to judge on")
+    add("--lr", type=float, metavar="X", help="peak learning rate")
+    add("--amp", choices=("off", "bf16", "auto"), default="auto", help="bfloat16 autocast (auto: where it is faster)")
+    add("--final-seeds", type=cli.positive_int, metavar="N", help="runs of the winner on the test sets (GPU 3, else 1)")
+    add("--no-cuda", action="store_true", help="the processor although there is a GPU")
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What argparse cannot tell."""
+    if not (math.isfinite(options.local_tpe) and options.local_tpe >= 0):
+        parser.error(f"--local-tpe must be at least 0, got {options.local_tpe}")
+    options.sets = list(dict.fromkeys(options.sets))
+
+
+def run(options: argparse.Namespace) -> None:
+    """The whole search."""
+    world = World(0, 1, pick_device(not options.no_cuda))
+    budget = make_budget(options, world)
+    folder = options.output_dir / "trials"
+    trials = Trials(options.data_root, folder, budget, options.local_tpe, tuple(options.sets), world)
+    search = describe_search(options, trials)
+    study = study_run.connect(options, search)
+    outcome = study_run.run(options, search, study, trials.objective)
+    if options.join:
+        return
+    record = report(options, trials, outcome)
+    if options.json:
+        write_json(record, options.json, options.force)
+
+
+def make_budget(options: argparse.Namespace, world: World) -> Budget:
+    """The mode's, with what the user changed; --mode custom starts from that of "full"."""
+    given = (options.epochs, options.limit_train, options.validation, options.lr)
+    usual = BUDGETS.get(options.mode, BUDGETS["full"])
+    chosen = [default if value is None else value for value, default in zip(given, usual, strict=True)]
+    budget = Budget(*chosen, amp=options.amp, seed=options.seed)
+    if options.amp != "auto":
+        return budget
+    some = load_images(FIRST_SET, options.data_root, train=True).take(torch.arange(AMP_IMAGES)).to(world.device)
+    amp, seconds = measure_amp(recipe_of(BASELINE, FIRST_SET, budget), some, world.device)
+    note(f"--amp: {amp} (a step of the baseline: {', '.join(f'{n} {1e3 * s:.0f} ms' for n, s in seconds.items())})")
+    return replace(budget, amp=amp)
+
+
+def describe_search(options: argparse.Namespace, trials: Trials) -> Search:
+    """The study's name, settings and first trial."""
+    settings = {
+        "gate": trials.gate,
+        "sets": list(trials.sets),
+        "data_sha256": trials.images(FIRST_SET).sha256,
+        **{name: value for name, value in asdict(trials.budget).items() if name != "amp"},
+    }
+    return Search("nkat-vit-round2", settings, [(BASELINE, {})], make_sampler, trials.budget.pruner(), TRIALS)
+
+
+def report(options: argparse.Namespace, trials: Trials, outcome: Outcome) -> dict[str, Any]:
+    """Judges the winner on the test sets, writes every file of the output folder, prints what came out."""
+    study, budget = outcome.study, trials.budget
+    tried = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
+    ranked = sorted(tried, key=_rank, reverse=True)
+    passed = best_trials(study, len(tried))
+    # Where all trials were: at the first rung.
+    rung = budget.first_rung
+    first_scores = [(t, t.intermediate_values[rung]) for t in tried if rung in t.intermediate_values]
+    record = study_run.base_record(options, outcome, trials.world.device) | {
+        "sets": [FIRST_SET, *trials.sets],
+        "local_tpe": trials.gate,
+        "budget": asdict(budget),
+        "importances": importances(first_scores),
+        "importances_of": f"Local TPE after {rung} epochs",
+        "passed": len(passed),
+        "best": [_row(trial) for trial in ranked[:TOP]],
+        "baseline": next((_row(trial) for trial in tried if trial.user_attrs["setting"] == BASELINE), None),
+        "optimal": None,
+    }
+    if ranked and (passed or options.force):
+        record["optimal"] = write_optimal(options, trials, ranked[0], bool(passed))
+    rows = history(study)
+    study_run.write_records(options.output_dir, rows, record)
+    title = f"Round-2: {len(tried)} trials, up to {budget.epochs} epochs of {budget.limit_train or 'all'} pictures"
+    plot_image_search(options.output_dir / study_run.PICTURE, rows, record["importances"], trials.gate, title)
+    print_report(record, trials, options.output_dir)
+    return record
+
+
+def write_optimal(options: argparse.Namespace, trials: Trials, winner: FrozenTrial, passed: bool) -> dict[str, Any]:
+    """Writes the winner's settings; one that passed the gate is judged on the test sets."""
+    setting, path = winner.user_attrs["setting"], options.output_dir / "optimal_vit.json"
+    write_json(model_values(setting, FIRST_SET), str(path), force=True)
+    record: dict[str, Any] = {"file": str(path), "trial": winner.number, "setting": setting, "passed": passed}
+    words = ["python", "-m", "nkat_vit.train", "--dataset", FIRST_SET, "--config", path]
+    record["command"] = shlex.join(str(word) for word in [*words, "--data-root", options.data_root])
+    if passed:
+        record["test"] = judge_winner(options, trials, winner)
+    return record
+
+
+def judge_winner(options: argparse.Namespace, trials: Trials, winner: FrozenTrial) -> dict[str, Any]:
+    """The winner on the test sets: the search's own models, and for each further seed models trained alike."""
+    device = trials.world.device
+    seeds = options.final_seeds or (3 if device.type == "cuda" else 1)
+    results = []
+    for seed in range(options.seed, options.seed + seeds):
+        budget = replace(trials.budget, seed=seed)
+        place = trials.place(winner) if seed == options.seed else options.output_dir / "final" / f"seed{seed}"
+        for name in (FIRST_SET, *trials.sets):
+            best = place / name / "best.pt"
+            if not best.exists() or (best.parent / "last.pt").exists():  # of another machine, or unfinished
+                recipe = recipe_of(winner.user_attrs["setting"], name, budget)
+                trials.trainer(recipe, best.parent, f"winner, seed {seed}, {name}, ").run()
+                (best.parent / "last.pt").unlink()
+            results.append(
+                judge(judge_once(load_model(best, device), options.data_root, device), options.data_root, device)
+            )
+    summary = summarise(results)
+    return {
+        "seeds": seeds,
+        "lambda_theory": summary["lambda"],
+        "global_tpe": summary["Global TPE"].record(),
+        "consistency": summary["Consistency"].record(),
+        "runs": [asdict(result) for result in results],
+        "table": table(summary, None),
+    }
+
+
+def print_report(record: dict[str, Any], trials: Trials, folder: Path) -> None:
+    """What came out, for people."""
+    gate, best, optimal = record["local_tpe"], record["best"], record["optimal"]
+    names = [FIRST_SET, *trials.sets] if record["passed"] else [FIRST_SET]
+    rows = []
+    baseline = record["baseline"]
+    for row in [*best, *([baseline] if baseline and baseline not in best else [])]:
+        s = row["setting"]
+        shape = f"{s['conv_stem']}, patch {s['patch_size']}, {s['embed_dim']} x {s['depth']}"
+        setting = f"{shape}, temperature {s['temperature']:g}, top-p {s['top_p']:g}"
+        accuracies = [f"{100 * row['accuracies'][n]:.2f}" if n in row["accuracies"] else "" for n in names]
+        whole = f"{row['global_tpe']:.4f}" if row["global_tpe"] is not None else ""
+        title = setting + (" (baseline)" if s == BASELINE else "")
+        rows.append([title, str(row["trial"]), str(row["epochs"]), *accuracies, f"{row['local_tpe']:.4f}", whole])
+    heads = ["setting", "trial", "epochs", *(f"{name} %" for name in names), "Local TPE", "Global TPE"]
+    print("\non pictures held out of the training sets:\n")
+    print(format_table(rows, heads))
+    print(f"\n{study_run.counts_line(record)}")
+    print(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}")
+    if not record["passed"] and best:
+        top = best[0]
+        print(
+            f"the best, trial {top['trial']}, has {top['local_tpe']:.4f}, {gate - top['local_tpe']:.4f} short of it, "
+            f"after {top['epochs']} epochs; more epochs or pictures, or another --local-tpe, let trials pass"
+        )
+    if optimal and "test" in optimal:
+        print(f"\ntrial {optimal['trial']} on the test sets, {optimal['test']['seeds']} seed(s), touched this once:\n")
+        print(optimal["test"]["table"])
+    if optimal:
+        print(f"\nits settings: {optimal['file']}; train it with\n  {optimal['command']}")
+    print(f"files are in {folder}")
+
+
+def _rank(trial: FrozenTrial) -> tuple[bool, float]:
+    """Trials that passed by Global TPE, then the others by Local TPE, however long they were trained."""
+    passed = feasible(trial)
+    return passed, trial.value if passed else trial.user_attrs["local_tpe"]
+
+
+def _row(trial: FrozenTrial) -> dict[str, Any]:
+    facts = trial.user_attrs
+    return {
+        "trial": trial.number,
+        "state": trial.state.name,
+        "global_tpe": trial.value if feasible(trial) else None,
+        **{
+            name: facts[name]
+            for name in ("setting", "epochs", "local_tpe", "lambda_theory", "parameters", "accuracies")
+        },
+    }

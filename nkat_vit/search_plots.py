@@ -1,0 +1,90 @@
+"""The picture of an image search: scores with the gate, parallel coordinates, importances, accuracy against λ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nkat.plots import BASE, BEST, PRUNED, TRIAL, draw_importances, new_figure, pareto_front, save_figure
+from nkat_vit.search import BASELINE, FIRST_SET
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def plot_image_search(path: Path, rows: Rows, importances: Mapping[str, float], gate: float, title: str) -> None:
+    """Four panels as PNG; replaces an earlier picture.
+
+    rows: `nkat.study.history` of the search, each with its "local_tpe"
+    """
+    figure = new_figure(title, (13, 9))
+    panels = figure.subplots(2, 2)
+    tried = [row for row in rows if row["state"] in ("COMPLETE", "PRUNED")]
+    _scores(panels[0][0], tried, gate)
+    _parallel(panels[0][1], figure, tried)
+    draw_importances(panels[1][0], importances)
+    _accuracy(panels[1][1], tried)
+    save_figure(figure, path, force=True)
+
+
+def _passed(rows: Rows) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["state"] == "COMPLETE" and all(v <= 0 for v in row["constraints"].values())]
+
+
+def _scores(axes: Any, rows: Rows, gate: float) -> None:
+    axes.set(title="score by trial (higher is better)", xlabel="trial", ylabel="TPE")
+    ended = [row for row in rows if row["state"] == "PRUNED"]
+    whole = [row for row in rows if row["state"] == "COMPLETE"]
+    for group, color, label in ((ended, PRUNED, "ended at a rung"), (whole, TRIAL, "trained to the end")):
+        axes.plot([r["number"] for r in group], [r["local_tpe"] for r in group], "o", color=color, label=label)
+    passed = _passed(rows)
+    axes.plot([r["number"] for r in passed], [r["value"] for r in passed], "*", ms=14, color=BEST, label="Global TPE")
+    axes.axhline(gate, color=BASE, linestyle="--", label=f"gate: Local TPE {gate:g} on {FIRST_SET}")
+    axes.legend()
+
+
+def _parallel(axes: Any, figure: Any, rows: Rows) -> None:
+    """One line a trial over all parameters; each axis goes from its lowest to its highest value tried."""
+    axes.set(title="parameters by Local TPE")
+    axes.set_xticks(range(len(BASELINE)), list(BASELINE), rotation=20)
+    axes.set_yticks([])
+    if not rows:
+        return
+    scores = [row["local_tpe"] for row in rows]
+    colors = _scale(min(scores), max(scores))
+    figure.colorbar(colors, ax=axes, label="Local TPE")
+    heights = {name: _heights([row["setting"][name] for row in rows]) for name in BASELINE}
+    for at, places in enumerate(heights.values()):
+        for value in places if isinstance(next(iter(places)), str) else (min(places), max(places)):
+            axes.annotate(str(value), (at, places[value]), (3, 3), textcoords="offset points", fontsize=8)
+    for row in sorted(rows, key=lambda row: row["local_tpe"]):  # the best on top
+        line = [places[row["setting"][name]] for name, places in heights.items()]
+        axes.plot(range(len(line)), line, color=colors.to_rgba(row["local_tpe"]), lw=1.5, alpha=0.8)
+
+
+def _heights(values: Sequence[Any]) -> dict[Any, float]:
+    """Where a parameter's values lie on its axis: numbers in proportion, names evenly."""
+    distinct = sorted(set(values))
+    numbers = list(range(len(distinct))) if isinstance(distinct[0], str) else distinct
+    width = (numbers[-1] - numbers[0]) or 1
+    return {value: (number - numbers[0]) / width for value, number in zip(distinct, numbers, strict=True)}
+
+
+def _scale(low: float, high: float) -> Any:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    return ScalarMappable(Normalize(low, high), "viridis")
+
+
+def _accuracy(axes: Any, rows: Rows) -> None:
+    axes.set(title=f"accuracy on {FIRST_SET} against size", xlabel="λ (lower is smaller)", ylabel="validation accuracy")
+    whole = [row for row in rows if row["state"] == "COMPLETE"]
+    if not whole:
+        axes.text(0.5, 0.5, "no trial was trained to the end", ha="center", transform=axes.transAxes)
+        return
+    points = [(row["lambda_theory"], row["accuracies"][FIRST_SET]) for row in whole]
+    axes.plot(*zip(*points, strict=True), "o", color=TRIAL, label="trained to the end")
+    front = pareto_front([(lam, -accuracy) for lam, accuracy in points])
+    axes.plot([lam for lam, _ in front], [-negative for _, negative in front], "-", color=BEST, label="front")
+    axes.legend()

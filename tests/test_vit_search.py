@@ -1,0 +1,337 @@
+"""The search over the image model: its space, its two stages, its rungs, its worker processes, its command line."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from nkat.distributed import World
+from nkat.study import best_trials, open_storage, open_study
+from nkat_vit import checkpoint, data, search
+from nkat_vit.loop import DivergedError, Trainer
+from nkat_vit.metrics import global_tpe, tpe
+from nkat_vit.model import STEMS
+from nkat_vit.recipe import make_recipe, read_config
+from nkat_vit.search import BASELINE, CHOICES, RANGES, Budget, Trials, recipe_of, suggest
+from tests.conftest import ROOT
+from tests.vit_data import run_module, write_cifar, write_grey
+
+BUDGET = Budget(epochs=9, limit_train=128, validation=32, lr=1e-3, amp="off", seed=0)
+# A space of the same form with models that train in milliseconds.
+SMALL_CHOICES = {"conv_stem": ("tiny", "small"), "patch_size": (4,)}
+SMALL_RANGES = RANGES | {"embed_dim": (16, 32, 16), "depth": (1, 2, 1)}
+SMALL_BASELINE = BASELINE | {"embed_dim": 16, "depth": 1, "patch_size": 4}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small image sets, and the small space."""
+    monkeypatch.setattr(data, "_CONTENTS", {})
+    for name, value in (("CHOICES", SMALL_CHOICES), ("RANGES", SMALL_RANGES)):
+        monkeypatch.setattr(search, name, value)
+    BASELINE_BEFORE = dict(BASELINE)
+    BASELINE.update(SMALL_BASELINE)  # search_job and search_plots have it by name
+    write_cifar(tmp_path / "data", per_batch=40)
+    for name in ("mnist", "fashion"):
+        write_grey(tmp_path / "data", name, train=200, test=60)
+    yield tmp_path / "data"
+    BASELINE.update(BASELINE_BEFORE)
+
+
+def make_trials(root: Path, folder: Path, gate: float = 0.0, budget: Budget = BUDGET) -> Trials:
+    return Trials(root, folder, budget, gate, ("mnist",), World(0, 1, torch.device("cpu")))
+
+
+def make_study(pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
+    return optuna.create_study(direction="maximize", pruner=pruner or optuna.pruners.NopPruner())
+
+
+def test_every_point_is_a_model_that_can_be_built() -> None:
+    corners = [*CHOICES.values(), *((low, high) for low, high, _ in RANGES.values())]
+    for values in itertools.product(*corners):
+        point = dict(zip((*CHOICES, *RANGES), values, strict=True))
+        for name in ("cifar10", "mnist", "fashion", "emnist"):
+            model = recipe_of(point, name, BUDGET).model
+            stride = model.cell // model.patch_size
+            assert model.patch_size <= model.image_size // stride  # the patch fits the stem's map
+            assert 0 < model.top_k <= model.tokens
+    assert recipe_of(BASELINE | {"patch_size": 4}, "cifar10", BUDGET).model.top_k == 5  # control: 6 would be too many
+    assert recipe_of(BASELINE, "cifar10", BUDGET).model.top_k == 6
+
+
+def test_the_space_is_the_plans() -> None:
+    assert set(CHOICES["conv_stem"]) == set(STEMS) == {"off", "tiny", "small"}
+    assert CHOICES["patch_size"] == (2, 4)
+    assert RANGES["embed_dim"][:2] == (384, 512)
+    assert RANGES["depth"][:2] == (5, 9)
+    assert RANGES["temperature"][:2] == (0.6, 1.0)
+    assert RANGES["top_p"][:2] == (0.80, 0.95)
+    study = make_study()
+    study.enqueue_trial(BASELINE)
+    assert suggest(study.ask()) == BASELINE  # no warning, no other value: the baseline lies in the space
+    points = [suggest(study.ask()) for _ in range(30)]
+    assert all(point["embed_dim"] % 8 == 0 for point in points)
+    assert len({tuple(point.values()) for point in points}) > 25
+
+
+def test_a_trial_that_passes_is_scored_on_all_sets(root: Path, tmp_path: Path) -> None:
+    trials = make_trials(root, tmp_path / "trials")
+    study = make_study()
+    study.optimize(trials.objective, n_trials=1)
+    trial = study.trials[0]
+    facts = trial.user_attrs
+    assert set(facts["accuracies"]) == {"cifar10", "mnist"}
+    assert trial.value == pytest.approx(global_tpe(list(facts["accuracies"].values()), facts["lambda_theory"]))
+    assert facts["local_tpe"] == pytest.approx(tpe(facts["accuracies"]["cifar10"], facts["lambda_theory"]))
+    assert len(trial.intermediate_values) == facts["epochs"] == BUDGET.epochs
+    kept = sorted(str(path.relative_to(tmp_path / "trials")) for path in (tmp_path / "trials").rglob("*.pt"))
+    assert kept == ["trial-000/cifar10/best.pt", "trial-000/mnist/best.pt"]
+    best = checkpoint.load_model(tmp_path / "trials" / "trial-000" / "mnist")
+    assert best.facts["validation"] == facts["accuracies"]["mnist"]
+
+
+def test_a_trial_below_the_gate_ends_after_cifar_and_breaks_the_constraint(root: Path, tmp_path: Path) -> None:
+    trials = make_trials(root, tmp_path / "trials", gate=5.0)
+    study = make_study()
+    study.optimize(trials.objective, n_trials=1)
+    trial = study.trials[0]
+    assert trial.state == TrialState.COMPLETE
+    assert trial.constraints == {"local_tpe": pytest.approx(5.0 - trial.value)}
+    assert trial.value == trial.user_attrs["local_tpe"]
+    assert best_trials(study, 1) == []
+    assert not list((tmp_path / "trials").rglob("*.pt"))
+    assert not (tmp_path / "trials" / "trial-000" / "mnist").exists()
+
+
+def test_promotion_trains_on_and_not_anew(root: Path, tmp_path: Path) -> None:
+    """A trial that passed both rungs has the weights of a run without any, bit by bit."""
+    trials = make_trials(root, tmp_path / "trials")
+    study = make_study(BUDGET.pruner())
+    study.enqueue_trial(SMALL_BASELINE)
+    study.optimize(trials.objective, n_trials=1)
+    assert {f"completed_rung_{rung}" for rung in (0, 1)} <= set(study.trials[0].system_attrs)
+    straight = trials.trainer(recipe_of(SMALL_BASELINE, "cifar10", BUDGET), tmp_path / "straight", "")
+    straight.run()
+    ours, theirs = (
+        checkpoint.load(path / "best.pt", "weights")["weights"]
+        for path in (tmp_path / "trials" / "trial-000" / "cifar10", tmp_path / "straight")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    other = trials.trainer(recipe_of(SMALL_BASELINE, "cifar10", Budget(9, 128, 32, 1e-3, "off", 1)), tmp_path / "o", "")
+    other.run()
+    control = checkpoint.load(tmp_path / "o" / "best.pt", "weights")["weights"]
+    assert not all(torch.equal(ours[name], control[name]) for name in ours)
+
+
+def test_an_interrupted_trial_goes_on_from_its_checkpoint(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = make_trials(root, tmp_path / "trials")
+    steps = []
+    train_step = Trainer.train_step
+
+    def counted(self: Trainer) -> torch.Tensor:
+        steps.append(self.step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return train_step(self)
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    study = make_study()
+    study.enqueue_trial(SMALL_BASELINE)
+    with pytest.raises(KeyboardInterrupt):
+        study.optimize(trials.objective, n_trials=1)
+    study.enqueue_trial(SMALL_BASELINE, user_attrs={"retry of": 0})
+    study.optimize(trials.objective, n_trials=1)
+    assert steps[:15] == [0, 1, 2, 3, 4, 5, 5, 6, 7, 8, 0, 1, 2, 3, 4]  # CIFAR-10 went on, then MNIST from 0
+    retried = study.trials[1]
+    assert list(retried.intermediate_values) == list(range(1, 10))
+    whole = make_study()
+    whole.enqueue_trial(SMALL_BASELINE)
+    whole.optimize(make_trials(root, tmp_path / "other").objective, n_trials=1)
+    assert retried.value == whole.trials[0].value
+
+
+def test_a_hopeless_trial_ends_at_a_rung(root: Path, tmp_path: Path) -> None:
+    """Its constraint is broken by what is missing there, so the sampler sees how far it was."""
+    study = make_study(BUDGET.pruner())
+    distributions = {n: optuna.distributions.CategoricalDistribution(c) for n, c in SMALL_CHOICES.items()}
+    for _ in range(3):
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={"conv_stem": "tiny", "patch_size": 4},
+                distributions=distributions,
+                value=9.0,
+                intermediate_values={1: 9.0},
+                system_attrs={"completed_rung_0": 9.0},
+            )
+        )
+    study.optimize(make_trials(root, tmp_path / "trials", gate=0.9).objective, n_trials=1)
+    trial = study.trials[-1]
+    assert trial.state == TrialState.PRUNED
+    assert trial.user_attrs["epochs"] == len(trial.intermediate_values) == 1
+    assert trial.constraints["local_tpe"] == pytest.approx(0.9 - trial.user_attrs["local_tpe"])
+    assert not list((tmp_path / "trials").rglob("*.pt"))
+
+
+def test_a_trial_that_diverges_does_not_end_the_search(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(self: Trainer, loss: float) -> None:
+        raise DivergedError("the loss is no number any more")
+
+    monkeypatch.setattr(Trainer, "_check_finite", diverge)
+    study = make_study()
+    study.optimize(make_trials(root, tmp_path / "trials", gate=0.5).objective, n_trials=1)
+    assert study.trials[0].state == TrialState.PRUNED
+    assert study.trials[0].user_attrs["accuracies"] == {"cifar10": 0.0}
+    assert study.trials[0].constraints == {"local_tpe": 0.5}
+
+
+WORKER = textwrap.dedent(
+    """
+    import os, sys
+    from pathlib import Path
+    import optuna, torch
+    from nkat.distributed import World
+    from nkat.study import make_sampler, open_storage, open_study, run_trials
+    from nkat_vit import data, search
+    from nkat_vit.search import Budget, Trials
+    from tests.test_vit_search import BUDGET, SMALL_BASELINE, SMALL_CHOICES, SMALL_RANGES
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    torch.set_num_threads(1)
+    data._CONTENTS.clear()
+    search.CHOICES, search.RANGES = SMALL_CHOICES, SMALL_RANGES
+    root, folder, storage, target = sys.argv[1:]
+    trials = Trials(Path(root), Path(folder), BUDGET, 0.0, ("mnist",), World(0, 1, torch.device("cpu")))
+    study = open_study(open_storage(storage), "s", {}, [(SMALL_BASELINE, {})], resume=True,
+        sampler=lambda done: make_sampler(done + os.getpid()), pruner=BUDGET.pruner())
+
+    def objective(trial):
+        print("running", trial.number, flush=True)
+        return trials.objective(trial)
+
+    run_trials(study, objective, int(target), None, "worker")
+    """
+)
+
+
+def test_two_processes_of_which_one_is_killed(root: Path, tmp_path: Path) -> None:
+    storage, target = str(tmp_path / "study.journal"), 6
+    arguments = [str(root), str(tmp_path / "trials"), storage, str(target)]
+
+    def start() -> subprocess.Popen:
+        pipe = subprocess.PIPE
+        command = [sys.executable, "-c", WORKER, *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+
+    victim, survivor = start(), start()
+    try:
+        assert victim.stdout.readline().startswith("running")
+        victim.send_signal(signal.SIGKILL)
+        victim.wait(timeout=60)
+        assert survivor.wait(timeout=240) == 0
+    finally:
+        victim.kill()
+        survivor.kill()
+    study = open_study(open_storage(storage), "s", {}, [], resume=True, sampler=lambda _: None, pruner=BUDGET.pruner())
+    states = [trial.state for trial in study.trials]
+    assert states.count(TrialState.FAIL) == 1
+    assert sum(state in (TrialState.COMPLETE, TrialState.PRUNED) for state in states) == target
+    dead = next(trial for trial in study.trials if trial.state == TrialState.FAIL)
+    again = next(trial for trial in study.trials if trial.user_attrs.get("retry of") == dead.number)
+    assert again.params == dead.params or not dead.params  # killed before or after its point was chosen
+
+
+def optimize(root: Path, out: Path, *more: object):
+    small = ["--epochs", 3, "--limit-train", 128, "--validation", 32, "--amp", "off", "--threads", 1]
+    return run_module(
+        "nkat_auto_optimizer",
+        "--task",
+        "vit",
+        "--data-root",
+        root,
+        "--output-dir",
+        out,
+        "--sets",
+        "mnist",
+        "fashion",
+        "--mode",
+        "custom",
+        "--trials",
+        5,
+        *small,
+        *more,
+    )
+
+
+def test_the_whole_search(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = optimize(root, out, "--local-tpe", 0.01, "--json", out.parent / "record.json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record == json.loads((out / "optuna_study.json").read_text())
+    trials = json.loads((out / "optimization_history.json").read_text())["trials"]
+    assert len(trials) == 5
+    assert trials[0]["setting"] == SMALL_BASELINE  # the baseline comes first
+    assert (out / "optimization_results.png").stat().st_size > 20_000
+    optimal = record["optimal"]
+    assert optimal["passed"]
+    runs = optimal["test"]["runs"]
+    assert [run["dataset"] for run in runs] == ["cifar10", "mnist", "fashion"]
+    assert [run["images"] for run in runs] == [40, 60, 60]
+    scores = [run["accuracy"] for run in runs]
+    assert optimal["test"]["global_tpe"]["mean"] == pytest.approx(global_tpe(scores, optimal["test"]["lambda_theory"]))
+    assert "on the test sets, 1 seed" in done.stdout
+    # The settings are a --config of training.
+    values = read_config(out / "optimal_vit.json") | {"dataset": "mnist"}
+    assert make_recipe(values).model.embed_dim == optimal["setting"]["embed_dim"]
+    again = optimize(root, out, "--local-tpe", 0.01)
+    assert again.returncode == 2
+    assert "give --resume" in again.stderr
+    resumed = optimize(root, out, "--local-tpe", 0.01, "--resume")
+    assert resumed.returncode == 0
+    assert "5 trials" not in resumed.stderr
+    assert json.loads((out / "optuna_study.json").read_text())["optimal"]["test"] == optimal["test"]
+
+
+def test_when_no_trial_passes_the_report_says_how_far_the_best_was(root: Path, tmp_path: Path) -> None:
+    done = optimize(root, tmp_path / "out", "--local-tpe", 500, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "optuna_study.json").read_text())
+    assert record["passed"] == 0
+    assert record["optimal"] is None
+    best = record["best"][0]
+    assert f"has {best['local_tpe']:.4f}, {500 - best['local_tpe']:.4f} short of it" in done.stdout
+    assert not (tmp_path / "out" / "optimal_vit.json").exists()
+    forced = optimize(root, tmp_path / "out", "--local-tpe", 500, "--resume", "--force")
+    assert forced.returncode == 0, forced.stderr
+    assert (tmp_path / "out" / "optimal_vit.json").exists()
+    assert "test" not in json.loads((tmp_path / "out" / "optuna_study.json").read_text())["optimal"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--local-tpe", "nan"], "--local-tpe must be"),
+        (["--model", "x.gguf"], "unrecognized arguments: --model"),
+        (["--limit-train", "100000"], "is more than the"),
+        (["--data-root", "nowhere"], "nkat_vit.download cifar10"),
+    ],
+)
+def test_mistakes_are_one_line(root: Path, tmp_path: Path, more: list[str], message: str) -> None:
+    done = optimize(root, tmp_path / "out", *more)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
