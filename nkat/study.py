@@ -49,9 +49,12 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
         raise NKATError(f"storage {where}: {str(error).strip().splitlines()[0]}") from error
 
 
-def make_sampler(seed: int) -> optuna.samplers.BaseSampler:
-    """Tree-structured Parzen estimator (Watanabe, 2023, arXiv 2304.11127) over the space as a whole."""
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True)
+def make_sampler(seed: int, conditional: bool = False) -> optuna.samplers.BaseSampler:
+    """Tree-structured Parzen estimator (Watanabe, 2023, arXiv 2304.11127) over the space as a whole.
+
+    conditional: some parameters exist for some values of others only
+    """
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, group=conditional)
 
 
 def open_study(

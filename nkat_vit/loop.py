@@ -71,6 +71,7 @@ class Trainer:
 
     folder: where rank 0 writes last.pt and best.pt
     label: what the progress bar says before the epoch
+    judge_last: whether the history has the validation accuracy of the last weights beside that of the averaged ones
     on_epoch: called on rank 0 after each epoch, before its checkpoint, with the history so far
     """
 
@@ -85,6 +86,7 @@ class Trainer:
         save_steps: int = 0,
         compiled: bool = False,
         label: str = "",
+        judge_last: bool = True,
         on_epoch: Callable[[list[dict[str, float]]], None] | None = None,
     ) -> None:
         config = recipe.train
@@ -94,7 +96,7 @@ class Trainer:
             raise NKATError(f"{len(train)} training pictures are fewer than one batch of {config.batch_size}")
         self.recipe, self.world, self.folder = recipe, world, folder
         self.train_set, self.held = train.to(world.device), held.to(world.device)
-        self.save_steps, self.label, self.on_epoch = save_steps, label, on_epoch
+        self.save_steps, self.label, self.judge_last, self.on_epoch = save_steps, label, judge_last, on_epoch
         self.epoch_steps = len(train) // config.batch_size
         torch.manual_seed(config.seed)
         self.model = NKATViT(recipe.model).to(world.device)
@@ -200,11 +202,12 @@ class Trainer:
             "epoch": float(epoch),
             "loss": loss,
             "validation": accuracy(self.judge, self.held, config.tta, config.amp),
-            "validation_last": accuracy(self.model, self.held, config.tta, config.amp),
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "seconds": seconds,
             "images_per_second": images / seconds,
         }
+        if self.judge_last:
+            row["validation_last"] = accuracy(self.model, self.held, config.tta, config.amp)
         self.history.append(row)
         if row["validation"] > self.best:
             self.best = row["validation"]

@@ -21,6 +21,7 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from nkat.distributed import World
+from nkat.errors import NKATError
 from nkat.study import origin
 from nkat_vit import checkpoint
 from nkat_vit.data import DATASETS, ImageSet, load_images, split
@@ -51,12 +52,14 @@ class Budget:
     epochs: of a trial that survives, on each set; the first rung is at a ninth of it
     limit_train: pictures of each set it is trained on, 0: all
     validation: pictures it is judged on
+    max_tokens: models with a longer sequence are left out, 0: none
     """
 
     epochs: int
     limit_train: int
     validation: int
     lr: float
+    max_tokens: int
     amp: str
     seed: int
 
@@ -82,9 +85,15 @@ class Budget:
         }
 
 
-def suggest(trial: optuna.Trial) -> dict[str, Any]:
-    """One point of the space; every point is a model that can be built."""
-    point = {name: trial.suggest_categorical(name, choices) for name, choices in CHOICES.items()}
+def suggest(trial: optuna.Trial, max_tokens: int = 0) -> dict[str, Any]:
+    """One point of the space; every point is a model that can be built, of at most so many tokens (0: any number)."""
+    stem = trial.suggest_categorical("conv_stem", CHOICES["conv_stem"])
+    patches = [p for p in CHOICES["patch_size"] if not max_tokens or tokens_of(stem, p) <= max_tokens]
+    if not patches:
+        raise NKATError(f"no patch of stem {stem} has as few as {max_tokens} tokens")
+    # A choice of one is none: Optuna wants the same choices whenever it is asked for a parameter.
+    patch = patches[0] if len(patches) == 1 else trial.suggest_categorical("patch_size", CHOICES["patch_size"])
+    point = {"conv_stem": stem, "patch_size": patch}
     for name, (low, high, step) in RANGES.items():
         if isinstance(step, int):
             point[name] = trial.suggest_int(name, low, high, step=step)
@@ -93,11 +102,15 @@ def suggest(trial: optuna.Trial) -> dict[str, Any]:
     return point
 
 
+def tokens_of(stem: str, patch: int, dataset: str = FIRST_SET) -> int:
+    """Length of the sequence, with the CLS token."""
+    return ViTConfig(image_size=DATASETS[dataset].size, conv_stem=stem, patch_size=patch).tokens
+
+
 def model_values(parameters: Mapping[str, Any], dataset: str) -> dict[str, Any]:
     """STAGE2's settings with a point's in their place, for one set; top_k is never above the number of tokens."""
     values = PRESETS["stage2"] | dict(parameters)
-    shape = {name: values[name] for name in ("conv_stem", "patch_size")}
-    tokens = ViTConfig(image_size=DATASETS[dataset].size, **shape).tokens
+    tokens = tokens_of(values["conv_stem"], values["patch_size"], dataset)
     return values | {"top_k": min(values["top_k"], tokens)}
 
 
@@ -124,7 +137,7 @@ class Trials:
 
     def objective(self, trial: optuna.Trial) -> float:
         """Global TPE of a trial that passes the gate, else its Local TPE on CIFAR-10 and a broken constraint."""
-        parameters = suggest(trial)
+        parameters = suggest(trial, self.budget.max_tokens)
         trial.set_user_attr("setting", parameters)
         recipes = {name: recipe_of(parameters, name, self.budget) for name in (FIRST_SET, *self.sets)}
         sizes = {name: count_parameters(recipe.model) for name, recipe in recipes.items()}
@@ -154,7 +167,7 @@ class Trials:
         config = recipe.train
         train, held = split(self.images(recipe.dataset), config.validation, config.seed, config.limit_train or None)
         folder.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(recipe, train, held, self.world, folder, label=label)
+        trainer = Trainer(recipe, train, held, self.world, folder, label=label, judge_last=False)
         if (folder / "last.pt").exists():
             trainer.restore(checkpoint.load(folder / "last.pt", "run"))
         return trainer

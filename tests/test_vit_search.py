@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -16,17 +18,18 @@ import torch
 from optuna.trial import TrialState
 
 from nkat.distributed import World
+from nkat.errors import NKATError
 from nkat.study import best_trials, open_storage, open_study
 from nkat_vit import checkpoint, data, search
 from nkat_vit.loop import DivergedError, Trainer
 from nkat_vit.metrics import global_tpe, tpe
 from nkat_vit.model import STEMS
 from nkat_vit.recipe import make_recipe, read_config
-from nkat_vit.search import BASELINE, CHOICES, RANGES, Budget, Trials, recipe_of, suggest
+from nkat_vit.search import BASELINE, CHOICES, RANGES, Budget, Trials, recipe_of, suggest, tokens_of
 from tests.conftest import ROOT
 from tests.vit_data import run_module, write_cifar, write_grey
 
-BUDGET = Budget(epochs=9, limit_train=128, validation=32, lr=1e-3, amp="off", seed=0)
+BUDGET = Budget(epochs=9, limit_train=128, validation=32, lr=1e-3, max_tokens=0, amp="off", seed=0)
 # A space of the same form with models that train in milliseconds.
 SMALL_CHOICES = {"conv_stem": ("tiny", "small"), "patch_size": (4,)}
 SMALL_RANGES = RANGES | {"embed_dim": (16, 32, 16), "depth": (1, 2, 1)}
@@ -84,6 +87,16 @@ def test_the_space_is_the_plans() -> None:
     assert len({tuple(point.values()) for point in points}) > 25
 
 
+def test_long_sequences_can_be_left_out() -> None:
+    study = make_study()
+    points = [suggest(study.ask(), max_tokens=100) for _ in range(60)]
+    shapes = {(point["conv_stem"], point["patch_size"]) for point in points}
+    assert shapes == set(itertools.product(STEMS, (2, 4))) - {("off", 2)}
+    assert tokens_of("off", 2) == 257 > 100 > tokens_of("off", 4) == 65
+    with pytest.raises(NKATError, match="no patch of stem"):
+        [suggest(study.ask(), max_tokens=20) for _ in range(60)]
+
+
 def test_a_trial_that_passes_is_scored_on_all_sets(root: Path, tmp_path: Path) -> None:
     trials = make_trials(root, tmp_path / "trials")
     study = make_study()
@@ -127,7 +140,7 @@ def test_promotion_trains_on_and_not_anew(root: Path, tmp_path: Path) -> None:
         for path in (tmp_path / "trials" / "trial-000" / "cifar10", tmp_path / "straight")
     )
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    other = trials.trainer(recipe_of(SMALL_BASELINE, "cifar10", Budget(9, 128, 32, 1e-3, "off", 1)), tmp_path / "o", "")
+    other = trials.trainer(recipe_of(SMALL_BASELINE, "cifar10", replace(BUDGET, seed=1)), tmp_path / "o", "")
     other.run()
     control = checkpoint.load(tmp_path / "o" / "best.pt", "weights")["weights"]
     assert not all(torch.equal(ours[name], control[name]) for name in ours)
@@ -228,7 +241,7 @@ WORKER = textwrap.dedent(
 
 
 def test_two_processes_of_which_one_is_killed(root: Path, tmp_path: Path) -> None:
-    storage, target = str(tmp_path / "study.journal"), 6
+    storage, target = str(tmp_path / "study.journal"), 4
     arguments = [str(root), str(tmp_path / "trials"), storage, str(target)]
 
     def start() -> subprocess.Popen:
@@ -238,7 +251,11 @@ def test_two_processes_of_which_one_is_killed(root: Path, tmp_path: Path) -> Non
 
     victim, survivor = start(), start()
     try:
-        assert victim.stdout.readline().startswith("running")
+        number = int(victim.stdout.readline().removeprefix("running "))
+        checkpoint_path = tmp_path / "trials" / f"trial-{number:03d}" / "cifar10" / "last.pt"
+        while not checkpoint_path.exists():
+            assert victim.poll() is None
+            time.sleep(0.01)
         victim.send_signal(signal.SIGKILL)
         victim.wait(timeout=60)
         assert survivor.wait(timeout=240) == 0
@@ -251,7 +268,9 @@ def test_two_processes_of_which_one_is_killed(root: Path, tmp_path: Path) -> Non
     assert sum(state in (TrialState.COMPLETE, TrialState.PRUNED) for state in states) == target
     dead = next(trial for trial in study.trials if trial.state == TrialState.FAIL)
     again = next(trial for trial in study.trials if trial.user_attrs.get("retry of") == dead.number)
-    assert again.params == dead.params or not dead.params  # killed before or after its point was chosen
+    assert dead.number == number
+    assert again.params == dead.params
+    assert len(dead.intermediate_values) < len(again.intermediate_values)
 
 
 def optimize(root: Path, out: Path, *more: object):
