@@ -50,9 +50,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=cli.positive_int, default=8)
     parser.add_argument("--longer", type=cli.positive_int, default=4, help="times the pictures of the quick budget (4)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--share", default="0/1", metavar="I/N", help="every Nth shape, from the Ith: several jobs"
-    )
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth shape, from the Ith: several jobs")
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--threads", type=cli.positive_int)
     parser.add_argument("--no-cuda", action="store_true")
