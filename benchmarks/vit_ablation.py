@@ -5,8 +5,8 @@
 
 Each change is one or more settings of `nkat_vit.train` (as `name=value,name=value`) put over --preset. Judged on
 held-out training pictures, never on the test set. The difference to the preset (of a ladder: to the step before) is
-paired by seed. Finished runs are kept and unfinished ones go on; `--share 0/2` does every second run, so that several processes
-can share the work. The last line of stdout is JSON.
+paired by seed. Finished runs are kept and unfinished ones go on; `--share 0/2` does every second run, so that several
+processes can share the work. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
