@@ -39,6 +39,7 @@ def _scores(axes: Any, rows: Rows, gate: float) -> None:
         axes.plot([r["number"] for r in group], [r["local_tpe"] for r in group], "o", color=color, label=label)
     passed = _passed(rows)
     axes.plot([r["number"] for r in passed], [r["value"] for r in passed], "*", ms=14, color=BEST, label="Global TPE")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(gate, color=BASE, linestyle="--", label=f"gate: Local TPE {gate:g} on {FIRST_SET}")
     axes.legend()
 
@@ -79,12 +80,10 @@ def _scale(low: float, high: float) -> Any:
 
 def _accuracy(axes: Any, rows: Rows) -> None:
     axes.set(title=f"accuracy on {FIRST_SET} against size", xlabel="λ (lower is smaller)", ylabel="validation accuracy")
-    whole = [row for row in rows if row["state"] == "COMPLETE"]
-    if not whole:
-        axes.text(0.5, 0.5, "no trial was trained to the end", ha="center", transform=axes.transAxes)
-        return
-    points = [(row["lambda_theory"], row["accuracies"][FIRST_SET]) for row in whole]
-    axes.plot(*zip(*points, strict=True), "o", color=TRIAL, label="trained to the end")
-    front = pareto_front([(lam, -accuracy) for lam, accuracy in points])
+    ended = [(r["lambda_theory"], r["accuracies"][FIRST_SET]) for r in rows if r["state"] == "PRUNED"]
+    whole = [(r["lambda_theory"], r["accuracies"][FIRST_SET]) for r in rows if r["state"] == "COMPLETE"]
+    for points, color, label in ((ended, PRUNED, "ended at a rung"), (whole, TRIAL, "trained to the end")):
+        axes.plot([lam for lam, _ in points], [accuracy for _, accuracy in points], "o", color=color, label=label)
+    front = pareto_front([(lam, -accuracy) for lam, accuracy in whole])
     axes.plot([lam for lam, _ in front], [-negative for _, negative in front], "-", color=BEST, label="front")
     axes.legend()
