@@ -24,6 +24,7 @@ from nkat.hardware import describe, pick_device, set_threads
 from nkat.report import format_table, write_json
 from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import count_parameters
+from nkat_vit.recipe import PRESETS
 from nkat_vit.search import BASELINE, FIRST_SET, REDUCTION, Budget, Trials, recipe_of, suggest
 from nkat_vit.search_job import BUDGETS
 
@@ -58,7 +59,7 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     set_threads(options.threads)
     world = World(0, 1, pick_device(not options.no_cuda))
-    quick = Budget(*BUDGETS["quick"], amp=options.amp, seed=options.seed)
+    quick = Budget(*BUDGETS["quick"], lr=PRESETS["stage2"]["lr"], amp=options.amp, seed=options.seed)
     budgets = {"quick": quick, "longer": replace(quick, limit_train=quick.limit_train * options.longer)}
     shapes = draw_shapes(options.shapes, options.seed, quick.max_tokens)
     first, step = map(int, options.share.split("/"))

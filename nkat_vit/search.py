@@ -58,8 +58,8 @@ class Budget:
     epochs: int
     limit_train: int
     validation: int
-    lr: float
     max_tokens: int
+    lr: float
     amp: str
     seed: int
 

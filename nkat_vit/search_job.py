@@ -27,6 +27,7 @@ from nkat_vit.data import load_images
 from nkat_vit.evaluate import judge, summarise, table
 from nkat_vit.judge import judge_once
 from nkat_vit.loop import measure_amp
+from nkat_vit.recipe import PRESETS
 from nkat_vit.search import BASELINE, FIRST_SET, OTHER_SETS, Budget, Trials, model_values, recipe_of
 from nkat_vit.search_plots import plot_image_search
 
@@ -40,9 +41,9 @@ EXAMPLES = """\
 TRIALS = {"quick": 12, "full": 50}
 TOP = 5
 AMP_IMAGES = 128
-# By mode: epochs, pictures of each set to train on (0: all) and to judge on, learning rate, tokens at most (0: any).
+# By mode: epochs, pictures of each set to train on (0: all) and to judge on, tokens at most (0: any).
 # Without a stem, patches of 2 make 257 tokens: twenty times the work of the baseline, too much for a quick search.
-BUDGETS = {"quick": (9, 2560, 1000, 1e-3, 100), "full": (27, 0, 5000, 2e-4, 0)}
+BUDGETS = {"quick": (9, 2560, 1000, 100), "full": (27, 0, 5000, 0)}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=cli.positive_int, metavar="N", help=f"of a surviving trial (epochs / pictures: {chosen})")
     add("--limit-train", type=cli.non_negative_int, metavar="N", help="pictures of each set to train on, 0: all")
     add("--validation", type=cli.positive_int, metavar="N", help="pictures of each set to judge on")
-    add("--lr", type=float, metavar="X", help="peak learning rate")
+    add("--lr", type=float, default=PRESETS["stage2"]["lr"], metavar="X", help="peak learning rate (2e-4)")
     add("--max-tokens", type=cli.non_negative_int, metavar="N", help="leave longer sequences out (quick 100, 0: any)")
     add("--amp", choices=("off", "bf16", "auto"), default="auto", help="bfloat16 autocast (auto: where it is faster)")
     add("--final-seeds", type=cli.positive_int, metavar="N", help="runs of the winner on the test sets (GPU 3, else 1)")
@@ -88,10 +89,10 @@ def run(options: argparse.Namespace) -> None:
 
 def make_budget(options: argparse.Namespace, world: World) -> Budget:
     """The mode's, with what the user changed; --mode custom starts from that of "full"."""
-    given = (options.epochs, options.limit_train, options.validation, options.lr, options.max_tokens)
+    given = (options.epochs, options.limit_train, options.validation, options.max_tokens)
     usual = BUDGETS.get(options.mode, BUDGETS["full"])
     chosen = [default if value is None else value for value, default in zip(given, usual, strict=True)]
-    budget = Budget(*chosen, amp=options.amp, seed=options.seed)
+    budget = Budget(*chosen, lr=options.lr, amp=options.amp, seed=options.seed)
     if options.amp != "auto":
         return budget
     some = load_images(FIRST_SET, options.data_root, train=True).take(torch.arange(AMP_IMAGES)).to(world.device)
