@@ -270,7 +270,9 @@ def test_two_processes_of_which_one_is_killed(root: Path, tmp_path: Path) -> Non
     again = next(trial for trial in study.trials if trial.user_attrs.get("retry of") == dead.number)
     assert dead.number == number
     assert again.params == dead.params
-    assert len(dead.intermediate_values) < len(again.intermediate_values)
+    # It may end at a rung where the dead one would have gone on, but the epochs both have are the same ones.
+    assert again.intermediate_values
+    assert all(again.intermediate_values.get(k, v) == v for k, v in dead.intermediate_values.items())
 
 
 def optimize(root: Path, out: Path, *more: object):
