@@ -64,9 +64,9 @@ def main() -> None:
     shapes = draw_shapes(options.shapes, options.seed, quick.max_tokens)
     first, step = map(int, options.share.split("/"))
     curves: dict[str, list[list[float]]] = {name: [] for name in budgets}
+    by_budget = {n: Trials(options.data_root, options.output_dir, b, 0.0, (), world) for n, b in budgets.items()}
     for number, shape in list(enumerate(shapes))[first::step]:
-        for name, budget in budgets.items():
-            trials = Trials(options.data_root, options.output_dir, budget, 0.0, (), world)
+        for name, trials in by_budget.items():
             folder = options.output_dir / f"shape{number}-{name}"
             curves[name].append(local_tpes(trials, shape, folder, f"shape {number}, {name}, "))
     if step > 1:
