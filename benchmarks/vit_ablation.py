@@ -22,9 +22,8 @@ from nkat.distributed import World
 from nkat.errors import NKATError
 from nkat.hardware import describe, pick_device, set_threads
 from nkat.report import format_table, write_json
-from nkat_vit import checkpoint
-from nkat_vit.data import DATASETS, load_images, split
-from nkat_vit.loop import Trainer
+from nkat_vit.data import DATASETS, load_images
+from nkat_vit.loop import open_run
 from nkat_vit.recipe import PRESETS, make_recipe
 
 
@@ -54,16 +53,7 @@ def steps_of(changes: Sequence[str], ladder: bool) -> list[tuple[str, dict[str, 
 def train(values: dict[str, Any], data_root: Path, folder: Path, world: World) -> dict[str, float]:
     """Best validation accuracy and seconds of a run; only what is missing is trained."""
     recipe = make_recipe(values)
-    config = recipe.train
-    whole = load_images(recipe.dataset, data_root, train=True)
-    parts = split(whole, config.validation, config.seed, config.limit_train or None)
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(recipe, *parts, world, folder, label=f"{folder.name}, ", judge_last=False)
-    if (folder / "last.pt").exists():
-        content = checkpoint.load(folder / "last.pt", "run")
-        if content["recipe"] != recipe.values():
-            raise NKATError(f"{folder}: holds a run with other settings")
-        trainer.restore(content)
+    trainer = open_run(recipe, load_images(recipe.dataset, data_root, train=True), world, folder, f"{folder.name}, ")
     trainer.run()
     return {"accuracy": trainer.best, "seconds": sum(row["seconds"] for row in trainer.history)}
 

@@ -152,6 +152,7 @@ def history(study: optuna.Study) -> list[dict[str, Any]]:
                 "parameters": {k: round(v, 9) if isinstance(v, float) else v for k, v in trial.params.items()},
                 **attributes,
                 "constraints": dict(trial.constraints),
+                "feasible": feasible(trial),
                 "worker": trial.user_attrs.get(_WORKER),
                 "seconds": trial.duration.total_seconds() if trial.duration else None,
             }

@@ -24,11 +24,11 @@ from nkat.distributed import World
 from nkat.errors import NKATError
 from nkat_vit import checkpoint
 from nkat_vit.augment import Batch, augment
-from nkat_vit.data import ImageSet
+from nkat_vit.data import ImageSet, split
 from nkat_vit.model import NKATViT
 from nkat_vit.optim import Average, lr_factor, make_optimizers, set_lr
 from nkat_vit.predict import accuracy, autocast
-from nkat_vit.recipe import Recipe
+from nkat_vit.recipe import Recipe, with_amp
 
 _CHECK_STEPS = 20  # reading the loss more often would make a GPU wait
 _AMP_TRIALS = 4
@@ -253,3 +253,24 @@ class Trainer:
         # The loss of an epoch is a sum over its steps; after its last step, the next one starts from zero.
         if self.step % self.epoch_steps:
             self.losses.copy_(content["losses"])
+
+
+def open_run(recipe: Recipe, whole: ImageSet, world: World, folder: Path, label: str) -> Trainer:
+    """A run of the recipe on a whole training set, standing where an interrupted one in the folder was left.
+
+    That one goes on in its own precision (`amp`), which may have been measured elsewhere. Raises NKATError when the
+    folder holds a run with other settings.
+    """
+    saved = folder / "last.pt"
+    content = checkpoint.load(saved, "run") if saved.exists() else None
+    if content is not None:
+        recipe = with_amp(recipe, content["recipe"]["amp"])
+        if content["recipe"] != recipe.values():
+            raise NKATError(f"{folder}: holds a run with other settings")
+    config = recipe.train
+    train, held = split(whole, config.validation, config.seed, config.limit_train or None)
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(recipe, train, held, world, folder, label=label, judge_last=False)
+    if content is not None:
+        trainer.restore(content)
+    return trainer

@@ -23,9 +23,8 @@ from optuna.trial import FrozenTrial
 from nkat.distributed import World
 from nkat.errors import NKATError
 from nkat.study import origin
-from nkat_vit import checkpoint
-from nkat_vit.data import DATASETS, ImageSet, load_images, split
-from nkat_vit.loop import DivergedError, Trainer
+from nkat_vit.data import DATASETS, ImageSet, load_images
+from nkat_vit.loop import DivergedError, Trainer, open_run
 from nkat_vit.metrics import global_tpe, lambda_theory, tpe
 from nkat_vit.model import STEMS, ViTConfig, count_parameters
 from nkat_vit.recipe import PRESETS, Recipe, make_recipe
@@ -164,13 +163,7 @@ class Trials:
 
     def trainer(self, recipe: Recipe, folder: Path, label: str) -> Trainer:
         """A run of a recipe in a folder, standing where an interrupted one was left."""
-        config = recipe.train
-        train, held = split(self.images(recipe.dataset), config.validation, config.seed, config.limit_train or None)
-        folder.mkdir(parents=True, exist_ok=True)
-        trainer = Trainer(recipe, train, held, self.world, folder, label=label, judge_last=False)
-        if (folder / "last.pt").exists():
-            trainer.restore(checkpoint.load(folder / "last.pt", "run"))
-        return trainer
+        return open_run(recipe, self.images(recipe.dataset), self.world, folder, label)
 
     def place(self, trial: optuna.Trial | FrozenTrial) -> Path:
         """The trial's folder; a trial that repeats one whose process died goes on in that one's."""

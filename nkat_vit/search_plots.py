@@ -27,17 +27,13 @@ def plot_image_search(path: Path, rows: Rows, importances: Mapping[str, float], 
     save_figure(figure, path, force=True)
 
 
-def _passed(rows: Rows) -> list[Mapping[str, Any]]:
-    return [row for row in rows if row["state"] == "COMPLETE" and all(v <= 0 for v in row["constraints"].values())]
-
-
 def _scores(axes: Any, rows: Rows, gate: float) -> None:
     axes.set(title="score by trial (higher is better)", xlabel="trial", ylabel="TPE")
     ended = [row for row in rows if row["state"] == "PRUNED"]
     whole = [row for row in rows if row["state"] == "COMPLETE"]
     for group, color, label in ((ended, PRUNED, "ended at a rung"), (whole, TRIAL, "trained to the end")):
         axes.plot([r["number"] for r in group], [r["local_tpe"] for r in group], "o", color=color, label=label)
-    passed = _passed(rows)
+    passed = [row for row in rows if row["feasible"]]
     axes.plot([r["number"] for r in passed], [r["value"] for r in passed], "*", ms=14, color=BEST, label="Global TPE")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(gate, color=BASE, linestyle="--", label=f"gate: Local TPE {gate:g} on {FIRST_SET}")

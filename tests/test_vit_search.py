@@ -21,14 +21,15 @@ from nkat.distributed import World
 from nkat.errors import NKATError
 from nkat.study import best_trials, open_storage, open_study
 from nkat_vit import checkpoint, data, search
-from nkat_vit.loop import DivergedError, Trainer
+from nkat_vit.loop import DivergedError, Trainer, open_run
 from nkat_vit.metrics import global_tpe, tpe
 from nkat_vit.model import STEMS
-from nkat_vit.recipe import make_recipe, read_config
+from nkat_vit.recipe import make_recipe, read_config, with_amp
 from nkat_vit.search import BASELINE, CHOICES, RANGES, Budget, Trials, recipe_of, suggest, tokens_of
 from tests.conftest import ROOT
 from tests.vit_data import run_module, write_cifar, write_grey
 
+CPU = World(0, 1, torch.device("cpu"))
 BUDGET = Budget(epochs=9, limit_train=128, validation=32, lr=1e-3, max_tokens=0, amp="off", seed=0)
 # A space of the same form with models that train in milliseconds.
 SMALL_CHOICES = {"conv_stem": ("tiny", "small"), "patch_size": (4,)}
@@ -52,7 +53,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_trials(root: Path, folder: Path, gate: float = 0.0, budget: Budget = BUDGET) -> Trials:
-    return Trials(root, folder, budget, gate, ("mnist",), World(0, 1, torch.device("cpu")))
+    return Trials(root, folder, budget, gate, ("mnist",), CPU)
 
 
 def make_study(pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
@@ -146,6 +147,20 @@ def test_promotion_trains_on_and_not_anew(root: Path, tmp_path: Path) -> None:
     assert not all(torch.equal(ours[name], control[name]) for name in ours)
 
 
+def test_an_open_run_keeps_its_precision_and_refuses_other_settings(root: Path, tmp_path: Path) -> None:
+    images = data.load_images("cifar10", root, train=True)
+    recipe = recipe_of(SMALL_BASELINE, "cifar10", replace(BUDGET, epochs=2))
+    begun = open_run(recipe, images, CPU, tmp_path, "")
+    next(begun.epochs())
+    again = open_run(with_amp(recipe, "bf16"), images, CPU, tmp_path, "")
+    assert again.recipe == recipe
+    assert again.step == begun.step > 0
+    control = open_run(with_amp(recipe, "bf16"), images, CPU, tmp_path / "new", "")
+    assert (control.recipe.train.amp, control.step) == ("bf16", 0)
+    with pytest.raises(NKATError, match="other settings"):
+        open_run(replace(recipe, train=replace(recipe.train, lr=1.0)), images, CPU, tmp_path, "")
+
+
 def test_an_interrupted_trial_goes_on_from_its_checkpoint(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,18 +231,17 @@ WORKER = textwrap.dedent(
     import os, sys
     from pathlib import Path
     import optuna, torch
-    from nkat.distributed import World
     from nkat.study import make_sampler, open_storage, open_study, run_trials
     from nkat_vit import data, search
     from nkat_vit.search import Budget, Trials
-    from tests.test_vit_search import BUDGET, SMALL_BASELINE, SMALL_CHOICES, SMALL_RANGES
+    from tests.test_vit_search import BUDGET, CPU, SMALL_BASELINE, SMALL_CHOICES, SMALL_RANGES
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(1)
     data._CONTENTS.clear()
     search.CHOICES, search.RANGES = SMALL_CHOICES, SMALL_RANGES
     root, folder, storage, target = sys.argv[1:]
-    trials = Trials(Path(root), Path(folder), BUDGET, 0.0, ("mnist",), World(0, 1, torch.device("cpu")))
+    trials = Trials(Path(root), Path(folder), BUDGET, 0.0, ("mnist",), CPU)
     study = open_study(open_storage(storage), "s", {}, [(SMALL_BASELINE, {})], resume=True,
         sampler=lambda done: make_sampler(done + os.getpid()), pruner=BUDGET.pruner())
 
