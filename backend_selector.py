@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat import cli
+from nkat.atomic import check_output
 from nkat.errors import NKATError
 from nkat.kobold import (
     BACKENDS,
@@ -114,6 +115,8 @@ def main() -> None:
     options = parse_arguments(sys.argv[1:])
     check_extra(options.extra)
     check_record(options.json, options.force)
+    if options.save_config is not None:
+        check_output(options.save_config, options.force)  # before a benchmark of minutes
     interactive = options.action is None and options.backend == "auto" and sys.stdin.isatty() and sys.stdout.isatty()
     kobold = probe(find(options.kobold))
     if options.model is None and options.action is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -153,7 +154,9 @@ class Judge:
 
 def make_pruner() -> optuna.pruners.BasePruner:
     """Stops a trial that is worse than the best on the same chunks at p < 0.1 (Wilcoxon's signed-rank test)."""
-    return optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # so marked since version 3.6
+        return optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=3)
 
 
 def log_tpe(nll: float, ratio: float) -> float:

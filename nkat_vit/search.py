@@ -58,6 +58,7 @@ class Budget:
     limit_train: int
     validation: int
     max_tokens: int
+    batch_size: int
     lr: float
     amp: str
     seed: int
@@ -77,6 +78,7 @@ class Budget:
             "epochs": self.epochs,
             "limit_train": self.limit_train,
             "validation": self.validation,
+            "batch_size": self.batch_size,
             "lr": self.lr,
             "amp": self.amp,
             "seed": self.seed,
@@ -86,10 +88,15 @@ class Budget:
 
 def suggest(trial: optuna.Trial, max_tokens: int = 0) -> dict[str, Any]:
     """One point of the space; every point is a model that can be built, of at most so many tokens (0: any number)."""
-    stem = trial.suggest_categorical("conv_stem", CHOICES["conv_stem"])
-    patches = [p for p in CHOICES["patch_size"] if not max_tokens or tokens_of(stem, p) <= max_tokens]
-    if not patches:
-        raise NKATError(f"no patch of stem {stem} has as few as {max_tokens} tokens")
+    fitting = {
+        stem: [p for p in CHOICES["patch_size"] if not max_tokens or tokens_of(stem, p) <= max_tokens]
+        for stem in CHOICES["conv_stem"]
+    }
+    stems = [stem for stem, patches in fitting.items() if patches]
+    if not stems:
+        raise NKATError(f"no stem and patch have as few as {max_tokens} tokens")
+    stem = trial.suggest_categorical("conv_stem", stems)
+    patches = fitting[stem]
     # A choice of one is none: Optuna wants the same choices whenever it is asked for a parameter.
     patch = patches[0] if len(patches) == 1 else trial.suggest_categorical("patch_size", CHOICES["patch_size"])
     point = {"conv_stem": stem, "patch_size": patch}

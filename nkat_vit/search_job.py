@@ -41,9 +41,10 @@ EXAMPLES = """\
 TRIALS = {"quick": 12, "full": 50}
 TOP = 5
 AMP_IMAGES = 128
-# By mode: epochs, pictures of each set to train on (0: all) and to judge on, tokens at most (0: any).
-# Without a stem, patches of 2 make 257 tokens: twenty times the work of the baseline, too much for a quick search.
-BUDGETS = {"quick": (9, 2560, 1000, 100), "full": (27, 0, 5000, 0)}
+# By mode: epochs, pictures of each set to train on (0: all) and to judge on, tokens at most (0: any), batch.
+# The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work: too much
+# for a quick search. Its batches are smaller because its steps are few.
+BUDGETS = {"quick": (9, 1536, 1000, 20, 64), "full": (27, 0, 5000, 0, 128)}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +59,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--limit-train", type=cli.non_negative_int, metavar="N", help="pictures of each set to train on, 0: all")
     add("--validation", type=cli.positive_int, metavar="N", help="pictures of each set to judge on")
     add("--lr", type=float, default=PRESETS["stage2"]["lr"], metavar="X", help="peak learning rate (2e-4)")
-    add("--max-tokens", type=cli.non_negative_int, metavar="N", help="leave longer sequences out (quick 100, 0: any)")
+    add("--max-tokens", type=cli.non_negative_int, metavar="N", help="leave longer sequences out (quick 20, 0: any)")
+    add("--batch-size", type=cli.positive_int, metavar="N", help="pictures a step (quick 64, full 128)")
     add("--amp", choices=("off", "bf16", "auto"), default="auto", help="bfloat16 autocast (auto: where it is faster)")
     add("--final-seeds", type=cli.positive_int, metavar="N", help="runs of the winner on the test sets (GPU 3, else 1)")
     add("--no-cuda", action="store_true", help="the processor although there is a GPU")
@@ -89,7 +91,7 @@ def run(options: argparse.Namespace) -> None:
 
 def make_budget(options: argparse.Namespace, world: World) -> Budget:
     """The mode's, with what the user changed; --mode custom starts from that of "full"."""
-    given = (options.epochs, options.limit_train, options.validation, options.max_tokens)
+    given = (options.epochs, options.limit_train, options.validation, options.max_tokens, options.batch_size)
     usual = BUDGETS.get(options.mode, BUDGETS["full"])
     chosen = [default if value is None else value for value, default in zip(given, usual, strict=True)]
     budget = Budget(*chosen, lr=options.lr, amp=options.amp, seed=options.seed)

@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 from tests.vit_data import run_module, write_cifar, write_grey
 
 CPU = World(0, 1, torch.device("cpu"))
-BUDGET = Budget(epochs=9, limit_train=128, validation=32, lr=1e-3, max_tokens=0, amp="off", seed=0)
+BUDGET = Budget(epochs=9, limit_train=128, validation=32, lr=1e-3, max_tokens=0, batch_size=128, amp="off", seed=0)
 # A space of the same form with models that train in milliseconds.
 SMALL_CHOICES = {"conv_stem": ("tiny", "small"), "patch_size": (4,)}
 SMALL_RANGES = RANGES | {"embed_dim": (16, 32, 16), "depth": (1, 2, 1)}
@@ -94,8 +94,11 @@ def test_long_sequences_can_be_left_out() -> None:
     shapes = {(point["conv_stem"], point["patch_size"]) for point in points}
     assert shapes == set(itertools.product(STEMS, (2, 4))) - {("off", 2)}
     assert tokens_of("off", 2) == 257 > 100 > tokens_of("off", 4) == 65
-    with pytest.raises(NKATError, match="no patch of stem"):
-        [suggest(study.ask(), max_tokens=20) for _ in range(60)]
+    study = make_study()
+    points = [suggest(study.ask(), max_tokens=20) for _ in range(60)]
+    assert {(p["conv_stem"], p["patch_size"]) for p in points} == set(itertools.product(("tiny", "small"), (2, 4)))
+    with pytest.raises(NKATError, match="no stem and patch have as few as 4 tokens"):
+        suggest(make_study().ask(), max_tokens=4)
 
 
 def test_a_trial_that_passes_is_scored_on_all_sets(root: Path, tmp_path: Path) -> None:
