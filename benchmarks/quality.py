@@ -54,6 +54,7 @@ RANKS = (2, 4, 6, 8)
 REPAIR_RANKS = (4, 8, 16, 32)
 GAMMAS = (0.90, 0.93, 0.96, 0.97, 0.99)
 STEPS = 100  # of every fit
+COARSE = ("smollm2-q4_0", "smollm2-q3_k_s")
 
 Q3_K_S = gguf.GGMLQuantizationType.Q3_K  # rows of 576 are no multiple of its 256: those tensors become Q4_0
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
@@ -67,13 +68,14 @@ class Bench:
     out: Path
     steps: int
     models: dict[str, LoadedModel] = field(default_factory=dict)
+    chunks: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
     def text(self, name: str) -> Path:
         return self.data / name
 
     def path(self, model: str) -> Path:
         """A model's file: fetched, or re-quantised from SmolLM2."""
-        if model in ("smollm2-q4_0", "smollm2-q3_k_s"):
+        if model in COARSE:
             path = self.out / f"{model}.gguf"
             if not path.exists():
                 requantise(self.path("smollm2"), path, _q4_0 if model.endswith("q4_0") else _q3_k_s)
@@ -95,23 +97,25 @@ class Bench:
         fast = hardware.computes_bfloat16(torch.device("cpu"))
         return torch.bfloat16 if fast else torch.float32
 
-    def judge(self, loaded: LoadedModel, label: str) -> dict[str, Perplexity]:
-        """Perplexity as the model now stands, on every text."""
-        chunks = {
-            name: text_chunks(loaded.tokenizer, load_text(self.text(name)).content, count)
-            for name, count in JUDGED.items()
-        }
-        return {
-            name: Perplexity(score_chunks(loaded.model, cut, progress=f"{label}, {name}"))
-            for name, cut in chunks.items()
-        }
+    def judge(self, model: str, label: str) -> dict[str, Perplexity]:
+        """Perplexity as the open model now stands, on every text; of a coarse one on the first, which is enough."""
+        loaded = self.models[model]
+        results = {}
+        for name in list(JUDGED)[: 1 if model in COARSE else None]:
+            if (model, name) not in self.chunks:
+                content = load_text(self.text(name)).content
+                self.chunks[model, name] = text_chunks(loaded.tokenizer, content, JUDGED[name])
+            measured = score_chunks(loaded.model, self.chunks[model, name], progress=f"{label}, {name}")
+            results[name] = Perplexity(measured)
+        return results
 
     def base(self, model: str) -> dict[str, Perplexity]:
         """The same without Θ, measured once for a model and kept."""
         path = self.out / f"base-{model}.pt"
         if path.exists():
             return {name: Perplexity(nll) for name, nll in torch.load(path, weights_only=True).items()}
-        measured = self.judge(self.load(model), f"{model} without Θ")
+        self.load(model)
+        measured = self.judge(model, f"{model} without Θ")
         torch.save({name: result.nll for name, result in measured.items()}, path)
         return measured
 
@@ -120,7 +124,7 @@ class Bench:
         base = self.base(model)  # first: it takes off what is on the model
         loaded = self.load(model)
         apply(loaded.model)
-        return self.record(model, base, self.judge(loaded, label), theta_bytes)
+        return self.record(model, base, self.judge(model, label), theta_bytes)
 
     def record(
         self, model: str, base: Mapping[str, Perplexity], now: Mapping[str, Perplexity], theta_bytes: int
@@ -271,7 +275,7 @@ def _weight_cases() -> dict[str, Case]:
 def _repair_cases() -> dict[str, Case]:
     """What a coarser quantisation lost, won back by residual, by fit and by the unrestricted optimum."""
     cases: dict[str, Case] = {}
-    for model in ("smollm2-q4_0", "smollm2-q3_k_s"):
+    for model in COARSE:
         cases[f"{model}-lost"] = lost_case(model)
 
         def reference(bench: Bench) -> list[object]:

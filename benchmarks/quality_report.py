@@ -20,10 +20,11 @@ _SHORT = {
 def tables(results: Mapping[str, Any]) -> str:
     """One row a case: perplexity on the first text, the paired change on each, bytes and TPE."""
     rows = []
+    names = list(dict.fromkeys(text for result in results.values() for text in result["texts"]))
     for name, result in results.items():
         texts = result["texts"]
         first = next(iter(texts.values()))
-        changes = [f"{t['change_percent']:+.2f} ± {t['change_percent_stderr']:.2f}" for t in texts.values()]
+        changes = [_change(texts.get(text)) for text in names]
         rows.append(
             [
                 name,
@@ -34,9 +35,12 @@ def tables(results: Mapping[str, Any]) -> str:
                 f"{first['tpe']:.5f}",
             ]
         )
-    names = [_SHORT.get(text, text) for text in next(iter(results.values()))["texts"]] if results else []
-    header = ["case", "perplexity", *[f"{name} %" for name in names], "bytes", "of them Θ", "TPE"]
+    header = ["case", "perplexity", *[f"{_SHORT.get(name, name)} %" for name in names], "bytes", "of them Θ", "TPE"]
     return format_table(rows, header) + "\n" + _won_back(results)
+
+
+def _change(text: Mapping[str, Any] | None) -> str:
+    return f"{text['change_percent']:+.2f} ± {text['change_percent_stderr']:.2f}" if text else ""
 
 
 def plot_ranks(path: Path, results: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import quality
+from benchmarks import quality, quality_report
 from benchmarks.low_rank import LowRankTerms, apply_terms, weight_controls
 from nkat.convert import ThetaOptions, make_thetas
 from nkat.layers import adaptable_layers
@@ -53,6 +53,22 @@ def test_the_first_case_is_judged_with_its_theta(
     terms = LowRankTerms({name: (down, coupling(GAMMA) * up) for name, (down, up) in down_up.items()}, 0)
     same = quality.terms_case("tiny", lambda *_: terms)(bench, "terms")["texts"]["t.txt"]
     assert same["change_percent"] == pytest.approx(first["change_percent"], rel=0.02)
+
+
+def test_a_coarse_model_is_judged_on_the_first_text_only(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "JUDGED", {"a.txt": 1, "b.txt": 1})
+    monkeypatch.setattr(quality, "COARSE", ("coarse",))
+    monkeypatch.setattr(quality.Bench, "path", lambda self, model: model_path)
+    for name in quality.JUDGED:
+        (tmp_path / name).write_text(default_text().content[:4000])
+    bench = quality.Bench(tmp_path, tmp_path, steps=1)
+    make = theta_set_of(load_model(model_path))
+    results = {name: quality.theta_case(name, lambda _: make, GAMMA)(bench, name) for name in ("coarse", "fine")}
+    assert [list(result["texts"]) for result in results.values()] == [["a.txt"], ["a.txt", "b.txt"]]
+    coarse, fine = quality_report.tables(results).splitlines()[2:4]
+    assert (coarse.count("±"), fine.count("±")) == (2, 3)  # the perplexity's and the changes'
 
 
 def test_controls_are_parts_of_theta(model_path: Path) -> None:
