@@ -37,7 +37,9 @@ def _scores(axes: Any, rows: Rows, gate: float) -> None:
     axes.plot([r["number"] for r in passed], [r["value"] for r in passed], "*", ms=14, color=BEST, label="Global TPE")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(gate, color=BASE, linestyle="--", label=f"gate: Local TPE {gate:g} on {FIRST_SET}")
-    axes.legend()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the points
+    axes.legend(loc="upper right", ncols=2)
 
 
 def _parallel(axes: Any, figure: Any, rows: Rows) -> None:
