@@ -34,7 +34,7 @@ from nkat_vit.search_plots import plot_image_search
 DESCRIPTION = "Search the shape of the image model: Local TPE on CIFAR-10 first, then Global TPE over four sets."
 EXAMPLES = """\
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --output-dir output/round2
-  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --local-tpe 0.35
+  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --local-tpe 0.28
   python nkat_auto_optimizer.py --task vit --mode full --data-root data --storage postgresql://host/db --study-name r2
   python nkat_auto_optimizer.py --task vit --mode custom --trials 20 --epochs 18 --limit-train 10000 --data-root data
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --resume"""
