@@ -5,8 +5,9 @@
 
 Shapes are the baseline and others drawn from the space by seed. Each is trained on CIFAR-10 with the budget of --mode
 quick, without rungs, and again with --longer times its pictures. Printed is Spearman's rank correlation of the Local
-TPE at each rung and at the end of the quick run with that at the end of the longer run. Interrupted, it goes on where
-it was. The last line of stdout is JSON.
+TPE at each rung and at the end of the quick run with that at the end of the longer run; and the same of the accuracy
+alone, for Local TPE also ranks by size, which training does not change. Interrupted, it goes on where it was. The last
+line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -35,13 +36,17 @@ def draw_shapes(count: int, seed: int, max_tokens: int) -> list[dict[str, Any]]:
     return [dict(BASELINE), *(suggest(study.ask(), max_tokens) for _ in range(count - 1))]
 
 
-def local_tpes(trials: Trials, shape: dict[str, Any], folder: Path, label: str) -> list[float]:
-    """Local TPE after each epoch; only the missing epochs are trained."""
-    recipe = recipe_of(shape, FIRST_SET, trials.budget)
-    trainer = trials.trainer(recipe, folder, label)
+def accuracies(trials: Trials, shape: dict[str, Any], folder: Path, label: str) -> list[float]:
+    """Validation accuracy after each epoch; only the missing epochs are trained."""
+    trainer = trials.trainer(recipe_of(shape, FIRST_SET, trials.budget), folder, label)
     trainer.run()
-    lam = lambda_theory(count_parameters(recipe.model))
-    return [tpe(row["validation"], lam) for row in trainer.history]
+    return [row["validation"] for row in trainer.history]
+
+
+def local_tpes(curves: list[list[float]], shapes: list[dict[str, Any]], budget: Budget) -> list[list[float]]:
+    """The shapes' curves of accuracy as Local TPE."""
+    lams = [lambda_theory(count_parameters(recipe_of(shape, FIRST_SET, budget).model)) for shape in shapes]
+    return [[tpe(value, lam) for value in curve] for curve, lam in zip(curves, lams, strict=True)]
 
 
 def main() -> None:
@@ -68,31 +73,40 @@ def main() -> None:
     for number, shape in list(enumerate(shapes))[first::step]:
         for name, trials in by_budget.items():
             folder = options.output_dir / f"shape{number}-{name}"
-            curves[name].append(local_tpes(trials, shape, folder, f"shape {number}, {name}, "))
+            curves[name].append(accuracies(trials, shape, folder, f"shape {number}, {name}, "))
     if step > 1:
         print(f"shapes {first}, {first + step}, … are done; run it once more without --share for the figures")
         return
-    ends = [curve[-1] for curve in curves["longer"]]
+    scores = {name: local_tpes(curve, shapes, quick) for name, curve in curves.items()}
     rungs = [quick.first_rung, quick.first_rung * REDUCTION, quick.epochs]
     rows = [
         [
             f"{s['conv_stem']}, patch {s['patch_size']}, {s['embed_dim']} x {s['depth']}, T {s['temperature']:g}, "
             f"p {s['top_p']:g}",
-            *(f"{curve[epoch - 1]:.4f}" for epoch in rungs),
-            f"{end:.4f}",
+            *(f"{short[epoch - 1]:.4f}" for epoch in rungs),
+            f"{long[-1]:.4f}",
+            *(f"{100 * curve[n][-1]:.1f}" for curve in curves.values()),
         ]
-        for s, curve, end in zip(shapes, curves["quick"], ends, strict=True)
+        for n, (s, short, long) in enumerate(zip(shapes, scores["quick"], scores["longer"], strict=True))
     ]
-    print(format_table(rows, ["shape", *(f"{epoch} epochs" for epoch in rungs), f"{options.longer}x pictures"]))
-    ranks = {epoch: spearmanr([curve[epoch - 1] for curve in curves["quick"]], ends) for epoch in rungs}
-    for epoch, result in ranks.items():
-        print(f"after {epoch} epochs: rank correlation {result.statistic:.3f} (p = {result.pvalue:.3f})")
+    longer = f"{options.longer}x pictures"
+    print(format_table(rows, ["shape", *(f"{e} epochs" for e in rungs), longer, "accuracy %", f"{longer} %"]))
+    ranks = {}
+    for title, values in (("local_tpe", scores), ("accuracy", curves)):
+        ends = [curve[-1] for curve in values["longer"]]
+        for epoch in rungs:
+            result = spearmanr([curve[epoch - 1] for curve in values["quick"]], ends)
+            ranks[title, epoch] = float(result.statistic)
+            print(f"{title} after {epoch} epochs: rank correlation {result.statistic:.3f} (p = {result.pvalue:.3f})")
     record = {
         "benchmark": "vit_search",
         "shapes": shapes,
-        "curves": curves,
-        "rank_correlation": {str(epoch): float(result.statistic) for epoch, result in ranks.items()},
-        "ratio": float(ranks[quick.epochs].statistic),
+        "accuracies": curves,
+        "local_tpes": scores,
+        "rank_correlation": {
+            title: {str(epoch): ranks[title, epoch] for epoch in rungs} for title in ("local_tpe", "accuracy")
+        },
+        "ratio": ranks["local_tpe", quick.epochs],
         "machine": describe(world.device),
     }
     write_json(record, "-")

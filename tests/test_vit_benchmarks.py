@@ -72,5 +72,8 @@ def test_the_ranking_of_short_and_long_runs(tmp_path: Path, monkeypatch: pytest.
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
-    assert set(record["rank_correlation"]) == {"1", "3"}
-    assert [len(curve) for curve in record["curves"]["longer"]] == [3, 3, 3]
+    assert {title: set(of) for title, of in record["rank_correlation"].items()} == {
+        "local_tpe": {"1", "3"},
+        "accuracy": {"1", "3"},
+    }
+    assert [len(curve) for curve in record["accuracies"]["longer"]] == [3, 3, 3]
