@@ -418,7 +418,7 @@ def test_mistakes(fails, tmp_path: Path, nkat: Path, base: Path, user: Path) -> 
     existing = tmp_path / "r.json"
     existing.write_text("{}")
     assert "exists already" in fails(SELECTOR, *always, "--list", "--json", existing)
-    assert "exists already" in fails(SELECTOR, *always, "--benchmark", "--save-config", existing)
+    assert "exists already" in fails(SELECTOR, *always, "--model", nkat, "--benchmark", "--save-config", existing)
 
 
 def test_extra_flags(script, fails, tmp_path: Path, nkat: Path) -> None:
