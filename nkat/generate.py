@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from nkat.cli import bar
+from nkat.cli import bar, interrupt_after
 from nkat.decode import Decoder
 from nkat.errors import NKATError
 from nkat.tokenizer import Tokenizer
@@ -152,8 +152,9 @@ def generate(
 
     def emit(piece: str) -> None:
         if piece:
-            pieces.append(piece)
-            on_text(piece)
+            with interrupt_after():  # what is shown and what is kept are the same text
+                pieces.append(piece)
+                on_text(piece)
 
     started = perf_counter()
     prefilled = None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -206,6 +209,26 @@ def stream(loaded: LoadedModel, tokens: list[int], max_tokens: int = 100, interr
 def byte_tokens(loaded: LoadedModel, text: str) -> list[int]:
     zero = loaded.tokenizer.encode("\x00")[0]
     return [zero + byte for byte in text.encode()]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no Ctrl-C there")
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_while_text_is_shown(gemma: LoadedModel, times: int) -> None:
+    """It waits until the piece is shown; a second one does not, as when nobody reads what is written."""
+    shown: list[str] = []
+
+    def show(piece: str) -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        shown.append(piece)
+
+    before = signal.getsignal(signal.SIGINT)
+    decoder = Scripted(byte_tokens(gemma, "abc"), gemma.config.vocab_size)
+    sampler = Sampler(Sampling(temperature=0.0), 0)
+    result = generate(decoder, gemma.tokenizer, [5], sampler, max_tokens=3, on_text=show)
+    assert (result.stopped, result.text) == ("interrupted", "a")
+    assert shown == (["a"] if times == 1 else [])
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_characters_appear_whole(gemma: LoadedModel) -> None:

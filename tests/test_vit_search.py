@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,11 +230,12 @@ def test_a_trial_that_diverges_does_not_end_the_search(
 
 WORKER = textwrap.dedent(
     """
-    import os, sys
+    import os, sys, time
     from pathlib import Path
     import optuna, torch
     from nkat.study import make_sampler, open_storage, open_study, run_trials
     from nkat_vit import data, search
+    from nkat_vit.loop import Trainer
     from nkat_vit.search import Budget, Trials
     from tests.test_vit_search import BUDGET, CPU, SMALL_BASELINE, SMALL_CHOICES, SMALL_RANGES
 
@@ -243,7 +243,15 @@ WORKER = textwrap.dedent(
     torch.set_num_threads(1)
     data._CONTENTS.clear()
     search.CHOICES, search.RANGES = SMALL_CHOICES, SMALL_RANGES
-    root, folder, storage, target = sys.argv[1:]
+    root, folder, storage, target, role = sys.argv[1:]
+    if role == "victim":  # stands still at its first checkpoint, to be killed there
+
+        def save_and_wait(trainer, save=Trainer._save_run):
+            save(trainer)
+            print("saved", flush=True)
+            time.sleep(600)
+
+        Trainer._save_run = save_and_wait
     trials = Trials(Path(root), Path(folder), BUDGET, 0.0, ("mnist",), CPU)
     study = open_study(open_storage(storage), "s", {}, [(SMALL_BASELINE, {})], resume=True,
         sampler=lambda done: make_sampler(done + os.getpid()), pruner=BUDGET.pruner())
@@ -261,24 +269,24 @@ def test_two_processes_of_which_one_is_killed(root: Path, tmp_path: Path) -> Non
     storage, target = str(tmp_path / "study.journal"), 4
     arguments = [str(root), str(tmp_path / "trials"), storage, str(target)]
 
-    def start() -> subprocess.Popen:
+    def start(role: str) -> subprocess.Popen:
         pipe = subprocess.PIPE
-        command = [sys.executable, "-c", WORKER, *arguments]
+        command = [sys.executable, "-c", WORKER, *arguments, role]
         return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
 
-    victim, survivor = start(), start()
+    workers = [start("victim")]
     try:
+        victim = workers[0]
         number = int(victim.stdout.readline().removeprefix("running "))
-        checkpoint_path = tmp_path / "trials" / f"trial-{number:03d}" / "cifar10" / "last.pt"
-        while not checkpoint_path.exists():
-            assert victim.poll() is None
-            time.sleep(0.01)
+        assert victim.stdout.readline() == "saved\n"
+        workers.append(survivor := start("survivor"))
+        assert survivor.stdout.readline().startswith("running ")
         victim.send_signal(signal.SIGKILL)
         victim.wait(timeout=60)
         assert survivor.wait(timeout=240) == 0
     finally:
-        victim.kill()
-        survivor.kill()
+        for worker in workers:
+            worker.kill()
     study = open_study(open_storage(storage), "s", {}, [], resume=True, sampler=lambda _: None, pruner=BUDGET.pruner())
     states = [trial.state for trial in study.trials]
     assert states.count(TrialState.FAIL) == 1
