@@ -99,9 +99,10 @@ def interrupts(unfinished: str) -> Iterator[list[int]]:
 def interrupt_after() -> Iterator[None]:
     """A Ctrl-C during the block is raised when the block has ended; a second one at once.
 
-    Outside the main thread, which alone is interrupted, this does nothing.
+    Outside the main thread, which alone is interrupted, and where Ctrl-C is ignored, this does nothing.
     """
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []

@@ -366,9 +366,12 @@ def test_ctrl_c_ends_generation_and_keeps_the_text(base: Path, tmp_path: Path) -
     running = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
     )
-    first = running.stdout.read(5)
-    running.send_signal(signal.SIGINT)
-    rest, notes = running.communicate(timeout=60)
+    try:
+        first = running.stdout.read(5)
+        running.send_signal(signal.SIGINT)
+        rest, notes = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 130, notes
     assert "stopped by interrupted" in notes
     saved = json.loads(record.read_text())
