@@ -79,20 +79,12 @@ def interrupts(unfinished: str) -> Iterator[list[int]]:
 
     unfinished: what is still brought to its end after the first, for the message
     """
-    received: list[int] = []
 
-    def stop(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
+    def say() -> None:
         tqdm.write(f"stopping after {unfinished}; press Ctrl-C again to stop at once", file=sys.stderr)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with _held((signal.SIGINT, signal.SIGTERM), say) as received:
         yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -105,17 +97,26 @@ def interrupt_after() -> Iterator[None]:
     if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
+    with _held((signal.SIGINT,), lambda: None) as received:
+        yield
+    if received:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _held(signals: Sequence[signal.Signals], on_first: Callable[[], None]) -> Iterator[list[int]]:
+    """A list that gets the first of these signals; a second one raises KeyboardInterrupt."""
     received: list[int] = []
 
     def hold(number: int, _: object) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        on_first()
 
-    previous = signal.signal(signal.SIGINT, hold)
+    previous = {number: signal.signal(number, hold) for number in signals}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if received:
-        raise KeyboardInterrupt
+        for number, handler in previous.items():
+            signal.signal(number, handler)

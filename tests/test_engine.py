@@ -346,7 +346,6 @@ def test_chat_wraps_the_prompt_in_the_models_template(script, tiny: Path) -> Non
     assert with_system == tokens("--generate", "<|im_start|>rain<|im_end|><|im_start|>the<|im_end|><|im_start|>")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def without_an_end(model: Path, path: Path) -> Path:
     """The model with logits of 0 for the tokens that end a text, which some other logit always exceeds."""
     output = open_model_file(model).base.file.tensors["output.weight"]
@@ -359,6 +358,7 @@ def without_an_end(model: Path, path: Path) -> Path:
     return path
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_ends_generation_and_keeps_the_text(base: Path, tmp_path: Path) -> None:
     record, endless = tmp_path / "r.json", without_an_end(base, tmp_path / "endless.gguf")
     command = [sys.executable, ROOT / ENGINE, "--model", endless, "--generate", "the", "--max-tokens", "100000"]
