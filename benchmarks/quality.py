@@ -86,7 +86,7 @@ class Bench:
         """One model at a time stays open; whatever Θ it had is taken off."""
         if model not in self.models:
             self.models.clear()
-            self.models[model] = load_model(self.path(model), dtype=self.dtype)
+            self.models[model] = load_model(self.path(model), dtype=self.dtype, keep_dense=True)  # faster
         loaded = self.models[model]
         loaded.model.set_thetas({})
         loaded.model.set_gamma(None)
