@@ -148,10 +148,11 @@ class Bench:
     def thetas(self, name: str, model: str, *flags: object) -> ThetaSet:
         """What the converter makes with these flags, kept as NAME.theta; an interrupted fit goes on."""
         path = self.out / f"{name}.theta"
-        if not path.exists():
+        interrupted = path.with_name(path.name + ".fit").exists()  # then a Θ that is there is an unfinished one
+        if interrupted or not path.exists():
             command = [sys.executable, ROOT / "nkat_gguf_converter.py", "--input", self.path(model), "--theta-only"]
             command += ["--output", path, "--theta-gamma", GAMMA, "--json", path.with_suffix(".converter.json"), *flags]
-            command += ["--resume"] if path.with_name(path.name + ".fit").exists() else []
+            command += ["--resume"] if interrupted else []
             done = subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False)
             if done.returncode != 0:
                 raise NKATError(f"{name}: the converter ended with status {done.returncode}")
