@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from benchmarks import quality, quality_report
 from benchmarks.low_rank import LowRankTerms, apply_terms, weight_controls
 from nkat.convert import ThetaOptions, make_thetas
+from nkat.errors import NKATError
 from nkat.layers import adaptable_layers
 from nkat.load import LoadedModel, load_model
 from nkat.texts import default_text
@@ -69,6 +71,27 @@ def test_a_coarse_model_is_judged_on_the_first_text_only(
     assert [list(result["texts"]) for result in results.values()] == [["a.txt"], ["a.txt", "b.txt"]]
     coarse, fine = quality_report.tables(results).splitlines()[2:4]
     assert (coarse.count("±"), fine.count("±")) == (2, 3)  # the perplexity's and the changes'
+
+
+def test_an_interrupted_fit_goes_on(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it wrote is no finished Θ, although it lies where one would."""
+    commands: list[list[str]] = []
+
+    def converter(command: list[str], **_: object) -> CompletedProcess[str]:
+        commands.append(command)
+        return CompletedProcess(command, 130)
+
+    monkeypatch.setattr(quality.subprocess, "run", converter)
+    monkeypatch.setattr(quality.Bench, "path", lambda self, model: model_path)
+    bench = quality.Bench(tmp_path, tmp_path, steps=1)
+    (tmp_path / "a.theta").touch()
+    with pytest.raises(NKATError, match="the file is empty"):
+        bench.thetas("a", "tiny")
+    assert not commands  # control: without a state beside it, the file is taken as it is
+    (tmp_path / "a.theta.fit").touch()
+    with pytest.raises(NKATError, match="status 130"):
+        bench.thetas("a", "tiny")
+    assert "--resume" in commands[0]
 
 
 def test_controls_are_parts_of_theta(model_path: Path) -> None:
