@@ -58,7 +58,7 @@ class FitSettings:
     int8_share: float = 0.2
     nested: bool = True
     reference_share: float = 0.0
-    keep_weight: float = 1.0
+    keep_weight: float = 4.0
     keep_batch: int = 2
     start_steps: int = 10
     fast: bool = False

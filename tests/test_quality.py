@@ -57,20 +57,23 @@ def test_the_first_case_is_judged_with_its_theta(
     assert same["change_percent"] == pytest.approx(first["change_percent"], rel=0.02)
 
 
-def test_a_coarse_model_is_judged_on_the_first_text_only(
+def test_a_case_is_judged_on_the_texts_it_names(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quality, "JUDGED", {"a.txt": 1, "b.txt": 1})
-    monkeypatch.setattr(quality, "COARSE", ("coarse",))
     monkeypatch.setattr(quality.Bench, "path", lambda self, model: model_path)
     for name in quality.JUDGED:
         (tmp_path / name).write_text(default_text().content[:4000])
     bench = quality.Bench(tmp_path, tmp_path, steps=1)
     make = theta_set_of(load_model(model_path))
-    results = {name: quality.theta_case(name, lambda _: make, GAMMA)(bench, name) for name in ("coarse", "fine")}
+    cases = {
+        "one": quality.theta_case("tiny", lambda _: make, GAMMA, ["a.txt"]),
+        "all": quality.theta_case("tiny", lambda _: make, GAMMA),
+    }
+    results = {name: case(bench, name) for name, case in cases.items()}
     assert [list(result["texts"]) for result in results.values()] == [["a.txt"], ["a.txt", "b.txt"]]
-    coarse, fine = quality_report.tables(results).splitlines()[2:4]
-    assert (coarse.count("±"), fine.count("±")) == (2, 3)  # the perplexity's and the changes'
+    one, both = quality_report.tables(results).splitlines()[2:4]
+    assert (one.count("±"), both.count("±")) == (2, 3)  # the perplexity's and the changes'
 
 
 def test_an_interrupted_fit_goes_on(model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
