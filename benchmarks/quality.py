@@ -53,7 +53,7 @@ STRONGEST = 0.90
 RANKS = (2, 4, 6, 8)
 REPAIR_RANKS = (4, 8, 16, 32)
 GAMMAS = (0.90, 0.93, 0.96, 0.97, 0.99)
-STEPS = 100  # of every fit
+STEPS = 60  # of every fit
 COARSE = ("smollm2-q4_0", "smollm2-q3_k_s")
 
 Q3_K_S = gguf.GGMLQuantizationType.Q3_K  # rows of 576 are no multiple of its 256: those tensors become Q4_0

@@ -48,7 +48,7 @@ class FitSettings:
     rank: int
     gamma: float
     seed: int = 0
-    steps: int = 100
+    steps: int = 60
     batch: int = 4
     context: int = 256
     learning_rate: float = 3e-3
