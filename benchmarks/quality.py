@@ -166,7 +166,7 @@ class Bench:
         return open_model_file(path).thetas
 
     def fit_flags(self, rank: int, *more: object, calibrate: Path | None = None) -> list[object]:
-        """Of a fit. Its start is named because the trials of `auto` take time; on SmolLM2 `weight` won all of them."""
+        """Of a fit. Its start is named because the trials of `auto` take time."""
         start = "residual" if "--reference" in more else "weight"
         flags = ["--theta-source", "fit", "--theta-rank", rank, "--fit-steps", self.steps, "--fit-fast"]
         flags += [] if "--fit-start" in more else ["--fit-start", start]

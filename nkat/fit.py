@@ -40,7 +40,7 @@ class FitSettings:
     int8_share: share of the steps, the last ones, in which the factors act rounded
     reference_share: of the reference model's prediction in the loss's target, 0 to 1
     keep_weight: of the divergence from the unmodified model on the second text; keep_batch: sequences of it in a step
-    start_steps: with several starts, how long each is tried before the validation slice chooses
+    start_steps: with several starts, after how many steps the validation slice chooses the one that goes on
     fast: keep activations instead of computing them again for the backward pass
     patience: validations without a better one before the fit ends; 0: never
     """
@@ -60,7 +60,7 @@ class FitSettings:
     reference_share: float = 0.0
     keep_weight: float = 4.0
     keep_batch: int = 2
-    start_steps: int = 10
+    start_steps: int = 20
     fast: bool = False
     validate_every: int = 20
     patience: int = 0
@@ -155,10 +155,9 @@ def fit(
         kind,
     )
     if state is None:
-        name = run.choose(starts) if len(starts) > 1 else next(iter(starts))
-        state = FitState(name, 0, [factor for pair in starts[name] for factor in pair])
-    with fitted_layers(model, by_name(names, state.factors), kind) as (layers, mode):
-        return run.continue_from(state, layers, mode)
+        states = [FitState(name, 0, [f for pair in pairs for f in pair]) for name, pairs in starts.items()]
+        state = states[0] if len(states) == 1 else run.choose(states)
+    return run.advance(state, settings.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,45 +184,39 @@ class _Run:
     world: World
     kind: type[FittedLinear]
 
-    def choose(self, starts: Mapping[str, Sequence[Factors]]) -> str:
-        """The start with the lowest validation loss after a few steps from each."""
-        scores = {}
-        for name, factors in starts.items():
-            named = dict(zip(self.names, factors, strict=True))
-            with fitted_layers(self.student.model, named, self.kind) as (layers, mode):
-                parameters = _parameters(layers)
-                optimizer = self.optimizer(parameters)
-                for step in range(self.settings.start_steps):
-                    loss = self.step(step, parameters, optimizer, mode)
-                    self.progress.step(None, loss)
-                scores[name] = self.validate(mode)
-        return min(scores, key=scores.__getitem__)
+    def choose(self, states: Sequence[FitState]) -> FitState:
+        """The state with the lowest validation loss after the first steps, which each of them takes."""
+        until = min(self.settings.start_steps, self.settings.steps)
+        tried = [self.advance(state, until, trial=True) for state in states]
+        return min(tried, key=lambda state: state.history[-1]["validation_nll"])
 
-    def continue_from(self, state: FitState, layers: Mapping[str, FittedLinear], mode: ThetaMode) -> FitState:
-        settings = self.settings
-        parameters = _parameters(layers)
-        optimizer = self.optimizer(parameters)
-        if state.optimizer:
-            optimizer.load_state_dict(state.optimizer)
-        began = time.monotonic() - state.seconds
-        without_gain = 0
-        for step in range(state.step, settings.steps):
-            loss = self.step(step, parameters, optimizer, mode)
-            state.step = step + 1
-            stopping = self.anywhere(self.progress.stop())
-            if stopping or state.step % settings.validate_every == 0 or state.step == settings.steps:
-                nll = self.validate(mode)
-                without_gain += 1
-                if state.best_nll is None or nll < state.best_nll:
-                    state.best_step, state.best_nll, without_gain = state.step, nll, 0
-                    state.best_factors = [parameter.detach().clone() for parameter in parameters]
-                state.history.append({"step": state.step, "loss": loss, "validation_nll": nll})
-            state.factors = [parameter.detach() for parameter in parameters]
-            state.optimizer = optimizer.state_dict()
-            state.seconds = time.monotonic() - began
-            self.progress.step(state, loss)
-            if stopping or (settings.patience and without_gain >= settings.patience):
-                break
+    def advance(self, state: FitState, until: int, *, trial: bool = False) -> FitState:
+        """Steps from where the state is, with a validation at the end. A trial is neither saved nor stopped."""
+        with fitted_layers(self.student.model, by_name(self.names, state.factors), self.kind) as (layers, mode):
+            settings = self.settings
+            parameters = [factor for layer in layers.values() for factor in (layer.p, layer.q)]
+            optimizer = self.optimizer(parameters)
+            if state.optimizer:
+                optimizer.load_state_dict(state.optimizer)
+            began = time.monotonic() - state.seconds
+            without_gain = sum(row["step"] > (state.best_step or 0) for row in state.history)
+            for step in range(state.step, until):
+                loss = self.step(step, parameters, optimizer, mode)
+                state.step = step + 1
+                stopping = not trial and self.anywhere(self.progress.stop())
+                if stopping or state.step % settings.validate_every == 0 or state.step == until:
+                    nll = self.validate(mode)
+                    without_gain += 1
+                    if state.best_nll is None or nll < state.best_nll:
+                        state.best_step, state.best_nll, without_gain = state.step, nll, 0
+                        state.best_factors = [parameter.detach().clone() for parameter in parameters]
+                    state.history.append({"step": state.step, "loss": loss, "validation_nll": nll})
+                state.factors = [parameter.detach() for parameter in parameters]
+                state.optimizer = optimizer.state_dict()
+                state.seconds = time.monotonic() - began
+                self.progress.step(None if trial else state, loss)
+                if stopping or (settings.patience and without_gain >= settings.patience):
+                    break
         return state
 
     def optimizer(self, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -336,7 +329,3 @@ def visible_columns(first: int, count: int, rank: int, seed: int) -> torch.Tenso
 def _output_weight(model: Transformer) -> torch.Tensor:
     output = model.output
     return dequantize(output.packed, output.qtype, output.shape).to(output.dtype)
-
-
-def _parameters(layers: Mapping[str, FittedLinear]) -> list[torch.nn.Parameter]:
-    return [factor for layer in layers.values() for factor in (layer.p, layer.q)]

@@ -218,11 +218,11 @@ def _run(
     """The fit with its bar, its saved states and Ctrl-C; returns the last state and whether it came to its end."""
     settings = request.settings
     unmodified = float(data.validation.score(loaded.model, "without Θ").mean())
-    trials = len(starts) * settings.start_steps if len(starts) > 1 else 0
+    trials = max(0, len(starts) - 1) * min(settings.start_steps, settings.steps)
     saved = time.monotonic()
     bar = cli.bar(trials + settings.steps, "fitting", "step")
     bar.disable = bar.disable or not world.first
-    with bar, cli.interrupts("the running step") as interrupted:
+    with bar, cli.interrupts("the running step, and the trials of the starts") as interrupted:
         bar.update(0 if state is None else state.step)
 
         def after_step(now: FitState | None, loss: float) -> None:

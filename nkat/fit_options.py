@@ -21,7 +21,7 @@ _FLAGS = {  # field of FitSettings: (type, help)
     "int8_share": (float, "share of the steps, the last ones, with the factors rounded as INT8 will have them"),
     "keep_weight": (float, "weight of --keep's part of the loss"),
     "keep_batch": (cli.positive_int, "sequences of --keep's text a step"),
-    "start_steps": (cli.non_negative_int, "steps that --fit-start auto tries each start for"),
+    "start_steps": (cli.positive_int, "steps that --fit-start auto takes from each start; the best one goes on"),
     "validate_every": (cli.positive_int, "steps between validations"),
     "patience": (cli.non_negative_int, "validations without a better one before the fit ends; 0: go on to the end"),
 }

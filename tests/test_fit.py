@@ -189,9 +189,22 @@ def test_the_best_start_is_taken(tiny: Fixture) -> None:
     progress = Progress(lambda *_: None, lambda: False)
     starts = {"zero": zero_start(tiny.shapes, 2, 0), "found": found}
     assert fit(tiny.loaded.model, tiny.names, starts, tiny.data, settings, progress).start == "found"
-    bad = [(torch.randn_like(p), torch.randn_like(q)) for p, q in found]
+    bad = [(100 * p, 100 * q) for p, q in found]
     starts = {"zero": zero_start(tiny.shapes, 2, 0), "found": bad}
     assert fit(tiny.loaded.model, tiny.names, starts, tiny.data, settings, progress).start == "zero"
+
+
+def test_the_start_that_is_taken_goes_on_from_its_trial(tiny: Fixture) -> None:
+    settings = tiny.settings(start_steps=3)
+    bad = [(1000 * p, q + 1000) for p, q in zero_start(tiny.shapes, 2, 0)]
+    starts = {"bad": bad, "zero": zero_start(tiny.shapes, 2, 0)}
+    steps: list[FitState | None] = []
+    progress = Progress(lambda state, _: steps.append(state), lambda: False)
+    tried = fit(tiny.loaded.model, tiny.names, starts, tiny.data, settings, progress)
+    assert [state is None for state in steps] == [True] * 6 + [False] * 5  # three steps of eight are not done again
+    alone = tiny.run(settings)
+    assert all(map(torch.equal, tried.factors, alone.factors))
+    assert not any(map(torch.equal, tried.factors, tiny.run(tiny.settings(seed=1)).factors))
 
 
 def test_patience_ends_a_fit_that_no_longer_gains(tiny: Fixture) -> None:
