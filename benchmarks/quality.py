@@ -249,10 +249,10 @@ def all_cases() -> dict[str, Case]:
 def _domain_cases() -> dict[str, Case]:
     """The price elsewhere: held by a text of another kind, by the other texts' own halves, and the reverse."""
 
-    def keep_python(bench: Bench) -> ThetaSet:
+    def keep_python(bench: Bench, name: str, model: str) -> ThetaSet:
         text = bench.out / "python-documentation.txt"
         text.write_text(load_text(None).content, encoding="utf-8")
-        return bench.thetas("keep-python", "smollm2", *bench.fit_flags(4, "--keep", text))
+        return bench.thetas(name, model, *bench.fit_flags(4, "--keep", text))
 
     def keep_halves(bench: Bench) -> ThetaSet:
         text = bench.out / "second-halves.txt"
@@ -265,8 +265,12 @@ def _domain_cases() -> dict[str, Case]:
         text = bench.second_half("tinyshakespeare.txt")
         return bench.thetas("fit-shakespeare", "smollm2", *bench.fit_flags(4, calibrate=text))
 
-    made = {"keep-python": keep_python, "keep-halves": keep_halves, "fit-shakespeare": reverse}
-    return {name: theta_case("smollm2", make) for name, make in made.items()}
+    cases = {
+        name: theta_case(model, lambda b, n=name, m=model: keep_python(b, n, m))
+        for name, model in {"keep-python": "smollm2", "keep-python-gemma3": "gemma3"}.items()
+    }
+    made = {"keep-halves": keep_halves, "fit-shakespeare": reverse}
+    return cases | {name: theta_case("smollm2", make) for name, make in made.items()}
 
 
 def _weight_cases() -> dict[str, Case]:
