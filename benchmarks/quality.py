@@ -52,7 +52,7 @@ GAMMA = 0.97
 STRONGEST = 0.90
 RANKS = (2, 4, 6, 8)
 REPAIR_RANKS = (4, 8, 16, 32)
-GAMMAS = (0.90, 0.93, 0.96, 0.97, 0.99)
+GAMMAS = (0.90, 0.93, 0.96, 0.97, 0.98, 0.99)
 STEPS = 60  # of every fit
 COARSE = ("smollm2-q4_0", "smollm2-q3_k_s")
 
