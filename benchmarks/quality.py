@@ -53,6 +53,7 @@ STRONGEST = 0.90
 RANKS = (2, 4, 6, 8)
 REPAIR_RANKS = (4, 8, 16, 32)
 GAMMAS = (0.90, 0.93, 0.96, 0.97, 0.98, 0.99)
+WEAKER = (0.98, 0.99)  # at run time, than a fit was made for
 STEPS = 60  # of every fit
 COARSE = ("smollm2-q4_0", "smollm2-q3_k_s")
 
@@ -240,7 +241,13 @@ def all_cases() -> dict[str, Case]:
         if gamma != GAMMA:
             cases[f"fit-r4-at-{gamma}"] = theta_case("smollm2", lambda b: truncate_rank(nested(b), 4), gamma)
     for model in ("gemma3", "qwen"):
-        cases[f"fit-r4-{model}"] = theta_case(model, lambda b, m=model: b.thetas(f"fit-r4-{m}", m, *b.fit_flags(4)))
+
+        def fitted(bench: Bench, m: str = model) -> ThetaSet:
+            return bench.thetas(f"fit-r4-{m}", m, *bench.fit_flags(4))
+
+        cases[f"fit-r4-{model}"] = theta_case(model, fitted)
+        for gamma in WEAKER:
+            cases[f"fit-r4-{model}-at-{gamma}"] = theta_case(model, fitted, gamma)
     cases |= _domain_cases() | _weight_cases() | _repair_cases()
     cases["unrestricted-same-bytes"] = terms_case("smollm2", _unrestricted)
     return cases
@@ -249,10 +256,10 @@ def all_cases() -> dict[str, Case]:
 def _domain_cases() -> dict[str, Case]:
     """The price elsewhere: held by a text of another kind, by the other texts' own halves, and the reverse."""
 
-    def keep_python(bench: Bench, name: str, model: str) -> ThetaSet:
+    def keep_python(bench: Bench) -> ThetaSet:
         text = bench.out / "python-documentation.txt"
         text.write_text(load_text(None).content, encoding="utf-8")
-        return bench.thetas(name, model, *bench.fit_flags(4, "--keep", text))
+        return bench.thetas("keep-python", "smollm2", *bench.fit_flags(4, "--keep", text))
 
     def keep_halves(bench: Bench) -> ThetaSet:
         text = bench.out / "second-halves.txt"
@@ -265,12 +272,8 @@ def _domain_cases() -> dict[str, Case]:
         text = bench.second_half("tinyshakespeare.txt")
         return bench.thetas("fit-shakespeare", "smollm2", *bench.fit_flags(4, calibrate=text))
 
-    cases = {
-        name: theta_case(model, lambda b, n=name, m=model: keep_python(b, n, m))
-        for name, model in {"keep-python": "smollm2", "keep-python-gemma3": "gemma3"}.items()
-    }
-    made = {"keep-halves": keep_halves, "fit-shakespeare": reverse}
-    return cases | {name: theta_case("smollm2", make) for name, make in made.items()}
+    made = {"keep-python": keep_python, "keep-halves": keep_halves, "fit-shakespeare": reverse}
+    return {name: theta_case("smollm2", make) for name, make in made.items()}
 
 
 def _weight_cases() -> dict[str, Case]:
