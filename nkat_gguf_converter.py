@@ -38,6 +38,7 @@ from nkat.layers import select_layers
 from nkat.report import check_record, format_bytes, note, write_json
 from nkat.theta import coupling
 from nkat.theta_io import (
+    HELDOUT_PREFIX,
     UNFINISHED_KEY,
     ModelFile,
     ThetaSet,
@@ -148,7 +149,7 @@ def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
 
 
 def truncate_existing(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
-    """Writes the input with fewer columns of the Θ it has."""
+    """Writes the input with fewer columns of the Θ it has, at another strength where one is given."""
     if model.thetas is None or model.base is None:
         raise NKATError(f"{model.path}: holds no Θ with its model, so there is nothing to truncate")
     if options.truncate_rank > model.thetas.rank:
@@ -156,7 +157,10 @@ def truncate_existing(options: argparse.Namespace, model: ModelFile) -> dict[str
     _check_outputs(options, model)
     judge = _merge_judge(options, model)
     started = time.perf_counter()
-    theta_set = truncate_rank(model.thetas, options.truncate_rank)
+    gamma = model.thetas.gamma if options.theta_gamma is None else options.theta_gamma
+    coupling(gamma)  # raises when out of range
+    notes = {key: value for key, value in model.thetas.notes.items() if not key.startswith(HELDOUT_PREFIX)}
+    theta_set = replace(truncate_rank(model.thetas, options.truncate_rank), gamma=gamma, notes=notes)
     written = _write(options, model, theta_set)
     record = _describe(options, model, theta_set, written, {"write": time.perf_counter() - started})
     print_summary(record)

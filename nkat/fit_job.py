@@ -26,7 +26,7 @@ from nkat.perplexity import PairedChange, Perplexity, paired
 from nkat.report import note
 from nkat.texts import Text, load_text
 from nkat.theta import Theta
-from nkat.theta_io import CALIBRATION_KEY, KEEP_KEY, UNFINISHED_KEY, ModelFile, open_model_file
+from nkat.theta_io import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ModelFile, open_model_file
 
 _SAVE_SECONDS = 60.0
 
@@ -119,9 +119,9 @@ def run_fit(request: FitRequest) -> FitResult:
         notes["nkat.reference.sha256"] = hashes["reference_sha256"]
     if change is not None:
         record |= {"heldout_change_percent": change.percent, "heldout_change_percent_stderr": change.percent_stderr}
-        notes["nkat.heldout.change_percent"] = change.percent
-        notes["nkat.heldout.change_percent_stderr"] = change.percent_stderr
-        notes["nkat.heldout.tokens"] = int(data.validation.counted.sum())
+        notes[f"{HELDOUT_PREFIX}change_percent"] = change.percent
+        notes[f"{HELDOUT_PREFIX}change_percent_stderr"] = change.percent_stderr
+        notes[f"{HELDOUT_PREFIX}tokens"] = int(data.validation.counted.sum())
     return FitResult(thetas, notes, record, data.validation, world.first, finished)
 
 

@@ -99,7 +99,12 @@ class BaseView:
         return FileRange(self.file.path, min(self.file.data_start, self.data_end), self.data_end)
 
     def is_exact(self) -> bool:
-        """Whether `parts` gives the file's own bytes: true unless the padding before the data holds non-zeros."""
+        """Whether `parts` gives the base's own bytes: true unless the padding before the data holds non-zeros.
+
+        A base among Θ's tensors has no header to compare with any more; that was done when Θ was put there.
+        """
+        if self.metadata_count < len(self.file.metadata):
+            return True
         header = self.file.read(self.file.start, self.data().start).tobytes()
         return _header(self, self.version)[: len(header)] == header and len(header) == self.file.data_start
 

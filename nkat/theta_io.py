@@ -51,6 +51,7 @@ _KEY_PREFIX = "nkat."
 CALIBRATION_KEY = "nkat.calibration.sha256"
 KEEP_KEY = "nkat.keep.sha256"
 UNFINISHED_KEY = "nkat.fit.unfinished"
+HELDOUT_PREFIX = "nkat.heldout."  # of what was measured with this very Θ at this very γ
 
 
 @dataclass(frozen=True, slots=True)

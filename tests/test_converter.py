@@ -121,6 +121,19 @@ def test_converting_again_replaces_theta(script, tmp_path: Path, base: Path) -> 
     assert first.read_bytes() == direct.read_bytes()
 
 
+def test_a_file_with_theta_among_its_tensors_is_converted_again(script, tmp_path: Path, base: Path) -> None:
+    whole, cut, direct, again = (tmp_path / name for name in ("8.nkat", "cut.nkat", "3.nkat", "again.gguf"))
+    convert(script, "--input", base, "--output", whole, "--theta-rank", 8)
+    convert(script, "--input", whole, "--output", cut, "--truncate-rank", 3, "--theta-gamma", 0.98)
+    found = open_model_file(cut)
+    assert (found.layout, found.thetas.rank, found.thetas.gamma) == ("tensors", 3, 0.98)
+    convert(script, "--input", cut, "--output", again, "--remove")
+    assert again.read_bytes() == base.read_bytes()
+    convert(script, "--input", whole, "--output", cut, "--theta-rank", 3, "--force")
+    convert(script, "--input", base, "--output", direct, "--theta-rank", 3)
+    assert cut.read_bytes() == direct.read_bytes()
+
+
 def test_in_place(script, fails, tmp_path: Path, base: Path) -> None:
     original, target = base.read_bytes(), tmp_path / "target.gguf"
     shutil.copy(base, target)

@@ -284,6 +284,8 @@ def test_the_converter_fits(model_path: Path, text_path: Path, tmp_path: Path, s
     expected = truncate_rank(thetas, 2)
     found = open_model_file(cut).thetas
     assert found.rank == 2
+    assert "nkat.heldout.tokens" in thetas.notes  # measured with all columns, so not true of fewer
+    assert not any(key.startswith("nkat.heldout") for key in found.notes)
     assert all(torch.equal(found.thetas[name].p, theta.p) for name, theta in expected.thetas.items())
     done = script(
         *(
