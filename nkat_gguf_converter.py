@@ -38,7 +38,6 @@ from nkat.layers import select_layers
 from nkat.report import check_record, format_bytes, note, write_json
 from nkat.theta import coupling
 from nkat.theta_io import (
-    HELDOUT_PREFIX,
     UNFINISHED_KEY,
     ModelFile,
     ThetaSet,
@@ -155,12 +154,11 @@ def truncate_existing(options: argparse.Namespace, model: ModelFile) -> dict[str
     if options.truncate_rank > model.thetas.rank:
         raise NKATError(f"{model.path}: its Θ has rank {model.thetas.rank}, which is below {options.truncate_rank}")
     _check_outputs(options, model)
-    judge = _merge_judge(options, model)
-    started = time.perf_counter()
     gamma = model.thetas.gamma if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
-    notes = {key: value for key, value in model.thetas.notes.items() if not key.startswith(HELDOUT_PREFIX)}
-    theta_set = replace(truncate_rank(model.thetas, options.truncate_rank), gamma=gamma, notes=notes)
+    judge = _merge_judge(options, model)
+    started = time.perf_counter()
+    theta_set = replace(truncate_rank(model.thetas, options.truncate_rank), gamma=gamma)
     written = _write(options, model, theta_set)
     record = _describe(options, model, theta_set, written, {"write": time.perf_counter() - started})
     print_summary(record)
@@ -253,12 +251,7 @@ def _theta_options(options: argparse.Namespace, names: Sequence[str]) -> ThetaOp
     elif not 0.90 <= gamma <= 0.99:
         note(f"warning: gamma {gamma:g} is outside the usual range 0.90 to 0.99")
     reference, input_weights, notes = None, None, {}
-    if options.theta_source == "fit":
-        if gamma == 1.0:
-            raise NKATError(
-                "--theta-source fit needs theta gamma below 1: at 1 the coupling is 0, and Θ acts on nothing"
-            )
-    elif options.reference:
+    if options.theta_source != "fit" and options.reference:
         reference = GGUFFile.open(options.reference)
         if options.calibrate:
             input_weights, notes = input_second_moments(options.input, options.calibrate, names=names)

@@ -257,12 +257,16 @@ def check_judging_text(theta_set: ThetaSet, text_sha256: str, path: Path) -> Non
 
 
 def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:
-    """Keeps the first `rank` columns of every Θ: each source orders them by importance."""
+    """Keeps the first `rank` columns of every Θ: each source orders them by importance.
+
+    What was measured with all of them is no longer noted.
+    """
     thetas = {
         name: Theta(t.p[:, :rank].contiguous(), t.q[:, :rank].contiguous(), t.scale[:, :rank].contiguous())
         for name, t in theta_set.thetas.items()
     }
-    return replace(theta_set, thetas=thetas)
+    notes = {key: value for key, value in theta_set.notes.items() if not key.startswith(HELDOUT_PREFIX)}
+    return replace(theta_set, thetas=thetas, notes=notes)
 
 
 def scale_by_depth(theta_set: ThetaSet, factor: float) -> ThetaSet:
