@@ -10,9 +10,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from nkat import cli
-from nkat.atomic import check_output
 from nkat.errors import NKATError
+from nkat.host import commandline
+from nkat.host.console import format_bytes, format_table, note
+from nkat.host.files import check_output
+from nkat.host.record import check_record, write_json
 from nkat.kobold import (
     BACKENDS,
     ON_GPU,
@@ -46,7 +48,6 @@ from nkat.kobold_run import (
     running,
     wait_until_ready,
 )
-from nkat.report import check_record, format_bytes, format_table, note, write_json
 
 EXAMPLES = """\
   python backend_selector.py                                    a menu of what this machine can run
@@ -60,7 +61,7 @@ EXAMPLES = """\
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = cli.parser(
+    parser = commandline.parser(
         "Run a model with its Θ in KoboldCpp: the base model, and Θ as a LoRA adapter made from it.", EXAMPLES
     )
     add = parser.add_argument
@@ -69,10 +70,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--base", type=Path, metavar="FILE", help="the base model, where it is not beside the .nkat")
     add("--kobold", type=Path, metavar="PATH", help="KoboldCpp: its program or its folder (default: $KOBOLDCPP, …)")
     add("--backend", choices=("auto", *BACKENDS), default="auto", help="default auto: the best one that can run")
-    add("--contextsize", type=cli.positive_int, default=4096, metavar="N", help="tokens (default 4096)")
+    add("--contextsize", type=commandline.positive_int, default=4096, metavar="N", help="tokens (default 4096)")
     add("--gpulayers", type=_layers, metavar="N", help="layers on the GPU, or auto: as many as fit (default)")
-    add("--threads", type=cli.positive_int, metavar="N", help="default: the processor's physical cores")
-    add("--port", type=cli.positive_int, default=5001, metavar="N", help="default 5001")
+    add("--threads", type=commandline.positive_int, metavar="N", help="default: the processor's physical cores")
+    add("--port", type=commandline.positive_int, default=5001, metavar="N", help="default 5001")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine only")
     add("--list", action="store_true", help="show what there is and what can run, start nothing")
     add("--benchmark", action="store_true", help="measure every usable backend and split, keep the fastest as default")
@@ -81,7 +82,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="print the exact command (the files it needs are made), start nothing")
     add(
         "--timeout",
-        type=cli.positive_int,
+        type=commandline.positive_int,
         default=900,
         metavar="SECONDS",
         help="for loading, or one benchmark (default 900)",
@@ -108,7 +109,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _layers(text: str) -> int | None:
-    return None if text == "auto" else cli.non_negative_int(text)
+    return None if text == "auto" else commandline.non_negative_int(text)
 
 
 def main() -> None:
@@ -386,4 +387,4 @@ def _memory_text(total: int, free: int | None) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -8,18 +8,19 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
-from nkat import cli, study_run
-from nkat.report import check_record
+from nkat import study_run
+from nkat.host import commandline
+from nkat.host.record import check_record
 
 JOBS = {"lm": "nkat.search_job", "vit": "nkat_vit.search_job"}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModuleType, argparse.Namespace]:
     """The task's job and the options: each task has its own."""
-    first = cli.Parser(add_help=False, allow_abbrev=False)
+    first = commandline.Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", choices=list(JOBS), default="lm", help="what to search (default lm)")
     job = importlib.import_module(JOBS[first.parse_known_args(argv)[0].task])
-    parser = cli.parser(job.DESCRIPTION, job.EXAMPLES, parents=[first])
+    parser = commandline.parser(job.DESCRIPTION, job.EXAMPLES, parents=[first])
     job.add_options(parser)
     study_run.add_options(parser, job.TRIALS)
     options = parser.parse_args(argv)
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -13,8 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nkat import cli, hardware, inplace, merge, rank_search, residual_report
-from nkat.atomic import check_output
+from nkat import inplace, merge, rank_search, residual_report
 from nkat.calibrate import input_second_moments
 from nkat.convert import (
     DEFAULT_GAMMA,
@@ -28,14 +27,18 @@ from nkat.convert import (
 )
 from nkat.convert_options import parse_arguments
 from nkat.convert_report import describe_layers, print_summary
-from nkat.distributed import is_first
 from nkat.errors import NKATError
 from nkat.fit_job import FitRequest, check_state, run_fit
 from nkat.fit_options import fit_settings
-from nkat.gguf_file import GGUFFile
-from nkat.gguf_writer import Part, part_size, write_gguf
+from nkat.gguf import quantise
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.writer import Part, part_size, write_gguf
+from nkat.host import commandline, console, hardware
+from nkat.host.console import format_bytes, note
+from nkat.host.distributed import is_first
+from nkat.host.files import check_output
+from nkat.host.record import check_record, write_json
 from nkat.layers import select_layers
-from nkat.report import check_record, format_bytes, note, write_json
 from nkat.theta import coupling
 from nkat.theta_io import (
     UNFINISHED_KEY,
@@ -79,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         record["machine"] = hardware.describe(hardware.pick_device(allow_cuda=False))
         write_json(record, options.json, options.force)
     if not record.get("fit", {}).get("finished", True):
-        sys.exit(cli.INTERRUPTED)
+        sys.exit(commandline.INTERRUPTED)
 
 
 def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
@@ -102,7 +105,7 @@ def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
     _announce(options, model, names, theta_options)
 
     started = time.perf_counter()
-    with cli.bar(model.base_size, "hashing the base", "B") as bar:
+    with console.bar(model.base_size, "hashing the base", "B") as bar:
         base_sha256 = base_hash(model, bar.update)
     made_from = time.perf_counter()
     record: dict[str, Any] = {}
@@ -114,10 +117,10 @@ def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
         thetas, validation, record["fit"] = fitted.thetas, fitted.validation, fitted.record
         theta_options = replace(theta_options, notes=fitted.notes)
     else:
-        with cli.bar(len(names), "making Θ", "layer") as bar:
+        with console.bar(len(names), "making Θ", "layer") as bar:
             thetas = make_thetas(model.base.file, names, theta_options, bar.update)
     if options.theta_source == "residual":
-        with cli.bar(len(names), "comparing with other Θ", "layer") as bar:
+        with console.bar(len(names), "comparing with other Θ", "layer") as bar:
             errors = residual_errors(model.base.file, thetas, theta_options, bar.update)
         record["residual"] = residual_report.describe_errors(errors, theta_options.input_weights)
     theta_set = describe_theta_set(model, thetas, theta_options, base_sha256)
@@ -198,7 +201,7 @@ def _merge_judge(options: argparse.Namespace, model: ModelFile) -> merge.Judge |
     """What --merge needs, so that it fails before time is spent; None where nothing is to be measured."""
     if options.merge is None:
         return None
-    merge.check_quantiser()
+    quantise.check_quantiser()
     return None if options.dry_run else merge.prepare_judge(model, options.text, options.chunks)
 
 
@@ -221,7 +224,7 @@ def remove_theta(options: argparse.Namespace, model: ModelFile) -> dict[str, Any
         raise NKATError(f"{model.path}: Θ stands among the tensors (layout 'tensors'); give --output instead")
     if options.output is not None:
         check_output(options.output, options.force, [model.path])
-    with cli.bar(model.base_size, "checking the base", "B") as bar:
+    with console.bar(model.base_size, "checking the base", "B") as bar:
         base_sha256 = base_hash(model, bar.update)
     target = options.output or model.path
     if options.in_place and not options.dry_run:
@@ -373,7 +376,7 @@ def _output_parts(options: argparse.Namespace, model: ModelFile, theta_set: Thet
 def _write_unless_dry(options: argparse.Namespace, path: Path, parts: list[Part], inputs: list[Path]) -> None:
     if options.dry_run:
         return
-    with cli.bar(_size(parts), f"writing {path.name}", "B") as bar:
+    with console.bar(_size(parts), f"writing {path.name}", "B") as bar:
         write_gguf(path, parts, options.force, inputs, bar.update)
 
 
@@ -406,4 +409,4 @@ def _describe(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from nkat import cli, hardware
-from nkat.atomic import check_output
 from nkat.bench import Arms, bench_decode, bench_prefill
 from nkat.chat import chat_messages, encode_chat, render_chat
 from nkat.compare import (
@@ -31,12 +29,15 @@ from nkat.decode import Decoder, make_decoder
 from nkat.errors import NKATError
 from nkat.gemm import bench_gemm, copy_speed, gemm_table
 from nkat.generate import Sampler, Sampling, generate
+from nkat.host import commandline, console, hardware
+from nkat.host.console import format_table, note
+from nkat.host.files import check_output
+from nkat.host.memory import memory
+from nkat.host.record import check_record, write_json
 from nkat.load import DTYPES, LoadedModel
-from nkat.memory import memory
 from nkat.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks, text_chunks
 from nkat.plots import plot_comparison
 from nkat.provenance import file_hash, provenance
-from nkat.report import check_record, format_table, note, write_json
 from nkat.startup import Request, fresh_startup
 from nkat.texts import Text, load_text
 from nkat.theta_io import ModelFile, ThetaSet, check_judging_text
@@ -76,7 +77,9 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = cli.parser("Run a language model with and without its Θ, and measure what Θ costs and buys.", EXAMPLES)
+    parser = commandline.parser(
+        "Run a language model with and without its Θ, and measure what Θ costs and buys.", EXAMPLES
+    )
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf")
     add("--theta", type=Path, metavar="FILE", help="a Θ file made for this model (--theta-only of the converter)")
@@ -89,24 +92,32 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--gemm", action="store_true", help="each shape of layer alone, with and without the star term")
     measure = parser.add_argument_group("measuring").add_argument
     measure("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: Python's documentation)")
-    measure("--seq-len", type=cli.positive_int, metavar="N", help="tokens to prefill (default 512)")
-    measure("--iterations", type=cli.positive_int, metavar="N", help="decode steps behind them (default 100)")
-    measure("--repetitions", type=cli.positive_int, metavar="N", help="times over (default 6; --gemm 20)")
+    measure("--seq-len", type=commandline.positive_int, metavar="N", help="tokens to prefill (default 512)")
+    measure("--iterations", type=commandline.positive_int, metavar="N", help="decode steps behind them (default 100)")
+    measure("--repetitions", type=commandline.positive_int, metavar="N", help="times over (default 6; --gemm 20)")
     measure(
         "--chunks",
-        type=cli.non_negative_int,
+        type=commandline.non_negative_int,
         metavar="N",
         help="chunks of 512 tokens for perplexity, at most (default 16; --compare 4, and 0 leaves perplexity out)",
     )
-    measure("--batch", type=cli.positive_int, metavar="N", help="chunks in one forward pass (default 4)")
+    measure("--batch", type=commandline.positive_int, metavar="N", help="chunks in one forward pass (default 4)")
     text = parser.add_argument_group("generating").add_argument
-    text("--max-tokens", type=cli.positive_int, metavar="N", help="at most so many (default 256)")
+    text("--max-tokens", type=commandline.positive_int, metavar="N", help="at most so many (default 256)")
     text("--temperature", type=float, metavar="T", help="0 takes the best token each time (default 0.8)")
-    text("--top-k", type=cli.non_negative_int, metavar="K", help="draw from the K likeliest tokens (default 40; 0 off)")
+    text(
+        "--top-k",
+        type=commandline.non_negative_int,
+        metavar="K",
+        help="draw from the K likeliest tokens (default 40; 0 off)",
+    )
     text("--top-p", type=float, metavar="P", help="draw from the likeliest that sum to P (default 0.95; 1 off)")
     text("--min-p", type=float, metavar="P", help="draw from those P times as likely as the best (default 0.05; 0 off)")
     text(
-        "--seed", type=cli.non_negative_int, metavar="N", help="the same seed gives the same text (default: a new one)"
+        "--seed",
+        type=commandline.non_negative_int,
+        metavar="N",
+        help="the same seed gives the same text (default: a new one)",
     )
     text("--chat", action="store_true", default=None, help="put the prompt into the model's own chat template")
     text("--system", metavar="TEXT", help="instructions for the model, with --chat")
@@ -118,7 +129,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--perplexity and on CUDA)",
     )
     add("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
-    add("--threads", type=cli.positive_int, metavar="N", help="processor threads (default: torch's choice)")
+    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads (default: torch's choice)")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
     add(
         "--output-dir",
@@ -217,13 +228,13 @@ def run(options: argparse.Namespace) -> None:
     if options.json:
         write_json(record, options.json, options.force)
     if record.get("stopped") == "interrupted":
-        sys.exit(cli.INTERRUPTED)
+        sys.exit(commandline.INTERRUPTED)
 
 
 def benchmark(job: Job) -> Record:
     """Prefill and decoding, with and without Θ where there is one; loading and memory in a fresh process."""
     options = job.options
-    with cli.bar(1, "loading in a fresh process", "start"):
+    with console.bar(1, "loading in a fresh process", "start"):
         start = fresh_startup(job.request, job.text.content, job.threads)
     loaded = job.load()
     prefill, decode, decoder = measure_speed(job, loaded)
@@ -253,7 +264,7 @@ def compare(job: Job) -> Record:
         make_folder(folder)
         for path in (picture, details):
             check_output(path, options.force)
-    with cli.bar(2, "loading in fresh processes", "start") as progress:
+    with console.bar(2, "loading in fresh processes", "start") as progress:
         starts = []
         for with_theta in (False, True):
             request = replace(job.request, gamma=job.request.gamma if with_theta else None, with_theta=with_theta)
@@ -442,4 +453,4 @@ def verdict(change: PairedChange) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -150,10 +150,10 @@ def number(version: str) -> tuple[int, ...]:
 
 def check_machine(options: argparse.Namespace) -> list[Check]:
     """Everything that needs the toolkit's own modules."""
-    from nkat.report import format_bytes
+    from nkat.host.console import format_bytes
 
     try:
-        from nkat import hardware
+        from nkat.host import hardware
         from nkat.kobold import look
     except (ImportError, OSError) as error:  # OSError: a library that torch needs does not load
         command = f"{quote(sys.executable)} -m pip install --force-reinstall torch"
@@ -180,7 +180,7 @@ def check_machine(options: argparse.Namespace) -> list[Check]:
 
 
 def check_processor(machine: Machine) -> Check:
-    from nkat.report import format_bytes
+    from nkat.host.console import format_bytes
 
     names = {"avx512": "AVX-512", "avx2": "AVX2", "avx": "AVX"}
     best = next((text for name, text in names.items() if name in machine.features), None)
@@ -198,8 +198,8 @@ def oldpc_command() -> str:
 
 
 def check_gpu(machine: Machine) -> Check:
+    from nkat.host.console import format_bytes
     from nkat.kobold import free_bytes
-    from nkat.report import format_bytes
 
     real = [gpu for gpu in machine.gpus if gpu.kind != "software"]
     if real:
@@ -239,7 +239,7 @@ def check_model(path: Path | None, machine: Machine) -> tuple[int, list[Check]]:
         return 0, [Check("model", OK, "none given; --model FILE checks yours")]
     from nkat.config import ModelConfig
     from nkat.errors import NKATError
-    from nkat.report import format_bytes
+    from nkat.host.console import format_bytes
     from nkat.theta_io import open_model_file
 
     try:

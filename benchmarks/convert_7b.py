@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from nkat import cli
 from nkat.errors import NKATError
-from nkat.gguf_writer import NewTensor, gguf_parts, part_size, write_gguf
-from nkat.hardware import describe
-from nkat.report import format_bytes, write_json
+from nkat.gguf.writer import NewTensor, gguf_parts, part_size, write_gguf
+from nkat.host import commandline, console
+from nkat.host.console import format_bytes
+from nkat.host.hardware import describe
+from nkat.host.record import write_json
 
 DIM, FFN, VOCABULARY = 4096, 11008, 32000
 BLOCK_WEIGHTS = {
@@ -49,7 +50,7 @@ def write_model(path: Path, blocks: int) -> int:
     tensors = [NewTensor(name, q4_k, packed[shape], shape) for name, shape in shapes.items()]
     parts = gguf_parts({"general.architecture": "llama", "llama.block_count": blocks}, tensors)
     size = sum(part_size(part) for part in parts)
-    with cli.bar(size, "writing the synthetic model", "B") as bar:
+    with console.bar(size, "writing the synthetic model", "B") as bar:
         write_gguf(path, parts, force=True, progress=bar.update)
     return size
 
@@ -76,10 +77,10 @@ def convert(model: Path, output: Path, rank: int, threads: int | None) -> dict[s
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.convert_7b --blocks 4")
-    parser.add_argument("--blocks", type=cli.positive_int, default=32)
-    parser.add_argument("--rank", type=cli.positive_int, default=4)
-    parser.add_argument("--threads", type=cli.positive_int)
+    parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.convert_7b --blocks 4")
+    parser.add_argument("--blocks", type=commandline.positive_int, default=32)
+    parser.add_argument("--rank", type=commandline.positive_int, default=4)
+    parser.add_argument("--threads", type=commandline.positive_int)
     parser.add_argument("--folder", type=Path, help="where the two files of 4 GB go (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

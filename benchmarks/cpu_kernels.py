@@ -22,15 +22,16 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from benchmarks.dequantise import random_rows
-from nkat import cli, hardware
 from nkat.errors import NKATError
+from nkat.gguf.formats import dequantize
+from nkat.host import commandline, console, hardware
+from nkat.host.console import format_table
+from nkat.host.record import write_json
 from nkat.kernels.cpu_formats import BLOCK_LAYOUTS
 from nkat.kernels.cpu_linear import CpuLinear
 from nkat.kernels.jit import best_isa, compile_kernel
 from nkat.kernels.llvm import I32, Builder
 from nkat.kernels.program import Program, pool
-from nkat.quants import dequantize
-from nkat.report import format_table, write_json
 
 COLUMNS, TOKENS = 2048, 256
 
@@ -105,13 +106,13 @@ def _ratio(a: list[float], b: list[float]) -> float:
 
 
 def main() -> None:
-    parser = cli.parser("CPU kernels by block format.", "  python -m benchmarks.cpu_kernels --threads 2")
+    parser = commandline.parser("CPU kernels by block format.", "  python -m benchmarks.cpu_kernels --threads 2")
     parser.add_argument("--types", nargs="+", metavar="TYPE", default=[q.name for q in BLOCK_LAYOUTS])
     parser.add_argument(
-        "--megabytes", type=cli.positive_int, default=200, metavar="N", help="of a weight (default 200)"
+        "--megabytes", type=commandline.positive_int, default=200, metavar="N", help="of a weight (default 200)"
     )
-    parser.add_argument("--rounds", type=cli.positive_int, default=9, metavar="N")
-    parser.add_argument("--threads", type=cli.positive_int, metavar="N")
+    parser.add_argument("--rounds", type=commandline.positive_int, default=9, metavar="N")
+    parser.add_argument("--threads", type=commandline.positive_int, metavar="N")
     options = parser.parse_args()
     threads = hardware.set_threads(options.threads)
     known = {q.name: q for q in BLOCK_LAYOUTS}
@@ -119,7 +120,7 @@ def main() -> None:
         if name not in known:
             raise NKATError(f"--types: {name} has no kernel; there are {', '.join(known)}")
     records = []
-    with cli.bar(len(options.types), "formats", "format") as bar:
+    with console.bar(len(options.types), "formats", "format") as bar:
         for name in options.types:
             records.append(measure(known[name], options.megabytes, options.rounds, threads))
             bar.update()
@@ -142,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -1,4 +1,4 @@
-"""How fast `nkat.quants.dequantize` unpacks each block format, side by side with gguf-py in one process.
+"""How fast `nkat.gguf.formats.dequantize` unpacks each block format, side by side with gguf-py in one process.
 
     python -m benchmarks.dequantise
     python -m benchmarks.dequantise --threads 1 --rows 4096 --columns 4096 --rounds 9 --types Q4_K Q6_K
@@ -22,11 +22,12 @@ from gguf import quants as gguf_quants
 from gguf.constants import GGMLQuantizationType
 from tqdm import tqdm
 
-from nkat.cli import parser, positive_int, run
 from nkat.errors import NKATError
-from nkat.hardware import describe, set_threads
-from nkat.quants import SUPPORTED_TYPES, dequantize, packed_nbytes
-from nkat.report import format_table, write_json
+from nkat.gguf.formats import SUPPORTED_TYPES, dequantize, packed_nbytes
+from nkat.host.commandline import parser, positive_int, run
+from nkat.host.console import format_table
+from nkat.host.hardware import describe, set_threads
+from nkat.host.record import write_json
 
 TYPES = sorted(SUPPORTED_TYPES - {GGMLQuantizationType.F32})
 

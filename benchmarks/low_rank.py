@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from nkat import cli
 from nkat.calibrate import input_second_moments
-from nkat.convert import read_weight
 from nkat.fit import FitData, FitSettings, Progress, by_name, fit
 from nkat.fit_data import fit_text, split_validation
 from nkat.fit_layers import Factors, FittedLinear
-from nkat.gguf_file import GGUFFile
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.weights import read_weight
+from nkat.host import console
 from nkat.layers import adaptable_layers
 from nkat.load import LoadedModel, load_model
 from nkat.residual import equal_bytes_rank, regularised_moments, rounded_factors, unrestricted_optimum
@@ -80,7 +80,7 @@ def qera_terms(loaded: LoadedModel, reference: Path, calibrate: Path, rank: int)
     moments = _moments(loaded.gguf.path, calibrate)
     names = adaptable_layers(loaded.tensors)
     layers, nbytes = {}, 0
-    with GGUFFile.open(reference) as better, cli.bar(len(names), "QERA", "layer") as bar:
+    with GGUFFile.open(reference) as better, console.bar(len(names), "QERA", "layer") as bar:
         for name in names:
             m, n = loaded.tensors[name].shape
             residual = read_weight(better, name) - read_weight(loaded.gguf, name)
@@ -107,7 +107,7 @@ def fit_unrestricted(
         text = load_text(calibrate)
         settings = FitSettings(rank, 0.97, steps=steps, nested=False, fast=True)
         learned, validation = split_validation(fit_text(loaded.tokenizer, text, ignore), text.name, settings.context)
-        with cli.bar(steps, "fitting a LoRA", "step") as bar:
+        with console.bar(steps, "fitting a LoRA", "step") as bar:
             progress = Progress(lambda *_: bar.update(), lambda: False)
             starts = {"zero": _zero_start(shapes, rank)}
             state = fit(

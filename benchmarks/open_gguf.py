@@ -17,11 +17,12 @@ from time import perf_counter
 import gguf
 import torch
 
-from nkat import cli
-from nkat.gguf_file import GGUFFile
-from nkat.hardware import describe
+from nkat.gguf.file import GGUFFile
+from nkat.host import commandline
+from nkat.host.console import format_table
+from nkat.host.hardware import describe
+from nkat.host.record import write_json
 from nkat.models import MODELS, cached
-from nkat.report import format_table, write_json
 
 
 def seconds(opener: Callable[[Path], object], path: Path) -> float:
@@ -32,9 +33,9 @@ def seconds(opener: Callable[[Path], object], path: Path) -> float:
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.open_gguf --rounds 5")
+    parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.open_gguf --rounds 5")
     parser.add_argument("models", nargs="*", type=Path, help="GGUF files (default: every fetched model)")
-    parser.add_argument("--rounds", type=cli.positive_int, default=3)
+    parser.add_argument("--rounds", type=commandline.positive_int, default=3)
     options = parser.parse_args()
     paths = options.models or [path for name in MODELS if (path := cached(name))]
     records = []
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -20,13 +20,14 @@ from time import perf_counter
 import optuna
 import torch
 
-from nkat import cli
 from nkat.convert import ThetaOptions, base_hash, describe_theta_set, make_thetas
-from nkat.hardware import describe, set_threads
+from nkat.host import commandline, console
+from nkat.host.console import format_table
+from nkat.host.hardware import describe, set_threads
+from nkat.host.record import write_json
 from nkat.layers import select_layers
 from nkat.load import load_model
 from nkat.perplexity import score_chunks, text_chunks
-from nkat.report import format_table, write_json
 from nkat.search import GROUPS, GUIDE_DEFAULT, RANKS, Judge, Setting, Space, make_objective, make_pruner
 from nkat.study import make_sampler
 from nkat.texts import load_text
@@ -47,7 +48,7 @@ def measure_grid(judge: Judge) -> dict[Setting, float]:
     """TPE of every setting, measured."""
     settings = grid()
     table = {}
-    with cli.bar(len(settings), "measuring the grid", "setting") as bar:
+    with console.bar(len(settings), "measuring the grid", "setting") as bar:
         for setting in settings:
             table[setting] = tpe(judge.measure(setting).ppl, judge.ratio(judge.apply(setting)))
             bar.update()
@@ -103,12 +104,12 @@ def trials_to_reach(order: Iterator[Setting], table: dict[Setting, float], goal:
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.optimizer --model model.gguf")
+    parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.optimizer --model model.gguf")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--chunks", type=cli.positive_int, default=2)
-    parser.add_argument("--seeds", type=cli.positive_int, default=20)
-    parser.add_argument("--threads", type=cli.positive_int)
+    parser.add_argument("--chunks", type=commandline.positive_int, default=2)
+    parser.add_argument("--seeds", type=commandline.positive_int, default=20)
+    parser.add_argument("--threads", type=commandline.positive_int)
     options = parser.parse_args()
     set_threads(options.threads)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -133,7 +134,7 @@ def main() -> None:
     }
     results = {}
     for name, search in searches.items():
-        with cli.bar(options.seeds, name, "seed") as bar:
+        with console.bar(options.seeds, name, "seed") as bar:
             counts = []
             for seed in range(options.seeds):
                 counts.append([trials_to_reach(search(seed), table, goal) for goal in (table[best], near)])
@@ -169,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -21,9 +21,9 @@ from time import perf_counter
 
 import optuna
 
-from nkat import cli
 from nkat.errors import NKATError
-from nkat.report import write_json
+from nkat.host import commandline
+from nkat.host.record import write_json
 from nkat.study import open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,7 @@ def trials_per_second(where: str) -> float:
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.optimizer_postgresql --install")
+    parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.optimizer_postgresql --install")
     parser.add_argument("--install", action="store_true", help="install Debian's postgresql first")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -94,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

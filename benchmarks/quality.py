@@ -30,16 +30,17 @@ import torch
 
 from benchmarks import quality_report
 from benchmarks.low_rank import LowRankTerms, apply_terms, fit_unrestricted, qera_terms, weight_controls
-from nkat import cli, hardware
-from nkat.atomic import atomic_output
 from nkat.errors import NKATError
-from nkat.gguf_file import TensorInfo
+from nkat.gguf.file import TensorInfo
+from nkat.gguf.quantise import requantise
+from nkat.host import commandline, hardware
+from nkat.host.console import note
+from nkat.host.files import atomic_output
+from nkat.host.record import write_json
 from nkat.layers import adaptable_layers
 from nkat.load import LoadedModel, load_model
-from nkat.merge import requantise
 from nkat.models import cached, fetch
 from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
-from nkat.report import note, write_json
 from nkat.texts import load_text
 from nkat.theta_io import ThetaSet, open_model_file, truncate_rank
 from nkat.tpe import byte_ratio, tpe
@@ -344,13 +345,15 @@ def _q3_k_s(info: TensorInfo) -> gguf.GGMLQuantizationType:
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.quality --data texts --output-dir quality")
+    parser = commandline.parser(
+        __doc__.splitlines()[0], "  python -m benchmarks.quality --data texts --output-dir quality"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with the texts")
     parser.add_argument("--output-dir", type=Path, required=True, help="where cases are kept")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cases whose names match")
     parser.add_argument("--list", action="store_true", help="name the cases, and which are there")
-    parser.add_argument("--steps", type=cli.positive_int, default=STEPS, help=f"of each fit (default {STEPS})")
-    parser.add_argument("--threads", type=cli.positive_int)
+    parser.add_argument("--steps", type=commandline.positive_int, default=STEPS, help=f"of each fit (default {STEPS})")
+    parser.add_argument("--threads", type=commandline.positive_int)
     options = parser.parse_args()
     hardware.set_threads(options.threads)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -383,4 +386,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

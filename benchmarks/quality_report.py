@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nkat.plots import new_figure, save_figure
-from nkat.report import format_bytes, format_table
+from nkat.host.console import format_bytes, format_table
+from nkat.host.figures import new_figure, save_figure
 
 _SHORT = {
     "wiki.test.raw": "wiki",

@@ -14,9 +14,10 @@ from time import perf_counter
 
 import torch
 
-from nkat import cli
-from nkat.hardware import describe, set_threads
-from nkat.report import format_table, write_json
+from nkat.host import commandline
+from nkat.host.console import format_table
+from nkat.host.hardware import describe, set_threads
+from nkat.host.record import write_json
 from nkat.theta import truncated_svd
 
 
@@ -31,11 +32,11 @@ def matrices(size: int) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.svd --size 2048")
-    parser.add_argument("--size", type=cli.positive_int, default=4096)
-    parser.add_argument("--rank", type=cli.positive_int, default=4)
-    parser.add_argument("--rounds", type=cli.positive_int, default=3)
-    parser.add_argument("--threads", type=cli.positive_int)
+    parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.svd --size 2048")
+    parser.add_argument("--size", type=commandline.positive_int, default=4096)
+    parser.add_argument("--rank", type=commandline.positive_int, default=4)
+    parser.add_argument("--rounds", type=commandline.positive_int, default=3)
+    parser.add_argument("--threads", type=commandline.positive_int)
     options = parser.parse_args()
     set_threads(options.threads)
     records = []
@@ -70,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

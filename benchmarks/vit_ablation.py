@@ -17,11 +17,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from nkat import cli
-from nkat.distributed import World
 from nkat.errors import NKATError
-from nkat.hardware import describe, pick_device, set_threads
-from nkat.report import format_table, write_json
+from nkat.host import commandline
+from nkat.host.console import format_table
+from nkat.host.distributed import World
+from nkat.host.hardware import describe, pick_device, set_threads
+from nkat.host.record import write_json
 from nkat_vit.data import DATASETS, load_images
 from nkat_vit.loop import open_run
 from nkat_vit.recipe import PRESETS, make_recipe
@@ -64,21 +65,23 @@ def spread(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.vit_ablation --output-dir out nkat_strength=0")
+    parser = commandline.parser(
+        __doc__.splitlines()[0], "  python -m benchmarks.vit_ablation --output-dir out nkat_strength=0"
+    )
     parser.add_argument("changes", nargs="+", metavar="NAME=VALUE,…")
     parser.add_argument("--ladder", action="store_true", help="each change on top of those before it")
     parser.add_argument("--dataset", choices=list(DATASETS), default="cifar10")
     parser.add_argument("--preset", choices=list(PRESETS), default="stage2")
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=cli.positive_int, default=3)
-    parser.add_argument("--epochs", type=cli.positive_int, default=10)
+    parser.add_argument("--seeds", type=commandline.positive_int, default=3)
+    parser.add_argument("--epochs", type=commandline.positive_int, default=10)
     parser.add_argument("--warmup", type=float, default=1.0)
-    parser.add_argument("--limit-train", type=cli.non_negative_int, default=10000)
-    parser.add_argument("--validation", type=cli.positive_int, default=5000)
+    parser.add_argument("--limit-train", type=commandline.non_negative_int, default=10000)
+    parser.add_argument("--validation", type=commandline.positive_int, default=5000)
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth run, from the Ith")
-    parser.add_argument("--threads", type=cli.positive_int)
+    parser.add_argument("--threads", type=commandline.positive_int)
     parser.add_argument("--no-cuda", action="store_true")
     options = parser.parse_args()
     set_threads(options.threads)
@@ -118,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

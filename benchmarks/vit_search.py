@@ -19,10 +19,11 @@ from typing import Any
 import optuna
 from scipy.stats import spearmanr
 
-from nkat import cli
-from nkat.distributed import World
-from nkat.hardware import describe, pick_device, set_threads
-from nkat.report import format_table, write_json
+from nkat.host import commandline
+from nkat.host.console import format_table
+from nkat.host.distributed import World
+from nkat.host.hardware import describe, pick_device, set_threads
+from nkat.host.record import write_json
 from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import count_parameters
 from nkat_vit.recipe import PRESETS
@@ -50,15 +51,19 @@ def local_tpes(curves: list[list[float]], shapes: list[dict[str, Any]], budget: 
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.vit_search --data-root data --output-dir out")
+    parser = commandline.parser(
+        __doc__.splitlines()[0], "  python -m benchmarks.vit_search --data-root data --output-dir out"
+    )
     parser.add_argument("--data-root", type=Path, default=Path("data"))
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--shapes", type=cli.positive_int, default=8)
-    parser.add_argument("--longer", type=cli.positive_int, default=4, help="times the pictures of the quick budget (4)")
+    parser.add_argument("--shapes", type=commandline.positive_int, default=8)
+    parser.add_argument(
+        "--longer", type=commandline.positive_int, default=4, help="times the pictures of the quick budget (4)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth shape, from the Ith: several jobs")
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
-    parser.add_argument("--threads", type=cli.positive_int)
+    parser.add_argument("--threads", type=commandline.positive_int)
     parser.add_argument("--no-cuda", action="store_true")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -113,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

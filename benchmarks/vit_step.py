@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nkat import cli
-from nkat.hardware import describe, pick_device, set_threads
-from nkat.report import format_table, write_json
+from nkat.host import commandline, console
+from nkat.host.console import format_table
+from nkat.host.hardware import describe, pick_device, set_threads
+from nkat.host.record import write_json
 from nkat_vit.augment import AugmentConfig, augment
 from nkat_vit.model import STEMS, NKATViT, ViTConfig
 from nkat_vit.predict import autocast
@@ -95,13 +96,13 @@ def make_augmentation(images: Tensor, labels: Tensor) -> Callable[[], float]:
 
 
 def main() -> None:
-    parser = cli.parser(__doc__.splitlines()[0], "  python -m benchmarks.vit_step --threads 2 --amp bf16")
-    parser.add_argument("--batch-size", type=cli.positive_int, default=128)
-    parser.add_argument("--rounds", type=cli.positive_int, default=12)
+    parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.vit_step --threads 2 --amp bf16")
+    parser.add_argument("--batch-size", type=commandline.positive_int, default=128)
+    parser.add_argument("--rounds", type=commandline.positive_int, default=12)
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--conv-stem", choices=list(STEMS), default="tiny")
-    parser.add_argument("--patch-size", type=cli.positive_int, default=2)
-    parser.add_argument("--threads", type=cli.positive_int)
+    parser.add_argument("--patch-size", type=commandline.positive_int, default=2)
+    parser.add_argument("--threads", type=commandline.positive_int)
     parser.add_argument("--no-cuda", action="store_true")
     options = parser.parse_args()
     set_threads(options.threads)
@@ -128,7 +129,7 @@ def main() -> None:
         "augmentation alone": make_augmentation(images, labels),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    with cli.bar(WARM_UP + options.rounds, "rounds", "round") as progress:
+    with console.bar(WARM_UP + options.rounds, "rounds", "round") as progress:
         for index in range(WARM_UP + options.rounds):
             for name, step in arms.items():
                 elapsed = step()
@@ -175,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

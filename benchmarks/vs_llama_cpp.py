@@ -28,13 +28,14 @@ from typing import Any
 
 import torch
 
-from nkat import cli, hardware
 from nkat.decode import Decoder, make_decoder
 from nkat.errors import NKATError
-from nkat.gguf_writer import write_gguf
+from nkat.gguf.writer import write_gguf
+from nkat.host import commandline, console, hardware
+from nkat.host.console import format_table, note
+from nkat.host.record import write_json
 from nkat.kernels import reference
 from nkat.load import LoadedModel, load_model
-from nkat.report import format_table, note, write_json
 from nkat.texts import load_text
 from nkat.theta_io import ModelFile, lora_parts, open_model_file
 
@@ -96,7 +97,7 @@ def compare(program: Path, path: Path, threads: int, turns: int) -> dict[str, An
     decoder.set_gamma(None)
     ours(decoder, tokens, False)  # compiles
     pairs: list[tuple[Speeds, Speeds]] = []
-    with cli.bar(turns, path.name, "turn") as bar:
+    with console.bar(turns, path.name, "turn") as bar:
         for _ in range(turns):
             pairs.append((ours(decoder, tokens, False), llama_bench(program, path, threads)))
             bar.update()
@@ -137,7 +138,7 @@ def theta_cost(program: Path, model_file: ModelFile, threads: int, turns: int) -
         }
         fused(gamma)
         unfused(gamma)
-        with cli.bar(turns, f"{model_file.path.name}, Θ", "turn") as bar:
+        with console.bar(turns, f"{model_file.path.name}, Θ", "turn") as bar:
             for turn in range(turns):
                 for name, run in runs.items():
                     first, second = (gamma, None) if turn % 2 else (None, gamma)
@@ -204,12 +205,14 @@ def _percent(ratios: list[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = cli.parser("CPU speed against llama.cpp.", "  python -m benchmarks.vs_llama_cpp --llama-bench PATH a.gguf")
+    parser = commandline.parser(
+        "CPU speed against llama.cpp.", "  python -m benchmarks.vs_llama_cpp --llama-bench PATH a.gguf"
+    )
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     parser.add_argument("--llama-bench", type=Path, required=True, metavar="PATH")
     parser.add_argument("--llama-completion", type=Path, metavar="PATH", help="to compare Θ with a LoRA there")
-    parser.add_argument("--threads", type=cli.positive_int, metavar="N")
-    parser.add_argument("--turns", type=cli.positive_int, default=5, metavar="N")
+    parser.add_argument("--threads", type=commandline.positive_int, metavar="N")
+    parser.add_argument("--turns", type=commandline.positive_int, default=5, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write the record to a file too")
     options = parser.parse_args()
     threads = hardware.set_threads(options.threads)
@@ -259,4 +262,4 @@ def _print_theta(records: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

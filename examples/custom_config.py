@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from statistics import fmean, stdev
 
-from nkat import cli
-from nkat.distributed import World
-from nkat.hardware import pick_device
+from nkat.host import commandline
+from nkat.host.distributed import World
+from nkat.host.hardware import pick_device
 from nkat_vit.data import DATASETS, load_images, split
 from nkat_vit.loop import Trainer
 from nkat_vit.recipe import make_recipe
@@ -23,14 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    parser = cli.parser("Gauge terms on and off, same seeds.", "  python -m examples.custom_config --dataset fashion")
+    parser = commandline.parser(
+        "Gauge terms on and off, same seeds.", "  python -m examples.custom_config --dataset fashion"
+    )
     parser.add_argument("--dataset", choices=list(DATASETS), default="mnist")
     parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder with the archives (data)")
     parser.add_argument("--strength", type=float, default=0.05)
-    parser.add_argument("--seeds", type=cli.positive_int, default=3)
-    parser.add_argument("--epochs", type=cli.positive_int, default=2)
-    parser.add_argument("--limit-train", type=cli.positive_int, default=10000)
-    parser.add_argument("--validation", type=cli.positive_int, default=5000)
+    parser.add_argument("--seeds", type=commandline.positive_int, default=3)
+    parser.add_argument("--epochs", type=commandline.positive_int, default=2)
+    parser.add_argument("--limit-train", type=commandline.positive_int, default=10000)
+    parser.add_argument("--validation", type=commandline.positive_int, default=5000)
     options = parser.parse_args()
     whole = load_images(options.dataset, options.data_root, train=True)
     world = World(rank=0, size=1, device=pick_device(allow_cuda=True))
@@ -66,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nkat import cli
 from nkat.errors import NKATError
+from nkat.host import commandline
 from nkat.models import fetch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,9 +29,11 @@ def run(script: str, *arguments: object) -> None:
 
 
 def main() -> None:
-    parser = cli.parser("Fetch SmolLM2-135M, add Θ to it, measure it.", "  python -m examples.demo --text my.txt")
+    parser = commandline.parser(
+        "Fetch SmolLM2-135M, add Θ to it, measure it.", "  python -m examples.demo --text my.txt"
+    )
     parser.add_argument("--text", type=Path, help="measure on this text too")
-    parser.add_argument("--chunks", type=cli.positive_int, default=16, help="chunks of 512 tokens (default 16)")
+    parser.add_argument("--chunks", type=commandline.positive_int, default=16, help="chunks of 512 tokens (default 16)")
     options = parser.parse_args()
     model = fetch("smollm2")
     folder = Path("output") / "demo"
@@ -50,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

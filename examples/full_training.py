@@ -13,8 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nkat import cli
 from nkat.errors import NKATError
+from nkat.host import commandline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,13 +29,13 @@ def run(module: str, *arguments: object) -> None:
 
 
 def main() -> None:
-    parser = cli.parser("Stage 2 from end to end.", "  python -m examples.full_training --seeds 3 --amp auto")
+    parser = commandline.parser("Stage 2 from end to end.", "  python -m examples.full_training --seeds 3 --amp auto")
     parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder with the archives (data)")
     parser.add_argument("--download", action="store_true", help="fetch the data sets that are not there")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "stage2")
-    parser.add_argument("--seeds", type=cli.positive_int, default=1)
+    parser.add_argument("--seeds", type=commandline.positive_int, default=1)
     parser.add_argument("--preset", choices=("stage2", "strong"), default="stage2")
-    parser.add_argument("--epochs", type=cli.positive_int, help="instead of the preset's 40")
+    parser.add_argument("--epochs", type=commandline.positive_int, help="instead of the preset's 40")
     parser.add_argument("--amp", choices=("off", "bf16", "auto"), default="auto")
     options = parser.parse_args()
     data, output = ["--data-root", options.data_root.resolve()], options.output.resolve()
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

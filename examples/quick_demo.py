@@ -12,8 +12,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nkat import cli
 from nkat.errors import NKATError
+from nkat.host import commandline
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,16 +28,18 @@ def run(module: str, *arguments: object) -> None:
 
 
 def main() -> None:
-    parser = cli.parser(
+    parser = commandline.parser(
         "Train a small image model and show its attention.", "  python -m examples.quick_demo --download"
     )
     parser.add_argument("--data-root", type=Path, default=ROOT / "data", help="folder with the archives (data)")
     parser.add_argument("--dataset", choices=("mnist", "fashion", "emnist-digits"), default="mnist")
     parser.add_argument("--download", action="store_true", help="fetch the data set when it is not there")
-    parser.add_argument("--epochs", type=cli.positive_int, default=3)
-    parser.add_argument("--limit-train", type=cli.non_negative_int, default=20000, help="pictures, 0: all (20000)")
-    parser.add_argument("--validation", type=cli.positive_int, default=2000)
-    parser.add_argument("--batch-size", type=cli.positive_int, default=128)
+    parser.add_argument("--epochs", type=commandline.positive_int, default=3)
+    parser.add_argument(
+        "--limit-train", type=commandline.non_negative_int, default=20000, help="pictures, 0: all (20000)"
+    )
+    parser.add_argument("--validation", type=commandline.positive_int, default=2000)
+    parser.add_argument("--batch-size", type=commandline.positive_int, default=128)
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "quick_demo")
     options = parser.parse_args()
     data = ["--data-root", options.data_root.resolve()]
@@ -54,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

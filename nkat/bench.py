@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from nkat.cli import bar
 from nkat.decode import Decoder
 from nkat.errors import NKATError
+from nkat.host.console import bar
 
 BLOCK_STEPS = 10
 COVERAGE = 0.95

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from nkat.gguf_writer import MetadataValue
+from nkat.gguf.writer import MetadataValue
+from nkat.host.console import format_bytes, note
 from nkat.layers import adaptable_layers
 from nkat.load import load_model
 from nkat.perplexity import DEFAULT_BATCH, text_chunks
-from nkat.report import format_bytes, note
 from nkat.texts import load_text
 from nkat.theta_io import CALIBRATION_KEY
 from nkat.transformer import Transformer

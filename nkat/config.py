@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nkat.errors import NKATError
-from nkat.gguf_file import TensorInfo
+from nkat.gguf.file import TensorInfo
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 THETA_SUFFIXES = (".theta_p", ".theta_q", ".theta_scale")  # tensors that Θ adds to a file; not the model's own

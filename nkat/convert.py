@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile, TensorInfo
-from nkat.gguf_writer import MetadataValue, sha256_of_parts
-from nkat.quants import dequantize, packed_tensor
+from nkat.gguf.file import GGUFFile, TensorInfo
+from nkat.gguf.weights import read_weight
+from nkat.gguf.writer import MetadataValue, sha256_of_parts
 from nkat.residual import ErrorsLeft, errors_left, factors_from_residual
 from nkat.theta import Theta, ThetaError, coupling, factors_from_weight, quantize_factors
 from nkat.theta_io import ModelFile, ThetaSet
@@ -109,12 +109,6 @@ def _two_at_a_time(
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-
-
-def read_weight(file: GGUFFile, name: str) -> torch.Tensor:
-    """A tensor as float32 of its shape. Raises UnsupportedTypeError naming the tensor for types we cannot read."""
-    info = file.tensors[name]
-    return dequantize(packed_tensor(file.raw(name)), info.type, info.shape, name=name)
 
 
 def describe_theta_set(model: ModelFile, thetas: dict[str, Theta], options: ThetaOptions, base_sha256: str) -> ThetaSet:

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nkat import cli
 from nkat.convert import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
 from nkat.fit_options import add_fit_arguments, given_fit_flags
+from nkat.host import commandline
 
 EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat
@@ -25,7 +25,9 @@ EXAMPLES = """\
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags, checked against one another; a mistake ends the program with one line and status 2."""
-    parser = cli.parser("Add Θ (small antisymmetric INT8 tensors) to a GGUF language model, or take it off.", EXAMPLES)
+    parser = commandline.parser(
+        "Add Θ (small antisymmetric INT8 tensors) to a GGUF language model, or take it off.", EXAMPLES
+    )
     add = parser.add_argument
     add("--input", type=Path, required=True, metavar="FILE", help="a .gguf, or a .nkat whose Θ is to be replaced")
     add("--output", type=Path, metavar="FILE", help="the file to write")
@@ -52,7 +54,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "what that loses on --text; with neither --output nor --in-place, of the Θ the input has, or of a new one",
     )
     add("--remove", action="store_true", help="give the base model back, byte for byte")
-    add("--theta-rank", type=cli.positive_int, metavar="R", help=f"columns of each factor (default {DEFAULT_RANK})")
+    add(
+        "--theta-rank",
+        type=commandline.positive_int,
+        metavar="R",
+        help=f"columns of each factor (default {DEFAULT_RANK})",
+    )
     add(
         "--theta-gamma",
         type=float,
@@ -63,13 +70,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, metavar="FILE", help="text for --optimize-rank (default: Python's own documentation)")
     add(
         "--chunks",
-        type=cli.positive_int,
+        type=commandline.positive_int,
         default=8,
         metavar="N",
         help="chunks of 512 tokens of it to measure on (default 8)",
     )
     add("--selective-layers", nargs="+", metavar="NAME", help="only these weights: GGUF names or globs, or LLaMA names")
-    add("--target-size", type=cli.positive_int, metavar="N", help="Θ acts on the leading NxN corner only")
+    add("--target-size", type=commandline.positive_int, metavar="N", help="Θ acts on the leading NxN corner only")
     add("--depth-decay", action="store_true", help="multiply block l's Θ by gamma^l: weaker with depth")
     add(
         "--theta-source",
@@ -88,12 +95,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--keep", type=Path, metavar="FILE", help="fit: another text, on which the model is to stay as it is")
     add(
         "--truncate-rank",
-        type=cli.positive_int,
+        type=commandline.positive_int,
         metavar="R",
         help="make no new Θ: keep the first R columns of the one the input has",
     )
-    add("--seed", type=cli.non_negative_int, default=0, help="of whatever is random in making Θ (default 0)")
-    add("--threads", type=cli.positive_int, metavar="N", help="processor threads (default: torch's choice)")
+    add("--seed", type=commandline.non_negative_int, default=0, help="of whatever is random in making Θ (default 0)")
+    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads (default: torch's choice)")
     add("--dry-run", action="store_true", help="do everything but write")
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')

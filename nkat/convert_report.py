@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nkat.report import format_table
+from nkat.host.console import format_table
 from nkat.theta_io import ModelFile, ThetaSet
 
 

@@ -13,6 +13,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 
 from nkat.errors import NKATError
+from nkat.gguf.formats import packed_nbytes
 from nkat.kernels.cpu import embedding_kernel, panel_tokens
 from nkat.kernels.cpu_blocks import (
     KEYS,
@@ -25,7 +26,6 @@ from nkat.kernels.cpu_blocks import (
 )
 from nkat.kernels.cpu_linear import CpuLinear, Panels
 from nkat.kernels.program import Program, aligned, pool
-from nkat.quants import packed_nbytes
 from nkat.star import StarLinear
 from nkat.transformer import Block, Transformer
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nkat.distributed import World
 from nkat.errors import NKATError
 from nkat.fit_data import Batch, FitText, Validation, batch_at
 from nkat.fit_layers import Factors, FittedLinear, ThetaMode, fitted_layers
 from nkat.fit_loss import Teacher, vocabulary_loss
 from nkat.fit_state import FitState
-from nkat.quants import dequantize
+from nkat.gguf.formats import dequantize
+from nkat.host.distributed import World
 from nkat.theta import Theta, coupling, quantize_factors
 from nkat.transformer import Transformer
 

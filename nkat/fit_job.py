@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 
-from nkat import cli, hardware
 from nkat.convert import ThetaOptions, base_hash, make_thetas
-from nkat.distributed import World, join_world
 from nkat.errors import NKATError
 from nkat.fit import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.fit_data import Validation, fit_text, split_validation
 from nkat.fit_layers import Factors
 from nkat.fit_state import FitState, load_state, run_identity, save_state
-from nkat.gguf_writer import MetadataValue
+from nkat.gguf.writer import MetadataValue
+from nkat.host import console, hardware, interrupts
+from nkat.host.console import note
+from nkat.host.distributed import World, join_world
+from nkat.host.memory import memory
 from nkat.load import DTYPES, LoadedModel, load_model
-from nkat.memory import memory
 from nkat.perplexity import PairedChange, Perplexity, paired
-from nkat.report import note
 from nkat.texts import Text, load_text
 from nkat.theta import Theta
 from nkat.theta_io import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ModelFile, open_model_file
@@ -171,7 +171,7 @@ def _identity(
     if keep is not None:
         hashes["keep_sha256"] = keep.sha256
     if request.reference is not None:
-        with cli.bar(request.reference.stat().st_size, "hashing the reference", "B") as bar:
+        with console.bar(request.reference.stat().st_size, "hashing the reference", "B") as bar:
             hashes["reference_sha256"] = base_hash(open_model_file(request.reference), bar.update)
     settings = {**asdict(request.settings), "names": list(request.names), "ignore": list(request.ignore)}
     settings |= {"start": request.start, "precision": str(dtype)}
@@ -199,7 +199,7 @@ def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]
             continue
         reference = open_model_file(request.reference).base.file if source == "residual" else None
         options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source=source, reference=reference)
-        with cli.bar(len(request.names), f"start {source}", "layer") as bar:
+        with console.bar(len(request.names), f"start {source}", "layer") as bar:
             thetas = make_thetas(loaded.gguf, request.names, options, bar.update)
         starts[source] = theta_start([thetas[name] for name in request.names], shapes, settings.gamma)
     return starts
@@ -220,9 +220,9 @@ def _run(
     unmodified = float(data.validation.score(loaded.model, "without Θ").mean())
     trials = max(0, len(starts) - 1) * min(settings.start_steps, settings.steps)
     saved = time.monotonic()
-    bar = cli.bar(trials + settings.steps, "fitting", "step")
+    bar = console.bar(trials + settings.steps, "fitting", "step")
     bar.disable = bar.disable or not world.first
-    with bar, cli.interrupts("the running step, and the trials of the starts") as interrupted:
+    with bar, interrupts.interrupts("the running step, and the trials of the starts") as interrupted:
         bar.update(0 if state is None else state.step)
 
         def after_step(now: FitState | None, loss: float) -> None:

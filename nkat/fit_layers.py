@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nkat.quants import dequantize
+from nkat.gguf.formats import dequantize
 from nkat.star import StarLinear
 from nkat.theta import low_rank_form
 from nkat.transformer import Transformer

@@ -5,25 +5,31 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields
 
-from nkat import cli
 from nkat.errors import NKATError
 from nkat.fit import FitSettings
+from nkat.host import commandline
 
 _DEFAULTS = {field.name: field.default for field in fields(FitSettings)}
 _FLAGS = {  # field of FitSettings: (type, help)
-    "steps": (cli.positive_int, "steps of gradient descent"),
-    "batch": (cli.positive_int, "sequences a step, in each process"),
-    "context": (cli.positive_int, "tokens of a sequence"),
+    "steps": (commandline.positive_int, "steps of gradient descent"),
+    "batch": (commandline.positive_int, "sequences a step, in each process"),
+    "context": (commandline.positive_int, "tokens of a sequence"),
     "learning_rate": (float, "highest learning rate; it warms up and then falls to 0 along a cosine"),
-    "warmup": (cli.non_negative_int, "steps until the learning rate is reached"),
+    "warmup": (commandline.non_negative_int, "steps until the learning rate is reached"),
     "weight_decay": (float, "of AdamW"),
     "clip": (float, "largest norm of a step's gradients"),
     "int8_share": (float, "share of the steps, the last ones, with the factors rounded as INT8 will have them"),
     "keep_weight": (float, "weight of --keep's part of the loss"),
-    "keep_batch": (cli.positive_int, "sequences of --keep's text a step"),
-    "start_steps": (cli.positive_int, "steps that --fit-start auto takes from each start; the best one goes on"),
-    "validate_every": (cli.positive_int, "steps between validations"),
-    "patience": (cli.non_negative_int, "validations without a better one before the fit ends; 0: go on to the end"),
+    "keep_batch": (commandline.positive_int, "sequences of --keep's text a step"),
+    "start_steps": (
+        commandline.positive_int,
+        "steps that --fit-start auto takes from each start; the best one goes on",
+    ),
+    "validate_every": (commandline.positive_int, "steps between validations"),
+    "patience": (
+        commandline.non_negative_int,
+        "validations without a better one before the fit ends; 0: go on to the end",
+    ),
 }
 STARTS = ("auto", "zero", "weight", "residual")
 

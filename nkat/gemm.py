@@ -23,8 +23,7 @@ import numpy as np
 import torch
 
 from nkat.bench import PairedOverhead, Timings
-from nkat.cli import bar
-from nkat.report import format_table
+from nkat.host.console import bar, format_table
 from nkat.star import StarLinear
 from nkat.transformer import Transformer
 

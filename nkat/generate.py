@@ -18,9 +18,10 @@ from typing import Literal
 
 import torch
 
-from nkat.cli import bar, interrupt_after
 from nkat.decode import Decoder
 from nkat.errors import NKATError
+from nkat.host.console import bar
+from nkat.host.interrupts import interrupt_after
 from nkat.tokenizer import Tokenizer
 
 PREFILL_PIECE = 512  # tokens of the prompt in one forward pass: bounds its memory and moves the progress bar

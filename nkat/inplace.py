@@ -11,9 +11,9 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from nkat.atomic import disk_errors
 from nkat.errors import NKATError
-from nkat.gguf_writer import Part, part_size, write_parts
+from nkat.gguf.writer import Part, part_size, write_parts
+from nkat.host.files import disk_errors
 
 
 def append(path: Path, base_end: int, parts: Sequence[Part]) -> None:

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nkat import hardware
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile
-from nkat.hardware import Gpu
+from nkat.gguf.file import GGUFFile
+from nkat.host import hardware
+from nkat.host.console import format_bytes
+from nkat.host.hardware import Gpu
 from nkat.kobold_files import RunFiles
 from nkat.kobold_find import Kobold
 from nkat.kobold_layers import MARGIN, ModelMemory, layers_that_fit, model_memory
-from nkat.report import format_bytes
 
 BACKENDS = ("cuda", "vulkan", "clblast", "cpu", "failsafe")
 ON_GPU = ("cuda", "vulkan", "clblast")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nkat.atomic import atomic_output
 from nkat.errors import NKATError
+from nkat.host.files import atomic_output
 from nkat.kobold import Choice
 from nkat.kobold_bench import Speed
 from nkat.kobold_files import RunFiles, kobold_cache, model_key

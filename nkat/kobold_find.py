@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nkat.atomic import atomic_output
 from nkat.errors import NKATError
-from nkat.models import cache_folder
+from nkat.host.cache import cache_folder
+from nkat.host.files import atomic_output
 
 ENVIRONMENT = "KOBOLDCPP"
 SOURCE = "koboldcpp.py"

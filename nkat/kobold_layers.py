@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nkat.gguf_file import TensorInfo
-from nkat.layers import block_number
-from nkat.report import format_bytes, format_table
+from nkat.gguf.file import TensorInfo
+from nkat.gguf.names import block_number
+from nkat.host.console import format_bytes, format_table
 
 BATCH = 512  # tokens, KoboldCpp's default
 MARGIN = 768 << 20

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nkat.errors import NKATError
+from nkat.host.console import format_bytes, format_table
 from nkat.kobold import Choice
 from nkat.kobold_find import download_command
-from nkat.report import format_bytes, format_table
 
 MODELS_SHOWN = 9
 

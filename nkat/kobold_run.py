@@ -29,8 +29,8 @@ from typing import Any
 from tqdm import tqdm
 
 from nkat.errors import NKATError
+from nkat.host.console import note
 from nkat.kobold_guard import Guard, kill_group, signal_group
-from nkat.report import note
 
 _LAST_LINES = 12  # of its log, shown when it fails
 _END_SECONDS = 10.0  # between a forwarded signal and the end by force

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from nkat.errors import NKATError
-from nkat.gguf_file import TensorInfo
+from nkat.gguf.file import TensorInfo
+from nkat.gguf.names import block_number
 
 _BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight")
-_BLOCK_NUMBER = re.compile(r"^blk\.(\d+)\.")
 
 # Names the same matrices have in Meta's LLaMA checkpoints and in Hugging Face's, and what GGUF calls them.
 _OTHER_NAMES = {
@@ -36,12 +36,6 @@ def adaptable_layers(tensors: Mapping[str, TensorInfo]) -> list[str]:
     """The 2-D linear weights inside the blocks (attention q, k, v, output; FFN gate, up, down), in block order."""
     names = [name for name, info in tensors.items() if _BLOCK_LINEAR.fullmatch(name) and len(info.shape) == 2]
     return sorted(names, key=block_number)
-
-
-def block_number(name: str) -> int:
-    """12 for `blk.12.attn_q.weight`, −1 for a tensor outside the blocks."""
-    match = _BLOCK_NUMBER.match(name)
-    return int(match[1]) if match else -1
 
 
 def select_layers(tensors: Mapping[str, TensorInfo], patterns: Sequence[str] | None) -> list[str]:

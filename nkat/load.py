@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from nkat.config import BLOCK_LINEARS, ConfigError, ModelConfig
-from nkat.gguf_file import GGUFFile, TensorInfo
-from nkat.quants import SUPPORTED_TYPES, UnsupportedTypeError, dequantize, packed_tensor
+from nkat.gguf.file import GGUFFile, TensorInfo
+from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantize, packed_tensor
 from nkat.star import StarLinear
 from nkat.theta import Theta
 from nkat.theta_io import ModelFile, open_model_file

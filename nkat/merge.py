@@ -4,78 +4,39 @@ W' = Q(W + κΘ[:m, :n]), Q the reference quantiser of the tensor's type. The fi
 order; only adapted tensors' bytes differ. A block format can lose most of a Θ that is small beside its quantisation
 step, and Q adds the rounding error of a second quantisation; so both are measured, with the perplexity left.
 
-The quantisers are libgguf's: C code for every block format, K-quants and IQ4 included, bit-equal to llama-quantize's
-output. gguf-py's own know neither K-quants nor IQ4. It is no fixed requirement, because its wheels are for Linux,
-macOS and Windows on the usual processors only.
-
-Limits: no importance matrix; types that `nkat.quants` cannot unpack cannot be merged.
+Limits: no importance matrix; types that `nkat.gguf.formats` cannot unpack cannot be merged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from nkat.atomic import atomic_output
-from nkat.cli import bar
-from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile, TensorInfo
-from nkat.gguf_writer import (
-    BaseView,
+from nkat.gguf.file import TensorInfo
+from nkat.gguf.formats import dequantize
+from nkat.gguf.quantise import quantisation_steps, quantize
+from nkat.gguf.weights import read_weight
+from nkat.gguf.writer import (
     FileRange,
-    NewTensor,
     Part,
     Progress,
-    gguf_parts,
     part_size,
-    write_gguf,
     write_parts,
 )
+from nkat.host.console import bar, format_table
+from nkat.host.files import atomic_output
 from nkat.load import LoadedModel, load_model
 from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
-from nkat.quants import dequantize, packed_tensor
-from nkat.report import format_table
 from nkat.texts import Text, load_text
 from nkat.theta import Theta, ThetaError, coupling, low_rank_form
 from nkat.theta_io import ModelFile, ThetaSet, check_judging_text
-
-_MANTISSA_BITS = {GGMLQuantizationType.F32: 23, GGMLQuantizationType.F16: 10, GGMLQuantizationType.BF16: 7}
-_STEP_GROUP = 16  # every block format has one scale for each 16, 32 or 256 weights
-
-
-def check_quantiser() -> None:
-    """Raises NKATError where libgguf is missing: to be known before time is spent."""
-    _libgguf()
-
-
-def quantize(weight: torch.Tensor, qtype: GGMLQuantizationType) -> np.ndarray:
-    """Float32 weights [m, n] packed in a type, as llama-quantize does without an importance matrix: uint8 [nbytes]."""
-    return _libgguf().quantize_rows(weight.contiguous().numpy(), int(qtype)).view(np.uint8).reshape(-1)
-
-
-def requantise(
-    base_path: Path, out_path: Path, type_for: Callable[[TensorInfo], GGMLQuantizationType], force: bool = False
-) -> None:
-    """Writes a copy of a GGUF with its tensors in other types: `llama-quantize --allow-requantize` for one's own rule.
-
-    type_for gives a tensor's new type; a tensor whose type stays is copied byte for byte. Metadata stays as it is, and
-    so `general.file_type` is still the base's. The re-quantised tensors are held in memory.
-    """
-    with GGUFFile.open(base_path) as file:
-        tensors = [
-            NewTensor(name, type_for(info), _in_type(file, info, type_for(info)), info.shape)
-            for name, info in file.tensors.items()
-        ]
-        metadata_only = BaseView(file, file.version, len(file.metadata), file.metadata_span[1], 0, file.data_start)
-        write_gguf(out_path, gguf_parts({}, tensors, metadata_only), force, [base_path])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,22 +100,6 @@ def merge_weight(
         moved=int((merged != weight).sum()),
         count=weight.numel(),
     )
-
-
-def quantisation_steps(weight: torch.Tensor, qtype: GGMLQuantizationType) -> torch.Tensor:
-    """The distance to the next number the type could hold there, for each of the weights W [m, n] stored in it.
-
-    Float types: the unit in the last place. Block types: the smallest gap between two different weights among 16 that
-    share a scale; in weights that came from fewer bits that is the coarser step they came from. Infinite where the step
-    is unknown: a zero in a float type, or 16 equal weights.
-    """
-    if qtype in _MANTISSA_BITS:
-        exponent = torch.frexp(weight).exponent
-        unit = torch.ldexp(torch.ones_like(weight), exponent - 1 - _MANTISSA_BITS[qtype])
-        return torch.where(weight == 0, math.inf, unit)
-    gaps = weight.reshape(-1, _STEP_GROUP).sort(dim=1).values.diff(dim=1)
-    smallest = torch.where(gaps > 0, gaps, math.inf).amin(dim=1, keepdim=True)
-    return smallest.expand(-1, _STEP_GROUP).reshape(weight.shape)
 
 
 def write_merged(
@@ -330,7 +275,9 @@ def _merged_parts(
         for info in _inside(adapted, part):
             yield FileRange(part.path, position, info.offset)
             try:
-                packed, losses[info.name] = merge_weight(_weight(file, info), thetas[info.name], kappa, info.type)
+                packed, losses[info.name] = merge_weight(
+                    read_weight(file, info.name), thetas[info.name], kappa, info.type
+                )
             except ThetaError as error:
                 raise ThetaError(f"{model.path}: {info.name}: {error}") from None
             file.release(info.name)
@@ -343,21 +290,5 @@ def _inside(tensors: Sequence[TensorInfo], part: FileRange) -> Iterator[TensorIn
     return (info for info in tensors if part.start <= info.offset and info.offset + info.nbytes <= part.end)
 
 
-def _weight(file: GGUFFile, info: TensorInfo) -> torch.Tensor:
-    return dequantize(packed_tensor(file.raw(info.name)), info.type, info.shape, name=info.name)
-
-
-def _in_type(file: GGUFFile, info: TensorInfo, qtype: GGMLQuantizationType) -> np.ndarray:
-    return file.raw(info.name) if qtype == info.type else quantize(_weight(file, info), qtype)
-
-
 def _sum_of_squares(values: torch.Tensor) -> float:
     return float(values.square().sum(dtype=torch.float64))
-
-
-def _libgguf() -> ModuleType:
-    try:
-        import libgguf
-    except ImportError:
-        raise NKATError("merging needs the quantisers of libgguf, which is not here: pip install libgguf") from None
-    return libgguf

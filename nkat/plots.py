@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nkat.atomic import atomic_output
+from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure
 
 _LATENCIES = "p90_latency_ms", "p10_latency_ms"
-BASE, TRIAL, PRUNED, BEST = "#444444", "#1f77b4", "#bbbbbb", "#d62728"
 
 
 def plot_search(
@@ -70,26 +68,6 @@ def _bars(axes: Any, label: str, values: list[float], errors: Any, form: str) ->
     axes.bar(["without Θ", "with Θ"], values, yerr=errors, color=[BASE, TRIAL], width=0.6, capsize=8)
     for at, value in enumerate(values):  # at the foot, out of the error bar's way
         axes.annotate(form.format(value), (at, 0), (0, 6), textcoords="offset points", ha="center", color="white")
-
-
-def new_figure(title: str, inches: tuple[float, float], automatic: bool = True) -> Any:
-    """A matplotlib Figure that belongs to no window; `automatic` lays out its panels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained" if automatic else "none")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    return figure
-
-
-def save_figure(figure: Any, path: Path, force: bool, dpi: int = 110) -> None:
-    """Writes it as PNG, whole or not at all."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    data = buffer.getvalue()
-    with atomic_output(path, len(data), force) as file:
-        file.write(data)
 
 
 def _history(axes: Any, rows: Sequence[Mapping], base: Any, searched: list[Mapping], best: Any) -> None:

@@ -6,12 +6,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nkat import hardware
-from nkat.cli import bar
 from nkat.decode import Decoder
-from nkat.gguf_writer import FileRange, sha256_of_parts
+from nkat.gguf.writer import FileRange, sha256_of_parts
+from nkat.host import hardware
+from nkat.host.console import bar
+from nkat.host.record import git_commit
 from nkat.load import LoadedModel
-from nkat.report import git_commit
 from nkat.texts import Text
 from nkat.theta_io import ThetaSet
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from nkat.report import format_table
+from nkat.host.console import format_table
 from nkat.residual import ErrorsLeft
 
 

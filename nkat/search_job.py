@@ -16,17 +16,19 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from nkat import cli, study_run
+from nkat import study_run
 from nkat.calibrate import input_second_moments
 from nkat.convert import DEFAULT_GAMMA, SOURCES, ThetaOptions, base_hash, check_options, describe_theta_set, make_thetas
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile
-from nkat.gguf_writer import MetadataValue, write_gguf
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.writer import MetadataValue, write_gguf
+from nkat.host import commandline, console
+from nkat.host.console import format_table, note
+from nkat.host.record import write_json
 from nkat.layers import select_layers
 from nkat.load import LoadedModel, load_model
 from nkat.perplexity import text_chunks
 from nkat.plots import plot_search
-from nkat.report import format_table, note, write_json
 from nkat.search import (
     BASE,
     GROUPS,
@@ -64,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this task alone."""
     add = parser.add_argument_group("language model").add_argument
     add("--model", type=Path, required=True, metavar="FILE", help="a .gguf (or .nkat, whose Θ is left out)")
-    add("--target-rank", type=cli.positive_int, metavar="R", help="fix the rank, search the rest")
+    add("--target-rank", type=commandline.positive_int, metavar="R", help="fix the rank, search the rest")
     add("--target-gamma", type=float, metavar="G", help="fix gamma, search the rest")
     add("--theta-source", choices=SOURCES, default="weight", help="how Θ is made (default weight)")
     add("--reference", type=Path, metavar="FILE", help="the same model at a higher precision, for source residual")
@@ -72,7 +74,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--text", type=Path, metavar="FILE", help="text to judge on (default: Python's own documentation)")
     add(
         "--chunks",
-        type=cli.positive_int,
+        type=commandline.positive_int,
         default=8,
         metavar="N",
         help="chunks of 512 tokens that trials see (default 8); twice as many others are held out for the last word",
@@ -154,9 +156,9 @@ def prepare(options: argparse.Namespace, space: Space) -> Task:
     )
     names = select_layers(model.base.tensors, None)
     check_options(model.base.tensors, names, theta_options)
-    with cli.bar(len(names), f"making Θ of rank {theta_options.rank}", "layer") as bar:
+    with console.bar(len(names), f"making Θ of rank {theta_options.rank}", "layer") as bar:
         thetas = make_thetas(model.base.file, names, theta_options, bar.update)
-    with cli.bar(model.base_size, "hashing the base", "B") as bar:
+    with console.bar(model.base_size, "hashing the base", "B") as bar:
         theta_set = describe_theta_set(model, thetas, theta_options, base_hash(model, bar.update))
     check_judging_text(theta_set, text.sha256, model.path)
     return Task(model, loaded, theta_options, theta_set, text, chunks[:seen], chunks[seen:])
@@ -183,7 +185,7 @@ def report(options: argparse.Namespace, task: Task, outcome: Outcome) -> dict[st
     study = outcome.study
     held_out = Judge(task.loaded, task.theta_set, task.held_out, options.seed)
     best = distinct_settings(best_trials(study, len(study.trials)))[:TOP]
-    with cli.bar(1 + len(best), "judging on held-out text", "run") as bar:
+    with console.bar(1 + len(best), "judging on held-out text", "run") as bar:
         base_row = summary(held_out, held_out.base(), None, None)
         bar.update()
         rows = []

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nkat.gguf.formats import dequantize
 from nkat.kernels import reference
-from nkat.quants import dequantize
 from nkat.theta import Theta, ThetaError, coupling, low_rank_form
 
 if TYPE_CHECKING:

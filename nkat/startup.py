@@ -19,11 +19,11 @@ from typing import Any
 
 import psutil
 
-from nkat import hardware
 from nkat.decode import make_decoder
 from nkat.errors import NKATError
+from nkat.host import hardware
+from nkat.host.memory import Memory, memory
 from nkat.load import DTYPES, LoadedModel, load_model
-from nkat.memory import Memory, memory
 from nkat.theta_io import ModelFile, ThetaSet, open_model_file, theta_for
 
 PROMPT_TOKENS = 16  # of the prompt before the first token: short, because prefill is measured by itself

@@ -19,8 +19,8 @@ import psutil
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
-from nkat import cli
 from nkat.errors import NKATError
+from nkat.host import interrupts
 
 JOURNAL_NAME = "study.journal"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -105,7 +105,7 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
     The first Ctrl-C (or SIGTERM) lets the running trial finish; a second one ends at once.
     """
     bar = tqdm(total=target, desc=label, unit="trial", leave=False, smoothing=0.1)
-    with bar, cli.interrupts("the running trial") as interrupted:
+    with bar, interrupts.interrupts("the running trial") as interrupted:
 
         def update(*_: object) -> None:
             finished = study.get_trials(deepcopy=False, states=FINISHED)

@@ -17,9 +17,10 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from nkat import cli, hardware
 from nkat.errors import NKATError
-from nkat.report import git_commit, note, write_json
+from nkat.host import commandline, hardware
+from nkat.host.console import note
+from nkat.host.record import git_commit, write_json
 from nkat.study import JOURNAL_NAME, Objective, best_trials, open_storage, open_study, run_trials
 
 _HISTORY, _STUDY = "optimization_history.json", "optuna_study.json"
@@ -31,7 +32,7 @@ def add_options(parser: argparse.ArgumentParser, trials: Mapping[str, int]) -> N
     add = parser.add_argument_group("study").add_argument
     counts = ", ".join(f"{mode}: {count}" for mode, count in trials.items())
     add("--mode", choices=(*trials, "custom"), default="quick", help=f"how many trials ({counts}, custom: --trials)")
-    add("--trials", type=cli.positive_int, metavar="N", help="how many trials, with --mode custom")
+    add("--trials", type=commandline.positive_int, metavar="N", help="how many trials, with --mode custom")
     add("--output-dir", type=Path, default=Path("output/optimized"), metavar="DIR", help="default output/optimized")
     add(
         "--storage",
@@ -45,10 +46,12 @@ def add_options(parser: argparse.ArgumentParser, trials: Mapping[str, int]) -> N
         help="with --storage: join the study of this name, or start it (default: from what is searched)",
     )
     add("--resume", action="store_true", help="continue an existing study")
-    add("--workers", type=cli.positive_int, default=1, metavar="N", help="processes on this machine (default 1)")
+    add(
+        "--workers", type=commandline.positive_int, default=1, metavar="N", help="processes on this machine (default 1)"
+    )
     add("--timeout", type=float, metavar="SECONDS", help="start no further trial after so long")
-    add("--seed", type=cli.non_negative_int, default=0, help="of everything random (default 0)")
-    add("--threads", type=cli.positive_int, metavar="N", help="processor threads of each worker")
+    add("--seed", type=commandline.non_negative_int, default=0, help="of everything random (default 0)")
+    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads of each worker")
     add(
         "--force",
         action="store_true",

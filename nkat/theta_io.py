@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from nkat.gguf_file import GGUFError, GGUFFile, TensorInfo
-from nkat.gguf_writer import (
+from nkat.gguf.file import GGUFError, GGUFFile, TensorInfo
+from nkat.gguf.names import block_number
+from nkat.gguf.writer import (
     BaseView,
     FileRange,
     MetadataValue,
@@ -37,7 +38,6 @@ from nkat.gguf_writer import (
     part_size,
     sha256_of_parts,
 )
-from nkat.layers import block_number
 from nkat.theta import Theta, ThetaError, coupling, low_rank_form
 
 FORMAT_VERSION = 1

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from nkat.fit_data import Validation, every_token
+from nkat.host.console import format_bytes, format_table
 from nkat.load import load_model
 from nkat.perplexity import Perplexity, paired, text_chunks
-from nkat.report import format_bytes, format_table
 from nkat.texts import load_text
 from nkat.theta_io import ModelFile, ThetaSet, check_judging_text, open_model_file
 from nkat.transformer import Transformer

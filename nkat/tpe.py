@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from nkat.gguf_file import TensorInfo
+from nkat.gguf.file import TensorInfo
 
 
 def bytes_per_token(tensors: Mapping[str, TensorInfo]) -> int:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nkat.config import BLOCK_LINEARS, ModelConfig, Rope
 from nkat.errors import NKATError
-from nkat.quants import dequantize_rows
+from nkat.gguf.formats import dequantize_rows
 from nkat.star import StarLinear
 from nkat.theta import Theta
 

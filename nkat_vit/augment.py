@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nkat.cli import parser, positive_int, run
 from nkat.errors import NKATError
+from nkat.host.commandline import parser, positive_int, run
 from nkat_vit.data import DATASETS, find_dataset, load_images
 from nkat_vit.pictures import save_grid
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, randaugment

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from nkat.atomic import atomic_output
 from nkat.errors import NKATError
+from nkat.host.files import atomic_output
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import Recipe, make_recipe
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 
-from nkat.atomic import sync_folder
-from nkat.cli import bar, parser, run
 from nkat.errors import NKATError
-from nkat.report import note
+from nkat.host.commandline import parser, run
+from nkat.host.console import bar, note
+from nkat.host.files import sync_folder
 from nkat_vit.data import DATASETS, find_dataset
 
 _TIMEOUT_SECONDS = 30

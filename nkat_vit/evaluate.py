@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from nkat import cli
 from nkat.errors import NKATError
-from nkat.hardware import describe, pick_device, set_threads
-from nkat.report import check_record, format_table, git_commit, note, write_json
+from nkat.host import commandline
+from nkat.host.console import format_table, note
+from nkat.host.hardware import describe, pick_device, set_threads
+from nkat.host.record import check_record, git_commit, write_json
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
 from nkat_vit.data import DATASETS, find_dataset, load_images
@@ -179,7 +180,7 @@ def table(summary: dict[str, Any], robustness: Spread | None) -> str:
 
 
 def main() -> None:
-    parser = cli.parser(
+    parser = commandline.parser(
         "The Stage-2 table of trained models beside the plan's targets.",
         "  python -m nkat_vit.evaluate output/vit/mnist-stage2-seed0 output/vit/cifar10-stage2-seed0\n"
         "  python -m nkat_vit.evaluate --train --seeds 3 --epochs 10 --amp auto --output output/stage2",
@@ -189,19 +190,19 @@ def main() -> None:
     parser.add_argument("--train", action="store_true", help="train what is missing below --output")
     parser.add_argument("--output", type=Path, default=Path("output/stage2"), help="folder for --train's runs")
     parser.add_argument("--sets", nargs="+", choices=list(DATASETS), default=list(TARGETS), help="for --train (four)")
-    parser.add_argument("--seeds", type=cli.positive_int, default=1, help="runs a set for --train (1)")
+    parser.add_argument("--seeds", type=commandline.positive_int, default=1, help="runs a set for --train (1)")
     parser.add_argument("--preset", choices=list(PRESETS), help="for --train")
     parser.add_argument("--config", type=Path, help="for --train: settings from a JSON file")
-    parser.add_argument("--epochs", type=cli.positive_int, help="for --train")
+    parser.add_argument("--epochs", type=commandline.positive_int, help="for --train")
     parser.add_argument("--amp", choices=("off", "bf16", "auto"), help="for --train")
     parser.add_argument(
-        "--robustness-images", type=cli.non_negative_int, default=1000, help="test pictures, 0: all (1000)"
+        "--robustness-images", type=commandline.non_negative_int, default=1000, help="test pictures, 0: all (1000)"
     )
     parser.add_argument("--no-robustness", action="store_true", help="leave robustness out")
     parser.add_argument("--frost", type=Path, help="folder with CIFAR-10-C's frost textures (else procedural ones)")
     parser.add_argument("--seed", type=int, default=0, help="of the corruptions (0)")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--threads", type=cli.positive_int, help="processor threads")
+    parser.add_argument("--threads", type=commandline.positive_int, help="processor threads")
     parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
     parser.add_argument("--force", action="store_true", help="replace an existing record")
     options = parser.parse_args()
@@ -250,4 +251,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nkat import cli
-from nkat.atomic import atomic_output, check_output
 from nkat.errors import NKATError
-from nkat.report import note
+from nkat.host import commandline
+from nkat.host.console import note
+from nkat.host.files import atomic_output, check_output
 from nkat_vit.checkpoint import TrainedModel, load_model
 
 TOLERANCE = 1e-4  # of logits; other kernels sum in another order
@@ -107,7 +107,7 @@ def largest_difference(exported: Callable[[Tensor], Tensor], trained: TrainedMod
 
 
 def main() -> None:
-    parser = cli.parser(
+    parser = commandline.parser(
         "Export a trained model for use without this package.",
         "  python -m nkat_vit.export --checkpoint output/vit/cifar10-stage2-seed0 --output model.pt2\n"
         "  python -m nkat_vit.export --checkpoint output/vit/cifar10-stage2-seed0 --output model.onnx",
@@ -131,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

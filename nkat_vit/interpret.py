@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nkat import cli
 from nkat.errors import NKATError
-from nkat.hardware import describe, pick_device
-from nkat.report import note, write_json
+from nkat.host import commandline
+from nkat.host.console import note
+from nkat.host.hardware import describe, pick_device
+from nkat.host.record import write_json
 from nkat_vit.attention import Attention
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.data import ImageSet, find_dataset, load_images, split
@@ -191,14 +192,14 @@ def interpret(trained: TrainedModel, held: ImageSet, folder: Path, stamp: str, p
 
 
 def main() -> None:
-    parser = cli.parser(
+    parser = commandline.parser(
         "Pictures of what a trained model looks at and what its gauge terms do.",
         "  python -m nkat_vit.interpret --checkpoint output/vit/cifar10-stage2-seed0 --data-root data",
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="best.pt, or the run's folder")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
     parser.add_argument("--output-dir", type=Path, help="for the pictures (the checkpoint's folder)")
-    parser.add_argument("--pictures", type=cli.positive_int, default=500, help="how many to average over (500)")
+    parser.add_argument("--pictures", type=commandline.positive_int, default=500, help="how many to average over (500)")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
     parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
     parser.add_argument("--force", action="store_true", help="replace an existing record")
@@ -222,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nkat.plots import new_figure
+from nkat.host.figures import new_figure
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.gauge import Gauge
 from nkat_vit.model import ViTConfig

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from nkat import cli
-from nkat.distributed import World
 from nkat.errors import NKATError
+from nkat.host import console
+from nkat.host.distributed import World
 from nkat_vit import checkpoint
 from nkat_vit.augment import Batch, augment
 from nkat_vit.data import ImageSet, split
@@ -153,7 +153,7 @@ class Trainer:
         epoch, done = divmod(self.step, self.epoch_steps)
         started, first = perf_counter(), self.step
         title = f"{self.label}epoch {epoch + 1}/{config.epochs}"
-        with cli.bar(self.epoch_steps, title, "step") if self.world.first else tqdm(disable=True) as progress:
+        with console.bar(self.epoch_steps, title, "step") if self.world.first else tqdm(disable=True) as progress:
             progress.update(done)
             for position in range(done, self.epoch_steps):
                 self.losses += self.train_step()

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from nkat.cli import bar
 from nkat.errors import NKATError
+from nkat.host.console import bar
 from nkat_vit.corruptions import CORRUPTIONS, SEVERITIES, Frost, corrupt
 from nkat_vit.model import ViTConfig, count_parameters
 

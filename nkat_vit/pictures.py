@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from nkat import plots
-from nkat.plots import new_figure
+from nkat.host import figures
+from nkat.host.figures import new_figure
 
 
 def save_figure(figure: Any, path: Path, force: bool) -> None:
     """Writes it as PNG, whole or not at all."""
-    plots.save_figure(figure, path, force, dpi=120)
+    figures.save_figure(figure, path, force, dpi=120)
 
 
 def as_picture(image: Tensor) -> np.ndarray:

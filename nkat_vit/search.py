@@ -20,8 +20,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from nkat.distributed import World
 from nkat.errors import NKATError
+from nkat.host.distributed import World
 from nkat.study import origin
 from nkat_vit.data import DATASETS, ImageSet, load_images
 from nkat_vit.loop import DivergedError, Trainer, open_run

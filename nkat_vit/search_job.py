@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from nkat import cli, study_run
-from nkat.distributed import World
-from nkat.hardware import pick_device
-from nkat.report import format_table, note, write_json
+from nkat import study_run
+from nkat.host import commandline
+from nkat.host.console import format_table, note
+from nkat.host.distributed import World
+from nkat.host.hardware import pick_device
+from nkat.host.record import write_json
 from nkat.study import best_trials, feasible, history, importances, make_sampler
 from nkat.study_run import Outcome, Search
 from nkat_vit.checkpoint import load_model
@@ -55,14 +57,31 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--sets", nargs="+", choices=OTHER_SETS, default=list(OTHER_SETS), help="sets of stage 2 (all three)")
     budgets = {mode: f"{epochs} / {limit or 'all'}" for mode, (epochs, limit, *_) in BUDGETS.items()}
     chosen = ", ".join(f"{mode}: {budget}" for mode, budget in budgets.items())
-    add("--epochs", type=cli.positive_int, metavar="N", help=f"of a surviving trial (epochs / pictures: {chosen})")
-    add("--limit-train", type=cli.non_negative_int, metavar="N", help="pictures of each set to train on, 0: all")
-    add("--validation", type=cli.positive_int, metavar="N", help="pictures of each set to judge on")
+    add(
+        "--epochs",
+        type=commandline.positive_int,
+        metavar="N",
+        help=f"of a surviving trial (epochs / pictures: {chosen})",
+    )
+    add(
+        "--limit-train", type=commandline.non_negative_int, metavar="N", help="pictures of each set to train on, 0: all"
+    )
+    add("--validation", type=commandline.positive_int, metavar="N", help="pictures of each set to judge on")
     add("--lr", type=float, default=PRESETS["stage2"]["lr"], metavar="X", help="peak learning rate (2e-4)")
-    add("--max-tokens", type=cli.non_negative_int, metavar="N", help="leave longer sequences out (quick 20, 0: any)")
-    add("--batch-size", type=cli.positive_int, metavar="N", help="pictures a step (quick 64, full 128)")
+    add(
+        "--max-tokens",
+        type=commandline.non_negative_int,
+        metavar="N",
+        help="leave longer sequences out (quick 20, 0: any)",
+    )
+    add("--batch-size", type=commandline.positive_int, metavar="N", help="pictures a step (quick 64, full 128)")
     add("--amp", choices=("off", "bf16", "auto"), default="auto", help="bfloat16 autocast (auto: where it is faster)")
-    add("--final-seeds", type=cli.positive_int, metavar="N", help="runs of the winner on the test sets (GPU 3, else 1)")
+    add(
+        "--final-seeds",
+        type=commandline.positive_int,
+        metavar="N",
+        help="runs of the winner on the test sets (GPU 3, else 1)",
+    )
     add("--no-cuda", action="store_true", help="the processor although there is a GPU")
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nkat.plots import BASE, BEST, PRUNED, TRIAL, draw_importances, new_figure, pareto_front, save_figure
+from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure
+from nkat.plots import draw_importances, pareto_front
 from nkat_vit.search import BASELINE, FIRST_SET
 
 Rows = Sequence[Mapping[str, Any]]

@@ -15,13 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nkat import cli
-from nkat.atomic import atomic_output
-from nkat.distributed import World, join_world
 from nkat.errors import NKATError
-from nkat.hardware import describe, set_threads
-from nkat.plots import new_figure
-from nkat.report import git_commit, note, write_json
+from nkat.host import commandline
+from nkat.host.console import note
+from nkat.host.distributed import World, join_world
+from nkat.host.figures import new_figure
+from nkat.host.files import atomic_output
+from nkat.host.hardware import describe, set_threads
+from nkat.host.record import git_commit, write_json
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
@@ -95,7 +96,7 @@ _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; settings of the recipe that are not given are absent from the result."""
-    parser = cli.parser("Train the image model on an image set.", _EXAMPLES)
+    parser = commandline.parser("Train the image model on an image set.", _EXAMPLES)
     parser.add_argument(
         "--dataset", choices=list(DATASETS), default=argparse.SUPPRESS, metavar="SET", help=", ".join(DATASETS)
     )
@@ -106,11 +107,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="go on with the run in the folder")
     parser.add_argument("--force", action="store_true", help="start anew in a folder that holds a run")
     parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
-    parser.add_argument("--save-steps", type=cli.non_negative_int, default=0, help="checkpoints within epochs, too")
+    parser.add_argument(
+        "--save-steps", type=commandline.non_negative_int, default=0, help="checkpoints within epochs, too"
+    )
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard (needs tensorboard)")
     parser.add_argument("--no-test", action="store_true", help="leave the test set alone")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--threads", type=cli.positive_int, help="processor threads")
+    parser.add_argument("--threads", type=commandline.positive_int, help="processor threads")
     parser.add_argument("--json", metavar="FILE", help='record of the run; "-": last line of stdout')
     for title, flags in (("model", _MODEL_FLAGS), ("augmentation", _AUGMENT_FLAGS), ("training", _TRAIN_FLAGS)):
         group = parser.add_argument_group(f"{title} (defaults: the preset's)")
@@ -300,7 +303,7 @@ def main() -> None:
             record = train(options, world)
         except KeyboardInterrupt:
             note("interrupted; what was finished is saved, --resume goes on from there")
-            sys.exit(cli.INTERRUPTED)
+            sys.exit(commandline.INTERRUPTED)
     if record is None:
         return
     print(f"validation  {100 * record['validation']:.2f} % after epoch {record['epoch']}")
@@ -313,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    commandline.run(main)

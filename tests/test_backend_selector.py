@@ -24,16 +24,16 @@ import torch
 
 from nkat.decode import make_decoder
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.formats import dequantize, packed_tensor
 from nkat.kobold import Choice
 from nkat.kobold_menu import ask_backend, ask_model
 from nkat.kobold_run import base_url, post
 from nkat.load import load_model
-from nkat.quants import dequantize, packed_tensor
 from nkat.theta_io import open_model_file
 from tests.conftest import ROOT
-from tests.fake_koboldcpp import NEW, OLD, install, install_program
-from tests.tiny_models import write_tiny_model
+from tests.support.fake_koboldcpp import NEW, OLD, install, install_program
+from tests.support.tiny_models import write_tiny_model
 
 SELECTOR, CONVERTER = "backend_selector.py", "nkat_gguf_converter.py"
 REAL = os.environ.get("KOBOLDCPP")

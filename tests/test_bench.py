@@ -15,7 +15,7 @@ from nkat.decode import EagerDecoder
 from nkat.errors import NKATError
 from nkat.load import load_model
 from nkat.theta import quantize_factors
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 GAMMA = 0.9
 

@@ -9,10 +9,10 @@ import pytest
 
 from nkat.chat import TEMPLATE_KEY, chat_messages, encode_chat, render_chat
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile
+from nkat.gguf.file import GGUFFile
 from nkat.load import load_model
 from nkat.tokenizer import Tokenizer
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 PLAIN = """\
 {% for message in messages %}

@@ -11,8 +11,8 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from nkat.config import ConfigError, ModelConfig
-from nkat.gguf_file import GGUFFile, TensorInfo
-from tests.tiny_models import ARCHITECTURES, write_tiny_model
+from nkat.gguf.file import GGUFFile, TensorInfo
+from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
 
 
 def read_tiny(folder: Path, arch: str, **options: Any) -> tuple[dict[str, Any], dict[str, TensorInfo]]:

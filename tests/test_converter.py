@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from nkat.convert import read_weight
-from nkat.gguf_file import GGUFFile
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.weights import read_weight
 from nkat.theta import dense_theta
 from nkat.theta_io import open_model_file
-from tests.test_gguf_file import build
+from tests.gguf.test_file import build
+from tests.support.tiny_models import write_tiny_model
 from tests.test_theta import dense_from_svd
-from tests.tiny_models import write_tiny_model
 
 CONVERTER = "nkat_gguf_converter.py"
 
@@ -271,7 +271,7 @@ def test_nan_weights_are_named(fails, tmp_path: Path) -> None:
 
 
 def test_unsupported_type_is_named(fails, tmp_path: Path) -> None:
-    from tests.test_gguf_file import entry, string, tensor
+    from tests.gguf.test_file import entry, string, tensor
 
     info = tensor("blk.0.attn_q.weight", (256, 4), gguf.GGMLQuantizationType.IQ2_XXS, 0)
     path = tmp_path / "iq2.gguf"

@@ -6,6 +6,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as QType
 
+from nkat.gguf.formats import dequantize
 from nkat.kernels import jit, reference
 from nkat.kernels.cpu import (
     EXACT,
@@ -22,10 +23,9 @@ from nkat.kernels.cpu_formats import BLOCK_LAYOUTS, ROWS, repack, unit_bytes
 from nkat.kernels.cpu_linear import CpuLinear, Panels
 from nkat.kernels.llvm import F32, I64, Builder
 from nkat.kernels.program import Program, aligned, pool
-from nkat.quants import dequantize
 from nkat.star import StarLinear
 from nkat.theta import Theta, low_rank_form, quantize_factors
-from tests.test_quants import HALVES, finite, random_rows
+from tests.gguf.test_formats import HALVES, finite, random_rows
 
 M, N = 40, 512  # two and a half tiles; two blocks of 256
 KAPPA = 0.0475

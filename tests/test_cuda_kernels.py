@@ -26,17 +26,17 @@ from nkat.config import ModelConfig, Rope
 from nkat.decode_cuda import CudaGraphDecoder, StaticDecoder
 from nkat.decode_plan import TorchOps, decode_step, make_plan
 from nkat.errors import NKATError
+from nkat.gguf.formats import QuantError, dequantize, packed_nbytes
 from nkat.kernels import cuda, cuda_blocks, cuda_pack, cuda_step_kernels, optional_triton
 from nkat.kernels.cuda_pack import FORMATS
 from nkat.kernels.cuda_step import TritonOps
 from nkat.load import LoadedModel, load_model
-from nkat.quants import QuantError, dequantize, packed_nbytes
 from nkat.star import StarLinear
 from nkat.theta import Theta, quantize_factors
 from nkat.transformer import Block, Embedding, Transformer
 from tests.conftest import ROOT
-from tests.test_quants import HALVES, oracle, random_rows
-from tests.tiny_models import write_tiny_model
+from tests.gguf.test_formats import HALVES, oracle, random_rows
+from tests.support.tiny_models import write_tiny_model
 
 needs_triton = pytest.mark.skipif(optional_triton.triton is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -1,6 +1,5 @@
 """Compiled decoding against the model's own forward pass, and against llama.cpp's text."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from nkat.decode_cpu import PREFILL_TOKENS, CompiledDecoder
 from nkat.errors import NKATError
 from nkat.load import LoadedModel, load_model
 from nkat.theta import quantize_factors
-from tests.tiny_models import write_tiny_model
+from tests.support.golden import read_golden
+from tests.support.tiny_models import write_tiny_model
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())
+GOLDEN = read_golden("models")
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
 FAMILIES = {
     "llama": ("llama", {}),

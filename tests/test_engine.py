@@ -17,15 +17,15 @@ from gguf import GGMLQuantizationType
 
 from nkat import startup
 from nkat.decode import EagerDecoder
-from nkat.gguf_writer import gguf_parts, write_gguf
+from nkat.gguf.writer import gguf_parts, write_gguf
+from nkat.host.record import git_commit
 from nkat.load import load_model
 from nkat.perplexity import measure
-from nkat.report import git_commit
 from nkat.startup import measure_startup
 from nkat.texts import load_text
 from nkat.theta_io import open_model_file
 from tests.conftest import ROOT
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 ENGINE, CONVERTER = "nkat_inference_engine.py", "nkat_gguf_converter.py"
 

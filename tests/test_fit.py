@@ -22,7 +22,7 @@ from nkat.load import load_model
 from nkat.texts import default_text
 from nkat.theta_io import open_model_file, truncate_rank
 from tests.conftest import ROOT, Script
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 GAMMA = 0.97
 QUICK = ["--fit-steps", "12", "--fit-batch", "2", "--fit-context", "48", "--fit-validate-every", "4"]

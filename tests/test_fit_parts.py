@@ -21,7 +21,7 @@ from nkat.star import StarLinear
 from nkat.texts import Text, default_text
 from nkat.theta import quantize_factors
 from nkat.theta_io import ThetaSet, truncate_rank
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 N, D, V = 7, 12, 50
 GAMMA = 0.97

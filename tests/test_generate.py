@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import signal
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,9 +16,9 @@ from nkat.decode import EagerDecoder
 from nkat.errors import NKATError
 from nkat.generate import Sampler, Sampling, generate
 from nkat.load import LoadedModel, load_model
-from tests.tiny_models import write_tiny_model
+from tests.support.golden import read_golden
+from tests.support.tiny_models import write_tiny_model
 
-GOLDEN = Path(__file__).parent / "golden"
 OFF = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 SETTINGS = [
     OFF,
@@ -299,7 +297,7 @@ def test_a_long_prompt_in_pieces_is_the_same_prompt(tmp_path, monkeypatch) -> No
 @pytest.mark.parametrize("name", ["stories", pytest.param("smollm2", marks=pytest.mark.slow)])
 def test_greedy_tokens_are_llama_cpps(name: str, request) -> None:
     """All 64 of its run with the same float32 weights; 8-bit activations turn off at SmolLM2's ninth."""
-    golden = json.loads((GOLDEN / "models.json").read_text())[name]
+    golden = read_golden("models")[name]
     expected = golden["float32"]["greedy"]
     loaded = load_model(request.getfixturevalue(name), keep_dense=True)  # the same numbers, many times as fast
     prompt = loaded.tokenizer.encode(golden["prompt"], add_special=True)

@@ -11,7 +11,7 @@ import pytest
 
 from nkat import kobold as kobold_module
 from nkat.errors import NKATError
-from nkat.hardware import Gpu
+from nkat.host.hardware import Gpu
 from nkat.kobold import (
     Choice,
     Machine,

@@ -13,7 +13,7 @@ import pytest
 from nkat.errors import NKATError
 from nkat.kobold_files import kobold_cache, model_key, prepare
 from nkat.theta_io import lora_parts, open_model_file
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 CONVERTER = "nkat_gguf_converter.py"
 

@@ -10,7 +10,7 @@ import pytest
 from nkat import kobold_find
 from nkat.errors import NKATError
 from nkat.kobold_find import find, libraries_in_program, parse_help, probe, programs_in
-from tests.fake_koboldcpp import NEW, OLD, archive, install, install_program
+from tests.support.fake_koboldcpp import NEW, OLD, archive, install, install_program
 
 posix = pytest.mark.skipif(os.name == "nt", reason="the stand-in for a one-file program is a shell script")
 REAL_HELP = """\

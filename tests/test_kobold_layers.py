@@ -7,9 +7,9 @@ from pathlib import Path
 import gguf
 import pytest
 
-from nkat.gguf_file import GGUFFile
+from nkat.gguf.file import GGUFFile
 from nkat.kobold_layers import MARGIN, ModelMemory, compute_bytes, gpu_bytes, layer_table, layers_that_fit, model_memory
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 MIB = 1 << 20
 

@@ -30,8 +30,8 @@ from nkat.kobold_run import (
     running,
     wait_until_ready,
 )
-from tests.fake_koboldcpp import NEW, OLD, install
-from tests.tiny_models import write_tiny_model
+from tests.support.fake_koboldcpp import NEW, OLD, install
+from tests.support.tiny_models import write_tiny_model
 
 posix = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals to another process")
 SECONDS = 120.0

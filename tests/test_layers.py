@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile
+from nkat.gguf.file import GGUFFile
 from nkat.layers import adaptable_layers, gguf_name, select_layers
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from nkat.convert import read_weight
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile
-from nkat.merge import merge_weight, quantisation_steps, quantize, requantise, write_merged
-from nkat.quants import dequantize
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.formats import dequantize
+from nkat.gguf.quantise import quantisation_steps, quantize, requantise
+from nkat.gguf.weights import read_weight
+from nkat.merge import merge_weight, write_merged
 from nkat.theta import dense_theta, quantize_factors
 from nkat.theta_io import open_model_file
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 pytest.importorskip("libgguf", reason="libgguf is not installed: pip install libgguf")
 

@@ -1,8 +1,6 @@
 """Perplexity: llama.cpp's convention and figures, the paired comparison, and errors."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +11,9 @@ from nkat.errors import NKATError
 from nkat.load import LoadedModel, load_model
 from nkat.perplexity import Perplexity, measure, paired, score_chunks, scored_tokens, text_chunks
 from nkat.theta import quantize_factors
-from tests.tiny_models import write_tiny_model
+from tests.support.golden import read_golden
+from tests.support.tiny_models import write_tiny_model
 
-GOLDEN = Path(__file__).parent / "golden"
 TEXT = "the rain in a tin and the other one: 1, 2, 3.\n" * 30
 
 
@@ -197,7 +195,7 @@ def test_predictions_that_are_not_numbers_are_an_error(tmp_path):
 @pytest.mark.parametrize(("name", "chunks"), [("stories", 8), ("smollm2", 2)])
 def test_perplexity_equals_llama_cpp(name, chunks, request, shared_text):
     """By chunk: with the same float32 weights; and near its usual run, which rounds activations to 8 bits."""
-    golden = json.loads((GOLDEN / "models.json").read_text())[name]
+    golden = read_golden("models")[name]
     loaded = load_model(request.getfixturevalue(name))
     text = shared_text("wiki.test.raw").read_text(encoding="utf-8")
     result = measure(loaded.model, loaded.tokenizer, text[: len(text) // 20], chunks=chunks)
@@ -211,7 +209,7 @@ def test_perplexity_equals_llama_cpp(name, chunks, request, shared_text):
 
 def test_rounded_activations_come_nearer_to_llama_cpps_usual_run(smollm2, shared_text):
     """llama.cpp multiplies by activations of 8 bits; rounding ours likewise removes most of the difference."""
-    expected = json.loads((GOLDEN / "models.json").read_text())["smollm2"]["default"]["perplexity"]["chunk_nll"][:2]
+    expected = read_golden("models")["smollm2"]["default"]["perplexity"]["chunk_nll"][:2]
     text = shared_text("wiki.test.raw").read_text(encoding="utf-8")[:20_000]
     distance = {}
     for rounded in (False, True):

@@ -17,7 +17,7 @@ from nkat.load import LoadedModel, load_model
 from nkat.texts import default_text
 from nkat.theta import coupling, low_rank_form
 from nkat.theta_io import ThetaSet
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 GAMMA = 0.5
 

@@ -23,7 +23,7 @@ from nkat.residual import (
 )
 from nkat.theta import ThetaError, dense_theta, quantize_factors
 from nkat.theta_io import open_model_file
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 CONVERTER = "nkat_gguf_converter.py"
 KAPPA = 0.01455

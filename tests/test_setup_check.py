@@ -14,8 +14,8 @@ import gguf
 import pytest
 
 from tests.conftest import ROOT
-from tests.fake_koboldcpp import NEW, OLD, install
-from tests.tiny_models import write_tiny_model
+from tests.support.fake_koboldcpp import NEW, OLD, install
+from tests.support.tiny_models import write_tiny_model
 
 SETUP = "setup_nkat_kobold_integration.py"
 REAL = os.environ.get("KOBOLDCPP")

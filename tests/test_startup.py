@@ -12,9 +12,9 @@ import pytest
 
 from nkat import startup
 from nkat.errors import NKATError
-from nkat.memory import memory, resident_of
+from nkat.host.memory import memory, resident_of
 from nkat.startup import Request, fresh_startup, measure_startup
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 SMAPS = """\
 7f0000000000-7f0000200000 r--s 00000000 08:01 99                         /data/my model.gguf

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nkat.convert import read_weight
-from nkat.gguf_file import GGUFFile
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.weights import read_weight
 from nkat.theta import (
     Theta,
     ThetaError,

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nkat import inplace
-from nkat.gguf_file import GGUFError, GGUFFile
-from nkat.gguf_writer import BaseView, sha256_of_parts, write_gguf
+from nkat.gguf.file import GGUFError, GGUFFile
+from nkat.gguf.writer import BaseView, sha256_of_parts, write_gguf
 from nkat.theta import Theta, coupling, dense_theta, quantize_factors
 from nkat.theta_io import (
     BOUNDARY,
@@ -27,7 +27,7 @@ from nkat.theta_io import (
     theta_only_parts,
     truncate_rank,
 )
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 NAMES = ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.1.ffn_down.weight")
 

@@ -1,7 +1,6 @@
 """nkat.tokenizer against llama.cpp's ids (tests/golden/tokens.json), slow references, and its round-trip properties."""
 
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile
+from nkat.gguf.file import GGUFFile
 from nkat.tokenizer import PRE_TOKENIZERS, Tokenizer
+from tests.support.golden import read_golden
 
 Metadata = dict[str, Any]
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokens.json").read_text(encoding="utf-8"))
+GOLDEN = read_golden("tokens")
 MODELS = tuple(GOLDEN["models"])
 NORMAL, CONTROL, USER = TokenType.NORMAL, TokenType.CONTROL, TokenType.USER_DEFINED
 

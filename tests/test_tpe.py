@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from nkat.gguf_file import GGUFFile
+from nkat.gguf.file import GGUFFile
 from nkat.tpe import byte_ratio, bytes_per_token, tpe
-from tests.tiny_models import write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 
 def test_the_guides_figures() -> None:

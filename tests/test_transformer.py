@@ -1,10 +1,8 @@
 """The forward pass: against llama.cpp's logits, and the symmetries it must have, each with a control that must fail."""
 
 import itertools
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -16,15 +14,15 @@ from gguf.constants import GGMLQuantizationType
 from nkat import transformer
 from nkat.config import ConfigError, Rope
 from nkat.errors import NKATError
+from nkat.gguf.formats import UnsupportedTypeError
 from nkat.load import LoadedModel, load_model
-from nkat.quants import UnsupportedTypeError
 from nkat.theta import Theta, quantize_factors
 from nkat.tokenizer import Tokenizer
 from nkat.transformer import Transformer, rope_frequencies, rotate
-from tests.tiny_models import ARCHITECTURES, write_tiny_model
+from tests.support.golden import read_golden
+from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
 
-GOLDEN = Path(__file__).parent / "golden"
-TINY = json.loads((GOLDEN / "tiny_logits.json").read_text())
+TINY = read_golden("tiny_logits")
 SWA = {"blocks": 7, "sliding_window": 4}
 FAMILIES = [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("gemma3", {}), ("gemma3", SWA)]
 IDS = torch.tensor([[(29 * i + 5) % 200 for i in range(12)]])
@@ -373,7 +371,7 @@ def test_cuda_equals_cpu(tiny, arch, options):
 
 @pytest.fixture(scope="module")
 def real_golden() -> dict[str, Any]:
-    return json.loads((GOLDEN / "models.json").read_text())
+    return read_golden("models")
 
 
 def test_greedy_text_of_a_real_model_equals_llama_cpp(stories, real_golden):

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from nkat.errors import NKATError
 from nkat_vit.augment import AugmentConfig, augment
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, OPERATIONS, randaugment
-from tests.vit_data import run_module, write_digits
+from tests.support.vit_data import run_module, write_digits
 
 OFF = AugmentConfig(crop=0, flip=False, randaugment=(0, 0), cutout=0, mixup=0, cutmix=0)
 GREY_MEAN = (0.5,)

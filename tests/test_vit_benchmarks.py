@@ -14,7 +14,7 @@ from nkat.errors import NKATError
 from nkat_vit import data, search_job
 from nkat_vit.recipe import PRESETS
 from nkat_vit.search import BASELINE
-from tests.vit_data import run_module, write_cifar, write_digits
+from tests.support.vit_data import run_module, write_cifar, write_digits
 
 SMALL = "embed_dim=32,depth=1,heads=4,batch_size=24,lr=3e-3"
 

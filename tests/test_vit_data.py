@@ -22,7 +22,7 @@ from nkat_vit import data, download
 from nkat_vit.data import DATASETS, ImageSet, load_images, split
 from nkat_vit.readers import read_cifar_binary, read_cifar_pickle, read_idx
 from tests.conftest import SHARED_DATA
-from tests.vit_data import idx, python2_pickle, squares, write_cifar, write_digits
+from tests.support.vit_data import idx, python2_pickle, squares, write_cifar, write_digits
 
 
 def test_idx_reads_back_and_refuses_damage() -> None:

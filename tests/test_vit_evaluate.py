@@ -15,7 +15,7 @@ from nkat_vit import checkpoint, data
 from nkat_vit.evaluate import RunResult, Spread, summarise, table
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import make_recipe
-from tests.vit_data import run_in_process, run_module, write_cifar, write_digits
+from tests.support.vit_data import run_in_process, run_module, write_cifar, write_digits
 
 SMALL = {"embed_dim": 32, "depth": 1, "heads": 4, "gauge_rank": 2, "validation": 24, "batch_size": 24, "warmup": 0}
 

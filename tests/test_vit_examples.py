@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.vit_data import run_in_process, run_module, write_digits
+from tests.support.vit_data import run_in_process, run_module, write_digits
 
 
 def test_custom_config_pairs_equal_seeds(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from nkat_vit import checkpoint, export
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import make_recipe
-from tests.vit_data import run_module
+from tests.support.vit_data import run_module
 
 
 def trained(folder: Path, dataset: str) -> TrainedModel:

@@ -14,7 +14,7 @@ from nkat_vit import checkpoint
 from nkat_vit.interpret import look, pooling_weights, rollout, without_gauge
 from nkat_vit.model import NKATViT, ViTConfig
 from nkat_vit.recipe import make_recipe
-from tests.vit_data import run_module, write_digits
+from tests.support.vit_data import run_module, write_digits
 
 VALUES = {"dataset": "emnist-digits", "embed_dim": 32, "depth": 2, "heads": 4, "gauge_rank": 2, "validation": 24}
 CONFIG = ViTConfig(

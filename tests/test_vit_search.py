@@ -16,8 +16,8 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from nkat.distributed import World
 from nkat.errors import NKATError
+from nkat.host.distributed import World
 from nkat.study import best_trials, open_storage, open_study
 from nkat_vit import checkpoint, data, search
 from nkat_vit.loop import DivergedError, Trainer, open_run
@@ -26,7 +26,7 @@ from nkat_vit.model import STEMS
 from nkat_vit.recipe import make_recipe, read_config, with_amp
 from nkat_vit.search import BASELINE, CHOICES, RANGES, Budget, Trials, recipe_of, suggest, tokens_of
 from tests.conftest import ROOT
-from tests.vit_data import run_module, write_cifar, write_grey
+from tests.support.vit_data import run_module, write_cifar, write_grey
 
 CPU = World(0, 1, torch.device("cpu"))
 BUDGET = Budget(epochs=9, limit_train=128, validation=32, lr=1e-3, max_tokens=0, batch_size=128, amp="off", seed=0)

@@ -22,7 +22,7 @@ from nkat_vit.model import NKATViT
 from nkat_vit.predict import accuracy, predict_logits
 from nkat_vit.recipe import make_recipe
 from tests.conftest import ROOT
-from tests.vit_data import run_module, write_digits
+from tests.support.vit_data import run_module, write_digits
 
 MODEL = ["--embed-dim", 32, "--depth", 2, "--heads", 4, "--gauge-rank", 2]
 COMMON = ["--dataset", "emnist-digits", *MODEL, "--validation", 24, "--batch-size", 24, "--warmup", 1, "--threads", 1]

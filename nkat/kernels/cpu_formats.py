@@ -6,7 +6,7 @@ load has the same four bytes of all 16 rows. The numbers themselves are the file
 the 6-bit scales of Q3_K, Q4_K, Q5_K and IQ4_XS take a byte each (at most 3.7 % more).
 
 Every block format comes out as w = s·q + m with an unsigned byte q, and float32 s and m for each group of columns:
-what stands for zero (8 in Q4_0, 32 in Q6_K, ...) goes into m. The bit layouts are drawn in `nkat.quants`.
+what stands for zero (8 in Q4_0, 32 in Q6_K, ...) goes into m. The bit layouts are drawn in `nkat.gguf.formats`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from llvmlite import ir
 from torch import Tensor
 
+from nkat.gguf.formats import IQ4_LEVELS, packed_nbytes
 from nkat.kernels.jit import compile_kernel
 from nkat.kernels.llvm import F16, I8, I16, I32, Builder, Operand, Value
 from nkat.kernels.program import aligned, pool
-from nkat.quants import IQ4_LEVELS, packed_nbytes
 
 ROWS = 16  # of a tile: the lanes of a 512-bit vector of float32
 

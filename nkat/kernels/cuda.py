@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from gguf.constants import GGMLQuantizationType as QType
 from torch import Tensor
 
-from nkat import quants
 from nkat.errors import NKATError
+from nkat.gguf import formats
+from nkat.host.console import note
 from nkat.kernels import cuda_blocks, cuda_pack, reference
 from nkat.kernels.cuda_pack import CHUNK, FORMATS, Format, PackedWeight
 from nkat.kernels.optional_triton import require_triton
-from nkat.report import note
 
 SUPPORTED = frozenset(FORMATS)  # have a kernel of their own
 VECTOR_BATCH = 8  # most inputs for the kernel that reads each weight once
@@ -223,7 +223,7 @@ def rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     m, n = weight.shape
     if weight.format is None:
         picked = weight.raw.view(m, -1).index_select(0, ids).view(-1)
-        return quants.dequantize(picked, weight.qtype, (len(ids), n))
+        return formats.dequantize(picked, weight.qtype, (len(ids), n))
     chunks, block_chunks = n // CHUNK, 32
     out = torch.empty(len(ids), n, device=ids.device)
     require_triton()
@@ -282,7 +282,7 @@ def _check_capability(device: torch.device) -> None:
 
 @functools.cache
 def _levels(device: torch.device) -> Tensor:
-    return torch.tensor(quants.IQ4_LEVELS, dtype=torch.float32, device=device)
+    return torch.tensor(formats.IQ4_LEVELS, dtype=torch.float32, device=device)
 
 
 @functools.cache

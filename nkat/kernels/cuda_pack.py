@@ -37,7 +37,7 @@ from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as QType
 from torch import Tensor
 
-from nkat import quants
+from nkat.gguf import formats
 from nkat.kernels.reference import packed_rows
 
 CHUNK = 32  # weights
@@ -118,15 +118,15 @@ class PackedWeight:
         return replace(self, shape=shape, first_row=self.first_row + start)
 
     def dequantize(self) -> Tensor:
-        """The weights, float32 [m, n], equal to `nkat.quants.dequantize` of the file's bytes."""
+        """The weights, float32 [m, n], equal to `nkat.gguf.formats.dequantize` of the file's bytes."""
         if self.low is None:
-            return quants.dequantize(self.raw, self.qtype, self.shape)
+            return formats.dequantize(self.raw, self.qtype, self.shape)
         layout, widths = self.format, self.format.planes
         q = _unplane(self.own_rows(self.low), widths[0])
         if len(widths) == 2:
             q |= _unplane(self.own_rows(self.high), widths[1]) << widths[0]
         if layout.levels:
-            q = torch.tensor(quants.IQ4_LEVELS, device=q.device)[q.long()]
+            q = torch.tensor(formats.IQ4_LEVELS, device=q.device)[q.long()]
         else:
             q = q.to(torch.int16) - layout.zero
         scale, offset = _scales(layout.scales, self.own_rows(self.d), None if self.s is None else self.own_rows(self.s))
@@ -139,9 +139,9 @@ def pack(packed: Tensor, qtype: QType, shape: tuple[int, int]) -> PackedWeight:
 
     Formats not in `FORMATS` keep the bytes as they are. Raises QuantError where bytes and shape do not fit.
     """
-    expected = quants.packed_nbytes(qtype, shape)
+    expected = formats.packed_nbytes(qtype, shape)
     if packed.dtype != torch.uint8 or packed.shape != (expected,):
-        raise quants.QuantError(
+        raise formats.QuantError(
             f"{qtype.name} of shape {shape} takes {expected} bytes of 1-D uint8, "
             f"not {packed.dtype} of shape {tuple(packed.shape)}"
         )

@@ -16,10 +16,10 @@ from time import perf_counter
 import llvmlite
 import llvmlite.binding as binding
 
-from nkat.atomic import atomic_output
 from nkat.errors import NKATError
+from nkat.host.cache import cache_folder
+from nkat.host.files import atomic_output
 from nkat.kernels.llvm import Builder
-from nkat.models import cache_folder
 
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from gguf.constants import GGML_QUANT_SIZES
 
-from nkat.quants import dequantize
+from nkat.gguf.formats import dequantize
 
 
 def packed_rows(packed: torch.Tensor, rows: int, start: int, stop: int) -> torch.Tensor:

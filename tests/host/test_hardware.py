@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from nkat import hardware, vulkan
+from nkat.host import hardware, vulkan
 
 GIB = 1 << 30
 

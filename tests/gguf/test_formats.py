@@ -16,10 +16,10 @@ from gguf.constants import GGMLQuantizationType as QType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nkat import quants
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile
-from nkat.quants import QuantError, UnsupportedTypeError, dequantize, dequantize_rows, packed_nbytes
+from nkat.gguf import formats
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.formats import QuantError, UnsupportedTypeError, dequantize, dequantize_rows, packed_nbytes
 
 FLOATS = (QType.F32, QType.F16, QType.BF16)
 # type: the bytes at which a block's float16 numbers start
@@ -80,7 +80,7 @@ def row_length(qtype: QType, blocks: int) -> int:
 
 
 def test_the_supported_types_are_the_documented_ones():
-    assert set(ALL) == quants.SUPPORTED_TYPES
+    assert set(ALL) == formats.SUPPORTED_TYPES
 
 
 @every_type
@@ -217,7 +217,7 @@ def test_a_flipped_bit_changes_exactly_the_weights_that_hold_it(qtype, byte, bit
 @every_type
 @pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (2, 1, 3)], ids=str)
 def test_shapes_and_incomplete_tiles(qtype, leading, monkeypatch):
-    monkeypatch.setattr(quants, "_CPU_TILE", 256)  # one to eight blocks: most shapes end inside a tile
+    monkeypatch.setattr(formats, "_CPU_TILE", 256)  # one to eight blocks: most shapes end inside a tile
     shape = (*leading, row_length(qtype, 3))
     data = random_rows(qtype, shape, seed=3)
     assert same(dequantize(flat(data), qtype, shape), oracle(data, qtype))
@@ -238,7 +238,7 @@ def test_any_shape_tile_and_rows(qtype, leading, blocks, tile, seed, data):
     expected = oracle(packed, qtype)
     count = expected.size // shape[-1]
     rows = data.draw(st.lists(st.integers(0, count - 1), max_size=8))
-    with mock.patch.object(quants, "_CPU_TILE", tile):
+    with mock.patch.object(formats, "_CPU_TILE", tile):
         assert same(dequantize(flat(packed), qtype, shape), expected)
         picked = dequantize_rows(flat(packed), qtype, shape, torch.tensor(rows, dtype=torch.int64))
     assert same(picked, expected.reshape(count, shape[-1])[rows])
@@ -313,8 +313,8 @@ def test_f32_is_a_view_and_everything_else_is_new_memory():
 
 def test_inference_mode_leaves_nothing_behind():
     """Look-up tables are made on first use and kept; made under inference mode they must serve outside it as well."""
-    quants._iq4_pairs.cache_clear()
-    quants._fifth_bits.cache_clear()
+    formats._iq4_pairs.cache_clear()
+    formats._fifth_bits.cache_clear()
     for qtype in (QType.IQ4_NL, QType.Q5_0):
         data = random_rows(qtype, (2, 32))
         with torch.inference_mode():

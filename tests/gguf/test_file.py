@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nkat.errors import NKATError
-from nkat.gguf_file import MAX_STRINGS, GGUFError, GGUFFile
-from tests.tiny_models import write_tiny_model
+from nkat.gguf.file import MAX_STRINGS, GGUFError, GGUFFile
+from tests.support.tiny_models import write_tiny_model
 
 TYPES = GGUFValueType
 

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from nkat import cli
+from nkat.host import commandline
 from nkat_vit.data import DATASETS
 
 _run_process = subprocess.run  # tests replace it
@@ -96,7 +96,7 @@ def run_module(name: str, *arguments: object) -> subprocess.CompletedProcess[str
         contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as ended,
     ):
-        cli.run(main)
+        commandline.run(main)
     return subprocess.CompletedProcess(command, ended.value.code or 0, out.getvalue(), err.getvalue())
 
 

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 
-from nkat import atomic
-from nkat.atomic import atomic_output, check_output
 from nkat.errors import NKATError
-from nkat.gguf_file import GGUFFile
-from nkat.gguf_writer import BaseView, FileRange, NewTensor, gguf_parts, part_size, sha256_of_parts, write_gguf
-from tests.test_gguf_file import ONE, build, entry
-from tests.tiny_models import write_tiny_model
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.writer import BaseView, FileRange, NewTensor, gguf_parts, part_size, sha256_of_parts, write_gguf
+from nkat.host import files
+from nkat.host.files import atomic_output, check_output
+from tests.gguf.test_file import ONE, build, entry
+from tests.support.tiny_models import write_tiny_model
 
 METADATA = {"n.int": 7, "n.big": 1 << 40, "n.float": 0.97, "n.half": np.float32(0.5), "n.flag": True, "n.text": "Θ"}
 TENSORS = [
@@ -103,7 +103,7 @@ def test_output_is_atomic_and_never_replaces_without_force(tmp_path: Path) -> No
         file.write(b"three")
     assert target.read_bytes() == b"three"  # what was reserved beyond it is gone
     assert list(tmp_path.iterdir()) == [target]
-    assert target.stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+    assert target.stat().st_mode & 0o777 == 0o666 & ~files._umask()
 
 
 def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:

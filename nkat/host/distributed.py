@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from nkat.hardware import pick_device
+from nkat.host.hardware import pick_device
 
 
 @dataclass(frozen=True, slots=True)

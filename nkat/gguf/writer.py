@@ -18,9 +18,9 @@ from typing import BinaryIO
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType
 
-from nkat.atomic import atomic_output
 from nkat.errors import NKATError
-from nkat.gguf_file import DEFAULT_ALIGNMENT, MAGIC, GGUFFile, TensorInfo
+from nkat.gguf.file import DEFAULT_ALIGNMENT, MAGIC, GGUFFile, TensorInfo
+from nkat.host.files import atomic_output
 
 GGUF_VERSION = 3
 _COPY_BYTES = 8 << 20
@@ -132,7 +132,7 @@ def gguf_parts(
 def write_gguf(
     path: Path, parts: Sequence[Part], force: bool, inputs: Iterable[Path] = (), progress: Progress | None = None
 ) -> None:
-    """Writes the parts to `path`, atomically (see `nkat.atomic.atomic_output` for `force` and `inputs`)."""
+    """Writes the parts to `path`, atomically (see `nkat.host.files.atomic_output` for `force` and `inputs`)."""
     with atomic_output(path, sum(part_size(part) for part in parts), force, inputs) as file:
         write_parts(file, parts, progress)
 

@@ -1,9 +1,9 @@
 """The graphics devices that the system's Vulkan library knows, through ctypes: no SDK, no package.
 
-    python -I nkat/vulkan.py        one JSON array on the last line of stdout
+    python -I nkat/host/vulkan.py        one JSON array on the last line of stdout
 
-`nkat.hardware` runs it as a process of its own, because a broken graphics driver takes the process that loads it down,
-or writes to its stdout. The structures are those of the Vulkan 1.1 specification
+`nkat.host.hardware` runs it as a process of its own, because a broken graphics driver takes the process that loads it
+down, or writes to its stdout. The structures are those of the Vulkan 1.1 specification
 (https://registry.khronos.org/vulkan/specs/1.3/html/). Free memory needs the extension VK_EXT_memory_budget. Limits:
 the standard library only; not on macOS, where the devices are behind a portability layer.
 """

@@ -1,0 +1,1 @@
+"""Files of ggml: metadata, tensors, block formats and their quantisers; bytes, not models. Imports `nkat.host`."""

@@ -1,0 +1,13 @@
+"""What the names of a GGUF's tensors say."""
+
+from __future__ import annotations
+
+import re
+
+_BLOCK_NUMBER = re.compile(r"^blk\.(\d+)\.")
+
+
+def block_number(name: str) -> int:
+    """12 for `blk.12.attn_q.weight`, −1 for a tensor outside the blocks."""
+    match = _BLOCK_NUMBER.match(name)
+    return int(match[1]) if match else -1
