@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nkat import inplace, merge, rank_search, residual_report
+from nkat import merge, rank_search, residual_report
 from nkat.calibrate import input_second_moments
 from nkat.convert import (
     DEFAULT_GAMMA,
     DEFAULT_RANK,
     ThetaOptions,
-    base_hash,
     check_options,
     describe_theta_set,
     make_thetas,
@@ -38,20 +37,12 @@ from nkat.host.console import format_bytes, note
 from nkat.host.distributed import is_first
 from nkat.host.files import check_output
 from nkat.host.record import check_record, write_json
-from nkat.layers import select_layers
-from nkat.theta import coupling
-from nkat.theta_io import (
-    UNFINISHED_KEY,
-    ModelFile,
-    ThetaSet,
-    appended_parts,
-    embedded_parts,
-    lora_parts,
-    open_model_file,
-    scale_by_depth,
-    theta_only_parts,
-    truncate_rank,
-)
+from nkat.theta import inplace
+from nkat.theta.algebra import coupling
+from nkat.theta.layers import select_layers
+from nkat.theta.lora import lora_parts
+from nkat.theta.modelfile import ModelFile, appended_parts, base_hash, embedded_parts, open_model_file, theta_only_parts
+from nkat.theta.set import UNFINISHED_KEY, ThetaSet, scale_by_depth, truncate_rank
 from nkat.theta_report import report_strengths
 
 

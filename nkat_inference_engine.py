@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from nkat.bench import Arms, bench_decode, bench_prefill
-from nkat.chat import chat_messages, encode_chat, render_chat
 from nkat.compare import (
     Comparison,
     benchmark_record,
@@ -25,22 +24,25 @@ from nkat.compare import (
     comparison_text,
     measure_quality,
 )
-from nkat.decode import Decoder, make_decoder
+from nkat.engine.decoder import Decoder, make_decoder
+from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
 from nkat.gemm import bench_gemm, copy_speed, gemm_table
-from nkat.generate import Sampler, Sampling, generate
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_table, note
 from nkat.host.files import check_output
 from nkat.host.memory import memory
 from nkat.host.record import check_record, write_json
-from nkat.load import DTYPES, LoadedModel
+from nkat.lm.chat import chat_messages, encode_chat, render_chat
+from nkat.lm.load import DTYPES, LoadedModel
+from nkat.lm.request import Request
 from nkat.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks, text_chunks
 from nkat.plots import plot_comparison
 from nkat.provenance import file_hash, provenance
-from nkat.startup import Request, fresh_startup
+from nkat.startup import fresh_startup
 from nkat.texts import Text, load_text
-from nkat.theta_io import ModelFile, ThetaSet, check_judging_text
+from nkat.theta.modelfile import ModelFile
+from nkat.theta.set import ThetaSet, check_judging_text
 from nkat.tpe import byte_ratio, tpe
 
 Record = dict[str, Any]

@@ -237,10 +237,10 @@ def check_model(path: Path | None, machine: Machine) -> tuple[int, list[Check]]:
     """Size of the base model in bytes, 0 when there is none, and the checks."""
     if path is None:
         return 0, [Check("model", OK, "none given; --model FILE checks yours")]
-    from nkat.config import ModelConfig
     from nkat.errors import NKATError
     from nkat.host.console import format_bytes
-    from nkat.theta_io import open_model_file
+    from nkat.lm.config import ModelConfig
+    from nkat.theta.modelfile import open_model_file
 
     try:
         model = open_model_file(path)

@@ -27,11 +27,11 @@ from nkat.gguf.formats import dequantize
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_table
 from nkat.host.record import write_json
-from nkat.kernels.cpu_formats import BLOCK_LAYOUTS
-from nkat.kernels.cpu_linear import CpuLinear
-from nkat.kernels.jit import best_isa, compile_kernel
-from nkat.kernels.llvm import I32, Builder
-from nkat.kernels.program import Program, pool
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS
+from nkat.kernels.cpu.jit import best_isa, compile_kernel
+from nkat.kernels.cpu.linear import CpuLinear
+from nkat.kernels.cpu.llvm import I32, Builder
+from nkat.kernels.cpu.program import Program, pool
 
 COLUMNS, TOKENS = 2048, 256
 

@@ -18,13 +18,13 @@ from nkat.fit_layers import Factors, FittedLinear
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
 from nkat.host import console
-from nkat.layers import adaptable_layers
-from nkat.load import LoadedModel, load_model
+from nkat.lm.load import LoadedModel, load_model
+from nkat.lm.transformer import Transformer
 from nkat.residual import equal_bytes_rank, regularised_moments, rounded_factors, unrestricted_optimum
 from nkat.texts import load_text
-from nkat.theta import coupling, low_rank_form
-from nkat.theta_io import ThetaSet, truncate_rank
-from nkat.transformer import Transformer
+from nkat.theta.algebra import coupling, low_rank_form
+from nkat.theta.layers import adaptable_layers
+from nkat.theta.set import ThetaSet, truncate_rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from nkat.host import commandline
 from nkat.host.console import format_table
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import write_json
-from nkat.theta import truncated_svd
+from nkat.theta.svd import truncated_svd
 
 
 def matrices(size: int) -> dict[str, torch.Tensor]:

@@ -28,16 +28,17 @@ from typing import Any
 
 import torch
 
-from nkat.decode import Decoder, make_decoder
+from nkat.engine.decoder import Decoder, make_decoder
 from nkat.errors import NKATError
 from nkat.gguf.writer import write_gguf
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_table, note
 from nkat.host.record import write_json
 from nkat.kernels import reference
-from nkat.load import LoadedModel, load_model
+from nkat.lm.load import LoadedModel, load_model
 from nkat.texts import load_text
-from nkat.theta_io import ModelFile, lora_parts, open_model_file
+from nkat.theta.lora import lora_parts
+from nkat.theta.modelfile import ModelFile, open_model_file
 
 PREFILL, DECODE = 512, 128
 Speeds = tuple[float, float]  # tokens a second: prefill, decoding

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nkat.decode import Decoder
+from nkat.engine.decoder import Decoder
 from nkat.errors import NKATError
 from nkat.host.console import bar
 

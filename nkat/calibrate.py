@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from nkat.gguf.writer import MetadataValue
 from nkat.host.console import format_bytes, note
-from nkat.layers import adaptable_layers
-from nkat.load import load_model
+from nkat.lm.load import load_model
+from nkat.lm.transformer import Transformer
 from nkat.perplexity import DEFAULT_BATCH, text_chunks
 from nkat.texts import load_text
-from nkat.theta_io import CALIBRATION_KEY
-from nkat.transformer import Transformer
+from nkat.theta.layers import adaptable_layers
+from nkat.theta.set import CALIBRATION_KEY
 
 CALIBRATION_CHUNKS = 16  # 8192 tokens: E[x²] of a channel is then known to a few per cent
 FULL_MOMENTS_BYTES = 2 << 30

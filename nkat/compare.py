@@ -15,7 +15,7 @@ import torch
 
 from nkat.bench import Arms, Timings
 from nkat.host.console import format_bytes, format_table
-from nkat.load import LoadedModel
+from nkat.lm.load import LoadedModel
 from nkat.perplexity import PairedChange, Perplexity, paired, score_chunks
 from nkat.startup import Startup
 from nkat.tpe import tpe

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -13,10 +12,12 @@ import torch
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.weights import read_weight
-from nkat.gguf.writer import MetadataValue, sha256_of_parts
+from nkat.gguf.writer import MetadataValue
 from nkat.residual import ErrorsLeft, errors_left, factors_from_residual
-from nkat.theta import Theta, ThetaError, coupling, factors_from_weight, quantize_factors
-from nkat.theta_io import ModelFile, ThetaSet
+from nkat.sources.weight import factors_from_weight
+from nkat.theta.algebra import Theta, ThetaError, coupling, quantize_factors
+from nkat.theta.modelfile import ModelFile, base_name
+from nkat.theta.set import ThetaSet
 
 SOURCES = ("weight", "residual")
 _Result = TypeVar("_Result")
@@ -128,24 +129,6 @@ def describe_theta_set(model: ModelFile, thetas: dict[str, Theta], options: Thet
         base_gguf_version=model.base.version,
         notes=notes,
     )
-
-
-def base_name(model: ModelFile) -> str:
-    """The model's own name from its metadata, or its file's name."""
-    assert model.base is not None
-    name = model.base.file.metadata.get("general.name")
-    return name if isinstance(name, str) and name else Path(model.path).stem
-
-
-def base_hash(model: ModelFile, progress: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of the base model's bytes; for an already converted file, checked against what the file records."""
-    digest = sha256_of_parts(model.base_parts(), progress)
-    if model.thetas is not None and digest != model.thetas.base_sha256:
-        raise NKATError(
-            f"{model.path}: the base model's sha256 is {digest[:16]}… but the file records "
-            f"{model.thetas.base_sha256[:16]}…: the file is damaged"
-        )
-    return digest
 
 
 def _factors(weight: torch.Tensor, name: str, options: ThetaOptions) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from nkat.host.console import format_table
-from nkat.theta_io import ModelFile, ThetaSet
+from nkat.theta.modelfile import ModelFile
+from nkat.theta.set import ThetaSet
 
 
 def describe_layers(model: ModelFile, theta_set: ThetaSet) -> list[dict[str, Any]]:

@@ -24,8 +24,8 @@ from nkat.fit_loss import Teacher, vocabulary_loss
 from nkat.fit_state import FitState
 from nkat.gguf.formats import dequantize
 from nkat.host.distributed import World
-from nkat.theta import Theta, coupling, quantize_factors
-from nkat.transformer import Transformer
+from nkat.lm.transformer import Transformer
+from nkat.theta.algebra import Theta, coupling, quantize_factors
 
 _BETAS = (0.9, 0.99)  # of AdamW: a fit has few steps, so its second moments must settle in fewer than the usual 1000
 _ZERO_START = 0.02  # standard deviation of P where Q starts at zero

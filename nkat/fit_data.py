@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from nkat.errors import NKATError
+from nkat.lm.tokenizer import Tokenizer
+from nkat.lm.transformer import Transformer
 from nkat.perplexity import CONTEXT, score_chunks, scored_tokens
 from nkat.texts import Text
-from nkat.tokenizer import Tokenizer
-from nkat.transformer import Transformer
 
 _VALIDATION_SHARE = 10  # every tenth part of the text, from its end, …
 _MOST_VALIDATION_CHUNKS = 16  # … but no more than this: 8192 tokens

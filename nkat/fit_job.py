@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nkat.convert import ThetaOptions, base_hash, make_thetas
+from nkat.convert import ThetaOptions, make_thetas
 from nkat.errors import NKATError
 from nkat.fit import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.fit_data import Validation, fit_text, split_validation
@@ -22,11 +22,12 @@ from nkat.host import console, hardware, interrupts
 from nkat.host.console import note
 from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
-from nkat.load import DTYPES, LoadedModel, load_model
+from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.perplexity import PairedChange, Perplexity, paired
 from nkat.texts import Text, load_text
-from nkat.theta import Theta
-from nkat.theta_io import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ModelFile, open_model_file
+from nkat.theta.algebra import Theta
+from nkat.theta.modelfile import ModelFile, base_hash, open_model_file
+from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY
 
 _SAVE_SECONDS = 60.0
 

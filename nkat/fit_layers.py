@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nkat.gguf.formats import dequantize
-from nkat.star import StarLinear
-from nkat.theta import low_rank_form
-from nkat.transformer import Transformer
+from nkat.lm.linear import StarLinear
+from nkat.lm.transformer import Transformer
+from nkat.theta.algebra import low_rank_form
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 _INT8_MAX = 127
@@ -99,7 +99,7 @@ def _weight(layer: StarLinear) -> torch.Tensor:
 
 
 def _round_straight_through(factor: torch.Tensor) -> torch.Tensor:
-    """`nkat.theta.quantize_factors`' rounding with the gradient of the identity (Bengio et al., 2013, 1308.3432)."""
+    """The rounding of `quantize_factors` with the gradient of the identity (Bengio et al., 2013, 1308.3432)."""
     with torch.no_grad():
         scale = factor.abs().amax(dim=0) / _INT8_MAX
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -24,8 +24,8 @@ import torch
 
 from nkat.bench import PairedOverhead, Timings
 from nkat.host.console import bar, format_table
-from nkat.star import StarLinear
-from nkat.transformer import Transformer
+from nkat.lm.linear import StarLinear
+from nkat.lm.transformer import Transformer
 
 BATCHES = (1, 8, 512)
 LIMIT_SECONDS = 3.0  # a layer that takes long is timed less often, three times at least
@@ -192,9 +192,9 @@ def _one_layer(x: torch.Tensor) -> Prepare:
 
 def _compiled_layers(kind: LayerKind, x: torch.Tensor) -> Prepare:
     """Makes programs that run layers one after the other on x; running one gives the last one's y, padded."""
-    from nkat.kernels.cpu import panel_tokens  # LLVM is loaded only where it is used
-    from nkat.kernels.cpu_linear import CpuLinear, Panels
-    from nkat.kernels.program import Program, aligned, pool
+    from nkat.kernels.cpu.linear import CpuLinear, Panels
+    from nkat.kernels.cpu.matmul import panel_tokens  # LLVM is loaded only where it is used
+    from nkat.kernels.cpu.program import Program, aligned, pool
 
     def compiled(layer: StarLinear) -> CpuLinear:
         assert layer.compiled is not None

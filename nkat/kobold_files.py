@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nkat.convert import base_hash
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, GGUFFile
 from nkat.gguf.writer import sha256_of_parts, write_gguf
 from nkat.host.cache import cache_folder
 from nkat.host.console import bar, format_bytes, note
 from nkat.host.files import atomic_output
-from nkat.theta_io import ModelFile, ThetaSet, lora_parts, open_model_file, theta_for
+from nkat.theta.lora import lora_parts
+from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, theta_for
+from nkat.theta.set import ThetaSet
 
 _ADAPTER_FORM = 1  # to be raised when `lora_parts` writes something else
 _LOADABLE = ("plain", "appended")

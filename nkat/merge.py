@@ -32,11 +32,12 @@ from nkat.gguf.writer import (
 )
 from nkat.host.console import bar, format_table
 from nkat.host.files import atomic_output
-from nkat.load import LoadedModel, load_model
+from nkat.lm.load import LoadedModel, load_model
 from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
 from nkat.texts import Text, load_text
-from nkat.theta import Theta, ThetaError, coupling, low_rank_form
-from nkat.theta_io import ModelFile, ThetaSet, check_judging_text
+from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
+from nkat.theta.modelfile import ModelFile
+from nkat.theta.set import ThetaSet, check_judging_text
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 from nkat.errors import NKATError
-from nkat.tokenizer import Tokenizer
-from nkat.transformer import Transformer
+from nkat.lm.tokenizer import Tokenizer
+from nkat.lm.transformer import Transformer
 
 CONTEXT = 512
 DEFAULT_BATCH = 4

@@ -6,14 +6,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from nkat.decode import Decoder
+from nkat.engine.decoder import Decoder
 from nkat.gguf.writer import FileRange, sha256_of_parts
 from nkat.host import hardware
 from nkat.host.console import bar
 from nkat.host.record import git_commit
-from nkat.load import LoadedModel
+from nkat.lm.load import LoadedModel
 from nkat.texts import Text
-from nkat.theta_io import ThetaSet
+from nkat.theta.set import ThetaSet
 
 PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from nkat.host.console import format_table
-from nkat.load import LoadedModel, load_model
+from nkat.lm.load import LoadedModel, load_model
 from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
 from nkat.texts import Text, load_text
-from nkat.theta_io import ModelFile, ThetaSet, check_judging_text, truncate_rank
+from nkat.theta.modelfile import ModelFile
+from nkat.theta.set import ThetaSet, check_judging_text, truncate_rank
 from nkat.tpe import byte_ratio, tpe
 
 RANKS = (2, 4, 6, 8)

@@ -34,7 +34,8 @@ from dataclasses import dataclass
 
 import torch
 
-from nkat.theta import Theta, ThetaError, low_rank_form, quantize_factors, truncated_svd
+from nkat.theta.algebra import Theta, ThetaError, low_rank_form, quantize_factors
+from nkat.theta.svd import truncated_svd
 
 _LBFGS_STEPS = 40
 _LBFGS_TOLERANCE = 1e-6  # of f, which is 1 without Θ

@@ -18,15 +18,14 @@ from optuna.trial import TrialState
 
 from nkat import study_run
 from nkat.calibrate import input_second_moments
-from nkat.convert import DEFAULT_GAMMA, SOURCES, ThetaOptions, base_hash, check_options, describe_theta_set, make_thetas
+from nkat.convert import DEFAULT_GAMMA, SOURCES, ThetaOptions, check_options, describe_theta_set, make_thetas
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.writer import MetadataValue, write_gguf
 from nkat.host import commandline, console
 from nkat.host.console import format_table, note
 from nkat.host.record import write_json
-from nkat.layers import select_layers
-from nkat.load import LoadedModel, load_model
+from nkat.lm.load import LoadedModel, load_model
 from nkat.perplexity import text_chunks
 from nkat.plots import plot_search
 from nkat.search import (
@@ -45,8 +44,10 @@ from nkat.search import (
 from nkat.study import best_trials, history, importances, make_sampler
 from nkat.study_run import Outcome, Search
 from nkat.texts import Text, load_text
-from nkat.theta import coupling
-from nkat.theta_io import ModelFile, ThetaSet, check_judging_text, embedded_parts, open_model_file
+from nkat.theta.algebra import coupling
+from nkat.theta.layers import select_layers
+from nkat.theta.modelfile import ModelFile, base_hash, embedded_parts, open_model_file
+from nkat.theta.set import ThetaSet, check_judging_text
 
 DESCRIPTION = "Search rank, gamma, layers and depth decay of a language model's Θ by measured TPE."
 EXAMPLES = """\

@@ -14,63 +14,18 @@ import time
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-from nkat.decode import make_decoder
+from nkat.engine.decoder import make_decoder
 from nkat.errors import NKATError
 from nkat.host import hardware
 from nkat.host.memory import Memory, memory
-from nkat.load import DTYPES, LoadedModel, load_model
-from nkat.theta_io import ModelFile, ThetaSet, open_model_file, theta_for
+from nkat.lm.request import Request
 
 PROMPT_TOKENS = 16  # of the prompt before the first token: short, because prefill is measured by itself
 PROMPT_CHARACTERS = 2000
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Which model to run, and how. Small and picklable.
-
-    theta: a file with Θ alone, in place of the Θ in the model's file
-    gamma: strength of Θ in place of the recorded one
-    repack: use the compiled CPU kernels, see `load_model`
-    with_theta: False leaves Θ out altogether
-    """
-
-    model: Path
-    theta: Path | None = None
-    gamma: float | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    int8_activations: bool = False
-    repack: bool = False
-    with_theta: bool = True
-
-    def open(self) -> tuple[ModelFile, ThetaSet | None]:
-        """The file and its Θ. Raises NKATError when Θ is for another model, or γ is given without any Θ."""
-        model_file = open_model_file(self.model)
-        theta_set = theta_for(model_file, self.theta) if self.theta else model_file.thetas
-        if theta_set is None and self.gamma is not None:
-            raise NKATError(f"{self.model}: has no Θ, so --theta-gamma has no meaning")
-        return model_file, theta_set if self.with_theta else None
-
-    def load(self, model_file: ModelFile, theta_set: ThetaSet | None) -> LoadedModel:
-        """The model that `open` found, ready to run."""
-        gamma = self.gamma
-        if gamma is None:
-            gamma = theta_set.gamma if theta_set else 1.0
-        return load_model(
-            model_file,
-            thetas=theta_set.thetas if theta_set else {},
-            gamma=gamma,
-            device=self.device,
-            dtype=DTYPES[self.dtype] if self.dtype else None,
-            int8_activations=self.int8_activations,
-            repack=self.repack,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,12 @@ from typing import Any
 
 from nkat.fit_data import Validation, every_token
 from nkat.host.console import format_bytes, format_table
-from nkat.load import load_model
+from nkat.lm.load import load_model
+from nkat.lm.transformer import Transformer
 from nkat.perplexity import Perplexity, paired, text_chunks
 from nkat.texts import load_text
-from nkat.theta_io import ModelFile, ThetaSet, check_judging_text, open_model_file
-from nkat.transformer import Transformer
+from nkat.theta.modelfile import ModelFile, open_model_file
+from nkat.theta.set import ThetaSet, check_judging_text
 
 GAMMAS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
 _CHUNKS = 4

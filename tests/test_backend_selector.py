@@ -22,15 +22,15 @@ import psutil
 import pytest
 import torch
 
-from nkat.decode import make_decoder
+from nkat.engine.decoder import make_decoder
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import dequantize, packed_tensor
 from nkat.kobold import Choice
 from nkat.kobold_menu import ask_backend, ask_model
 from nkat.kobold_run import base_url, post
-from nkat.load import load_model
-from nkat.theta_io import open_model_file
+from nkat.lm.load import load_model
+from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install, install_program
 from tests.support.tiny_models import write_tiny_model

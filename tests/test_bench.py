@@ -7,14 +7,14 @@ import random
 
 import pytest
 import torch
+from nkat.decode import EagerDecoder
 from scipy.stats import binom
 
 from nkat import bench
 from nkat.bench import PairedOverhead, Timings, bench_decode, bench_prefill, median_interval, paired_overhead
-from nkat.decode import EagerDecoder
 from nkat.errors import NKATError
-from nkat.load import load_model
-from nkat.theta import quantize_factors
+from nkat.lm.load import load_model
+from nkat.theta.algebra import quantize_factors
 from tests.support.tiny_models import write_tiny_model
 
 GAMMA = 0.9

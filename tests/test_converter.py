@@ -14,11 +14,11 @@ import torch
 
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
-from nkat.theta import dense_theta
-from nkat.theta_io import open_model_file
+from nkat.theta.algebra import dense_theta
+from nkat.theta.modelfile import open_model_file
 from tests.gguf.test_file import build
 from tests.support.tiny_models import write_tiny_model
-from tests.test_theta import dense_from_svd
+from tests.theta.test_algebra import dense_from_svd
 
 CONVERTER = "nkat_gguf_converter.py"
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from nkat.decode import EagerDecoder
 
 from nkat import startup
-from nkat.decode import EagerDecoder
 from nkat.gguf.writer import gguf_parts, write_gguf
 from nkat.host.record import git_commit
-from nkat.load import load_model
+from nkat.lm.load import load_model
 from nkat.perplexity import measure
 from nkat.startup import measure_startup
 from nkat.texts import load_text
-from nkat.theta_io import open_model_file
+from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
 from tests.support.tiny_models import write_tiny_model
 
@@ -419,5 +419,5 @@ def test_too_little_gpu_memory_is_one_line(fails, tiny: Path, monkeypatch) -> No
     def full(model, capacity):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("nkat.decode.make_decoder", full)
+    monkeypatch.setattr("nkat.engine.decoder.make_decoder", full)
     assert "--no-cuda runs it on the processor" in fails(ENGINE, "--model", tiny, "--generate", "a")

@@ -17,10 +17,11 @@ from nkat.errors import NKATError
 from nkat.fit import FitData, FitSettings, Progress, by_name, fit, to_thetas, zero_start
 from nkat.fit_data import FitText, Validation, fit_text, split_validation
 from nkat.fit_state import FitState, load_state, run_identity, save_state
-from nkat.layers import adaptable_layers
-from nkat.load import load_model
+from nkat.lm.load import load_model
 from nkat.texts import default_text
-from nkat.theta_io import open_model_file, truncate_rank
+from nkat.theta.layers import adaptable_layers
+from nkat.theta.modelfile import open_model_file
+from nkat.theta.set import truncate_rank
 from tests.conftest import ROOT, Script
 from tests.support.tiny_models import write_tiny_model
 

@@ -16,11 +16,11 @@ from nkat.fit import FitSettings, theta_start, to_thetas, visible_columns, zero_
 from nkat.fit_data import FitText, batch_at, fit_text, split_validation
 from nkat.fit_layers import FittedLinear, ThetaMode, fitted_layers
 from nkat.fit_loss import Teacher, vocabulary_loss
-from nkat.load import load_model
-from nkat.star import StarLinear
+from nkat.lm.linear import StarLinear
+from nkat.lm.load import load_model
 from nkat.texts import Text, default_text
-from nkat.theta import quantize_factors
-from nkat.theta_io import ThetaSet, truncate_rank
+from nkat.theta.algebra import quantize_factors
+from nkat.theta.set import ThetaSet, truncate_rank
 from tests.support.tiny_models import write_tiny_model
 
 N, D, V = 7, 12, 50

@@ -12,8 +12,8 @@ import torch
 from nkat import gemm
 from nkat.bench import PairedOverhead, Timings
 from nkat.gemm import GemmRow, bench_gemm, copy_speed, gemm_table, layer_kinds
-from nkat.load import LoadedModel, load_model
-from nkat.star import StarLinear
+from nkat.lm.linear import StarLinear
+from nkat.lm.load import LoadedModel, load_model
 from tests.support.tiny_models import write_tiny_model
 
 ENGINE, CONVERTER = "nkat_inference_engine.py", "nkat_gguf_converter.py"

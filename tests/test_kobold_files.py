@@ -12,7 +12,8 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.kobold_files import kobold_cache, model_key, prepare
-from nkat.theta_io import lora_parts, open_model_file
+from nkat.theta.lora import lora_parts
+from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
 
 CONVERTER = "nkat_gguf_converter.py"

@@ -20,8 +20,8 @@ from nkat.gguf.formats import dequantize
 from nkat.gguf.quantise import quantisation_steps, quantize, requantise
 from nkat.gguf.weights import read_weight
 from nkat.merge import merge_weight, write_merged
-from nkat.theta import dense_theta, quantize_factors
-from nkat.theta_io import open_model_file
+from nkat.theta.algebra import dense_theta, quantize_factors
+from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
 
 pytest.importorskip("libgguf", reason="libgguf is not installed: pip install libgguf")

@@ -12,11 +12,11 @@ from benchmarks import quality, quality_report
 from benchmarks.low_rank import LowRankTerms, apply_terms, weight_controls
 from nkat.convert import ThetaOptions, make_thetas
 from nkat.errors import NKATError
-from nkat.layers import adaptable_layers
-from nkat.load import LoadedModel, load_model
+from nkat.lm.load import LoadedModel, load_model
 from nkat.texts import default_text
-from nkat.theta import coupling, low_rank_form
-from nkat.theta_io import ThetaSet
+from nkat.theta.algebra import coupling, low_rank_form
+from nkat.theta.layers import adaptable_layers
+from nkat.theta.set import ThetaSet
 from tests.support.tiny_models import write_tiny_model
 
 GAMMA = 0.5

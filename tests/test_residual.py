@@ -12,7 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from nkat.calibrate import gather_moments, input_second_moments
-from nkat.load import load_model
+from nkat.lm.load import load_model
 from nkat.residual import (
     equal_bytes_rank,
     errors_left,
@@ -21,8 +21,8 @@ from nkat.residual import (
     residual_error,
     unrestricted_optimum,
 )
-from nkat.theta import ThetaError, dense_theta, quantize_factors
-from nkat.theta_io import open_model_file
+from nkat.theta.algebra import ThetaError, dense_theta, quantize_factors
+from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
 
 CONVERTER = "nkat_gguf_converter.py"

@@ -13,7 +13,8 @@ import pytest
 from nkat import startup
 from nkat.errors import NKATError
 from nkat.host.memory import memory, resident_of
-from nkat.startup import Request, fresh_startup, measure_startup
+from nkat.lm.request import Request
+from nkat.startup import fresh_startup, measure_startup
 from tests.support.tiny_models import write_tiny_model
 
 SMAPS = """\

@@ -1,1 +1,1 @@
-"""Implementations of `packed weight × x + star term`; `nkat.star` picks one."""
+"""Packed weight × x and what lies between, by device; `nkat.lm.linear` picks one. Imports `nkat.theta` and below."""

@@ -44,7 +44,7 @@ def linear(
 
 
 def star_term(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, kappa: float) -> torch.Tensor:
-    """κ Θ x for x [..., n], with Θ = up @ down of `nkat.theta.low_rank_form`: down [2r, n], up [m, 2r]."""
+    """κ Θ x for x [..., n], with Θ = up @ down of `nkat.theta.algebra.low_rank_form`: down [2r, n], up [m, 2r]."""
     return kappa * F.linear(F.linear(x, down), up)
 
 

@@ -15,11 +15,11 @@ import torch
 from gguf.constants import GGMLQuantizationType as QType
 from torch import Tensor
 
-from nkat.decode_plan import TorchOps, decode_step, make_plan
-from nkat.kernels import cuda
-from nkat.kernels.cuda_pack import FORMATS
-from nkat.kernels.cuda_step import Attention, Group, Input, Siblings, TritonOps
-from tests.test_cuda_kernels import FAMILIES, IDS, packed_weight, row_length, tiny, whole
+from nkat.engine.plan import TorchOps, decode_step, make_plan
+from nkat.kernels.cuda import linear as cuda
+from nkat.kernels.cuda.planes import FORMATS
+from nkat.kernels.cuda.step import Attention, Group, Input, Siblings, TritonOps
+from tests.kernels.test_cuda import FAMILIES, IDS, packed_weight, row_length, tiny, whole
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
 __all__ = ["tiny"]  # a fixture

@@ -1,0 +1,1 @@
+"""One sequence, token by token: decoders and sampling. Imports `nkat.lm` and what lies below."""

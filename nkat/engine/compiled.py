@@ -1,0 +1,278 @@
+"""A whole forward pass on the CPU as one compiled program: decoding without Python between the operations.
+
+The same arithmetic as `nkat.lm.transformer`; with INT8 activations the KV cache is float16, as in llama.cpp. There are
+two programs: one token at a time, and up to `PREFILL_TOKENS` together. Both read the same repacked weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES
+
+from nkat.errors import NKATError
+from nkat.gguf.formats import packed_nbytes
+from nkat.kernels.cpu.blocks import KEYS, Heads, add_kernel, attention_kernel, gate_kernel, norm_kernel, rope_kernel
+from nkat.kernels.cpu.linear import CpuLinear, Panels
+from nkat.kernels.cpu.matmul import embedding_kernel, panel_tokens
+from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.lm.linear import StarLinear
+from nkat.lm.transformer import Block, Transformer
+
+PREFILL_TOKENS = 256  # at once: enough to spread the work of taking a weight apart, few enough for the L2 cache
+
+
+class _Cache:
+    """Keys and values of every block; see `nkat.kernels.cpu.blocks`."""
+
+    def __init__(self, blocks: int, heads: Heads, capacity: int) -> None:
+        self.capacity = -(-capacity // KEYS) * KEYS
+        shape = (blocks, heads.kv, self.capacity, heads.size)
+        dtype = np.float16 if heads.half else np.float32
+        self.keys, self.values = aligned(shape, dtype), aligned(shape, dtype)
+        self.head_bytes = self.capacity * heads.size * heads.cache_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+
+class CompiledDecoder:
+    """`nkat.engine.decoder.Decoder` on the CPU kernels. The model's layers must have been repacked for them."""
+
+    def __init__(self, model: Transformer, capacity: int, threads: int) -> None:
+        config = model.config
+        self.model, self.capacity, self.length = model, capacity, 0
+        self.threads = pool(threads)
+        self.name = f"compiled CPU program, {threads} thread{'s' if threads > 1 else ''}"
+        self.heads = Heads(
+            config.head_count,
+            config.kv_head_count,
+            config.head_dim,
+            config.rope.dimensions,
+            config.rope.interleaved,
+            config.qk_norm,
+            half=model.output.int8_activations,
+        )
+        self.cache = _Cache(config.block_count, self.heads, capacity)
+        self.cache_nbytes = self.cache.nbytes
+        self.angles = [
+            _rotation_tables(frequencies, rope.magnitude, capacity)
+            for frequencies, rope in (
+                (model.frequencies, config.rope),
+                (model.local_frequencies, config.local_rope),
+            )
+        ]
+        self._made_for = model.theta_changes
+        self._one = _ForwardPass(self, 1, 1)
+        self._many = _ForwardPass(self, min(PREFILL_TOKENS, capacity), panel_tokens())
+
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        if not tokens:
+            raise NKATError("there is no token to start from")
+        self._check_room(len(tokens))
+        if len(tokens) == 1:
+            return self.step(tokens[0])
+        logits = None
+        for start in range(0, len(tokens), PREFILL_TOKENS):
+            part = tokens[start : start + PREFILL_TOKENS]
+            logits = self._many.run(part, self.length, start + len(part) == len(tokens))
+            self.length += len(part)
+        assert logits is not None
+        return logits
+
+    def step(self, token: int) -> torch.Tensor:
+        self._check_room(1)
+        logits = self._one.run([token], self.length, True)
+        self.length += 1
+        return logits
+
+    def set_gamma(self, gamma: float | None) -> None:
+        self.model.set_gamma(gamma)
+
+    def _check_room(self, count: int) -> None:
+        if self._made_for != self.model.theta_changes:
+            raise NKATError("Θ was replaced after this decoder was made; make a new one")
+        if self.length + count > self.capacity:
+            raise NKATError(
+                f"the KV cache holds {self.capacity} tokens; {self.length} are in it and {count} more do not fit"
+            )
+
+
+class _ForwardPass:
+    """The program for up to `capacity` tokens, `tokens` to a panel."""
+
+    def __init__(self, decoder: CompiledDecoder, capacity: int, tokens: int) -> None:
+        model, config = decoder.model, decoder.model.config
+        self.decoder, self.tokens = decoder, tokens
+        self.capacity = -(-capacity // tokens) * tokens
+        self.state = np.zeros(8, np.int64)  # how many tokens, position of the first
+        self.last = np.ones(8, np.int64)  # the state of the output layer: one token
+        self.epsilon = np.array([config.rms_epsilon], np.float32)
+        self.scale = np.array([config.attention_scale], np.float32)
+        self.d = config.embedding_length
+        self.x, self.normed = self._rows(self.d), self._rows(self.d)
+        self.ids = np.zeros(self.capacity, np.int64)
+        self.panels: dict[tuple[str, object], Panels] = {}
+        self.stars: list[tuple[StarLinear, np.ndarray, np.ndarray]] = []  # layer, arguments of down and of matmul
+        self.strength = model.gamma  # that the programs are set to
+        self.program = Program()
+        self.head = self.program if self.capacity == 1 else Program()
+        self._embedding()
+
+        linears = {name: _compiled(layer) for name, layer in model.blocks[0].linears.items()}
+        self.y = {name: self._rows(linear.padded_rows) for name, linear in linears.items()}
+        self.mixed = self._rows(config.head_count * config.head_dim)
+        self.rows = 8 if tokens > 1 else max(r for r in (1, 2, 4) if r == 1 or r < 2 * config.head_count)
+        self.score_bytes = 4 * (decoder.cache.capacity + KEYS)
+        self.scores = np.zeros(decoder.threads.count * self.rows * self.score_bytes, np.uint8)
+        for block in model.blocks:
+            self._block(block)
+        self.program.barrier()
+        self._output()
+
+    def _rows(self, columns: int) -> np.ndarray:
+        return aligned((self.capacity, columns), np.float32)
+
+    def run(self, tokens: Sequence[int], position: int, want_logits: bool) -> torch.Tensor:
+        """Logits after the last token, float32 [V]; an empty tensor when they are not wanted."""
+        count, vocabulary = len(tokens), self.decoder.model.config.vocab_size
+        if min(tokens) < 0 or max(tokens) >= vocabulary:
+            raise NKATError(f"token id {min(tokens)} or {max(tokens)} lies outside the vocabulary of {vocabulary}")
+        self.ids[:count] = tokens
+        self.state[:2] = count, position
+        self._set_strengths()
+        self.program.run(self.decoder.threads)
+        if not want_logits:
+            return torch.empty(0)
+        if self.head is not self.program:
+            self.last_row[0] = self.x[count - 1]
+            self.head.run(self.decoder.threads)
+        return torch.from_numpy(self.logits[0, :vocabulary])
+
+    def _set_strengths(self) -> None:
+        if self.strength == self.decoder.model.gamma:
+            return
+        self.strength = self.decoder.model.gamma
+        for layer, down, matmul in self.stars:
+            star = _compiled(layer).star
+            assert star is not None
+            star.set_kappa(layer.kappa)
+            down[2] = matmul[11] = star.terms if layer.kappa else 0
+
+    def _panels(self, linear: CpuLinear, state: np.ndarray, capacity: int, tokens: int) -> Panels:
+        key = (f"{linear.shape[1]} {capacity} {tokens} {state.ctypes.data}", linear.rounding)
+        if key not in self.panels:
+            self.panels[key] = Panels(linear.rounding, linear.shape[1], capacity, tokens, state)
+        return self.panels[key]
+
+    def _linears(self, program: Program, layers: dict[str, StarLinear], x: np.ndarray, state: np.ndarray) -> None:
+        """Layers with the same input: rounds it once for each way of rounding, then multiplies."""
+        tokens = self.tokens if state is self.state else 1
+        filled: set[int] = set()
+        steps = []
+        for name, layer in layers.items():
+            linear = _compiled(layer)
+            panels = self._panels(linear, state, len(x), tokens)
+            if id(panels) not in filled:
+                panels.fill(program, x, x.strides[0])
+                filled.add(id(panels))
+            u = None
+            if linear.star is not None:
+                linear.star.set_kappa(layer.kappa)
+                u = np.zeros((len(panels.q), linear.star.terms, tokens), np.float32)
+            steps.append((name, layer, linear, panels, u))
+        downs = [linear.down(program, panels, u) if u is not None else None for _, _, linear, panels, u in steps]
+        program.barrier()
+        for (name, layer, linear, panels, u), down in zip(steps, downs, strict=True):
+            y = self.logits if state is self.last else self.y[name]
+            words = linear.matmul(program, panels, y, y.strides[0], u)
+            if down is not None:
+                assert linear.star is not None
+                down[2] = words[11] = linear.star.terms if layer.kappa else 0
+                self.stars.append((layer, down, words))
+        program.barrier()
+
+    def _norm(self, program: Program, x: np.ndarray, weight: np.ndarray, out: np.ndarray, state: np.ndarray) -> None:
+        tokens = self.tokens if state is self.state else 1
+        program.add(norm_kernel(self.d, tokens), (x, weight, self.epsilon, out, state))
+
+    def _add(self, y: np.ndarray, block: Block, post_norm: str) -> None:
+        """Residual stream += y, through a norm where the model has one there."""
+        normalise = self.decoder.model.config.post_norm
+        weight = _numpy(block.norms[post_norm]) if normalise else 0
+        kernel = add_kernel(self.d, self.tokens, normalise)
+        self.program.add(kernel, (self.x, y, y.strides[0], weight, self.epsilon, self.state))
+
+    def _embedding(self) -> None:
+        """Token ids → residual stream, from the table as the file has it."""
+        table = self.decoder.model.embedding
+        factor = np.array([self.decoder.model.config.embedding_scale], np.float32)
+        units = self.d // GGML_QUANT_SIZES[table.qtype][0]
+        packed, row_bytes = table.packed.numpy(), packed_nbytes(table.qtype, (self.d,))
+        kernel = embedding_kernel(table.qtype, self.tokens)
+        self.program.add(kernel, (packed, row_bytes, units, self.ids, factor, self.x, self.x.strides[0], self.state))
+
+    def _block(self, block: Block) -> None:
+        program, y, state, norms = self.program, self.y, self.state, block.norms
+        decoder, config = self.decoder, self.decoder.model.config
+        heads, cache, index = decoder.heads, decoder.cache, block.index
+        layers = dict(block.linears.items())
+        self._norm(program, self.x, _numpy(norms["attn_norm"]), self.normed, state)
+        self._linears(program, {n: layers[n] for n in ("attn_q", "attn_k", "attn_v")}, self.normed, state)
+        q, k, v = (y[n] for n in ("attn_q", "attn_k", "attn_v"))
+        cosines, sines = decoder.angles[block.local]
+        q_norm, k_norm = (_numpy(norms[f"attn_{n}_norm"]) if config.qk_norm else 0 for n in "qk")
+        program.add(
+            rope_kernel(heads),
+            (
+                *(q, k, v, q.strides[0], k.strides[0], v.strides[0], cosines, sines, q_norm, k_norm, self.epsilon),
+                *(self.scale, cache.keys[index], cache.values[index], cache.head_bytes, state),
+            ),
+        )
+        program.barrier()
+        window = config.sliding_window if block.local else 1 << 40
+        program.add(
+            attention_kernel(heads, self.rows),
+            (
+                *(q, q.strides[0], cache.keys[index], cache.values[index], cache.head_bytes),
+                *(self.mixed, self.mixed.strides[0], self.scores, self.rows * self.score_bytes, self.score_bytes),
+                *(window, state),
+            ),
+        )
+        program.barrier()
+        self._linears(program, {"attn_output": layers["attn_output"]}, self.mixed, state)
+        self._add(y["attn_output"], block, "post_attention_norm")
+        self._norm(program, self.x, _numpy(norms["ffn_norm"]), self.normed, state)
+        self._linears(program, {n: layers[n] for n in ("ffn_gate", "ffn_up")}, self.normed, state)
+        gate, up = y["ffn_gate"], y["ffn_up"]
+        kernel = gate_kernel(config.feed_forward_length, self.tokens, config.gelu)
+        program.add(kernel, (gate, up, gate.strides[0], state))
+        self._linears(program, {"ffn_down": layers["ffn_down"]}, gate, state)
+        self._add(y["ffn_down"], block, "post_ffw_norm")
+
+    def _output(self) -> None:
+        model = self.decoder.model
+        linear = _compiled(model.output)
+        self.logits = aligned((1, linear.padded_rows), np.float32)
+        normed = aligned((1, self.d), np.float32)
+        self.last_row = self.x if self.head is self.program else aligned((1, self.d), np.float32)
+        self._norm(self.head, self.last_row, _numpy(model.output_norm), normed, self.last)
+        self._linears(self.head, {"output": model.output}, normed, self.last)
+
+
+def _rotation_tables(frequencies: torch.Tensor, magnitude: float, capacity: int) -> np.ndarray:
+    """Cosines, then sines, of every position's angles: float32 [2, capacity, rotated / 2]."""
+    angles = torch.arange(capacity, dtype=torch.float64)[:, None] * frequencies
+    return (magnitude * torch.stack((angles.cos(), angles.sin()))).float().numpy()
+
+
+def _compiled(layer: StarLinear) -> CpuLinear:
+    assert layer.compiled is not None
+    return layer.compiled
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()

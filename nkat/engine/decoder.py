@@ -1,0 +1,54 @@
+"""One sequence, token by token: what generation and the decoding benchmarks run on, whatever the device.
+
+`make_decoder` picks the fastest way that this model and device have and says which and why in `Decoder.name`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from nkat.engine.eager import EagerDecoder
+from nkat.lm.transformer import Transformer
+
+
+class Decoder(Protocol):
+    """A model, a KV cache for one sequence, and how many tokens are in it.
+
+    name: what runs the steps, for people ("compiled CPU step", "CUDA graph", ...)
+    length: tokens in the cache; setting it to a smaller value forgets the tokens after it
+    capacity: how many tokens fit; going beyond raises NKATError
+    cache_nbytes: bytes of the KV cache
+    """
+
+    name: str
+    length: int
+    capacity: int
+    cache_nbytes: int
+
+    def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Adds tokens, at least one, to the cache; returns the logits after the last, float32 [V]."""
+        ...
+
+    def step(self, token: int) -> torch.Tensor:
+        """Adds one token; returns the logits after it, float32 [V]. Valid until the next call."""
+        ...
+
+    def set_gamma(self, gamma: float | None) -> None:
+        """Strength of Θ from the next token on; None or 1 turns it off."""
+        ...
+
+
+def make_decoder(model: Transformer, capacity: int) -> Decoder:
+    """The fastest decoder for this model as it was loaded, with room for `capacity` tokens."""
+    if all(layer.compiled is not None for layer in model.star_linears().values()):
+        from nkat.engine.compiled import CompiledDecoder  # LLVM is loaded only where it is used
+
+        return CompiledDecoder(model, capacity, torch.get_num_threads())
+    if model.output.device_weight is not None:
+        from nkat.engine.cuda_graph import CudaGraphDecoder  # Triton is loaded only where it is used
+
+        return CudaGraphDecoder(model, capacity)
+    return EagerDecoder(model, capacity)

@@ -1,0 +1,318 @@
+"""A transformer as a decode step sees it: operands in a fixed place, the same operations on the same shapes every time.
+
+`decode_step` is the whole step for one token. What runs its operations is `StepOps`: `nkat.kernels.cuda.step.TritonOps`
+on a GPU, `TorchOps` here, which is the oracle and runs anywhere. The position is a tensor: Python decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nkat.kernels.cuda import linear as cuda
+from nkat.kernels.cuda import planes
+from nkat.kernels.cuda.planes import PackedWeight
+from nkat.kernels.cuda.step import Attention, Group, Input, Siblings
+from nkat.lm.linear import StarLinear
+from nkat.lm.transformer import Block, Embedding, KVCache, Transformer, rotate
+
+
+class StepOps(Protocol):
+    """The operations of a step; `TritonOps` says what each takes and gives."""
+
+    star: bool
+
+    def embed(self, weight: PackedWeight, token: Tensor, scale: float) -> Tensor: ...
+
+    def norm(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        branch_weight: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        readers: Siblings,
+    ) -> tuple[Tensor, Input]: ...
+
+    def linear(self, siblings: Siblings, x: Input) -> Tensor: ...
+
+    def attend(self, qkv: Tensor, attention: Attention, position: Tensor, readers: Siblings) -> Input: ...
+
+    def activate(self, gate_up: Tensor, gelu: bool, readers: Siblings) -> Input: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockPlan:
+    """Operands of one block; norms that the model does not have are None."""
+
+    attention_norm: Tensor
+    qkv: Siblings
+    attention: Attention
+    attention_output: Siblings
+    post_attention_norm: Tensor | None
+    feed_forward_norm: Tensor
+    gate_up: Siblings
+    feed_forward_down: Siblings
+    post_feed_forward_norm: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """Operands of a step. kappas: float32, the strength of Θ in every layer; siblings hold parts of it."""
+
+    embedding: PackedWeight
+    embedding_scale: float
+    blocks: tuple[BlockPlan, ...]
+    output_norm: Tensor
+    output: Siblings
+    epsilon: float
+    gelu: bool
+    kappas: Tensor
+
+    @property
+    def has_theta(self) -> bool:
+        lists = [(b.qkv, b.attention_output, b.gate_up, b.feed_forward_down) for b in self.blocks]
+        return any(siblings.down is not None for siblings in (*sum(lists, ()), self.output))
+
+
+@torch.no_grad()
+def make_plan(model: Transformer, cache: KVCache) -> Plan:
+    """The plan for one sequence in `cache`. Layers with neighbours of their format are multiplied as one weight.
+
+    Takes the Θ that the layers have now, and their strength. A layer with a `device_weight` gets a part of the joint
+    one in its place, so that the weight is in memory once.
+    """
+    config = model.config
+    kappas = strengths(model).to(model.device)
+    place = {id(layer): i for i, layer in enumerate(_layers(model))}
+
+    def siblings(*members: StarLinear) -> Siblings:
+        first = place[id(members[0])]
+        return _siblings(members, kappas[first : first + len(members)])
+
+    tables = {
+        False: _rope_tables(model.frequencies, config.rope.magnitude, cache),
+        True: _rope_tables(model.local_frequencies, config.local_rope.magnitude, cache),
+    }
+
+    def plan_block(block: Block) -> BlockPlan:
+        linears, norms = block.linears, block.norms
+        cos, sin = tables[block.local]
+        attention = Attention(
+            heads=config.head_count,
+            scale=config.attention_scale,
+            window=config.sliding_window if block.local else 0,
+            interleaved=config.rope.interleaved,
+            epsilon=config.rms_epsilon,
+            q_norm=norms["attn_q_norm"].data if config.qk_norm else None,
+            k_norm=norms["attn_k_norm"].data if config.qk_norm else None,
+            cos=cos,
+            sin=sin,
+            keys=cache.keys[block.index][0],
+            values=cache.values[block.index][0],
+        )
+        return BlockPlan(
+            attention_norm=norms["attn_norm"].data,
+            qkv=siblings(linears["attn_q"], linears["attn_k"], linears["attn_v"]),
+            attention=attention,
+            attention_output=siblings(linears["attn_output"]),
+            post_attention_norm=norms["post_attention_norm"].data if config.post_norm else None,
+            feed_forward_norm=norms["ffn_norm"].data,
+            gate_up=siblings(linears["ffn_gate"], linears["ffn_up"]),
+            feed_forward_down=siblings(linears["ffn_down"]),
+            post_feed_forward_norm=norms["post_ffw_norm"].data if config.post_norm else None,
+        )
+
+    output = siblings(model.output)
+    return Plan(
+        embedding=_embedding(model.embedding, model.output, output),
+        embedding_scale=config.embedding_scale,
+        blocks=tuple(plan_block(block) for block in model.blocks),
+        output_norm=model.output_norm,
+        output=output,
+        epsilon=config.rms_epsilon,
+        gelu=config.gelu,
+        kappas=kappas,
+    )
+
+
+def decode_step(plan: Plan, ops: StepOps, token: Tensor, position: Tensor) -> Tensor:
+    """Logits [V] after one token; its key and value go into the cache. token, position: int64 [1]."""
+    x = ops.embed(plan.embedding, token, plan.embedding_scale)
+    branch = branch_norm = None
+    for block in plan.blocks:
+        x, inputs = ops.norm(x, branch, branch_norm, block.attention_norm, plan.epsilon, block.qkv)
+        mixed = ops.attend(ops.linear(block.qkv, inputs), block.attention, position, block.attention_output)
+        attended = ops.linear(block.attention_output, mixed)
+        x, inputs = ops.norm(
+            x, attended, block.post_attention_norm, block.feed_forward_norm, plan.epsilon, block.gate_up
+        )
+        active = ops.activate(ops.linear(block.gate_up, inputs), plan.gelu, block.feed_forward_down)
+        branch, branch_norm = ops.linear(block.feed_forward_down, active), block.post_feed_forward_norm
+    _, inputs = ops.norm(x, branch, branch_norm, plan.output_norm, plan.epsilon, plan.output)
+    return ops.linear(plan.output, inputs)
+
+
+class TorchOps:
+    """The operations in plain torch, in the dtype of the residual stream: what `TritonOps` is tested against."""
+
+    def __init__(self, star: bool) -> None:
+        self.star = star
+
+    def embed(self, weight: PackedWeight, token: Tensor, scale: float) -> Tensor:
+        return weight.dequantize()[token[0]] * scale
+
+    def norm(
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        branch_weight: Tensor | None,
+        weight: Tensor,
+        epsilon: float,
+        readers: Siblings,
+    ) -> tuple[Tensor, Input]:
+        if branch_weight is not None:
+            branch = F.rms_norm(branch, branch.shape, branch_weight, epsilon)
+        x = x.to(weight.dtype) if branch is None else x + branch
+        return x, self._input(F.rms_norm(x, x.shape, weight, epsilon), readers)
+
+    def linear(self, siblings: Siblings, x: Input) -> Tensor:
+        parts = []
+        for group in siblings.groups:
+            bias = None if group.bias is None else group.bias.to(x.natural.dtype)
+            y = F.linear(x.natural, group.weight.dequantize().to(x.natural.dtype), bias)
+            if self.star and group.up is not None:
+                ends = (0, *group.segments, len(y))
+                for i, (start, stop) in enumerate(pairwise(ends)):
+                    segment = group.first_segment + i
+                    inner = x.inner[segment, 0].sum(dim=0)
+                    term = siblings.kappas[segment] * F.linear(inner, group.up[start:stop].to(inner.dtype))
+                    y[start:stop] = torch.where(siblings.kappas[segment] == 0.0, y[start:stop], y[start:stop] + term)
+            parts.append(y)
+        return torch.cat(parts)
+
+    def attend(self, qkv: Tensor, attention: Attention, position: Tensor, readers: Siblings) -> Input:
+        kv_heads, capacity, head_dim = attention.keys.shape
+        q, k, v = qkv.view(-1, head_dim).split((attention.heads, kv_heads, kv_heads))
+        if attention.q_norm is not None:
+            q = F.rms_norm(q, (head_dim,), attention.q_norm, attention.epsilon)
+            k = F.rms_norm(k, (head_dim,), attention.k_norm, attention.epsilon)
+        cos, sin = attention.cos[position].to(q.dtype), attention.sin[position].to(q.dtype)
+        q, k = (rotate(t[None, None], cos, sin, attention.interleaved)[0, 0] for t in (q, k))
+        attention.keys.index_copy_(1, position, k[:, None].to(attention.keys.dtype))
+        attention.values.index_copy_(1, position, v[:, None].to(attention.values.dtype))
+        distance = position - torch.arange(capacity, device=q.device)
+        seen = distance >= 0
+        if attention.window:
+            seen &= distance < attention.window
+        mixed = F.scaled_dot_product_attention(
+            q.to(attention.keys.dtype).view(1, kv_heads, -1, head_dim),
+            attention.keys[None],
+            attention.values[None],
+            attn_mask=seen.view(1, 1, 1, -1),
+            scale=attention.scale,
+        )
+        return self._input(mixed.reshape(-1).to(qkv.dtype), readers)
+
+    def activate(self, gate_up: Tensor, gelu: bool, readers: Siblings) -> Input:
+        gate, up = gate_up.chunk(2)
+        return self._input((F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up, readers)
+
+    def _input(self, x: Tensor, readers: Siblings) -> Input:
+        inner = None
+        if self.star and readers.down is not None:
+            inner = F.linear(x, readers.down.to(x.dtype)).view(-1, 1, 1, readers.rank)
+        return Input(x, x, inner)
+
+
+def strengths(model: Transformer) -> Tensor:
+    """κ of every layer in the order of `Plan.kappas`, float32, on the CPU."""
+    return torch.tensor([layer.kappa for layer in _layers(model)], dtype=torch.float32)
+
+
+def _layers(model: Transformer) -> list[StarLinear]:
+    return [*(layer for block in model.blocks for layer in block.linears.values()), model.output]
+
+
+def _rope_tables(frequencies: Tensor, magnitude: float, cache: KVCache) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position in the cache, [capacity, pairs]; float32, float64 for a float64 cache."""
+    angles = torch.arange(cache.capacity, device=frequencies.device)[:, None].double() * frequencies
+    dtype = torch.float64 if cache.keys[0].dtype == torch.float64 else torch.float32
+    return (magnitude * angles.cos()).to(dtype), (magnitude * angles.sin()).to(dtype)
+
+
+def _weight(layer: StarLinear) -> PackedWeight:
+    on_device = getattr(layer, "device_weight", None)
+    return cuda.pack(layer.packed, layer.qtype, layer.shape) if on_device is None else on_device
+
+
+def _embedding(embedding: Embedding, output: StarLinear, packed_output: Siblings) -> PackedWeight:
+    """The output layer's weight where the embedding is the same."""
+    on_device = getattr(embedding, "device_weight", None)
+    if on_device is not None:
+        return on_device
+    if embedding.packed.data_ptr() == output.packed.data_ptr():
+        return packed_output.groups[0].weight
+    return cuda.pack(embedding.packed, embedding.qtype, embedding.shape)
+
+
+def _siblings(layers: Sequence[StarLinear], kappas: Tensor) -> Siblings:
+    weights = [_weight(layer) for layer in layers]
+    rank = max((layer.down.shape[0] for layer in layers if layer.down is not None), default=0)
+    groups, first = [], 0
+    while first < len(layers):
+        last = first + 1
+        while last < len(layers) and _can_join(weights[first:last], weights[last]):
+            last += 1
+        groups.append(_group(layers[first:last], weights[first:last], rank, first))
+        first = last
+    return Siblings(
+        groups=tuple(groups),
+        inputs=layers[0].shape[1],
+        outputs=sum(layer.shape[0] for layer in layers),
+        rank=rank,
+        down=torch.cat([_padded_down(layer, rank, kappas.device) for layer in layers]) if rank else None,
+        kappas=kappas,
+    )
+
+
+def _can_join(before: Sequence[PackedWeight], weight: PackedWeight) -> bool:
+    """Whether the kernel can do `weight` as one more segment of those before it."""
+    rows = sum(w.shape[0] for w in before)
+    return weight.format is not None and weight.qtype == before[0].qtype and rows % cuda.MAX_BLOCK_ROWS == 0
+
+
+def _group(layers: Sequence[StarLinear], weights: Sequence[PackedWeight], rank: int, first: int) -> Group:
+    rows = [layer.shape[0] for layer in layers]
+    ends = [sum(rows[: i + 1]) for i in range(len(rows))]
+    joint = weights[0] if len(weights) == 1 else planes.concatenate(weights)
+    for layer, start, stop in zip(layers, [0, *ends], ends, strict=False):
+        if getattr(layer, "device_weight", None) is not None:
+            layer.device_weight = joint.rows(start, stop)
+    device = joint.device
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        biases = [torch.zeros(layer.shape[0]) if layer.bias is None else layer.bias for layer in layers]
+        bias = torch.cat([bias.to(device, layers[0].dtype) for bias in biases])
+    up = torch.cat([_padded_up(layer, rank, device) for layer in layers]) if rank else None
+    return Group(joint, bias, up, first, tuple(ends[:-1]))
+
+
+def _padded_down(layer: StarLinear, rank: int, device: torch.device) -> Tensor:
+    down = torch.zeros(rank, layer.shape[1], dtype=layer.dtype, device=device)
+    if layer.down is not None:
+        down[: len(layer.down)] = layer.down
+    return down
+
+
+def _padded_up(layer: StarLinear, rank: int, device: torch.device) -> Tensor:
+    up = torch.zeros(layer.shape[0], rank, dtype=layer.dtype, device=device)
+    if layer.up is not None:
+        up[:, : layer.up.shape[1]] = layer.up
+    return up

@@ -1,0 +1,313 @@
+"""The CPU kernels between the linear layers: norms, gates, RoPE into the KV cache, attention.
+
+Everything is float32 except the KV cache, which may be float16 as llama.cpp's is. For each block and KV head it holds
+values as [position, D] and keys, so that sixteen scores are one vector, as [position / 16, D, 16].
+
+Tensors of activations are [token, columns], rows one after another. Kernels that work token by token give thread i the
+tokens of the panels that `nkat.kernels.cpu.matmul.round_kernel` gives it, so that no barrier is needed between them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+
+from nkat.kernels.cpu.jit import compile_kernel
+from nkat.kernels.cpu.llvm import F16, F32, I32, I64, Builder, Value
+
+KEYS = 16  # positions in one block of the key cache
+
+
+def _width(columns: int) -> int:
+    """Lanes that divide the columns."""
+    return math.gcd(columns, 16)
+
+
+@contextmanager
+def _own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
+    """for each token of this thread's panels of so many"""
+    count = k.load(I64(), state)
+    with (
+        k.loop(k.thread * tokens, count, k.threads * tokens) as first,
+        k.loop(first, k.minimum(first + tokens, count)) as token,
+    ):
+        yield token
+
+
+def _normalised(k: Builder, row: Value, weight: Value, epsilon: Value, columns: int, out: Value) -> None:
+    """RMS norm of a row of float32; `out` may be the row itself."""
+    lanes = _width(columns)
+    squares = k.variable(k.value(0.0, F32(lanes)))
+    with k.loop(0, 4 * columns, 4 * lanes) as i:
+        x = k.load(F32(lanes), row + i)
+        squares.value = k.fma(x, x, squares.value)
+    mean = squares.value.total() * (1.0 / columns)
+    factor = k.value(1.0, F32()) / k.sqrt(mean + epsilon)
+    with k.loop(0, 4 * columns, 4 * lanes) as i:
+        k.store(k.load(F32(lanes), row + i) * factor * k.load(F32(lanes), weight + i), out + i)
+
+
+@functools.cache
+def norm_kernel(columns: int, tokens: int) -> int:
+    """out = RMS norm of x. arguments: x, weight, epsilon float32 [1], out, state"""
+
+    def emit(k: Builder) -> None:
+        x, weight, epsilon, out, state = (k.pointer(i) for i in range(5))
+        with _own_tokens(k, state, tokens) as token:
+            at = token * (4 * columns)
+            _normalised(k, x + at, weight, k.load(F32(), epsilon), columns, out + at)
+
+    return compile_kernel(f"norm_{columns}_{tokens}", emit)
+
+
+@functools.cache
+def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
+    """x += y, or its RMS norm, which then replaces y. arguments: x, y, bytes of a row of y, weight, epsilon, state"""
+
+    def emit(k: Builder) -> None:
+        x, y, stride, weight, epsilon, state = (
+            *(k.pointer(i) for i in range(2)),
+            k.integer(2),
+            *map(k.pointer, (3, 4, 5)),
+        )
+        lanes = _width(columns)
+        with _own_tokens(k, state, tokens) as token:
+            to, row = x + token * (4 * columns), y + token * stride
+            if normalise:
+                _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
+            with k.loop(0, 4 * columns, 4 * lanes) as i:
+                k.store(k.load(F32(lanes), to + i) + k.load(F32(lanes), row + i), to + i)
+
+    return compile_kernel(f"add_{columns}_{tokens}_{normalise}", emit)
+
+
+@functools.cache
+def gate_kernel(columns: int, tokens: int, gelu: bool) -> int:
+    """gate = activation(gate) * up: SiLU, or GELU by its tanh form. arguments: gate, up, bytes of a row, state"""
+
+    def emit(k: Builder) -> None:
+        gate, up, stride, state = k.pointer(0), k.pointer(1), k.integer(2), k.pointer(3)
+        lanes = _width(columns)
+        with _own_tokens(k, state, tokens) as token:
+            at = token * stride
+            with k.loop(0, 4 * columns, 4 * lanes) as i:
+                g = k.load(F32(lanes), gate + at + i)
+                # both are g times a logistic function: tanh(z) = 2·logistic(2z) − 1
+                z = g * k.fma(g * g, 2 * 0.7978845608 * 0.044715, k.value(2 * 0.7978845608, g.kind)) if gelu else g
+                active = g / (k.exp(z * -1.0) + 1.0)
+                k.store(active * k.load(F32(lanes), up + at + i), gate + at + i)
+
+    return compile_kernel(f"gate_{columns}_{tokens}_{gelu}", emit)
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Shape of the attention: query heads, KV heads, elements D of a head, and of RoPE.
+
+    rotated: leading elements that RoPE turns; interleaved: its pairs are neighbours
+    norm: q and k heads have an RMS norm
+    half: the KV cache is float16, otherwise float32
+    """
+
+    queries: int
+    kv: int
+    size: int
+    rotated: int
+    interleaved: bool
+    norm: bool
+    half: bool
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one number in the KV cache."""
+        return 2 if self.half else 4
+
+    def load(self, k: Builder, lanes: int, address: Value) -> Value:
+        """Numbers of the cache as float32."""
+        return k.load((F16 if self.half else F32)(lanes), address).float32()
+
+    def store(self, k: Builder, x: Value, address: Value) -> None:
+        """float32 into the cache."""
+        k.store(x.float16() if self.half else x, address)
+
+    @property
+    def label(self) -> str:
+        return "_".join(str(int(x)) for x in astuple(self))
+
+
+@functools.cache
+def rope_kernel(heads: Heads) -> int:
+    """Norm and RoPE of q in place, scaled; of k, into the key cache; v into the value cache.
+
+    Interleaved pairs come out with all first elements before all second ones, in q and k alike, which leaves their
+    product as it is. Each thread takes some of the (token, head) pairs.
+
+    arguments: q, k, v, bytes of a row of each, cosines and sines [position, rotated / 2], weights of the norms of q and
+    k, epsilon, scale float32 [1], key cache, value cache, bytes of a KV head in them, state
+    state: int64 number of tokens, position of the first
+    """
+    size, half, width = heads.size, heads.rotated // 2, heads.cache_bytes
+    lanes = _width(half) if half else 1
+    every_other = [list(range(start, 2 * lanes, 2)) for start in (0, 1)]
+
+    def pairs(k: Builder, row: Value, i: Value) -> tuple[Value, Value]:
+        if not heads.interleaved:
+            return k.load(F32(lanes), row + i), k.load(F32(lanes), row + i + 4 * half)
+        if lanes == 1:
+            return k.load(F32(), row + i * 2), k.load(F32(), row + i * 2 + 4)
+        both = k.load(F32(2 * lanes), row + i * 2)
+        return both.pick(every_other[0]), both.pick(every_other[1])
+
+    def rotate(k: Builder, row: Value, cosines: Value, sines: Value, out: Value) -> None:
+        """From `row` to `out`, which is another place: pairs move."""
+        with k.loop(0, 4 * half, 4 * lanes) as i:
+            a, b = pairs(k, row, i)
+            cosine, sine = k.load(F32(lanes), cosines + i), k.load(F32(lanes), sines + i)
+            k.store(a * cosine - b * sine, out + i)
+            k.store(b * cosine + a * sine, out + i + 4 * half)
+        with k.loop(8 * half, 4 * size, 4) as i:
+            k.store(k.load(F32(), row + i), out + i)
+
+    def emit(k: Builder) -> None:
+        q, key, v = (k.pointer(i) for i in range(3))
+        q_stride, k_stride, v_stride = (k.integer(i) for i in range(3, 6))
+        cosines, sines, q_norm, k_norm, epsilon, scale, keys, values = (k.pointer(i) for i in range(6, 14))
+        head_bytes, state = k.integer(14), k.pointer(15)
+        epsilon, scale = k.load(F32(), epsilon), k.load(F32(), scale)
+        turned = k.local(4 * size)
+        count, start = k.load(I64(), state), k.load(I64(), state + 8)
+        every = heads.queries + heads.kv
+        with k.loop(k.thread, count * every, k.threads) as item:
+            token, head = item // every, item % every
+            angle = (start + token) * (4 * half)
+            with k.when(head < heads.queries):
+                row = q + token * q_stride + head * (4 * size)
+                if heads.norm:
+                    _normalised(k, row, q_norm, epsilon, size, row)
+                rotate(k, row, cosines + angle, sines + angle, turned)
+                with k.loop(0, 4 * size, 4 * _width(size)) as i:
+                    k.store(k.load(F32(_width(size)), turned + i) * scale, row + i)
+            with k.when(head >= heads.queries):
+                kv = head - heads.queries
+                row = key + token * k_stride + kv * (4 * size)
+                if heads.norm:
+                    _normalised(k, row, k_norm, epsilon, size, row)
+                rotate(k, row, cosines + angle, sines + angle, turned)
+                position = start + token
+                block, place = position // KEYS, position % KEYS
+                to = keys + kv * head_bytes + (block * (KEYS * size) + place) * width
+                with k.loop(0, size) as i:
+                    heads.store(k, k.load(F32(), turned + i * 4), to + i * (width * KEYS))
+                row = v + token * v_stride + kv * (4 * size)
+                to = values + kv * head_bytes + position * (width * size)
+                with k.loop(0, size, _width(size)) as i:
+                    heads.store(k, k.load(F32(_width(size)), row + i * 4), to + i * width)
+
+    return compile_kernel(f"rope_{heads.label}", emit)
+
+
+@functools.cache
+def attention_kernel(heads: Heads, rows: int) -> int:
+    """Softmax attention of the new tokens over the cache, their own keys included; `rows` queries at a time.
+
+    The queries of one KV head that go together are neighbours in (token, head of its group). Each thread takes some of
+    the (KV head, group of rows) pairs.
+
+    arguments: q, bytes of a row, key cache, value cache, bytes of a KV head in them, out, bytes of a row, scratch for
+    scores, its bytes for one thread, bytes of one row of scores, sliding window (as many as ever where there is none),
+    state
+    """
+    size, group = heads.size, heads.queries // heads.kv
+    chunk = _width(size)
+    chunks = next(n for n in (4, 2, 1) if size % (n * chunk) == 0 and n * rows <= 16)
+
+    def emit(k: Builder) -> None:
+        q, q_stride, keys, values, head_bytes, out, out_stride = (
+            k.pointer(0), k.integer(1), k.pointer(2), k.pointer(3), k.integer(4), k.pointer(5), k.integer(6)
+        )  # fmt: skip
+        scores, thread_bytes, score_stride, window, state = (
+            k.pointer(7) + k.thread * k.integer(8), k.integer(8), k.integer(9), k.integer(10), k.pointer(11)
+        )  # fmt: skip
+        del thread_bytes
+        count, start = k.load(I64(), state), k.load(I64(), state + 8)
+        queries = count * group
+        with k.loop(k.thread, (queries + (rows - 1)) // rows * heads.kv, k.threads) as item:
+            kv, first_row = item % heads.kv, item // heads.kv * rows
+            row = [k.minimum(first_row + r, queries - 1) for r in range(rows)]
+            place = [i // group for i in row]  # the token of each
+            column = [(kv * group + i % group) * (4 * size) for i in row]
+            query = [q + t * q_stride + c for t, c in zip(place, column, strict=True)]
+            last = [start + t for t in place]  # the last position that each sees
+            first = [k.maximum(end - window + 1, 0) for end in last]
+            first_block, end_block = first[0] // KEYS, last[-1] // KEYS + 1
+            tops = _scores(
+                k, heads, query, first, last, first_block, end_block, keys + kv * head_bytes, scores, score_stride
+            )
+            inverse = [
+                _softmax(k, scores + score_stride * r, (end_block - first_block) * (4 * KEYS), tops[r])
+                for r in range(rows)
+            ]
+            value = values + kv * head_bytes
+            begin, stop = first_block * KEYS, last[-1] + 1
+            with k.loop(0, size, chunk * chunks) as c:
+                sums = [[k.variable(k.value(0.0, F32(chunk))) for _ in range(chunks)] for _ in range(rows)]
+                with k.loop(begin, stop) as position:
+                    at = value + (position * size + c) * heads.cache_bytes
+                    v = [heads.load(k, chunk, at + j * chunk * heads.cache_bytes) for j in range(chunks)]
+                    for r in range(rows):
+                        weight = k.load(F32(), scores + score_stride * r + (position - begin) * 4)
+                        for j in range(chunks):
+                            sums[r][j].value = k.fma(v[j], weight, sums[r][j].value)
+                for r in range(rows):
+                    to = out + place[r] * out_stride + column[r] + c * 4
+                    for j in range(chunks):
+                        k.store(sums[r][j].value * inverse[r], to + j * chunk * 4)
+
+    return compile_kernel(f"attention_{heads.label}_{rows}", emit)
+
+
+def _scores(
+    k: Builder,
+    heads: Heads,
+    query: list[Value],
+    first: list[Value],
+    last: list[Value],
+    first_block: Value,
+    end_block: Value,
+    keys: Value,
+    scores: Value,
+    score_stride: Value,
+) -> list[Value]:
+    """Writes each query's scores, sixteen positions at a time; returns the largest of each."""
+    rows, unroll = len(query), math.gcd(heads.size, 4)
+    tops = [k.variable(k.value(-1e30, F32(KEYS))) for _ in range(rows)]
+    lane = k.constant(I32(KEYS), list(range(KEYS)))
+    with k.loop(first_block, end_block) as block:
+        at = keys + block * (heads.cache_bytes * KEYS * heads.size)
+        sums = [k.variable(k.value(0.0, F32(KEYS))) for _ in range(rows)]
+        with k.loop(0, heads.size, unroll) as i:
+            for j in range(unroll):
+                key = heads.load(k, KEYS, at + (i + j) * (heads.cache_bytes * KEYS))
+                for r in range(rows):
+                    sums[r].value = k.fma(key, k.load(F32(), query[r] + (i + j) * 4), sums[r].value)
+        start = block * KEYS
+        for r in range(rows):
+            too_early = lane < (first[r] - start).narrow(I32())
+            too_late = lane > (last[r] - start).narrow(I32())
+            score = k.select(too_early | too_late, k.value(-1e30, F32(KEYS)), sums[r].value)
+            tops[r].value = k.maximum(tops[r].value, score)
+            k.store(score, scores + score_stride * r + (block - first_block) * (4 * KEYS))
+    return [top.value.largest() for top in tops]
+
+
+def _softmax(k: Builder, scores: Value, count: Value, top: Value) -> Value:
+    """Scores (so many bytes of them) → e to the power of their distance from the top; returns 1 / their sum."""
+    total = k.variable(k.value(0.0, F32(KEYS)))
+    with k.loop(0, count, 4 * KEYS) as i:
+        weight = k.exp(k.load(F32(KEYS), scores + i) - top)
+        total.value = total.value + weight
+        k.store(weight, scores + i)
+    return k.value(1.0, F32()) / total.value.total()

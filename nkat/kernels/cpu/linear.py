@@ -1,0 +1,181 @@
+"""A packed weight repacked for the CPU kernels, its Θ, and the buffers that hold its inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType
+
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, repack_float
+from nkat.kernels.cpu.matmul import (
+    EXACT,
+    FLOAT_TYPES,
+    STAR_ROWS,
+    Rounding,
+    down_kernel,
+    matmul_kernel,
+    panel_tokens,
+    round_kernel,
+    rounding_of,
+)
+from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.theta.algebra import Theta
+
+
+class Panels:
+    """Inputs of a linear layer, rounded: room for so many tokens of so many columns, `tokens` to a panel.
+
+    `state`: int64, whose first number says how many tokens there are
+    """
+
+    def __init__(self, rounding: Rounding, columns: int, capacity: int, tokens: int, state: np.ndarray) -> None:
+        self.rounding, self.columns, self.tokens, self.state = rounding, columns, tokens, state
+        count = -(-capacity // tokens)
+        if rounding == EXACT:
+            self.q = aligned((count, columns, tokens), np.float32)
+            self.d = self.sums = np.zeros(1, np.float32)
+        else:
+            self.q = aligned((count, columns // 32, tokens, 32), np.int8)
+            self.d = aligned((count, columns // 32, tokens), np.float32)
+            self.sums = aligned((count, columns // rounding.group, tokens), np.float32)
+
+    def fill(self, program: Program, x: np.ndarray, row_bytes: int) -> None:
+        """Adds the step that rounds rows of float32 into the panels."""
+        kernel = round_kernel(self.rounding, self.tokens)
+        program.add(kernel, (x, row_bytes, self.columns, self.q, self.d, self.sums, self.state))
+
+
+class CpuStar:
+    """Θ of one layer for the kernels: INT8 factors as stored, and the factor that a strength gives each term."""
+
+    def __init__(self, theta: Theta, shape: tuple[int, int], float_inputs: bool) -> None:
+        m, n = shape
+        p, q = theta.p.numpy(), theta.q.numpy()
+        self.terms = 2 * theta.rank
+        # up·down of nkat.theta.algebra.low_rank_form, with all scales in one factor a term
+        self.product = np.concatenate([theta.scale[0] * theta.scale[1]] * 2).astype(np.float32)
+        self.strength = np.zeros(self.terms, np.float32)
+        up = np.zeros((-(-m // ROWS) * ROWS, self.terms), np.int8)
+        up[: min(m, len(p))] = np.concatenate([p, -q], axis=1)[:m]
+        self.up = np.ascontiguousarray(up.reshape(-1, ROWS, self.terms).transpose(0, 2, 1))
+        rows = ROWS if float_inputs else STAR_ROWS
+        down = np.zeros((-(-self.terms // rows) * rows, n), np.int8)
+        down[: self.terms, : min(n, len(p))] = np.concatenate([q, p], axis=1)[:n].T
+        if float_inputs:
+            self.down = np.ascontiguousarray(down.reshape(-1, rows, n).transpose(0, 2, 1))
+        else:
+            tiles = down.reshape(-1, rows, n // 8, 8).transpose(0, 2, 1, 3)
+            self.down = np.ascontiguousarray(tiles).view(np.uint8) ^ 0x80
+
+    def set_kappa(self, kappa: float) -> None:
+        self.strength[:] = self.product * np.float32(kappa)
+
+    @property
+    def nbytes(self) -> int:
+        return self.up.nbytes + self.down.nbytes
+
+
+class CpuLinear:
+    """W ⋆ x = W x + κ Θ x + bias of one packed weight [m, n], by the compiled kernels."""
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        qtype: GGMLQuantizationType,
+        shape: tuple[int, int],
+        bias: torch.Tensor | None = None,
+        *,
+        exact: bool = False,
+    ) -> None:
+        """exact: multiply the inputs as they are, in float32, instead of rounding them to INT8."""
+        self.qtype, self.shape, self.exact = qtype, shape, exact
+        self.rounding = rounding_of(qtype, exact)
+        self.tiles = (
+            repack_float(packed, qtype, shape)
+            if qtype in FLOAT_TYPES
+            else repack(packed, qtype, shape, torch.get_num_threads())
+        )
+        self.units = shape[1] if qtype in FLOAT_TYPES else shape[1] // BLOCK_LAYOUTS[qtype].columns
+        self.bias: np.ndarray | None = None
+        if bias is not None:
+            self.bias = np.zeros(self.padded_rows, np.float32)
+            self.bias[: shape[0]] = bias.float().numpy()
+        self.star: CpuStar | None = None
+
+    @property
+    def padded_rows(self) -> int:
+        """Outputs, rounded up to whole tiles: the columns that a buffer for y needs."""
+        return len(self.tiles) * ROWS
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the repacked weight and Θ."""
+        return self.tiles.nbytes + (0 if self.star is None else self.star.nbytes)
+
+    def set_theta(self, theta: Theta | None) -> None:
+        self.star = None if theta is None else CpuStar(theta, self.shape, self.rounding == EXACT)
+
+    def down(self, program: Program, panels: Panels, u: np.ndarray) -> np.ndarray:
+        """Adds the step of the star term that reads the inputs; returns its arguments (see `star_words`)."""
+        star = self.star
+        assert star is not None
+        groups = self.shape[1] if self.rounding == EXACT else self.shape[1] // 32
+        kernel = down_kernel(self.rounding, panels.tokens)
+        return program.add(
+            kernel,
+            (star.down, groups, star.terms, panels.q, panels.d, panels.sums, star.strength, u, panels.state),
+        )
+
+    def matmul(
+        self,
+        program: Program,
+        panels: Panels,
+        y: np.ndarray,
+        row_bytes: int,
+        u: np.ndarray | None = None,
+        first_tile: int = 0,
+        tiles: int | None = None,
+    ) -> np.ndarray:
+        """Adds the product's step, over some of the tiles; u: what `down` computed, None for no star term."""
+        count = len(self.tiles) - first_tile if tiles is None else tiles
+        star = self.star if u is not None else None
+        return program.add(
+            matmul_kernel(self.qtype, panels.tokens, self.exact),
+            (
+                self.tiles[first_tile:],
+                self.tiles.shape[1],
+                self.units,
+                count,
+                panels.q,
+                panels.d,
+                panels.sums,
+                y,
+                row_bytes,
+                0 if self.bias is None else self.bias[first_tile * ROWS :],
+                0 if star is None else star.up[first_tile:],
+                0 if star is None else star.terms,
+                0 if u is None else u,
+                panels.state,
+            ),
+        )
+
+    def rows(self, x: torch.Tensor, start: int, stop: int, kappa: float, threads: int) -> torch.Tensor:
+        """Outputs [start, stop) for x [..., n]; float32 [..., stop - start]. `start` is a multiple of 16."""
+        inputs = x.reshape(-1, self.shape[1]).float().contiguous().numpy()
+        count = len(inputs)
+        tokens = 1 if count == 1 else panel_tokens()
+        state = np.array([count], dtype=np.int64)
+        panels = Panels(self.rounding, self.shape[1], count, tokens, state)
+        first, last = start // ROWS, -(-stop // ROWS)
+        y = np.empty((-(-count // tokens) * tokens, (last - first) * ROWS), np.float32)
+        program = Program()
+        panels.fill(program, inputs, inputs.strides[0])
+        u = None
+        if self.star is not None and kappa != 0.0:
+            u = np.empty((len(panels.q), self.star.terms, tokens), np.float32)
+            self.star.set_kappa(kappa)
+            self.down(program, panels, u)
+        program.barrier()
+        self.matmul(program, panels, y, y.strides[0], u, first, last - first)
+        program.run(pool(threads))
+        return torch.from_numpy(y)[:count, : stop - start].reshape(*x.shape[:-1], stop - start)

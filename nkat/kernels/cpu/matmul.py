@@ -1,0 +1,344 @@
+"""The CPU kernels of a linear layer: x rounded to INT8, packed weight × x, and the star term in its epilogue.
+
+As in llama.cpp, the inputs of a quantised layer are rounded to INT8 (`reference.round_activations` is the definition),
+so that products are sums of bytes. For one group of columns of a row (see `nkat.kernels.cpu.formats`)
+
+    Σ w·x = s · d · Σ q·x̂  +  m · d · Σ x̂              w = s·q + m, x ≈ d·x̂
+
+and the star term is κ·up·(down·x) with Θ's INT8 factors as they are (`nkat.theta.algebra.low_rank_form`). Several
+tokens go through a weight at once, so that it is taken apart once for all of them: tokens lie in *panels* of
+`panel_tokens()`, padded; the rows of the panel that no token fills are computed and ignored.
+
+Float weights (F32, F16, BF16) are multiplied in float32 without rounding, and so are all when *exact* is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
+from nkat.kernels.cpu.jit import best_isa, compile_kernel
+from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, I64, Builder, Value
+
+FLOAT_TYPES = {
+    GGMLQuantizationType.F32: F32,
+    GGMLQuantizationType.F16: F16,
+    GGMLQuantizationType.BF16: I16,
+}
+# Bytes by which decoding asks for a weight before it needs it. Measured on a Xeon with two threads: 13 to 19 GB/s
+# without, 20 to 22 GB/s from 2 kB (6 kB for Q6_K) on, which is all that reading alone reaches there.
+_AHEAD = 6144
+STAR_ROWS = 8  # rows of `down` in one tile: 2 lanes each
+
+
+def panel_tokens(isa: str | None = None) -> int:
+    """Tokens multiplied at once in prefill: as many as the registers hold sums of."""
+    return 8 if (isa or best_isa()) == "avx512-vnni" else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How the inputs of a weight are rounded: columns that share a scale, and columns that share a sum.
+
+    block 1: not at all
+    """
+
+    block: int
+    group: int
+
+
+EXACT = Rounding(1, 1)
+
+
+def rounding_of(qtype: GGMLQuantizationType, exact: bool) -> Rounding:
+    """How llama.cpp rounds the inputs of such a weight; exact: not at all."""
+    if exact or qtype in FLOAT_TYPES:
+        return EXACT
+    return Rounding(GGML_QUANT_SIZES[qtype][0], BLOCK_LAYOUTS[qtype].group)
+
+
+# Every kernel gets `state`: int64 [0] how many tokens there are
+
+
+def _panels(k: Builder, state: Value, tokens: int) -> Value:
+    return (k.load(I64(), state) + (tokens - 1)) // tokens
+
+
+def _share(k: Builder, count: Value) -> tuple[Value, Value]:
+    """This thread's part of 0 .. count - 1, neighbours together."""
+    return count * k.thread // k.threads, count * (k.thread + 1) // k.threads
+
+
+@functools.cache
+def round_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
+    """Rows of float32 → panels. Thread i takes every panel whose number is i modulo the number of threads.
+
+    arguments: x, bytes of a row, columns, q [panel, columns / 32, token, 32] int8, d [panel, columns / 32, token],
+    sums d·Σq [panel, columns / group, token] float32, state
+    EXACT: q gets [panel, columns, token] float32, d and sums nothing
+    """
+
+    def emit(k: Builder) -> None:
+        x, stride, columns, q, d, sums, state = _arguments(k, "pii ppp p")
+        count = k.load(I64(), state)
+        with (
+            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(panel * tokens, k.minimum(panel * tokens + tokens, count)) as token,
+        ):
+            row, place = x + token * stride, token - panel * tokens
+            if rounding == EXACT:
+                with k.loop(0, columns) as c:
+                    k.store(k.load(F32(), row + c * 4), q + ((panel * columns + c) * tokens + place) * 4)
+            else:
+                with k.loop(0, columns // rounding.block) as block:
+                    number = panel * (columns // 32) + block * (rounding.block // 32)
+                    _round_block(k, rounding, row + block * (4 * rounding.block), number, tokens, place, q, d, sums)
+
+    return compile_kernel(f"round_{rounding.block}_{rounding.group}_{tokens}", emit, isa)
+
+
+def _round_block(
+    k: Builder,
+    rounding: Rounding,
+    row: Value,
+    number: Value,
+    tokens: int,
+    place: Value,
+    q: Value,
+    d: Value,
+    sums: Value,
+) -> None:
+    """Rounds one block of a row into group `number` of 32 columns and those after it."""
+    parts = [k.load(F32(16), row + 64 * i) for i in range(rounding.block // 16)]
+    largest = k.absolute(parts[0])
+    for part in parts[1:]:
+        largest = k.maximum(largest, k.absolute(part))
+    top = largest.largest()
+    scale = top / 127.0
+    stored = scale.float16().float32() if rounding.block == 32 else scale
+    inverse = k.select(top > 0.0, k.value(127.0, F32()) / top, 0.0)
+    for i in range(rounding.block // 32):
+        at = (number + i) * tokens + place
+        whole = [k.nearest(part * inverse).truncated() for part in parts[2 * i : 2 * i + 2]]
+        for j in range(2):
+            k.store(whole[j].narrow(I8()), q + at * 32 + 16 * j)
+        k.store(stored, d + at * 4)
+        if rounding.group == 32:
+            k.store((whole[0] + whole[1]).total().float32() * stored, sums + at * 4)
+        else:
+            for j in range(2):
+                k.store(whole[j].total().float32() * stored, sums + (((number + i) * 2 + j) * tokens + place) * 4)
+
+
+@functools.cache
+def matmul_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, isa: str | None = None) -> int:
+    """y = W x + bias + up·u. Each thread takes a part of the tiles.
+
+    arguments: weight, bytes of a tile, units (columns of a float weight), tiles, q, d, sums (of the panels), y, bytes
+    of a row of y, bias [m] or 0, up int8 [tile, terms, 16], terms (0: no star term), u [panel, terms, token], state
+    """
+    name = f"matmul_{qtype.name}_{tokens}{'_exact' if exact else ''}"
+
+    def emit(k: Builder) -> None:
+        weight, tile_bytes, units, tiles, q, d, sums, y, stride, bias, up, terms, u, state = _arguments(
+            k, "piii ppp pi p pip p"
+        )
+        first, last = _share(k, tiles)
+        with k.loop(first, last) as tile:
+            lane_bytes = tile * (4 * ROWS)
+            with k.loop(0, _panels(k, state, tokens)) as panel:
+                totals = [k.variable(k.value(0.0, F32(ROWS))) for _ in range(tokens)]
+                at = weight + tile * tile_bytes
+                if qtype in FLOAT_TYPES:
+                    _float_tile(k, qtype, at, units, q + panel * units * (4 * tokens), totals)
+                else:
+                    layout = BLOCK_LAYOUTS[qtype]
+                    with k.loop(0, units) as unit:
+                        number = panel * units + unit
+                        here = at + unit * unit_bytes(qtype)
+                        if tokens == 1:
+                            for line in range(0, unit_bytes(qtype), 64):
+                                k.prefetch(here + (_AHEAD + line))
+                        if exact:
+                            _exact_unit(k, layout, here, q + number * (layout.columns * tokens * 4), totals)
+                        else:
+                            scales = d + number * (layout.columns // 32 * tokens * 4)
+                            unit_sums = sums + number * (layout.columns // layout.group * tokens * 4)
+                            _unit(k, layout, here, q + number * (layout.columns * tokens), scales, unit_sums, totals)
+                with k.when(k.is_set(bias)):
+                    offset = k.load(F32(ROWS), bias + lane_bytes)
+                    for total in totals:
+                        total.value = total.value + offset
+                with k.loop(0, terms) as term:
+                    factor = k.load(I8(ROWS), up + (tile * terms + term) * ROWS).signed(I32()).float32()
+                    for t, total in enumerate(totals):
+                        strength = k.load(F32(), u + ((panel * terms + term) * tokens + t) * 4)
+                        total.value = k.fma(factor, strength, total.value)
+                for t, total in enumerate(totals):
+                    k.store(total.value, y + (panel * tokens + t) * stride + lane_bytes)
+
+    return compile_kernel(name, emit, isa)
+
+
+def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, sums: Value, totals: list) -> None:
+    """Adds one unit's products to the totals."""
+    tokens = len(totals)
+    for group in range(layout.columns // layout.group):
+        s, m = layout.scales(k, at, group)
+        dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
+        for quad in range(group * layout.group // 4, (group + 1) * layout.group // 4):
+            four = layout.quad(k, at, quad)
+            for t in range(tokens):
+                x = k.load(I32(), q + ((quad // 8 * tokens + t) * 32 + quad % 8 * 4)).spread(ROWS)
+                dots[t] = k.dot4(dots[t], four, x, seven_bit=layout.seven_bit)
+        for t, total in enumerate(totals):
+            scale = k.load(F32(), d + (group * layout.group // 32 * tokens + t) * 4)
+            added = k.fma(dots[t].float32() * scale, s, total.value)
+            total.value = k.fma(m, k.load(F32(), sums + (group * tokens + t) * 4), added)
+
+
+def _exact_unit(k: Builder, layout: type[BlockLayout], at: Value, x: Value, totals: list) -> None:
+    """Adds one unit's products with float32 inputs, each weight in float32, to the totals."""
+    tokens = len(totals)
+    for column, w in enumerate(_weights(k, layout, at)):
+        for t, total in enumerate(totals):
+            total.value = k.fma(w, k.load(F32(), x + (column * tokens + t) * 4), total.value)
+
+
+def _weights(k: Builder, layout: type[BlockLayout], at: Value) -> Iterator[Value]:
+    """The weights of a unit, column by column, 16 rows each, in float32."""
+    for group in range(layout.columns // layout.group):
+        s, m = layout.scales(k, at, group)
+        for quad in range(group * layout.group // 4, (group + 1) * layout.group // 4):
+            four = layout.quad(k, at, quad)
+            for byte in range(4):
+                q = (four >> 8 * byte) & 0xFF if byte < 3 else four >> 24
+                yield k.fma(q.float32(), s, m)
+
+
+def _as_float32(k: Builder, qtype: GGMLQuantizationType, lanes: int, at: Value) -> Value:
+    """Numbers of a float type."""
+    loaded = k.load(FLOAT_TYPES[qtype](lanes), at)
+    if qtype == GGMLQuantizationType.BF16:
+        return (loaded.unsigned(I32()) << 16).bits(F32(lanes))
+    return loaded.float32()
+
+
+def _float_tile(k: Builder, qtype: GGMLQuantizationType, at: Value, columns: Value, x: Value, totals: list) -> None:
+    tokens, width = len(totals), GGML_QUANT_SIZES[qtype][1]
+    with k.loop(0, columns) as c:
+        w = _as_float32(k, qtype, ROWS, at + c * (ROWS * width))
+        if tokens == 1:
+            k.prefetch(at + c * (ROWS * width) + _AHEAD)
+        for t, total in enumerate(totals):
+            total.value = k.fma(w, k.load(F32(), x + (c * tokens + t) * 4), total.value)
+
+
+@functools.cache
+def embedding_kernel(qtype: GGMLQuantizationType, tokens: int) -> int:
+    """Rows of a packed table, as the file has it, times a factor. Thread i takes the panels of `round_kernel`.
+
+    arguments: packed table, bytes of a packed row, units (columns of a float table), ids int64 [token], factor float32
+    [1], out float32, bytes of a row of out, state
+    """
+
+    def emit(k: Builder) -> None:
+        table, row_bytes, units, ids, factor, out, stride, state = _arguments(k, "pii pppi p")
+        factor = k.load(F32(), factor)
+        unit_at = k.local(1 if qtype in FLOAT_TYPES else unit_bytes(qtype))
+        with (
+            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(panel * tokens, k.minimum(panel * tokens + tokens, k.load(I64(), state))) as token,
+        ):
+            row, to = table + k.load(I64(), ids + token * 8) * row_bytes, out + token * stride
+            if qtype in FLOAT_TYPES:
+                width = GGML_QUANT_SIZES[qtype][1]
+                with k.loop(0, units) as c:
+                    k.store(_as_float32(k, qtype, 1, row + c * width) * factor, to + c * 4)
+            else:
+                layout = BLOCK_LAYOUTS[qtype]
+                with k.loop(0, units) as unit:
+                    block = row + unit * GGML_QUANT_SIZES[qtype][1]
+                    # a tile whose 16 rows are all this one
+                    layout.interleave(Interleaver(k, block, k.value(0, I64()), unit_at))
+                    for column, w in enumerate(_weights(k, layout, unit_at)):
+                        k.store(w.lane(0) * factor, to + (unit * layout.columns + column) * 4)
+
+    return compile_kernel(f"embedding_{qtype.name}_{tokens}", emit)
+
+
+@functools.cache
+def down_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
+    """u = scale · (down x): what the star term's epilogue multiplies. Thread i takes the panels of `round_kernel`.
+
+    arguments: down, groups of 32 columns (columns of float inputs), terms, q, d, sums (of the panels), scale float32
+    [terms], u [panel, terms, token], state
+    down: int8 + 128 [tile of 8 rows, columns / 8, row, 8]; for float inputs int8 [tile of 16 rows, column, row]
+    """
+
+    rows = ROWS if rounding == EXACT else STAR_ROWS
+
+    def emit(k: Builder) -> None:
+        down, groups, terms, q, d, sums, scale, u, state = _arguments(k, "pii ppp pp p")
+        with (
+            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(0, (terms + (rows - 1)) // rows) as tile,
+        ):
+            if rounding == EXACT:
+                totals = _down_float(k, down + tile * groups * ROWS, groups, q + panel * groups * (tokens * 4), tokens)
+            else:
+                place = panel * groups * tokens
+                at = down + tile * groups * (STAR_ROWS * 32)
+                first_sum = sums + place * (32 // rounding.group * 4)
+                totals = _down_rounded(k, rounding, at, groups, q + place * 32, d + place * 4, first_sum, tokens)
+            for t in range(tokens):
+                for row in range(rows):
+                    term = tile * rows + row
+                    with k.when(term < terms):
+                        strength = totals[t].lane(row) * k.load(F32(), scale + term * 4)
+                        k.store(strength, u + ((panel * terms + term) * tokens + t) * 4)
+
+    return compile_kernel(f"down_{rounding.block}_{rounding.group}_{tokens}", emit, isa)
+
+
+def _down_float(k: Builder, down: Value, columns: Value, x: Value, tokens: int) -> list[Value]:
+    """Products of 16 rows with each token of a panel."""
+    totals = [k.variable(k.value(0.0, F32(ROWS))) for _ in range(tokens)]
+    with k.loop(0, columns) as c:
+        w = k.load(I8(ROWS), down + c * ROWS).signed(I32()).float32()
+        for t, total in enumerate(totals):
+            total.value = k.fma(w, k.load(F32(), x + (c * tokens + t) * 4), total.value)
+    return [total.value for total in totals]
+
+
+def _down_rounded(
+    k: Builder, rounding: Rounding, down: Value, groups: Value, q: Value, d: Value, sums: Value, tokens: int
+) -> list[Value]:
+    """Products of 8 rows with each token of a panel."""
+    totals = [k.variable(k.value(0.0, F32(ROWS))) for _ in range(tokens)]
+    shifts = [k.variable(k.value(0.0, F32())) for _ in range(tokens)]  # Σ d·x̂, for the 128 that is added to `down`
+    with k.loop(0, groups) as group:
+        dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
+        for eight in range(4):
+            w = k.load(I32(ROWS), down + group * (STAR_ROWS * 32) + eight * (STAR_ROWS * 8))
+            for t in range(tokens):
+                x = k.load(I64(), q + (group * tokens + t) * 32 + eight * 8).spread(ROWS // 2).bits(I32(ROWS))
+                dots[t] = k.dot4(dots[t], w, x, seven_bit=False)
+        for t in range(tokens):
+            scale = k.load(F32(), d + (group * tokens + t) * 4)
+            totals[t].value = k.fma(dots[t].float32(), scale, totals[t].value)
+            for i in range(32 // rounding.group):
+                at = (group * (32 // rounding.group) + i) * tokens + t
+                shifts[t].value = shifts[t].value + k.load(F32(), sums + at * 4)
+    even, odd = list(range(0, ROWS, 2)), list(range(1, ROWS, 2))
+    pairs = [total.value.pick(even) + total.value.pick(odd) for total in totals]
+    return [pair - shift.value * 128.0 for pair, shift in zip(pairs, shifts, strict=True)]
+
+
+def _arguments(k: Builder, kinds: str) -> list[Value]:
+    """The kernel's arguments: p a pointer, i an integer."""
+    return [k.pointer(i) if kind == "p" else k.integer(i) for i, kind in enumerate(kinds.replace(" ", ""))]

@@ -1,0 +1,161 @@
+"""A list of compiled kernels, run from end to end by several threads without Python in between.
+
+A `Program` is what a forward pass becomes: kernels with their arguments, and barriers where one needs what other
+threads computed. Every thread runs every step and takes its own part of it (`Builder.thread`, `Builder.threads`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import threading
+from collections.abc import Iterable
+
+import numpy as np
+
+from nkat.kernels.cpu.jit import KERNEL, compile_kernel
+from nkat.kernels.cpu.llvm import I64, Builder
+
+Argument = np.ndarray | int
+
+_SPINS = 2000  # looks at the barrier before the thread lets others run: about the time of a short step
+
+
+class Program:
+    """Steps, laid out in one array. Keeps the arrays among its arguments alive.
+
+    add(kernel, arguments): an array stands for its address
+    barrier(): what follows sees what all threads did before
+    """
+
+    def __init__(self) -> None:
+        self._kernels: list[int] = []
+        self._arguments: list[np.ndarray] = []
+        self._kept: list[np.ndarray] = []
+        self._meeting = np.zeros(32, dtype=np.int64)  # arrived and round, on two cache lines
+        self._steps: np.ndarray | None = None
+
+    def add(self, kernel: int, arguments: Iterable[Argument]) -> np.ndarray:
+        """Appends a step; returns its arguments, int64, which may be changed between runs."""
+        given = list(arguments)
+        self._kept += [a for a in given if isinstance(a, np.ndarray)]
+        words = np.array([a.ctypes.data if isinstance(a, np.ndarray) else a for a in given], dtype=np.int64)
+        self._kernels.append(kernel)
+        self._arguments.append(words)
+        return words
+
+    def barrier(self) -> None:
+        if self._kernels:
+            self.add(_barrier_kernel(), (self._meeting, self._meeting[16:], _yield_address()))
+
+    def run(self, threads: Threads) -> None:
+        if self._steps is None:
+            pairs = [(k, a.ctypes.data) for k, a in zip(self._kernels, self._arguments, strict=True)]
+            self._steps = np.array([(len(pairs), 0), *pairs], dtype=np.int64)
+        threads.run(_runner_kernel(), self._steps)
+
+
+class Threads:
+    """Threads that wait for a kernel to run. The caller only waits, so that Ctrl-C finds no kernel half started."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._start = [threading.Lock() for _ in range(count)]  # held until there is something to do
+        self._done = threading.Lock()  # held until the last thread has finished
+        self._counting = threading.Lock()
+        self._left = 0  # threads that have not finished
+        self._job = (0, 0)
+        self._busy = threading.Lock()  # one program at a time
+        for i, start in enumerate(self._start):
+            start.acquire()
+            threading.Thread(target=self._work, args=(i,), daemon=True, name=f"nkat-{i}").start()
+
+    def run(self, kernel: int, arguments: np.ndarray) -> None:
+        """Runs a kernel on all threads and waits for the last; a Ctrl-C meanwhile is raised after that."""
+        interrupt = None
+        with self._busy:
+            self._done.acquire(blocking=False)
+            self._job = (kernel, arguments.ctypes.data)
+            self._left = self.count
+            for start in self._start:
+                start.release()
+            while self._left:
+                try:
+                    self._done.acquire()
+                except KeyboardInterrupt as error:  # the kernels still use the caller's arrays
+                    interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _work(self, index: int) -> None:
+        while True:
+            self._start[index].acquire()
+            kernel, arguments = self._job
+            _call(kernel)(arguments, index, self.count)
+            with self._counting:
+                self._left -= 1
+                if self._left == 0:
+                    self._done.release()
+
+
+def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Zeros that begin on a cache line."""
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(count + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+@functools.cache
+def pool(count: int) -> Threads:
+    """The threads that all layers share."""
+    return Threads(count)
+
+
+@functools.cache
+def _call(kernel: int) -> ctypes._CFuncPtr:
+    return KERNEL(kernel)
+
+
+@functools.cache
+def _runner_kernel() -> int:
+    """arguments: number of steps, 0, then address and arguments of each."""
+
+    def emit(k: Builder) -> None:
+        with k.loop(0, k.integer(0)) as step:
+            at = k.arguments + (step + 1) * 16
+            k.call_address(k.load_pointer(at), [k.load_pointer(at + 8), k.thread, k.threads])
+
+    return compile_kernel("run_program", emit)
+
+
+@functools.cache
+def _barrier_kernel() -> int:
+    """arguments: int64 how many arrived, int64 round, address of a function that lets other threads run."""
+
+    def emit(k: Builder) -> None:
+        arrived, round_, let_others = k.pointer(0), k.pointer(1), k.pointer(2)
+        now = k.load_shared(round_)
+        last = (k.fetch_add(arrived, 1) + 1).equals(k.threads)
+        with k.when(last):
+            k.store_shared(k.value(0, I64()), arrived)
+            k.store_shared(now + 1, round_)
+        looks = k.variable(k.value(0, I64()))
+        with k.while_(lambda: k.load_shared(round_).equals(now)):
+            looks.value = looks.value + 1
+            k.pause()
+            with k.when(looks.value > _SPINS):
+                k.call_address(let_others, [])
+
+    return compile_kernel("barrier", emit)
+
+
+@functools.cache
+def _yield_address() -> int:
+    """A C function that gives the processor to another thread."""
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0

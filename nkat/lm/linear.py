@@ -1,0 +1,136 @@
+"""`StarLinear`: a packed weight and its Θ behind one forward, W ⋆ x = W x + κ(γ) Θ x (+ bias).
+
+The weight stays as the file has it (a view of the memory map on CPU) and is dequantised on each call; γ may be changed
+at any time, so both arms of a comparison share one set of weights. With no Θ, a zero Θ, or γ = 1 the star term is not
+computed at all: the result is bit-identical to the plain layer's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import gguf
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nkat.gguf.formats import dequantize
+from nkat.kernels import reference
+from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
+
+if TYPE_CHECKING:
+    from nkat.kernels.cpu.linear import CpuLinear
+    from nkat.kernels.cuda.planes import PackedWeight
+
+
+class StarLinear(nn.Module):
+    """y = W x + κ Θ x + bias for x [..., n]; y is [..., m] in the layer's dtype.
+
+    packed: uint8 [nbytes] of W [m, n] = `shape`, in block format `qtype`
+    dtype:  of the multiplication; x is cast to it
+    theta:  acts on the leading block that fits W; its strength is set by `set_gamma`, off until then
+    keep_dense: also keep W dequantised in `dtype`, for models small enough that repeated decoding gains from it
+    """
+
+    packed: torch.Tensor | None
+    bias: torch.Tensor | None
+    dense: torch.Tensor | None
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        qtype: gguf.GGMLQuantizationType,
+        shape: tuple[int, int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        bias: torch.Tensor | None = None,
+        theta: Theta | None = None,
+        keep_dense: bool = False,
+    ) -> None:
+        super().__init__()
+        self.qtype, self.shape, self.dtype = qtype, shape, dtype
+        self.kappa = 0.0
+        self.int8_activations = False  # round W's inputs as llama.cpp does: to compare with its figures
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.to(packed.device, dtype), persistent=False)
+        dense = dequantize(packed, qtype, shape).to(dtype) if keep_dense else None
+        self.register_buffer("dense", dense, persistent=False)
+        self.register_buffer("down", None, persistent=False)
+        self.register_buffer("up", None, persistent=False)
+        self.device = packed.device
+        self.compiled: CpuLinear | None = None  # what `repack` made, on the CPU
+        self.device_weight: PackedWeight | None = None  # and on a GPU
+        self.set_theta(theta)
+
+    def set_theta(self, theta: Theta | None) -> None:
+        """Replaces Θ; its strength stays. Raises ThetaError when it is larger than the layer."""
+        if theta is not None and theta.size > max(self.shape):
+            raise ThetaError(f"theta of size {theta.size} does not fit a {self.shape[0]}x{self.shape[1]} weight")
+        self.down = self.up = None
+        self.theta = None if theta is None or theta.is_zero() else theta
+        if self.compiled is not None:
+            self.compiled.set_theta(self.theta)
+        if self.theta is None:
+            return
+        # INT8 times its scale is rounded once, to the layer's dtype
+        precise = torch.float64 if self.dtype == torch.float64 else torch.float32
+        down, up = low_rank_form(*self.theta.factors(precise), *self.shape)
+        self.down = down.to(self.device, self.dtype)
+        self.up = up.to(self.device, self.dtype)
+
+    def set_gamma(self, gamma: float | None) -> None:
+        """Strength of Θ: κ(γ). None or 1 turns it off."""
+        self.kappa = 0.0 if gamma is None else coupling(gamma)
+
+    def repack(self) -> None:
+        """Makes W ready for the kernels of its device, which then do the multiplication.
+
+        On a GPU the file's bytes are let go, and 16-bit inputs are multiplied as they are, with sums in float32.
+        """
+        if self.device.type == "cuda":
+            from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
+
+            self.device_weight = cuda.pack(self.packed, self.qtype, self.shape)
+            self.packed = None
+            return
+        from nkat.kernels.cpu.linear import CpuLinear  # LLVM is loaded only where it is used
+
+        self.compiled = CpuLinear(self.packed, self.qtype, self.shape, self.bias, exact=not self.int8_activations)
+        self.compiled.set_theta(self.theta)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rows(x, 0, self.shape[0])
+
+    def rows(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Outputs [start, stop) only: the way to a large vocabulary's logits in bounded memory.
+
+        `start` must be a multiple of 16 (a tile of the CPU kernels).
+        """
+        if self.compiled is not None:
+            kappa = 0.0 if self.theta is None else self.kappa
+            return self.compiled.rows(x, start, stop, kappa, torch.get_num_threads()).to(self.dtype)
+        x = x.to(self.dtype)
+        bias = None if self.bias is None else self.bias[start:stop]
+        inputs = reference.round_activations(x, self.qtype) if self.int8_activations else x
+        if self.device_weight is not None:
+            from nkat.kernels.cuda import linear as cuda
+
+            weight = self.device_weight.rows(start, stop)
+            if not self.int8_activations:
+                up = None if self.up is None else self.up[start:stop]
+                return cuda.linear(weight, x, bias, self.down, up, self.kappa)
+            y = cuda.linear(weight, inputs, bias)
+        elif self.dense is not None:
+            y = F.linear(inputs, self.dense[start:stop], bias)
+        else:
+            packed = reference.packed_rows(self.packed, self.shape[0], start, stop)
+            y = reference.linear(packed, self.qtype, (stop - start, self.shape[1]), inputs, bias)
+        if self.kappa == 0.0 or self.down is None:
+            return y
+        return y + reference.star_term(x, self.down, self.up[start:stop], self.kappa)
+
+    def extra_repr(self) -> str:
+        rank = 0 if self.down is None else self.down.shape[0] // 2
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.qtype.name}, {self.dtype}, theta rank {rank}"

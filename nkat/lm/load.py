@@ -1,0 +1,164 @@
+"""Path → a model ready to run. The only place where config, tokenizer, packed weights and Θ come together.
+
+On CPU the weights are views of the memory-mapped file, so loading costs next to nothing and the pages are shared with
+other processes; on CUDA they are copied there, still packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nkat.gguf.file import GGUFFile, TensorInfo
+from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantize, packed_tensor
+from nkat.lm.config import BLOCK_LINEARS, ConfigError, ModelConfig
+from nkat.lm.linear import StarLinear
+from nkat.lm.tokenizer import Tokenizer
+from nkat.lm.transformer import Block, Embedding, Transformer
+from nkat.theta.algebra import Theta
+from nkat.theta.modelfile import ModelFile, open_model_file
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_BLOCK_NORMS = ("attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model and what belongs to it.
+
+    tensors: the base model's, without Θ's
+    gamma: the strength at which its Θ is on; None: it has none
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: ModelConfig
+    gguf: GGUFFile
+    tensors: Mapping[str, TensorInfo]
+    gamma: float | None
+
+
+def load_model(
+    source: str | Path | ModelFile,
+    *,
+    thetas: Mapping[str, Theta] | None = None,
+    gamma: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    keep_dense: bool = False,
+    int8_activations: bool = False,
+    repack: bool = False,
+) -> LoadedModel:
+    """Loads a GGUF or `.nkat`, from a path or already opened. Raises NKATError for everything that is wrong with it.
+
+    thetas: Θ by weight name, in place of those in the file; `gamma` is required with them
+    gamma: strength of Θ, 1 turns it off; None: the one recorded with the Θ in the file
+    dtype: of multiplications and the KV cache; None: float32 on CPU, bfloat16 on CUDA
+    keep_dense: keep the weights dequantised in `dtype` as well: several times the memory, faster decoding
+    int8_activations: round the linear layers' inputs as llama.cpp does: faster, and to compare with its figures
+    repack: copy the weights into the layout of the device's kernels, on which `nkat.engine.decoder` then runs; the
+    file's pages are let go, so that memory stays about the file's size. On a GPU for 16-bit dtypes only
+    """
+    model_file = source if isinstance(source, ModelFile) else open_model_file(source)
+    path = model_file.path
+    if model_file.base is None:
+        raise ConfigError(f"{path}: holds only theta, not a model; load its base model with it")
+    if thetas is None and model_file.thetas is not None:
+        thetas = model_file.thetas.thetas
+        gamma = model_file.thetas.gamma if gamma is None else gamma
+    if thetas is not None and gamma is None:
+        raise ValueError("thetas given without gamma")
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+
+    gguf, tensors = model_file.base.file, model_file.base.tensors
+    try:
+        config = ModelConfig.from_gguf(gguf.metadata, tensors)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    tokenizer = Tokenizer.from_metadata(gguf.metadata)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise ConfigError(
+            f"{path}: the vocabulary has {tokenizer.vocab_size} tokens but token_embd.weight {config.vocab_size} rows"
+        )
+    model = _Assembler(gguf, tensors, device, dtype, keep_dense).transformer(config)
+    if thetas is not None:
+        model.set_thetas(thetas)
+        model.set_gamma(gamma)
+    for layer in model.star_linears().values():
+        layer.int8_activations = int8_activations
+    if repack and (device.type == "cpu" or dtype in (torch.bfloat16, torch.float16)):
+        _repack(model, gguf, tensors)
+    return LoadedModel(model, tokenizer, config, gguf, tensors, gamma if thetas else None)
+
+
+def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> None:
+    tied = "output.weight" not in tensors
+    if model.device.type == "cuda":
+        from nkat.kernels.cuda.linear import out_of_memory_hint  # Triton is loaded only where it is used
+
+        with out_of_memory_hint():
+            for layer in model.star_linears().values():
+                layer.repack()
+            model.embedding.repack(model.output.device_weight if tied else None)
+        return
+    for name, layer in model.star_linears().items():
+        layer.repack()
+        gguf.release("token_embd.weight" if tied and name == "output.weight" else name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Assembler:
+    gguf: GGUFFile
+    tensors: Mapping[str, TensorInfo]
+    device: torch.device
+    dtype: torch.dtype
+    keep_dense: bool
+
+    def transformer(self, config: ModelConfig) -> Transformer:
+        table = self.tensors["token_embd.weight"]
+        packed_table = self.packed(table.name)
+        tied = "output.weight" not in self.tensors
+        factors = "rope_freqs.weight"
+        return Transformer(
+            config,
+            Embedding(packed_table, table.type, table.shape),
+            [self.block(config, i) for i in range(config.block_count)],
+            self.vector("output_norm.weight"),
+            self.linear("token_embd", packed_table) if tied else self.linear("output"),
+            self.vector(factors) if factors in self.tensors else None,
+        )
+
+    def block(self, config: ModelConfig, index: int) -> Block:
+        prefix = f"blk.{index}."
+        norms = {n: self.vector(f"{prefix}{n}.weight") for n in _BLOCK_NORMS if f"{prefix}{n}.weight" in self.tensors}
+        return Block(config, index, {name: self.linear(prefix + name) for name in BLOCK_LINEARS}, norms)
+
+    def linear(self, stem: str, packed: torch.Tensor | None = None) -> StarLinear:
+        info = self.tensors[stem + ".weight"]
+        bias = self.vector(stem + ".bias") if stem + ".bias" in self.tensors else None
+        packed = self.packed(info.name) if packed is None else packed
+        return StarLinear(packed, info.type, info.shape, dtype=self.dtype, bias=bias, keep_dense=self.keep_dense)
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A norm's weight, a bias or RoPE factors: dequantised, in the residual stream's dtype."""
+        info = self.tensors[name]
+        stream = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return dequantize(self.packed(name), info.type, info.shape).to(stream, copy=True)
+
+    def packed(self, name: str) -> torch.Tensor:
+        info = self.tensors[name]
+        if info.type not in SUPPORTED_TYPES:
+            raise UnsupportedTypeError(
+                f"{self.gguf.path}: tensor {name} has the type {info.type.name}, which is not supported"
+            )
+        return packed_tensor(self.gguf.raw(name)).to(self.device)

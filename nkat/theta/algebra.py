@@ -1,0 +1,125 @@
+"""Θ: antisymmetric low-rank INT8 tensors and the star product. Pure functions, no I/O.
+
+W ∈ R^{m×n} is a linear layer's weight (m outputs, n inputs), N = max(m, n).
+
+    Θ = P Qᵀ − Q Pᵀ          P, Q ∈ R^{t×r}, t ≤ N; Θ ∈ R^{N×N} is zero outside its leading t×t corner
+    θ x = Θ[:m, :n] x        the block that fits the layer
+    W ⋆ x = W x + κ(γ) θ x   κ(γ) = ½ γ (1 − γ)
+
+Antisymmetry is exact after quantisation because the factors are quantised and not the product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nkat.errors import NKATError
+
+_INT8_MAX = 127
+
+
+class ThetaError(NKATError):
+    """A Θ that cannot be made: impossible rank, γ out of range, or a weight with NaN or infinity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Theta:
+    """One layer's Θ as it is stored: INT8 factors with one float32 scale per column.
+
+    p, q:  int8 [t, r], the factors; rows beyond t are zero
+    scale: float32 [2, r], scale[0] belongs to p's columns and scale[1] to q's
+    """
+
+    p: torch.Tensor
+    q: torch.Tensor
+    scale: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.p.dtype != torch.int8 or self.q.dtype != torch.int8 or self.scale.dtype != torch.float32:
+            raise ThetaError("theta factors must be int8 and their scales float32")
+        if self.p.ndim != 2 or self.p.shape != self.q.shape or self.scale.shape != (2, self.p.shape[1]):
+            raise ThetaError(
+                f"theta shapes do not fit together: p {tuple(self.p.shape)}, q {tuple(self.q.shape)}, "
+                f"scale {tuple(self.scale.shape)}"
+            )
+
+    @property
+    def size(self) -> int:
+        """t: Θ is zero outside its leading t×t corner."""
+        return self.p.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r, the number of columns of P and of Q; the matrix rank of Θ is at most 2r."""
+        return self.p.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors: 2·t·r of INT8 and 8·r of scales."""
+        return self.p.nbytes + self.q.nbytes + self.scale.nbytes
+
+    def is_zero(self) -> bool:
+        """True when Θ has no effect at all: every column of P or of Q is zero."""
+        p_zero = (self.p == 0).all(dim=0) | (self.scale[0] == 0)
+        q_zero = (self.q == 0).all(dim=0) | (self.scale[1] == 0)
+        return bool((p_zero | q_zero).all())
+
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dequantised P and Q, each [t, r]."""
+        scale = self.scale.to(dtype)
+        return self.p.to(dtype) * scale[0], self.q.to(dtype) * scale[1]
+
+
+def coupling(gamma: float) -> float:
+    """κ(γ) = ½ γ (1 − γ): the factor before θ x. γ = 1 gives exactly 0, lower γ a stronger effect."""
+    if not 0.0 < gamma <= 1.0:
+        raise ThetaError(f"theta gamma must lie in 0 < gamma <= 1, got {gamma}")
+    return 0.5 * gamma * (1.0 - gamma)
+
+
+def quantize_factors(p: torch.Tensor, q: torch.Tensor) -> Theta:
+    """Rounds float factors [t, r] to INT8, symmetric, one scale per column (absmax / 127)."""
+    if not bool(torch.isfinite(p).all() and torch.isfinite(q).all()):
+        raise ThetaError("the theta factors hold NaN or infinity")
+    (p8, p_scale), (q8, q_scale) = _quantize_columns(p), _quantize_columns(q)
+    return Theta(p8, q8, torch.stack([p_scale, q_scale]))
+
+
+def dense_theta(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Θ = P Qᵀ − Q Pᵀ as a dense [t, t] matrix, exactly antisymmetric in floating point."""
+    product = p @ q.T
+    return product - product.T
+
+
+def low_rank_form(p: torch.Tensor, q: torch.Tensor, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down [2r, n], up [m, 2r]) with Θ[:m, :n] = up @ down: down = [Qᵀ; Pᵀ], up = [P, −Q], zero-padded from t."""
+    down = torch.cat([pad_rows(q[:n], n), pad_rows(p[:n], n)], dim=1).T.contiguous()
+    up = torch.cat([pad_rows(p[:m], m), -pad_rows(q[:m], m)], dim=1)
+    return down, up
+
+
+def star_product(weight: torch.Tensor, x: torch.Tensor, theta: Theta, gamma: float) -> torch.Tensor:
+    """W ⋆ x = W x + κ(γ) θ x for x [..., n] and weight [m, n], in the dtype of `weight`: the reference formula."""
+    m, n = weight.shape
+    plain = x @ weight.T
+    kappa = coupling(gamma)
+    if kappa == 0.0:
+        return plain
+    down, up = low_rank_form(*theta.factors(weight.dtype), m, n)
+    return plain + kappa * ((x @ down.T) @ up.T)
+
+
+def _quantize_columns(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = factor.abs().amax(dim=0).float() / _INT8_MAX
+    divisor = torch.where(scale > 0, scale, torch.ones_like(scale))  # a zero column stays zero
+    rounded = torch.round(factor / divisor).clamp_(-_INT8_MAX, _INT8_MAX)
+    return rounded.to(torch.int8), scale
+
+
+def pad_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    missing = rows - matrix.shape[0]
+    if missing <= 0:
+        return matrix
+    return torch.cat([matrix, matrix.new_zeros(missing, matrix.shape[1])])

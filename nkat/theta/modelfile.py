@@ -1,0 +1,283 @@
+"""Θ in files: the `.nkat` in both layouts, and Θ alone.
+
+Layout `tensors`   a GGUF v3 holding the base's metadata and tensors unchanged, then for each adapted `X.weight`
+                   `X.theta_p` and `X.theta_q` (I8, t×r) and `X.theta_scale` (F32, 2×r), and `nkat.*` metadata.
+Layout `appended`  the base's bytes unchanged, then:
+
+    | marker: "NKATBASE", u64 size of the base | zeros to a 4 KiB boundary | Θ as a complete GGUF | footer, 64 bytes |
+    footer: "NKATTHTA", u32 version 1, u32 0, u64 offset of the Θ GGUF, u64 its length, 32 bytes SHA-256 of it
+
+                   Programs that read tensors by their offsets (llama.cpp, KoboldCpp) load it as the base model.
+                   The marker tells an append that was cut short from bytes that belong to the base.
+Θ alone            the same tensors and metadata in a GGUF of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf.constants import GGMLQuantizationType
+
+from nkat.errors import NKATError
+from nkat.gguf.file import GGUFError, GGUFFile
+from nkat.gguf.writer import (
+    BaseView,
+    FileRange,
+    Part,
+    Progress,
+    gguf_parts,
+    part_size,
+    sha256_of_parts,
+)
+from nkat.theta.algebra import Theta, ThetaError, coupling
+from nkat.theta.set import FORMAT_VERSION, KEY_PREFIX, SUFFIXES, ThetaSet, check_fits
+
+BOUNDARY = 4096
+_MARKER = struct.Struct("<8sQ")
+_MARKER_MAGIC = b"NKATBASE"
+_FOOTER = struct.Struct("<8sIIQQ32s")
+_FOOTER_MAGIC = b"NKATTHTA"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """What a path holds: a base model, Θ, or both.
+
+    layout: "plain", "tensors", "appended" or "theta-only"; base is None for the last, thetas None for the first
+    unfinished: an in-place append was cut short, and the bytes behind the base are its remains
+    foreign_tail: bytes behind the last tensor that are not ours; they count as the base's
+    """
+
+    path: Path
+    layout: str
+    base: BaseView | None
+    thetas: ThetaSet | None
+    unfinished: bool = False
+    foreign_tail: bool = False
+
+    def base_parts(self) -> list[Part]:
+        """The base model's bytes, whatever the layout."""
+        if self.base is None:
+            raise GGUFError(f"{self.path}: holds only theta, not a base model")
+        if self.layout == "tensors":
+            return self.base.parts()
+        return [FileRange(self.path, 0, self.base.data_end)]
+
+    @property
+    def base_size(self) -> int:
+        """Bytes of the base model."""
+        return sum(part_size(part) for part in self.base_parts())
+
+
+def open_model_file(path: str | Path) -> ModelFile:
+    """Opens a GGUF or `.nkat` of any layout. Raises GGUFError when the file or the Θ in it is damaged."""
+    path = Path(path)
+    file = GGUFFile.open(path)
+    if _is_theta(file):
+        return _open_with_own_theta(path, file)
+    footer = _read_footer(file)
+    if footer is None:
+        base_end = _find_marker(file, range(file.data_end, _aligned(file, file.data_end) + 1))
+        unfinished = base_end is not None
+        end = file.end if base_end is None else base_end
+        tail = not unfinished and file.end > _aligned(file, file.data_end)
+        return ModelFile(path, "plain", BaseView.whole(file, end), None, unfinished, tail)
+
+    offset, length, digest = footer
+    first = max(file.data_end, offset - BOUNDARY - _MARKER.size)
+    base_end = _find_marker(file, range(first, offset))
+    if base_end is None:
+        raise GGUFError(f"{path}: the theta footer is there but the marker behind the base is not: the file is damaged")
+    base = BaseView.whole(file, base_end)
+    if hashlib.sha256(file.read(offset, offset + length)).digest() != digest:
+        # Blocks of an append can reach the disk out of order: to the next run this is an append that was cut short.
+        return ModelFile(path, "plain", base, None, unfinished=True)
+    theta_file = GGUFFile.open(path, offset, offset + length)
+    if not _is_theta(theta_file):
+        raise GGUFError(f"{path}: the appended part at byte {offset} holds no theta")
+    theta_set = _read_theta_set(theta_file)
+    check_fits(theta_set, base.tensors, path)
+    return ModelFile(path, "appended", base, theta_set)
+
+
+def appended_parts(theta_set: ThetaSet, base_end: int) -> list[Part]:
+    """What layout `appended` puts behind a base of `base_end` bytes: marker, padding, Θ as a GGUF, footer."""
+    theta = theta_only_parts(theta_set)
+    digest = hashlib.sha256()
+    for part in theta:
+        digest.update(part)
+    length = sum(part_size(part) for part in theta)
+    head = _MARKER.pack(_MARKER_MAGIC, base_end)
+    head += bytes(-(base_end + len(head)) % BOUNDARY)
+    footer = _FOOTER.pack(_FOOTER_MAGIC, FORMAT_VERSION, 0, base_end + len(head), length, digest.digest())
+    return [head, *theta, footer]
+
+
+def theta_only_parts(theta_set: ThetaSet) -> list[Part]:
+    """A GGUF with Θ alone."""
+    metadata = {"general.type": "theta", "general.name": f"theta for {theta_set.base_name}", **theta_set.metadata()}
+    return gguf_parts(metadata, theta_set.tensors())
+
+
+def embedded_parts(theta_set: ThetaSet, base: BaseView) -> list[Part]:
+    """A GGUF with the base's metadata and tensors, then Θ's: layout `tensors`."""
+    if not base.is_exact():
+        raise GGUFError(
+            f"{base.file.path}: the padding of its header is not zero, so that layout 'tensors' could not give the "
+            "base back byte for byte; use --layout appended"
+        )
+    return gguf_parts(theta_set.metadata(), theta_set.tensors(), base)
+
+
+def theta_for(model: ModelFile, theta_path: Path, progress: Progress | None = None) -> ThetaSet:
+    """The Θ in a file of its own, checked to have been made for this very model. Raises GGUFError otherwise."""
+    theta_set = open_model_file(theta_path).thetas
+    if theta_set is None:
+        raise GGUFError(f"{theta_path}: holds no theta")
+    if model.base is None:
+        raise GGUFError(f"{model.path}: holds only theta, not a model")
+    same = model.base_size == theta_set.base_size
+    if not same or sha256_of_parts(model.base_parts(), progress) != theta_set.base_sha256:
+        raise GGUFError(f"{theta_path}: was made for another model ({theta_set.base_name}), not for {model.path}")
+    check_fits(theta_set, model.base.tensors, theta_path)
+    return theta_set
+
+
+def _is_theta(file: GGUFFile) -> bool:
+    return "nkat.version" in file.metadata
+
+
+def _open_with_own_theta(path: Path, file: GGUFFile) -> ModelFile:
+    theta_set = _read_theta_set(file)
+    count = len(file.tensors) - len(SUFFIXES) * len(theta_set.thetas)
+    if count == 0:
+        return ModelFile(path, "theta-only", None, theta_set)
+    if any(name.endswith(SUFFIXES) for name in list(file.tensors)[:count]):
+        raise GGUFError(f"{path}: theta tensors stand between the base's tensors")
+    keys = list(file.metadata)
+    first_own = next(i for i, key in enumerate(keys) if key.startswith(KEY_PREFIX))
+    if not all(key.startswith(KEY_PREFIX) for key in keys[first_own:]):
+        raise GGUFError(f"{path}: nkat metadata stands between the base's metadata")
+    base = BaseView(
+        file=file,
+        version=theta_set.base_gguf_version,
+        metadata_count=first_own,
+        metadata_end=file.metadata.spans[keys[first_own]][0],
+        tensor_count=count,
+        data_end=file.end,
+    )
+    data_bytes = theta_set.base_size - part_size(base.parts()[0])
+    base = replace(base, data_end=file.data_start + data_bytes)
+    last = max(t.offset + t.nbytes for t in base.tensors.values())
+    if not last <= base.data_end <= file.end:
+        raise GGUFError(f"{path}: nkat.base.size {theta_set.base_size} does not agree with the base's tensors")
+    check_fits(theta_set, base.tensors, path)
+    return ModelFile(path, "tensors", base, theta_set)
+
+
+def _read_theta_set(file: GGUFFile) -> ThetaSet:
+    version = _entry(file, "nkat.version", int)
+    if version != FORMAT_VERSION:
+        raise GGUFError(f"{file.path}: nkat.version {version} is not supported, only {FORMAT_VERSION}")
+    thetas = {}
+    for name in file.tensors:
+        if name.endswith(SUFFIXES[0]):
+            stem = name.removesuffix(SUFFIXES[0])
+            thetas[stem + ".weight"] = _read_theta(file, stem)
+    found = sum(name.endswith(SUFFIXES) for name in file.tensors)
+    if not thetas or found != len(SUFFIXES) * len(thetas) or _entry(file, "nkat.theta.count", int) != len(thetas):
+        raise GGUFError(f"{file.path}: nkat.theta.count does not agree with the {found} theta tensors in the file")
+    gamma = _entry(file, "nkat.theta.gamma", float)
+    coupling(gamma)  # raises when out of range
+    theta_set = ThetaSet(
+        thetas=thetas,
+        gamma=gamma,
+        source=_entry(file, "nkat.theta.source", str),
+        seed=_entry(file, "nkat.theta.seed", int),
+        base_sha256=_entry(file, "nkat.base.sha256", str),
+        base_name=_entry(file, "nkat.base.name", str),
+        base_size=_entry(file, "nkat.base.size", int),
+        base_gguf_version=_entry(file, "nkat.base.gguf_version", int),
+    )
+    known = theta_set.metadata()
+    notes = {k: file.metadata[k] for k in file.metadata if k.startswith(KEY_PREFIX) and k not in known}
+    return replace(theta_set, notes=notes)
+
+
+def _read_theta(file: GGUFFile, stem: str) -> Theta:
+    def read(suffix: str, kind: GGMLQuantizationType, dtype: str) -> torch.Tensor:
+        name = stem + suffix
+        info = file.tensors.get(name)
+        if info is None or info.type != kind or len(info.shape) != 2:
+            raise GGUFError(f"{file.path}: tensor {name!r} is missing or is not a 2-D {kind.name} tensor")
+        return torch.from_numpy(file.raw(name).view(dtype).reshape(info.shape).copy())
+
+    i8, f32 = GGMLQuantizationType.I8, GGMLQuantizationType.F32
+    try:
+        theta = Theta(read(".theta_p", i8, "<i1"), read(".theta_q", i8, "<i1"), read(".theta_scale", f32, "<f4"))
+    except ThetaError as error:
+        raise GGUFError(f"{file.path}: {stem}: {error}") from None
+    if not bool((torch.isfinite(theta.scale) & (theta.scale >= 0)).all()):
+        raise GGUFError(f"{file.path}: {stem}.theta_scale holds NaN, infinity or a negative number")
+    return theta
+
+
+def _entry(file: GGUFFile, key: str, kind: type) -> Any:
+    value = file.metadata.get(key)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise GGUFError(f"{file.path}: metadata {key} is missing or is not of type {kind.__name__}")
+    return value
+
+
+def _aligned(file: GGUFFile, position: int) -> int:
+    return position + -position % file.alignment
+
+
+def _find_marker(file: GGUFFile, positions: range) -> int | None:
+    """The first of `positions` where a marker stands, or the part of one that the end of the file left."""
+    for position in positions:
+        found = file.read(position, min(position + _MARKER.size, file.end)).tobytes()
+        if found and _MARKER.pack(_MARKER_MAGIC, position).startswith(found):
+            return position
+    return None
+
+
+def _read_footer(file: GGUFFile) -> tuple[int, int, bytes] | None:
+    """(offset, length, sha256) of an appended Θ, or None when the file does not end with a whole footer."""
+    start = file.end - _FOOTER.size
+    if start < file.data_end:
+        return None
+    magic, version, _, offset, length, digest = _FOOTER.unpack(file.read(start, file.end))
+    if magic != _FOOTER_MAGIC:
+        return None
+    if version != FORMAT_VERSION:
+        raise GGUFError(f"{file.path}: theta footer at byte {start}: version {version} is not supported")
+    if offset % BOUNDARY or offset < file.data_end or offset + length != start:
+        raise GGUFError(
+            f"{file.path}: theta footer at byte {start}: offset {offset} and length {length} are impossible"
+        )
+    return offset, length, digest
+
+
+def base_name(model: ModelFile) -> str:
+    """The model's own name from its metadata, or its file's name."""
+    assert model.base is not None
+    name = model.base.file.metadata.get("general.name")
+    return name if isinstance(name, str) and name else Path(model.path).stem
+
+
+def base_hash(model: ModelFile, progress: Callable[[int], object] | None = None) -> str:
+    """SHA-256 of the base model's bytes; for an already converted file, checked against what the file records."""
+    digest = sha256_of_parts(model.base_parts(), progress)
+    if model.thetas is not None and digest != model.thetas.base_sha256:
+        raise NKATError(
+            f"{model.path}: the base model's sha256 is {digest[:16]}… but the file records "
+            f"{model.thetas.base_sha256[:16]}…: the file is damaged"
+        )
+    return digest

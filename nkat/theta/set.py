@@ -1,0 +1,116 @@
+"""A model's Θ as one thing: cut, scaled, checked against its model; its metadata's keys, its tensors' suffixes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gguf.constants import GGMLQuantizationType
+
+from nkat.gguf.file import GGUFError, TensorInfo
+from nkat.gguf.names import block_number
+from nkat.gguf.writer import (
+    MetadataValue,
+    NewTensor,
+)
+from nkat.theta.algebra import Theta
+
+FORMAT_VERSION = 1
+SUFFIXES = (".theta_p", ".theta_q", ".theta_scale")
+KEY_PREFIX = "nkat."
+CALIBRATION_KEY = "nkat.calibration.sha256"
+KEEP_KEY = "nkat.keep.sha256"
+UNFINISHED_KEY = "nkat.fit.unfinished"
+HELDOUT_PREFIX = "nkat.heldout."  # of what was measured with this very Θ at this very γ
+
+
+@dataclass(frozen=True, slots=True)
+class ThetaSet:
+    """A model's Θ: one for each adapted weight, and what the file records about them.
+
+    thetas: name of the weight tensor (`blk.0.attn_q.weight`) → Θ, in the order of the file
+    base_sha256, base_size: of the base model's own bytes; base_gguf_version: 2 or 3, needed to restore them
+    notes: further `nkat.*` metadata, such as the hash of a calibration text
+    """
+
+    thetas: dict[str, Theta]
+    gamma: float
+    source: str
+    seed: int
+    base_sha256: str
+    base_name: str
+    base_size: int
+    base_gguf_version: int = 3
+    notes: dict[str, MetadataValue] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return max(theta.rank for theta in self.thetas.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(theta.nbytes for theta in self.thetas.values())
+
+    def metadata(self) -> dict[str, MetadataValue]:
+        return {
+            "nkat.version": FORMAT_VERSION,
+            "nkat.theta.rank": self.rank,
+            "nkat.theta.gamma": self.gamma,
+            "nkat.theta.source": self.source,
+            "nkat.theta.count": len(self.thetas),
+            "nkat.theta.seed": self.seed,
+            "nkat.base.sha256": self.base_sha256,
+            "nkat.base.name": self.base_name,
+            "nkat.base.size": self.base_size,
+            "nkat.base.gguf_version": self.base_gguf_version,
+            **self.notes,
+        }
+
+    def tensors(self) -> list[NewTensor]:
+        i8, f32 = GGMLQuantizationType.I8, GGMLQuantizationType.F32
+        out = []
+        for name, theta in self.thetas.items():
+            stem = name.removesuffix(".weight")
+            values = zip(SUFFIXES, (i8, i8, f32), (theta.p, theta.q, theta.scale), strict=True)
+            out += [NewTensor(stem + suffix, kind, t.contiguous().numpy()) for suffix, kind, t in values]
+        return out
+
+
+def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Path) -> None:
+    """Raises GGUFError unless every Θ belongs to a 2-D weight of the base and fits its shape."""
+    for name, theta in theta_set.thetas.items():
+        info = tensors.get(name)
+        if info is None:
+            raise GGUFError(f"{path}: theta for {name!r}, which the base model does not have")
+        if len(info.shape) != 2 or theta.size > max(info.shape):
+            raise GGUFError(f"{path}: theta of size {theta.size} does not fit {name!r} of shape {info.shape}")
+
+
+def check_judging_text(theta_set: ThetaSet, text_sha256: str, path: Path) -> None:
+    """Raises GGUFError when the text a Θ is to be judged on is the one it was made from."""
+    if text_sha256 in (theta_set.notes.get(CALIBRATION_KEY), theta_set.notes.get(KEEP_KEY)):
+        raise GGUFError(f"{path}: this theta was made from that very text, so it cannot be judged on it; give another")
+
+
+def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:
+    """Keeps the first `rank` columns of every Θ: each source orders them by importance.
+
+    What was measured with all of them is no longer noted.
+    """
+    thetas = {
+        name: Theta(t.p[:, :rank].contiguous(), t.q[:, :rank].contiguous(), t.scale[:, :rank].contiguous())
+        for name, t in theta_set.thetas.items()
+    }
+    notes = {key: value for key, value in theta_set.notes.items() if not key.startswith(HELDOUT_PREFIX)}
+    return replace(theta_set, thetas=thetas, notes=notes)
+
+
+def scale_by_depth(theta_set: ThetaSet, factor: float) -> ThetaSet:
+    """Θ of block l multiplied by factor^l: a strength that decays with depth, kept in the INT8 scales."""
+    thetas = {}
+    for name, theta in theta_set.thetas.items():
+        scale = theta.scale.clone()
+        scale[0] *= factor ** max(0, block_number(name))
+        thetas[name] = replace(theta, scale=scale)
+    return replace(theta_set, thetas=thetas, notes={**theta_set.notes, "nkat.theta.depth_decay": factor})

@@ -1,0 +1,354 @@
+"""The CPU kernels: every block format on every instruction set against float64, threads, Θ, and the code cache."""
+
+import numpy as np
+import pytest
+import torch
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.constants import GGMLQuantizationType as QType
+
+from nkat.gguf.formats import dequantize
+from nkat.kernels import reference
+from nkat.kernels.cpu import jit
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, unit_bytes
+from nkat.kernels.cpu.linear import CpuLinear, Panels
+from nkat.kernels.cpu.llvm import F32, I64, Builder
+from nkat.kernels.cpu.matmul import (
+    EXACT,
+    FLOAT_TYPES,
+    Rounding,
+    down_kernel,
+    embedding_kernel,
+    matmul_kernel,
+    panel_tokens,
+    round_kernel,
+    rounding_of,
+)
+from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.lm.linear import StarLinear
+from nkat.theta.algebra import Theta, low_rank_form, quantize_factors
+from tests.gguf.test_formats import HALVES, finite, random_rows
+
+M, N = 40, 512  # two and a half tiles; two blocks of 256
+KAPPA = 0.0475
+
+# Largest error in units of the largest |y|, by format. INT8 inputs: the byte products are exact, and what is left are
+# the float32 roundings of one product and one addition a group; formats with an offset (all but a minimum of zero) sum
+# two numbers of opposite sign. Exact inputs: N additions in float32. Twice the largest error in 50 seeds.
+INT8_TOLERANCE = dict.fromkeys(BLOCK_LAYOUTS, 1e-6) | {QType.Q2_K: 2e-6, QType.Q3_K: 2e-6, QType.Q6_K: 2e-6}
+EXACT_TOLERANCE = dict.fromkeys((*BLOCK_LAYOUTS, *FLOAT_TYPES), 3e-6)
+
+NEEDS = {"avx512-vnni": {"avx512vnni", "avx512bw"}, "avx-vnni": {"avxvnni"}, "avx2": {"avx2", "fma", "f16c"}}
+ISAS = [
+    pytest.param(
+        isa,
+        marks=pytest.mark.skipif(
+            not NEEDS.get(isa, set()) <= jit.cpu_features(), reason=f"this processor does not have {isa}"
+        ),
+    )
+    for isa in ("avx512-vnni", "avx-vnni", "avx2", "generic")
+]
+every_format = pytest.mark.parametrize("qtype", BLOCK_LAYOUTS, ids=lambda qtype: qtype.name)
+
+
+def packed_weight(qtype: QType, m: int = M, n: int = N, seed: int = 0) -> torch.Tensor:
+    """Random quants with scales of either sign around 0.01, as a file has them."""
+    rng = np.random.default_rng(seed)
+    if qtype in FLOAT_TYPES:
+        values = torch.from_numpy(rng.standard_normal((m, n)).astype(np.float32))
+        kind = {QType.F32: torch.float32, QType.F16: torch.float16, QType.BF16: torch.bfloat16}[qtype]
+        return values.to(kind).view(torch.uint8).view(-1)
+    blocks = finite(random_rows(qtype, (m, n), seed), qtype).reshape(-1, GGML_QUANT_SIZES[qtype][1])
+    for byte in HALVES[qtype]:
+        scales = (0.01 * rng.standard_normal(len(blocks))).astype(np.float16)
+        blocks[:, byte : byte + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return torch.from_numpy(blocks).view(-1)
+
+
+def inputs(count: int, n: int = N, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, n, generator=torch.Generator().manual_seed(seed))
+
+
+def multiply(qtype: QType, packed: torch.Tensor, x: torch.Tensor, tokens: int, exact: bool, isa: str) -> torch.Tensor:
+    """W x by the kernels of one instruction set, [count, M]."""
+    tiles = repack(packed, qtype, (M, N))
+    state = np.array([len(x)], np.int64)
+    panels = Panels(rounding_of(qtype, exact), N, len(x), tokens, state)
+    y = aligned((-(-len(x) // tokens) * tokens, len(tiles) * ROWS), np.float32)
+    program = Program()
+    rows = x.numpy()
+    arguments = (rows, rows.strides[0], N, panels.q, panels.d, panels.sums, state)
+    program.add(round_kernel(panels.rounding, tokens, isa), arguments)
+    program.barrier()
+    units = N // BLOCK_LAYOUTS[qtype].columns
+    given = (tiles, tiles.shape[1], units, len(tiles), panels.q, panels.d, panels.sums, y, y.strides[0])
+    program.add(matmul_kernel(qtype, tokens, exact, isa), (*given, 0, 0, 0, 0, state))
+    program.run(pool(1))
+    return torch.from_numpy(y[: len(x), :M].copy())
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result.double() - expected).abs().max() / expected.abs().max())
+
+
+# --- one format, one instruction set
+
+
+@every_format
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("count", [1, 11])
+def test_int8_products_equal_the_rounded_reference(qtype, isa, count):
+    packed, x = packed_weight(qtype), inputs(count)
+    tokens = 1 if count == 1 else panel_tokens(isa)
+    weight = dequantize(packed, qtype, (M, N)).double()
+    expected = reference.round_activations(x, qtype).double() @ weight.T
+    assert error(multiply(qtype, packed, x, tokens, False, isa), expected) < INT8_TOLERANCE[qtype]
+    assert error(x.double() @ weight.T, expected) > 1e-4  # without the rounding it would fail
+
+
+@every_format
+@pytest.mark.parametrize("isa", ISAS)
+def test_exact_products_equal_the_reference(qtype, isa):
+    packed, x = packed_weight(qtype), inputs(5)
+    expected = x.double() @ dequantize(packed, qtype, (M, N)).double().T
+    assert error(multiply(qtype, packed, x, panel_tokens(isa), True, isa), expected) < EXACT_TOLERANCE[qtype]
+
+
+@every_format
+def test_every_weight_is_the_files(qtype):
+    """Unit vectors pick the columns: bit-equal weights, so the repacked bytes hold all that the file's do."""
+    packed = packed_weight(qtype, seed=3)
+    linear = CpuLinear(packed, qtype, (M, N), exact=True)
+    columns = linear.rows(torch.eye(N), 0, M, 0.0, 1)
+    assert torch.equal(columns.T, dequantize(packed, qtype, (M, N)))
+    packed[GGML_QUANT_SIZES[qtype][1] - 1 if qtype not in (QType.Q6_K, QType.Q2_K, QType.Q3_K) else 40] ^= 0x10
+    assert not torch.equal(columns.T, dequantize(packed, qtype, (M, N)))
+
+
+@pytest.mark.parametrize("qtype", [*BLOCK_LAYOUTS, *FLOAT_TYPES], ids=lambda qtype: qtype.name)
+def test_embedding_rows_are_the_files(qtype):
+    packed, ids = packed_weight(qtype), np.array([3, 39, 0, 17, 3], np.int64)
+    out, factor, state = np.zeros((5, N), np.float32), np.array([1.0], np.float32), np.array([5], np.int64)
+    units, rows = N // GGML_QUANT_SIZES[qtype][0], packed.numpy()
+    program = Program()
+    arguments = (rows, rows.nbytes // M, units, ids, factor, out, out.strides[0], state)
+    program.add(embedding_kernel(qtype, 4), arguments)
+    program.run(pool(2))
+    assert np.array_equal(out, dequantize(packed, qtype, (M, N)).numpy()[ids])
+
+
+@every_format
+def test_a_repacked_weight_is_hardly_larger(qtype):
+    size = unit_bytes(qtype) / ROWS / GGML_QUANT_SIZES[qtype][1]
+    assert size == 1.0 or (qtype in (QType.Q3_K, QType.Q4_K, QType.Q5_K, QType.IQ4_XS) and size < 1.04)
+
+
+@every_format
+def test_swapped_columns_are_noticed(qtype):
+    """The control of all comparisons here: two neighbouring columns of x exchanged."""
+    packed, x = packed_weight(qtype), inputs(1)
+    swapped = x.clone()
+    swapped[:, [8, 9]] = x[:, [9, 8]]
+    linear = CpuLinear(packed, qtype, (M, N))
+    difference = linear.rows(swapped, 0, M, 0.0, 1) - linear.rows(x, 0, M, 0.0, 1)
+    assert difference.abs().max() > 1e-3 * linear.rows(x, 0, M, 0.0, 1).abs().max()
+
+
+@pytest.mark.parametrize("qtype", FLOAT_TYPES, ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("shape", [(40, 512), (16, 24), (5, 7)])
+@pytest.mark.parametrize("count", [1, 9])
+def test_float_weights(qtype, shape, count):
+    packed, x = packed_weight(qtype, *shape), inputs(count, shape[1])
+    expected = x.double() @ dequantize(packed, qtype, shape).double().T
+    result = CpuLinear(packed, qtype, shape).rows(x, 0, shape[0], 0.0, 1)
+    assert error(result, expected) < EXACT_TOLERANCE[qtype]
+
+
+@pytest.mark.parametrize("rounding", [Rounding(32, 32), Rounding(256, 32), Rounding(256, 16)])
+@pytest.mark.parametrize("isa", ISAS)
+def test_rounding(rounding, isa):
+    """Numbers, scales and sums of both kinds; zeros stay zeros, and halves go to the even neighbour."""
+    qtype = QType.Q4_0 if rounding.block == 32 else QType.Q6_K
+    x = inputs(9)
+    x[2, :256] = 0.0
+    x[3] = torch.arange(N) % 100 - 49.5  # halves, under a scale of 1
+    x[3, ::32] = 127.0
+    state = np.array([9], np.int64)
+    panels = Panels(rounding, N, 9, 4, state)
+    rows = x.numpy()
+    program = Program()
+    arguments = (rows, rows.strides[0], N, panels.q, panels.d, panels.sums, state)
+    program.add(round_kernel(rounding, 4, isa), arguments)
+    program.run(pool(1))
+    back = (panels.q * panels.d[..., None]).transpose(0, 2, 1, 3).reshape(-1, N)[:9]
+    expected = reference.round_activations(x, qtype).numpy()
+    assert np.abs(back - expected).max() <= 1e-6 * np.abs(x.numpy()).max()
+    assert (back[2, :256] == 0).all()
+    groups = back.reshape(9, -1, rounding.group).sum(-1)
+    sums = panels.sums.transpose(0, 2, 1).reshape(-1, N // rounding.group)[:9]
+    assert np.abs(sums - groups).max() < 1e-5
+
+
+# --- Θ
+
+
+def make_theta(size: int, rank: int = 3, seed: int = 0) -> Theta:
+    p, q = torch.randn(2, size, rank, generator=torch.Generator().manual_seed(seed))
+    return quantize_factors(p, q)
+
+
+@pytest.mark.parametrize("qtype", [QType.Q4_1, QType.Q6_K, QType.F16], ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("rank", [1, 4, 5, 8])
+@pytest.mark.parametrize("size", [N, 24])
+@pytest.mark.parametrize("count", [1, 10])
+def test_star_term_equals_the_reference(qtype, exact, rank, size, count):
+    packed, x, theta = packed_weight(qtype), inputs(count), make_theta(size, rank)
+    linear = CpuLinear(packed, qtype, (M, N), exact=exact)
+    linear.set_theta(theta)
+    rounded = x if rounding_of(qtype, exact) == EXACT else reference.round_activations(x, qtype)
+    down, up = low_rank_form(*theta.factors(torch.float64), M, N)
+    term = reference.star_term(rounded.double(), down, up, KAPPA)
+    expected = rounded.double() @ dequantize(packed, qtype, (M, N)).double().T + term
+    assert error(linear.rows(x, 0, M, KAPPA, 1), expected) < 3e-6
+    assert error(expected - 2 * term, expected) > 1e-3  # a wrong sign would be noticed
+
+
+def test_no_strength_changes_no_bit():
+    packed, x = packed_weight(QType.Q4_K), inputs(7)
+    linear = CpuLinear(packed, QType.Q4_K, (M, N))
+    plain = linear.rows(x, 0, M, 0.0, 1)
+    linear.set_theta(make_theta(N))
+    assert torch.equal(linear.rows(x, 0, M, 0.0, 1), plain)
+    assert not torch.equal(linear.rows(x, 0, M, KAPPA, 1), plain)
+
+
+def test_star_linear_uses_the_kernels_and_keeps_its_switches():
+    packed, x = packed_weight(QType.Q5_1), inputs(2, N).view(1, 2, N)
+    bias = torch.randn(M, generator=torch.Generator().manual_seed(5))
+    layers = [StarLinear(packed, QType.Q5_1, (M, N), bias=bias, theta=make_theta(N)) for _ in range(2)]
+    layers[1].repack()
+    for gamma in (None, 0.9, 1.0):
+        for layer in layers:
+            layer.set_gamma(gamma)
+        slow, fast = (layer(x) for layer in layers)
+        assert slow.shape == fast.shape == (1, 2, M)
+        assert error(fast, slow.double()) < 3e-6
+    assert torch.equal(layers[1].rows(x, 16, 35), layers[1](x)[..., 16:35])
+    with_theta = layers[1](x)
+    layers[1].set_gamma(0.9)
+    layers[1].set_theta(None)
+    assert torch.equal(layers[1](x), with_theta)  # γ = 1 before, no Θ now
+
+
+# --- properties
+
+
+def test_exact_products_are_linear_and_int8_ones_are_not():
+    packed = packed_weight(QType.Q8_0)
+    a, b = inputs(3, seed=1), inputs(3, seed=2)
+
+    def defect(exact: bool) -> float:
+        linear = CpuLinear(packed, QType.Q8_0, (M, N), exact=exact)
+        whole, parts = linear.rows(a + b, 0, M, 0.0, 1), [linear.rows(x, 0, M, 0.0, 1) for x in (a, b)]
+        return error(parts[0] + parts[1], whole.double())
+
+    assert defect(exact=True) < 3e-6
+    assert defect(exact=False) > 1e-4
+
+
+@pytest.mark.parametrize("qtype", [QType.Q4_1, QType.Q4_K, QType.F32], ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("count", [1, 37])
+def test_threads_change_no_bit(qtype, count):
+    packed, x = packed_weight(qtype), inputs(count)
+    linear = CpuLinear(packed, qtype, (M, N))
+    linear.set_theta(make_theta(N))
+    results = [linear.rows(x, 0, M, KAPPA, threads) for threads in (1, 2, 3, 5) for _ in range(3)]
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_a_token_does_not_depend_on_its_panel():
+    packed, x = packed_weight(QType.Q6_K), inputs(2 * panel_tokens() + 1)
+    linear = CpuLinear(packed, QType.Q6_K, (M, N))
+    together = linear.rows(x, 0, M, 0.0, 2)
+    for i in range(len(x)):
+        assert torch.equal(linear.rows(x[i : i + 1], 0, M, 0.0, 1)[0], together[i])
+
+
+# --- programs, threads and the cache of machine code
+
+
+def add_one(k: Builder) -> None:
+    k.fetch_add(k.pointer(0), 1)
+
+
+def test_a_barrier_waits_for_all():
+    """Each thread adds its share; whoever read the sum before the barrier was complete would find it too small."""
+
+    def copy_sum(k: Builder) -> None:
+        with k.loop(k.thread, k.threads, k.threads):
+            k.store(k.load(I64(), k.pointer(0)), k.pointer(1) + k.thread * 64)
+
+    count, seen = np.zeros(1, np.int64), np.zeros(8 * 5, np.int64)
+    program = Program()
+    for _ in range(50):
+        program.add(jit.compile_kernel("add_one", add_one), (count,))
+    program.barrier()
+    program.add(jit.compile_kernel("copy_sum", copy_sum), (count, seen))
+    for repeat in range(1, 20):
+        program.run(pool(5))
+        assert count[0] == 250 * repeat
+        assert (seen.reshape(5, 8)[:, 0] == count[0]).all()
+
+
+def test_exp():
+    x = np.linspace(-120, 120, 16 * 500).astype(np.float32)
+    x[:4] = 0.0, -0.0, 1.0, -87.0
+    out = np.empty_like(x)
+
+    def emit(k: Builder) -> None:
+        with k.loop(0, k.integer(2), 64) as i:
+            k.store(k.exp(k.load(F32(16), k.pointer(0) + i)), k.pointer(1) + i)
+
+    program = Program()
+    program.add(jit.compile_kernel("exp", emit), (x, out, x.nbytes))
+    program.run(pool(1))
+    expected = np.exp(np.clip(x.astype(np.float64), None, 88.0))
+    inside = x > -87
+    assert np.abs(out[inside] / expected[inside] - 1).max() < 2.5e-7
+    assert (out[x < -87.5] == 0).all()
+    assert out[0] == out[1] == 1.0
+
+
+def test_machine_code_is_kept_and_a_damaged_file_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("NKAT_CACHE", str(tmp_path))
+    count = np.zeros(1, np.int64)
+
+    def run() -> None:
+        program = Program()
+        program.add(jit.compile_kernel("add_one", add_one), (count,))
+        program.run(pool(2))
+
+    run()
+    (kept,) = (tmp_path / "kernels").glob("*.o")
+    whole = kept.read_bytes()
+    written = kept.stat().st_mtime_ns
+    run()
+    assert kept.stat().st_mtime_ns == written
+    for damaged in (b"", whole[:50], whole[:-1] + bytes([whole[-1] ^ 1])):
+        kept.write_bytes(damaged)
+        run()
+        assert kept.read_bytes() == whole
+    assert count[0] == 2 * 5
+
+
+def test_another_processor_gets_code_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("NKAT_CACHE", str(tmp_path))
+    jit.compile_kernel("add_one", add_one)
+    monkeypatch.setattr(jit, "cpu_features", lambda: frozenset({"sse2"}))
+    jit.compile_kernel("add_one", add_one)
+    assert len(list((tmp_path / "kernels").glob("*.o"))) == 2
+
+
+def test_kernels_are_compiled_once():
+    assert matmul_kernel(QType.Q4_0, 1, False) == matmul_kernel(QType.Q4_0, 1, False)
+    assert down_kernel(Rounding(32, 32), 1) != down_kernel(Rounding(256, 32), 1)

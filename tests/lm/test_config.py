@@ -1,0 +1,235 @@
+"""GGUF metadata → config: values of each architecture, defaults, and one clear error for everything else."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+
+from nkat.gguf.file import GGUFFile, TensorInfo
+from nkat.lm.config import ConfigError, ModelConfig
+from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
+
+
+def read_tiny(folder: Path, arch: str, **options: Any) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Metadata and tensors of a tiny model, as dicts that a test may change."""
+    file = GGUFFile.open(write_tiny_model(folder / f"{arch}.gguf", arch, **options))
+    return {key: file.metadata[key] for key in file.metadata if key.startswith((arch, "general."))}, dict(file.tensors)
+
+
+def config_of(folder: Path, arch: str, extra: Mapping[str, Any] | None = None, **options: Any) -> ModelConfig:
+    """Config of a tiny model with `extra` metadata keys (under the architecture) set, or removed where None."""
+    metadata, tensors = read_tiny(folder, arch, **options)
+    for key, value in (extra or {}).items():
+        metadata[f"{arch}.{key}"] = value
+        if value is None:
+            del metadata[f"{arch}.{key}"]
+    return ModelConfig.from_gguf(metadata, tensors)
+
+
+def tensor(name: str, *shape: int) -> TensorInfo:
+    return TensorInfo(name, shape, GGMLQuantizationType.F32, 0, 4 * math.prod(shape), (0, 0))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_lengths_heads_and_flags(tmp_path, arch):
+    config = config_of(tmp_path, arch)
+    head_dim = 16 if arch in ("llama", "qwen2") else 24  # from embedding / heads, or from attention.key_length
+    assert (config.embedding_length, config.feed_forward_length, config.block_count) == (64, 96, 3)
+    assert (config.head_count, config.kv_head_count, config.head_dim) == (4, 2, head_dim)
+    assert config.attention_scale == head_dim**-0.5
+    assert config.rope.interleaved == (arch == "llama")
+    assert config.rope.dimensions == head_dim
+    assert config.qk_norm == (arch in ("qwen3", "gemma3"))
+    assert config.post_norm == config.gelu == (arch == "gemma3")
+    assert config.embedding_scale == (8.0 if arch == "gemma3" else 1.0)
+    assert config.linear_shape("attn_k") == (2 * head_dim, 64)
+    assert config.linear_shape("attn_output") == (64, 4 * head_dim)
+    assert config.linear_shape("ffn_down") == (64, 96)
+
+
+def test_real_models(smollm2, gemma3, qwen):
+    configs = []
+    for path in (smollm2, gemma3, qwen):
+        with GGUFFile.open(path) as file:
+            configs.append(ModelConfig.from_gguf(file.metadata, file.tensors))
+    smol, gemma, coder = configs
+    assert (smol.block_count, smol.head_count, smol.kv_head_count, smol.vocab_size) == (30, 9, 3, 49152)
+    assert (smol.rope.base, smol.rope.interleaved, smol.context_length) == (100000.0, True, 8192)
+    assert (gemma.sliding_window, gemma.head_dim, gemma.vocab_size) == (512, 256, 262144)
+    assert [i for i, local in enumerate(gemma.local_blocks) if not local] == [5, 11, 17]
+    assert (gemma.rope.base, gemma.local_rope.base) == (1e6, 1e4)
+    assert (coder.head_count, coder.kv_head_count, coder.rope.base) == (14, 2, 1e6)
+
+
+def test_linear_scaling_divides_positions(tmp_path):
+    assert config_of(tmp_path, "llama").rope.scale == 1.0
+    for scaling in ({"type": "linear", "factor": 8.0}, {"factor": 8.0}):
+        assert config_of(tmp_path, "llama", rope_scaling=scaling).rope.scale == 1 / 8
+    assert config_of(tmp_path, "llama", {"rope.scale_linear": 4.0}).rope.scale == 1 / 4
+    assert config_of(tmp_path, "llama", rope_scaling={"type": "none", "factor": 8.0}).rope.scale == 1.0
+    assert config_of(tmp_path, "llama", rope_scaling={"type": "linear", "factor": 0.0}).rope.scale == 1.0
+
+
+def test_yarn_sets_magnitude_and_context(tmp_path):
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 512, "attn_factor": 1.25}
+    rope = config_of(tmp_path, "qwen2", rope_scaling=yarn).rope
+    assert (rope.yarn, rope.scale, rope.original_context) == (True, 0.25, 512)
+    assert rope.magnitude == pytest.approx(1.25 * (1 + 0.1 * math.log(4)))
+
+
+def test_gemma_scales_only_blocks_without_a_window(tmp_path):
+    config = config_of(
+        tmp_path, "gemma3", sliding_window=8, blocks=7, freq_base=1e6, rope_scaling={"type": "linear", "factor": 8.0}
+    )
+    assert (config.rope.base, config.rope.scale) == (1e6, 1 / 8)
+    assert (config.local_rope.base, config.local_rope.scale) == (1e4, 1.0)
+    assert config.local_blocks == (True,) * 5 + (False, True)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (3, (True, True, False, True)),
+        (1, (False,) * 4),
+        (0, (True,) * 4),
+        (np.array([True, False, False, True]), (True, False, False, True)),
+    ],
+)
+def test_window_patterns(tmp_path, pattern, expected):
+    extra = {"attention.sliding_window_pattern": pattern}
+    assert config_of(tmp_path, "gemma3", extra, blocks=4, sliding_window=8).local_blocks == expected
+
+
+def test_window_of_other_architectures_is_not_used(tmp_path):
+    config = config_of(tmp_path, "qwen2", {"attention.sliding_window": 8})
+    assert config.sliding_window == 0
+    assert not any(config.local_blocks)
+
+
+def test_gemma_27b_scales_by_embedding_over_heads(tmp_path):
+    config = config_of(tmp_path, "gemma3", blocks=62)
+    assert config.attention_scale == (64 // 4) ** -0.5
+    assert config_of(tmp_path, "gemma3", blocks=61).attention_scale == 24**-0.5
+
+
+def test_arrays_with_one_value_for_all_blocks_count_as_that_value(tmp_path):
+    assert config_of(tmp_path, "llama", {"attention.head_count_kv": np.array([2, 2, 2])}).kv_head_count == 2
+    with pytest.raises(ConfigError, match=r"llama\.attention\.head_count_kv differs from block to block"):
+        config_of(tmp_path, "llama", {"attention.head_count_kv": np.array([2, 2, 4])})
+
+
+def test_optional_tensors_are_accepted(tmp_path):
+    metadata, tensors = read_tiny(tmp_path, "llama", tied=True, rope_factors=True)
+    for extra in (tensor("blk.0.attn_q.bias", 64), tensor("blk.2.ffn_up.bias", 96)):
+        tensors[extra.name] = extra
+    ModelConfig.from_gguf(metadata, tensors)
+
+
+def test_theta_tensors_are_not_the_models_own(tmp_path):
+    metadata, tensors = read_tiny(tmp_path, "llama")
+    for suffix in ("theta_p", "theta_q", "theta_scale"):
+        tensors[f"blk.0.attn_q.{suffix}"] = tensor(f"blk.0.attn_q.{suffix}", 64, 4)
+    ModelConfig.from_gguf(metadata, tensors)
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "value", "message"),
+    [
+        ("llama", "embedding_length", None, r"llama\.embedding_length is missing"),
+        ("llama", "block_count", None, r"llama\.block_count is missing"),
+        ("llama", "context_length", None, r"llama\.context_length is missing"),
+        ("llama", "feed_forward_length", None, r"llama\.feed_forward_length is missing"),
+        ("llama", "attention.head_count", None, r"llama\.attention\.head_count is missing"),
+        ("qwen3", "attention.layer_norm_rms_epsilon", None, r"layer_norm_rms_epsilon is missing"),
+        ("llama", "embedding_length", 0, r"embedding_length must be at least 1, got 0"),
+        ("llama", "block_count", 10**12, r"block_count is 1000000000000, but the file has only \d+ tensors"),
+        ("llama", "embedding_length", 64.0, r"embedding_length must be an integer, got 64\.0"),
+        ("llama", "embedding_length", True, r"embedding_length must be an integer, got True"),
+        ("llama", "embedding_length", "64", r"embedding_length must be an integer, got '64'"),
+        ("llama", "attention.head_count_kv", 3, r"head_count 4 is no multiple of attention\.head_count_kv 3"),
+        ("llama", "attention.head_count", 6, r"embedding_length 64 is no multiple of attention\.head_count 6"),
+        ("llama", "attention.layer_norm_rms_epsilon", 0.0, r"epsilon must be a finite number above 0"),
+        ("llama", "attention.layer_norm_rms_epsilon", math.nan, r"epsilon must be a finite number"),
+        ("llama", "rope.freq_base", math.inf, r"rope\.freq_base must be a finite number above 1"),
+        ("llama", "rope.freq_base", "big", r"rope\.freq_base must be a number, got 'big'"),
+        ("llama", "rope.dimension_count", 15, r"rope\.dimension_count must be even and at most 16, got 15"),
+        ("llama", "rope.dimension_count", 18, r"rope\.dimension_count must be even and at most 16, got 18"),
+        ("llama", "rope.scaling.type", "longrope", r"rope\.scaling\.type 'longrope' is not supported"),
+        ("llama", "rope.scaling.type", 3, r"rope\.scaling\.type must be a string"),
+        ("llama", "rope.scaling.factor", -2.0, r"rope\.scaling\.factor must be a finite number above 0"),
+        ("llama", "rope.scaling.yarn_beta_fast", 16.0, r"rope\.scaling\.yarn_beta_fast = 16\.0 is not supported"),
+        ("llama", "expert_count", 8, r"expert_count is 8: mixtures of experts are not supported"),
+        ("llama", "attention.causal", False, r"attention\.causal = False is not supported"),
+        ("llama", "vocab_size", 99, r"tensor token_embd\.weight has shape \(\d+, 64\), expected \(99, 64\)"),
+        ("qwen3", "attention.value_length", 32, r"value_length 32 differs from the key length 24"),
+        ("gemma3", "final_logit_softcapping", 30.0, r"gemma3\.final_logit_softcapping = 30\.0 is not supported"),
+        ("gemma3", "attn_logit_softcapping", 50.0, r"gemma3\.attn_logit_softcapping = 50\.0 is not supported"),
+        ("gemma3", "attention.sliding_window", -1, r"sliding_window must be at least 0, got -1"),
+        ("gemma3", "attention.sliding_window_pattern", np.array([True]), r"has 1 values for 3 blocks"),
+        ("gemma3", "rope.freq_base_swa", 0.0, r"rope\.freq_base_swa must be a finite number above 1"),
+    ],
+)
+def test_bad_metadata_is_named(tmp_path, arch, key, value, message):
+    options = {"sliding_window": 8} if arch == "gemma3" else {}
+    config_of(tmp_path, arch, **options)  # the same without the change is accepted
+    with pytest.raises(ConfigError, match=message):
+        config_of(tmp_path, arch, {key: value}, **options)
+
+
+def test_yarn_factor_below_one_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"factor must be at least 1 for yarn, got 0\.5"):
+        config_of(tmp_path, "llama", rope_scaling={"type": "yarn", "factor": 0.5})
+
+
+def test_other_architectures_are_refused_by_name(tmp_path):
+    metadata, tensors = read_tiny(tmp_path, "llama")
+    with pytest.raises(ConfigError, match=r"'mamba' is not supported; .* llama, qwen2, qwen3, gemma3"):
+        ModelConfig.from_gguf({**metadata, "general.architecture": "mamba"}, tensors)
+    del metadata["general.architecture"]
+    with pytest.raises(ConfigError, match=r"general\.architecture is missing"):
+        ModelConfig.from_gguf(metadata, tensors)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        ("llama", "token_embd.weight"),
+        ("llama", "output_norm.weight"),
+        ("llama", "blk.1.ffn_gate.weight"),
+        ("qwen3", "blk.2.attn_k_norm.weight"),
+        ("gemma3", "blk.0.post_ffw_norm.weight"),
+    ],
+)
+def test_missing_and_misshapen_tensors_are_named(tmp_path, arch, name):
+    metadata, tensors = read_tiny(tmp_path, arch)
+    found = tensors[name]
+    tensors[name] = replace(found, shape=(*found.shape[:-1], found.shape[-1] + 1))
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_gguf(metadata, tensors)
+    assert all(text in str(error.value) for text in (name, str(found.shape), str(tensors[name].shape)))
+    del tensors[name]
+    with pytest.raises(ConfigError, match=f"{name} is missing"):
+        ModelConfig.from_gguf(metadata, tensors)
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [
+        ("llama", "blk.0.attn_q_norm.weight"),
+        ("llama", "blk.0.attn_qkv.weight"),
+        ("llama", "blk.3.attn_q.weight"),
+        ("llama", "output_norm.bias"),
+        ("qwen2", "blk.0.attn_output.bias"),
+        ("qwen2", "rope_freqs.weight"),
+    ],
+)
+def test_unknown_tensors_are_refused(tmp_path, arch, name):
+    metadata, tensors = read_tiny(tmp_path, arch)
+    tensors[name] = tensor(name, 64)
+    with pytest.raises(ConfigError, match=f"tensor {name} is unknown"):
+        ModelConfig.from_gguf(metadata, tensors)

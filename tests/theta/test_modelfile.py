@@ -1,0 +1,253 @@
+"""Θ in files: round trips in every layout, the base given back exactly, damage recognised, the adapter equal to κΘ."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from nkat.gguf.file import GGUFError, GGUFFile
+from nkat.gguf.writer import BaseView, sha256_of_parts, write_gguf
+from nkat.theta import inplace
+from nkat.theta.algebra import Theta, coupling, dense_theta, quantize_factors
+from nkat.theta.lora import lora_parts
+from nkat.theta.modelfile import (
+    BOUNDARY,
+    ModelFile,
+    appended_parts,
+    embedded_parts,
+    open_model_file,
+    theta_for,
+    theta_only_parts,
+)
+from nkat.theta.set import ThetaSet, truncate_rank
+from tests.support.tiny_models import write_tiny_model
+
+NAMES = ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.1.ffn_down.weight")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "base.gguf", "llama")
+
+
+def make_set(path: Path, rank: int = 3, seed: int = 0) -> ThetaSet:
+    generator = torch.Generator().manual_seed(seed)
+    thetas = {}
+    for name in NAMES:
+        size = max(GGUFFile.open(path).tensors[name].shape)
+        thetas[name] = quantize_factors(*torch.randn(2, size, rank, generator=generator))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return ThetaSet(
+        thetas, 0.97, "weight", seed, digest, "tiny", path.stat().st_size, notes={"nkat.theta.target_size": 9}
+    )
+
+
+def same_set(a: ThetaSet, b: ThetaSet) -> bool:
+    return replace(a, thetas={}) == replace(b, thetas={}) and all(
+        torch.equal(getattr(a.thetas[n], part), getattr(b.thetas[n], part))
+        for n in NAMES
+        for part in ("p", "q", "scale")
+    )
+
+
+def write_layout(base: Path, out: Path, layout: str, theta_set: ThetaSet) -> ModelFile:
+    view = BaseView.whole(GGUFFile.open(base))
+    parts = {
+        "tensors": lambda: embedded_parts(theta_set, view),
+        "appended": lambda: [base.read_bytes(), *appended_parts(theta_set, base.stat().st_size)],
+        "theta-only": lambda: theta_only_parts(theta_set),
+    }[layout]()
+    write_gguf(out, parts, force=True)
+    return open_model_file(out)
+
+
+@pytest.mark.parametrize("layout", ["tensors", "appended", "theta-only"])
+def test_round_trip(tmp_path: Path, base: Path, layout: str) -> None:
+    theta_set = make_set(base)
+    found = write_layout(base, tmp_path / "out.nkat", layout, theta_set)
+    assert found.layout == layout
+    assert same_set(found.thetas, theta_set)
+    assert not same_set(found.thetas, make_set(base, seed=1))
+    if layout != "theta-only":
+        assert sha256_of_parts(found.base_parts()) == theta_set.base_sha256
+        assert found.base_size == base.stat().st_size
+        assert list(found.base.tensors) == list(GGUFFile.open(base).tensors)
+
+
+def test_layout_tensors_is_plain_gguf_to_gguf_py(tmp_path: Path, base: Path) -> None:
+    theta_set = make_set(base)
+    write_layout(base, tmp_path / "out.nkat", "tensors", theta_set)
+    reader = gguf.GGUFReader(tmp_path / "out.nkat")
+    tensors = {t.name: t for t in reader.tensors}
+    for name in NAMES:
+        stem = name.removesuffix(".weight")
+        assert tensors[f"{stem}.theta_p"].tensor_type == gguf.GGMLQuantizationType.I8
+        assert np.array_equal(tensors[f"{stem}.theta_p"].data, theta_set.thetas[name].p.numpy())
+        assert np.array_equal(tensors[f"{stem}.theta_q"].data, theta_set.thetas[name].q.numpy())
+        assert np.array_equal(tensors[f"{stem}.theta_scale"].data, theta_set.thetas[name].scale.numpy())
+    values = {key: reader.fields[key].contents() for key in reader.fields if key.startswith("nkat.")}
+    assert values == theta_set.metadata()
+
+
+def test_layout_appended_keeps_the_base_bytes_and_its_promises(tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out.nkat"
+    write_layout(base, out, "appended", make_set(base))
+    raw = out.read_bytes()
+    assert raw.startswith(base.read_bytes())
+    magic, offset, length = raw[-64:-56], *np.frombuffer(raw[-48:-32], "<u8")
+    assert magic == b"NKATTHTA"
+    assert offset % BOUNDARY == 0
+    assert offset + length == len(raw) - 64
+    assert hashlib.sha256(raw[offset : offset + length]).digest() == raw[-32:]
+    (tmp_path / "part.gguf").write_bytes(raw[offset : offset + length])
+    assert len(gguf.GGUFReader(tmp_path / "part.gguf").tensors) == 3 * len(NAMES)
+    assert len(gguf.GGUFReader(out).tensors) == len(gguf.GGUFReader(base).tensors)
+
+
+@pytest.mark.parametrize("unpadded", [False, True])
+def test_an_append_cut_at_any_byte_opens_as_the_base_and_is_repaired(
+    tmp_path: Path, base: Path, unpadded: bool
+) -> None:
+    if unpadded:  # some writers do not pad the last tensor; make it end off the alignment
+        raw = base.read_bytes()
+        short = raw[: GGUFFile.open(base).data_end]
+        base.write_bytes(short)
+    whole = base.read_bytes()
+    theta_set = make_set(base)
+    target = tmp_path / "target.gguf"
+    target.write_bytes(whole)
+    inplace.append(target, len(whole), appended_parts(theta_set, len(whole)))
+    complete = target.read_bytes()
+    cuts = {
+        *range(len(whole) + 1, len(whole) + 40),
+        *range(len(whole), len(complete), 997),
+        *range(len(complete) - 70, len(complete)),
+    }
+    for cut in sorted(cuts):
+        target.write_bytes(complete[:cut])
+        found = open_model_file(target)
+        assert (found.layout, found.thetas) == ("plain", None)
+        assert found.unfinished is (cut > len(whole))
+        assert found.base.data_end == len(whole), cut
+        inplace.append(target, found.base.data_end, appended_parts(theta_set, found.base.data_end))
+        assert target.read_bytes() == complete
+    inplace.truncate(target, open_model_file(target).base.data_end)
+    assert target.read_bytes() == whole
+
+
+def test_bytes_of_others_behind_the_last_tensor_belong_to_the_base(tmp_path: Path, base: Path) -> None:
+    """The control for the test above: not everything behind a base is the remains of an append."""
+    raw = base.read_bytes()
+    for tail in (bytes(64), b"NKATBASE" + bytes(8) + bytes(50), b"somebody's notes" * 4):
+        base.write_bytes(raw + tail)
+        found = open_model_file(base)
+        assert not found.unfinished
+        assert found.foreign_tail
+        assert sha256_of_parts(found.base_parts()) == hashlib.sha256(raw + tail).hexdigest()
+
+
+def test_a_damaged_appended_theta_is_not_used(tmp_path: Path, base: Path) -> None:
+    out = tmp_path / "out.nkat"
+    write_layout(base, out, "appended", make_set(base))
+    raw = bytearray(out.read_bytes())
+    raw[-200] ^= 1
+    out.write_bytes(raw)
+    found = open_model_file(out)
+    assert found.unfinished
+    assert found.thetas is None
+    assert sha256_of_parts(found.base_parts()) == hashlib.sha256(base.read_bytes()).hexdigest()
+    raw[-200] ^= 1
+    raw[-48:-40] = (1 << 40).to_bytes(8, "little")
+    out.write_bytes(raw)
+    with pytest.raises(GGUFError, match="impossible"):
+        open_model_file(out)
+
+
+@pytest.mark.parametrize("layout", ["tensors", "theta-only"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nkat.version": 2}, "nkat.version 2 is not supported"),
+        ({"nkat.theta.gamma": 1.5}, "gamma"),
+        ({"nkat.theta.gamma": "0.97"}, "nkat.theta.gamma is missing or is not of type float"),
+        ({"nkat.theta.count": 2}, "nkat.theta.count does not agree"),
+        ({"nkat.base.sha256": 5}, "nkat.base.sha256"),
+    ],
+)
+def test_wrong_metadata_is_refused(tmp_path: Path, base: Path, layout: str, change: dict, message: str) -> None:
+    theta_set = make_set(base)
+    with pytest.raises(GGUFError, match=message) if "gamma" not in message else pytest.raises(Exception, match=message):
+        write_layout(base, tmp_path / "out.nkat", layout, replace(theta_set, notes=change))
+
+
+def test_theta_that_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:
+    theta_set = make_set(base)
+    odd = dict(theta_set.thetas)
+    odd["blk.9.attn_q.weight"] = odd[NAMES[0]]
+    with pytest.raises(GGUFError, match=r"'blk.9.attn_q.weight', which the base model does not have"):
+        write_layout(base, tmp_path / "a.nkat", "tensors", replace(theta_set, thetas=odd))
+    odd = {**theta_set.thetas, NAMES[0]: quantize_factors(*torch.randn(2, 1000, 3))}
+    with pytest.raises(GGUFError, match="size 1000 does not fit"):
+        write_layout(base, tmp_path / "b.nkat", "appended", replace(theta_set, thetas=odd))
+    bad = Theta(*(getattr(theta_set.thetas[NAMES[0]], part) for part in ("p", "q")), torch.full((2, 3), float("nan")))
+    with pytest.raises(GGUFError, match="theta_scale holds NaN"):
+        write_layout(
+            base, tmp_path / "c.nkat", "tensors", replace(theta_set, thetas={**theta_set.thetas, NAMES[0]: bad})
+        )
+
+
+def test_a_theta_file_is_only_used_with_its_own_model(tmp_path: Path, base: Path) -> None:
+    theta_set = make_set(base)
+    write_layout(base, tmp_path / "theta.bin", "theta-only", theta_set)
+    assert same_set(theta_for(open_model_file(base), tmp_path / "theta.bin"), theta_set)
+    other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1)
+    with pytest.raises(GGUFError, match="was made for another model"):
+        theta_for(open_model_file(other), tmp_path / "theta.bin")
+    with pytest.raises(GGUFError, match="holds no theta"):
+        theta_for(open_model_file(base), other)
+
+
+def adapter_product(path: Path, name: str, x: np.ndarray) -> np.ndarray:
+    """What llama.cpp adds for an adapter: alpha / rank · B (A x), read with gguf-py."""
+    reader = gguf.GGUFReader(path)
+    tensors = {t.name: t.data.astype(np.float64) for t in reader.tensors}
+    a, b = tensors[name + ".lora_a"], tensors[name + ".lora_b"]
+    return reader.fields["adapter.lora.alpha"].contents() / b.shape[1] * (x @ a.T) @ b.T
+
+
+@pytest.mark.parametrize("gamma", [None, 0.90])
+def test_the_adapter_is_the_star_term(tmp_path: Path, base: Path, gamma: float | None) -> None:
+    theta_set = make_set(base)
+    low = truncate_rank(theta_set, 2).thetas[NAMES[1]]
+    theta_set = replace(theta_set, thetas={**theta_set.thetas, NAMES[1]: low})  # ranks may differ
+    view = BaseView.whole(GGUFFile.open(base))
+    write_gguf(tmp_path / "lora.gguf", lora_parts(theta_set, view, gamma), force=False)
+    kappa = coupling(gamma or theta_set.gamma)
+    rng = np.random.RandomState(0)
+    for name, theta in theta_set.thetas.items():
+        m, n = view.tensors[name].shape
+        x = rng.standard_normal((4, n))
+        dense = dense_theta(*theta.factors(torch.float64)).numpy()[:m, :n]
+        expected = kappa * x @ dense.T
+        found = adapter_product(tmp_path / "lora.gguf", name, x)
+        np.testing.assert_allclose(found, expected, atol=4e-3 * np.abs(expected).max())  # F16 factors
+        assert np.abs(found + expected).max() > 0.5 * np.abs(expected).max()  # control: the sign matters
+    fields = gguf.GGUFReader(tmp_path / "lora.gguf").fields
+    assert fields["general.type"].contents() == "adapter"
+    assert fields["adapter.type"].contents() == "lora"
+    assert fields["general.architecture"].contents() == "llama"
+    assert fields["adapter.lora.alpha"].types == [gguf.GGUFValueType.FLOAT32]
+
+
+def test_truncated_rank_keeps_the_first_columns(base: Path) -> None:
+    theta_set = make_set(base)
+    cut = truncate_rank(theta_set, 2)
+    assert cut.rank == 2
+    assert torch.equal(cut.thetas[NAMES[0]].p, theta_set.thetas[NAMES[0]].p[:, :2])
+    assert cut.nbytes < theta_set.nbytes
