@@ -8,9 +8,9 @@ import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
-from nkat import study_run
 from nkat.host import commandline
 from nkat.host.record import check_record
+from nkat.study import workers
 
 JOBS = {"lm": "nkat.search_job", "vit": "nkat_vit.search_job"}
 
@@ -22,7 +22,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModuleType, argp
     job = importlib.import_module(JOBS[first.parse_known_args(argv)[0].task])
     parser = commandline.parser(job.DESCRIPTION, job.EXAMPLES, parents=[first])
     job.add_options(parser)
-    study_run.add_options(parser, job.TRIALS)
+    workers.add_options(parser, job.TRIALS)
     options = parser.parse_args(argv)
     if (options.mode == "custom") != (options.trials is not None):
         parser.error("--trials goes with --mode custom, and --mode custom needs it")
@@ -34,7 +34,7 @@ def main() -> None:
     job, options = parse_arguments()
     if not options.join:
         check_record(options.json, options.force)
-    study_run.prepare(options)
+    workers.prepare(options)
     job.run(options)
 
 

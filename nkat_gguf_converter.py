@@ -14,21 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nkat import merge, rank_search, residual_report
-from nkat.calibrate import input_second_moments
-from nkat.convert import (
-    DEFAULT_GAMMA,
-    DEFAULT_RANK,
-    ThetaOptions,
-    check_options,
-    describe_theta_set,
-    make_thetas,
-    residual_errors,
-)
 from nkat.convert_options import parse_arguments
 from nkat.convert_report import describe_layers, print_summary
 from nkat.errors import NKATError
-from nkat.fit_job import FitRequest, check_state, run_fit
-from nkat.fit_options import fit_settings
 from nkat.gguf import quantise
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.writer import Part, part_size, write_gguf
@@ -37,6 +25,11 @@ from nkat.host.console import format_bytes, note
 from nkat.host.distributed import is_first
 from nkat.host.files import check_output
 from nkat.host.record import check_record, write_json
+from nkat.sources.fit.job import FitRequest, check_state, run_fit
+from nkat.sources.fit.options import fit_settings
+from nkat.sources.make import check_options, describe_theta_set, make_thetas, residual_errors
+from nkat.sources.moments import input_second_moments
+from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, ThetaOptions
 from nkat.theta import inplace
 from nkat.theta.algebra import coupling
 from nkat.theta.layers import select_layers

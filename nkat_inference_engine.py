@@ -15,19 +15,10 @@ from typing import Any
 
 import torch
 
-from nkat.bench import Arms, bench_decode, bench_prefill
-from nkat.compare import (
-    Comparison,
-    benchmark_record,
-    benchmark_text,
-    comparison_record,
-    comparison_text,
-    measure_quality,
-)
+from nkat.compare import Comparison, benchmark_record, benchmark_text, comparison_record, comparison_text
 from nkat.engine.decoder import Decoder, make_decoder
 from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
-from nkat.gemm import bench_gemm, copy_speed, gemm_table
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_table, note
 from nkat.host.files import check_output
@@ -36,14 +27,17 @@ from nkat.host.record import check_record, write_json
 from nkat.lm.chat import chat_messages, encode_chat, render_chat
 from nkat.lm.load import DTYPES, LoadedModel
 from nkat.lm.request import Request
-from nkat.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks, text_chunks
+from nkat.measure.judge import measure_quality
+from nkat.measure.layer_speed import bench_gemm, copy_speed, gemm_table
+from nkat.measure.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks, text_chunks
+from nkat.measure.provenance import file_hash, provenance
+from nkat.measure.speed import Arms, bench_decode, bench_prefill
+from nkat.measure.startup import fresh_startup
+from nkat.measure.texts import Text, load_text
+from nkat.measure.tpe import byte_ratio, tpe
 from nkat.plots import plot_comparison
-from nkat.provenance import file_hash, provenance
-from nkat.startup import fresh_startup
-from nkat.texts import Text, load_text
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet, check_judging_text
-from nkat.tpe import byte_ratio, tpe
 
 Record = dict[str, Any]
 

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import torch
 
-from nkat.calibrate import input_second_moments
-from nkat.fit import FitData, FitSettings, Progress, by_name, fit
-from nkat.fit_data import fit_text, split_validation
-from nkat.fit_layers import Factors, FittedLinear
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
 from nkat.host import console
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.transformer import Transformer
-from nkat.residual import equal_bytes_rank, regularised_moments, rounded_factors, unrestricted_optimum
-from nkat.texts import load_text
+from nkat.measure.texts import load_text
+from nkat.sources.fit.data import fit_text, split_validation
+from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit
+from nkat.sources.fit.layers import Factors, FittedLinear
+from nkat.sources.moments import input_second_moments
+from nkat.sources.residual import equal_bytes_rank, regularised_moments, rounded_factors, unrestricted_optimum
 from nkat.theta.algebra import coupling, low_rank_form
 from nkat.theta.layers import adaptable_layers
 from nkat.theta.set import ThetaSet, truncate_rank

@@ -20,19 +20,20 @@ from time import perf_counter
 import optuna
 import torch
 
-from nkat.convert import ThetaOptions, describe_theta_set, make_thetas
 from nkat.host import commandline, console
 from nkat.host.console import format_table
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import write_json
 from nkat.lm.load import load_model
-from nkat.perplexity import score_chunks, text_chunks
+from nkat.measure.perplexity import score_chunks, text_chunks
+from nkat.measure.texts import load_text
+from nkat.measure.tpe import tpe
 from nkat.search import GROUPS, GUIDE_DEFAULT, RANKS, Judge, Setting, Space, make_objective, make_pruner
-from nkat.study import make_sampler
-from nkat.texts import load_text
+from nkat.sources.make import describe_theta_set, make_thetas
+from nkat.sources.options import ThetaOptions
+from nkat.study.study import make_sampler
 from nkat.theta.layers import select_layers
 from nkat.theta.modelfile import base_hash, open_model_file
-from nkat.tpe import tpe
 
 MOST_TRIALS = 240
 NEAR = 0.02

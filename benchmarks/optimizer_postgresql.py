@@ -24,7 +24,7 @@ import optuna
 from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.host.record import write_json
-from nkat.study import open_storage
+from nkat.study.study import open_storage
 
 ROOT = Path(__file__).resolve().parent.parent
 TRIALS = 40

@@ -39,13 +39,13 @@ from nkat.host.files import atomic_output
 from nkat.host.record import write_json
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.transformer import Transformer
+from nkat.measure.perplexity import Perplexity, paired, score_chunks, text_chunks
+from nkat.measure.texts import load_text
+from nkat.measure.tpe import byte_ratio, tpe
 from nkat.models import cached, fetch
-from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
-from nkat.texts import load_text
 from nkat.theta.layers import adaptable_layers
 from nkat.theta.modelfile import open_model_file
 from nkat.theta.set import ThetaSet, truncate_rank
-from nkat.tpe import byte_ratio, tpe
 
 ROOT = Path(__file__).resolve().parent.parent
 JUDGED = {"wiki.test.raw": 40, "tinyshakespeare.txt": 16, "plrabn12.txt": 16, "alice29.txt": 16}

@@ -36,7 +36,7 @@ from nkat.host.console import format_table, note
 from nkat.host.record import write_json
 from nkat.kernels import reference
 from nkat.lm.load import LoadedModel, load_model
-from nkat.texts import load_text
+from nkat.measure.texts import load_text
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, open_model_file
 

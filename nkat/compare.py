@@ -11,30 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from nkat.bench import Arms, Timings
 from nkat.host.console import format_bytes, format_table
-from nkat.lm.load import LoadedModel
-from nkat.perplexity import PairedChange, Perplexity, paired, score_chunks
-from nkat.startup import Startup
-from nkat.tpe import tpe
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """Perplexity of both arms on the same chunks.
-
-    rounding: what 8-bit activations change without Θ; None: they are exact
-    """
-
-    without: Perplexity
-    with_theta: Perplexity
-    rounding: PairedChange | None
-
-    @property
-    def change(self) -> PairedChange:
-        return paired(self.without, self.with_theta)
+from nkat.measure.judge import Quality
+from nkat.measure.perplexity import Perplexity
+from nkat.measure.speed import Arms, Timings
+from nkat.measure.startup import Startup
+from nkat.measure.tpe import tpe
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +28,6 @@ class Comparison:
     starts: tuple[Startup, Startup]
     quality: Quality | None
     byte_ratio: float
-
-
-def measure_quality(
-    loaded: LoadedModel, chunks: torch.Tensor, *, batch: int, exact: LoadedModel | None = None
-) -> Quality:
-    """Scores the chunks [C, context] without and with Θ; leaves Θ on.
-
-    exact: the same model without rounded activations, to measure what rounding changes
-    """
-    model = loaded.model
-    rounding = None
-    model.set_gamma(None)
-    without = Perplexity(score_chunks(model, chunks, batch=batch, progress="without Θ"))
-    model.set_gamma(loaded.gamma)
-    with_theta = Perplexity(score_chunks(model, chunks, batch=batch, progress="with Θ"))
-    if exact is not None:
-        exact.model.set_gamma(None)
-        unrounded = score_chunks(exact.model, chunks, batch=batch, progress="without Θ, exact activations")
-        rounding = paired(Perplexity(unrounded), without)
-    return Quality(without, with_theta, rounding)
 
 
 def benchmark_record(prefill: Arms, decode: Arms, start: Startup) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nkat.convert import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
-from nkat.fit_options import add_fit_arguments, given_fit_flags
 from nkat.host import commandline
+from nkat.sources.fit.options import add_fit_arguments, given_fit_flags
+from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
 
 EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat

@@ -33,8 +33,8 @@ from nkat.gguf.writer import (
 from nkat.host.console import bar, format_table
 from nkat.host.files import atomic_output
 from nkat.lm.load import LoadedModel, load_model
-from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
-from nkat.texts import Text, load_text
+from nkat.measure.perplexity import Perplexity, paired, score_chunks, text_chunks
+from nkat.measure.texts import Text, load_text
 from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet, check_judging_text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure
+from nkat.study.plots import draw_importances, pareto_front
 
 _LATENCIES = "p90_latency_ms", "p10_latency_ms"
 
@@ -20,7 +21,7 @@ def plot_search(
     """Four panels as PNG: score by trial, rank–γ map, parameter importances, perplexity against bytes of Θ.
 
     Replaces an earlier picture.
-    rows: `nkat.study.history` of a language-model search; the trial without parameters is the model without Θ
+    rows: `nkat.study.study.history` of a language-model search; the trial without parameters is the model without Θ
     """
     figure = new_figure(title, (13, 9))
     panels = figure.subplots(2, 2)
@@ -111,16 +112,6 @@ def _rank_gamma(axes: Any, figure: Any, searched: list[Mapping], best: Any) -> N
     axes.legend()
 
 
-def draw_importances(axes: Any, importances: Mapping[str, float]) -> None:
-    """One panel: `nkat.study.importances` as bars."""
-    axes.set(title="which parameter decides (PED-ANOVA)", xlabel="importance")
-    if not importances:
-        axes.text(0.5, 0.5, "too few finished trials", ha="center", transform=axes.transAxes)
-        return
-    names = sorted(importances, key=lambda name: importances[name])
-    axes.barh(names, [importances[name] for name in names], color=TRIAL)
-
-
 def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
     axes.set(title="perplexity against bytes", xlabel="bytes of Θ, MB", ylabel="perplexity (lower is better)")
     points = [*([base] if base else []), *searched]
@@ -139,12 +130,3 @@ def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
         )
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.legend()
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other is at least as small as in both coordinates, from the left."""
-    front: list[tuple[float, float]] = []
-    for point in sorted(points):
-        if not front or point[1] < front[-1][1]:
-            front.append(point)
-    return front

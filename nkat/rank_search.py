@@ -11,11 +11,11 @@ import torch
 
 from nkat.host.console import format_table
 from nkat.lm.load import LoadedModel, load_model
-from nkat.perplexity import Perplexity, paired, score_chunks, text_chunks
-from nkat.texts import Text, load_text
+from nkat.measure.perplexity import Perplexity, paired, score_chunks, text_chunks
+from nkat.measure.texts import Text, load_text
+from nkat.measure.tpe import byte_ratio, tpe
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet, check_judging_text, truncate_rank
-from nkat.tpe import byte_ratio, tpe
 
 RANKS = (2, 4, 6, 8)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nkat.host.console import format_table
-from nkat.residual import ErrorsLeft
+from nkat.sources.residual import ErrorsLeft
 
 
 def describe_errors(errors: Mapping[str, ErrorsLeft], moments: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:

@@ -18,14 +18,14 @@ from typing import Any
 import optuna
 import torch
 
-from nkat.bench import PairedOverhead, paired_overhead
 from nkat.engine.decoder import make_decoder
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
-from nkat.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks
+from nkat.measure.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks
+from nkat.measure.speed import PairedOverhead, paired_overhead
+from nkat.measure.tpe import byte_ratio, tpe
 from nkat.theta.algebra import Theta
 from nkat.theta.set import ThetaSet, scale_by_depth, truncate_rank
-from nkat.tpe import byte_ratio, tpe
 
 RANKS = (2, 4, 6, 8)
 GAMMA_RANGE = (0.90, 0.99)

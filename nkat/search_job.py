@@ -16,9 +16,6 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from nkat import study_run
-from nkat.calibrate import input_second_moments
-from nkat.convert import DEFAULT_GAMMA, SOURCES, ThetaOptions, check_options, describe_theta_set, make_thetas
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.writer import MetadataValue, write_gguf
@@ -26,7 +23,8 @@ from nkat.host import commandline, console
 from nkat.host.console import format_table, note
 from nkat.host.record import write_json
 from nkat.lm.load import LoadedModel, load_model
-from nkat.perplexity import text_chunks
+from nkat.measure.perplexity import text_chunks
+from nkat.measure.texts import Text, load_text
 from nkat.plots import plot_search
 from nkat.search import (
     BASE,
@@ -41,9 +39,12 @@ from nkat.search import (
     make_pruner,
     summary,
 )
-from nkat.study import best_trials, history, importances, make_sampler
-from nkat.study_run import Outcome, Search
-from nkat.texts import Text, load_text
+from nkat.sources.make import check_options, describe_theta_set, make_thetas
+from nkat.sources.moments import input_second_moments
+from nkat.sources.options import DEFAULT_GAMMA, SOURCES, ThetaOptions
+from nkat.study import workers
+from nkat.study.study import best_trials, history, importances, make_sampler
+from nkat.study.workers import Outcome, Search
 from nkat.theta.algebra import coupling
 from nkat.theta.layers import select_layers
 from nkat.theta.modelfile import ModelFile, base_hash, embedded_parts, open_model_file
@@ -109,13 +110,13 @@ def run(options: argparse.Namespace) -> None:
     space = Space((options.target_rank,) if options.target_rank else RANKS, options.target_gamma)
     task = prepare(options, space)
     search = describe_search(options, space, task)
-    study = study_run.connect(options, search)
+    study = workers.connect(options, search)
     limit = None
     if options.max_overhead is not None:
         fast = load_model(task.model, int8_activations=True, repack=True).model
         limit = OverheadLimit(options.max_overhead, fast, task.held_out[0, :64])
     objective = make_objective(Judge(task.loaded, task.theta_set, task.seen, options.seed), space, limit)
-    outcome = study_run.run(options, search, study, objective)
+    outcome = workers.run(options, search, study, objective)
     if options.join:
         return
     record = report(options, task, outcome)
@@ -194,7 +195,7 @@ def report(options: argparse.Namespace, task: Task, outcome: Outcome) -> dict[st
             measured = held_out.measure(setting)
             rows.append({"trial": number, **summary(held_out, measured, setting, held_out.apply(setting))})
             bar.update()
-    record = study_run.base_record(options, outcome, torch.device("cpu")) | {
+    record = workers.base_record(options, outcome, torch.device("cpu")) | {
         "model": str(options.model),
         "model_sha256": task.theta_set.base_sha256,
         "text": task.text.name,
@@ -213,9 +214,9 @@ def report(options: argparse.Namespace, task: Task, outcome: Outcome) -> dict[st
     if winner is not None and (won or options.force):
         record["optimal"] = write_optimal(options, task, Setting(**winner["setting"]), won)
     folder = options.output_dir
-    study_run.write_records(folder, trials, record)
+    workers.write_records(folder, trials, record)
     title = f"{options.model.name}: {len(trials)} trials on {len(task.seen)} chunks of {task.text.name}"
-    plot_search(folder / study_run.PICTURE, trials, record["importances"], title)
+    plot_search(folder / workers.PICTURE, trials, record["importances"], title)
     print_report(record, won, folder)
     return record
 
@@ -283,7 +284,7 @@ def print_report(record: dict[str, Any], won: bool, folder: Path) -> None:
         name = f"rank {s['rank']}, gamma {s['gamma']:.2f}, {s['layers']}{decay}"
         rows.append([name, str(row["trial"]), *_cells(row)])
     print(format_table(rows, ["setting", "trial", "perplexity", "change %", "TPE"]))
-    print(f"\n{study_run.counts_line(record)}")
+    print(f"\n{workers.counts_line(record)}")
     if won:
         best = record["optimal"]
         row = best["held_out"]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nkat.fit_data import Validation, every_token
 from nkat.host.console import format_bytes, format_table
 from nkat.lm.load import load_model
 from nkat.lm.transformer import Transformer
-from nkat.perplexity import Perplexity, paired, text_chunks
-from nkat.texts import load_text
+from nkat.measure.judge import Validation, every_token
+from nkat.measure.perplexity import Perplexity, paired, text_chunks
+from nkat.measure.texts import load_text
 from nkat.theta.modelfile import ModelFile, open_model_file
 from nkat.theta.set import ThetaSet, check_judging_text
 

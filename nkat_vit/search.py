@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial
 
 from nkat.errors import NKATError
 from nkat.host.distributed import World
-from nkat.study import origin
+from nkat.study.study import origin
 from nkat_vit.data import DATASETS, ImageSet, load_images
 from nkat_vit.loop import DivergedError, Trainer, open_run
 from nkat_vit.metrics import global_tpe, lambda_theory, tpe

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from nkat import study_run
 from nkat.host import commandline
 from nkat.host.console import format_table, note
 from nkat.host.distributed import World
 from nkat.host.hardware import pick_device
 from nkat.host.record import write_json
-from nkat.study import best_trials, feasible, history, importances, make_sampler
-from nkat.study_run import Outcome, Search
+from nkat.study import workers
+from nkat.study.study import best_trials, feasible, history, importances, make_sampler
+from nkat.study.workers import Outcome, Search
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import load_images
 from nkat_vit.evaluate import judge, summarise, table
@@ -99,8 +99,8 @@ def run(options: argparse.Namespace) -> None:
     folder = options.output_dir / "trials"
     trials = Trials(options.data_root, folder, budget, options.local_tpe, tuple(options.sets), world)
     search = describe_search(options, trials)
-    study = study_run.connect(options, search)
-    outcome = study_run.run(options, search, study, trials.objective)
+    study = workers.connect(options, search)
+    outcome = workers.run(options, search, study, trials.objective)
     if options.join:
         return
     record = report(options, trials, outcome)
@@ -143,7 +143,7 @@ def report(options: argparse.Namespace, trials: Trials, outcome: Outcome) -> dic
     # Where all trials were: at the first rung.
     rung = budget.first_rung
     first_scores = [(t, t.intermediate_values[rung]) for t in tried if rung in t.intermediate_values]
-    record = study_run.base_record(options, outcome, trials.world.device) | {
+    record = workers.base_record(options, outcome, trials.world.device) | {
         "sets": [FIRST_SET, *trials.sets],
         "local_tpe": trials.gate,
         "budget": asdict(budget),
@@ -157,9 +157,9 @@ def report(options: argparse.Namespace, trials: Trials, outcome: Outcome) -> dic
     if ranked and (passed or options.force):
         record["optimal"] = write_optimal(options, trials, ranked[0], bool(passed))
     rows = history(study)
-    study_run.write_records(options.output_dir, rows, record)
+    workers.write_records(options.output_dir, rows, record)
     title = f"Round-2: {len(tried)} trials, up to {budget.epochs} epochs of {budget.limit_train or 'all'} pictures"
-    plot_image_search(options.output_dir / study_run.PICTURE, rows, record["importances"], trials.gate, title)
+    plot_image_search(options.output_dir / workers.PICTURE, rows, record["importances"], trials.gate, title)
     print_report(record, trials, options.output_dir)
     return record
 
@@ -221,7 +221,7 @@ def print_report(record: dict[str, Any], trials: Trials, folder: Path) -> None:
     heads = ["setting", "trial", "epochs", *(f"{name} %" for name in names), "Local TPE", "Global TPE"]
     print("\non pictures held out of the training sets:\n")
     print(format_table(rows, heads))
-    print(f"\n{study_run.counts_line(record)}")
+    print(f"\n{workers.counts_line(record)}")
     print(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}")
     if not record["passed"] and best:
         top = best[0]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure
-from nkat.plots import draw_importances, pareto_front
+from nkat.study.plots import draw_importances, pareto_front
 from nkat_vit.search import BASELINE, FIRST_SET
 
 Rows = Sequence[Mapping[str, Any]]
@@ -16,7 +16,7 @@ Rows = Sequence[Mapping[str, Any]]
 def plot_image_search(path: Path, rows: Rows, importances: Mapping[str, float], gate: float, title: str) -> None:
     """Four panels as PNG; replaces an earlier picture.
 
-    rows: `nkat.study.history` of the search, each with its "local_tpe"
+    rows: `nkat.study.study.history` of the search, each with its "local_tpe"
     """
     figure = new_figure(title, (13, 9))
     panels = figure.subplots(2, 2)

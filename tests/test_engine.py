@@ -16,13 +16,13 @@ import torch
 from gguf import GGMLQuantizationType
 from nkat.decode import EagerDecoder
 
-from nkat import startup
 from nkat.gguf.writer import gguf_parts, write_gguf
 from nkat.host.record import git_commit
 from nkat.lm.load import load_model
-from nkat.perplexity import measure
-from nkat.startup import measure_startup
-from nkat.texts import load_text
+from nkat.measure import startup
+from nkat.measure.perplexity import measure
+from nkat.measure.startup import measure_startup
+from nkat.measure.texts import load_text
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
 from tests.support.tiny_models import write_tiny_model

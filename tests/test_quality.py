@@ -10,10 +10,11 @@ import torch
 
 from benchmarks import quality, quality_report
 from benchmarks.low_rank import LowRankTerms, apply_terms, weight_controls
-from nkat.convert import ThetaOptions, make_thetas
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
-from nkat.texts import default_text
+from nkat.measure.texts import default_text
+from nkat.sources.make import make_thetas
+from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import coupling, low_rank_form
 from nkat.theta.layers import adaptable_layers
 from nkat.theta.set import ThetaSet

@@ -13,14 +13,15 @@ import optuna
 import pytest
 import torch
 
-from nkat.convert import ThetaOptions, describe_theta_set, make_thetas
 from nkat.lm.load import load_model
-from nkat.perplexity import paired, score_chunks, text_chunks
+from nkat.measure.perplexity import paired, score_chunks, text_chunks
+from nkat.measure.tpe import byte_ratio, tpe
 from nkat.search import GUIDE_DEFAULT, Judge, OverheadLimit, Setting, Space, apply_setting, log_tpe, make_objective
+from nkat.sources.make import describe_theta_set, make_thetas
+from nkat.sources.options import ThetaOptions
 from nkat.theta.layers import select_layers
 from nkat.theta.modelfile import open_model_file
 from nkat.theta.set import ThetaSet
-from nkat.tpe import byte_ratio, tpe
 from tests.conftest import ROOT
 
 OPTIMIZER = "nkat_auto_optimizer.py"

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from nkat.errors import NKATError
 from nkat.host.distributed import World
-from nkat.study import best_trials, open_storage, open_study
+from nkat.study.study import best_trials, open_storage, open_study
 from nkat_vit import checkpoint, data, search
 from nkat_vit.loop import DivergedError, Trainer, open_run
 from nkat_vit.metrics import global_tpe, tpe
@@ -233,7 +233,7 @@ WORKER = textwrap.dedent(
     import os, sys, time
     from pathlib import Path
     import optuna, torch
-    from nkat.study import make_sampler, open_storage, open_study, run_trials
+    from nkat.study.study import make_sampler, open_storage, open_study, run_trials
     from nkat_vit import data, search
     from nkat_vit.loop import Trainer
     from nkat_vit.search import Budget, Trials

@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nkat import fit_loss
 from nkat.errors import NKATError
-from nkat.fit import FitSettings, theta_start, to_thetas, visible_columns, zero_start
-from nkat.fit_data import FitText, batch_at, fit_text, split_validation
-from nkat.fit_layers import FittedLinear, ThetaMode, fitted_layers
-from nkat.fit_loss import Teacher, vocabulary_loss
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import load_model
-from nkat.texts import Text, default_text
+from nkat.measure.texts import Text, default_text
+from nkat.sources.fit import loss as fit_loss
+from nkat.sources.fit.data import FitText, batch_at, fit_text, split_validation
+from nkat.sources.fit.descent import FitSettings, theta_start, to_thetas, visible_columns, zero_start
+from nkat.sources.fit.layers import FittedLinear, ThetaMode, fitted_layers
+from nkat.sources.fit.loss import Teacher, vocabulary_loss
 from nkat.theta.algebra import quantize_factors
 from nkat.theta.set import ThetaSet, truncate_rank
 from tests.support.tiny_models import write_tiny_model
@@ -117,7 +117,7 @@ def test_rounding_is_that_of_the_file_with_a_gradient_of_one() -> None:
     layer = FittedLinear(
         star_linear(16, 32, torch.float32), (F.pad(p, (0, 0, 0, 12)), F.pad(q, (0, 0, 0, 12))), ThetaMode()
     )
-    from nkat.fit_layers import _round_straight_through
+    from nkat.sources.fit.layers import _round_straight_through
 
     stored = quantize_factors(layer.p.detach(), layer.q.detach())
     torch.testing.assert_close(_round_straight_through(layer.p).detach(), stored.factors()[0], rtol=0, atol=1e-7)

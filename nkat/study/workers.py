@@ -21,7 +21,7 @@ from nkat.errors import NKATError
 from nkat.host import commandline, hardware
 from nkat.host.console import note
 from nkat.host.record import git_commit, write_json
-from nkat.study import JOURNAL_NAME, Objective, best_trials, open_storage, open_study, run_trials
+from nkat.study.study import JOURNAL_NAME, Objective, best_trials, open_storage, open_study, run_trials
 
 _HISTORY, _STUDY = "optimization_history.json", "optuna_study.json"
 PICTURE = "optimization_results.png"

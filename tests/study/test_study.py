@@ -15,14 +15,14 @@ import pytest
 from optuna.trial import TrialState
 
 from nkat.errors import NKATError
-from nkat.study import FINISHED, best_trials, history, importances, open_storage, open_study, run_trials
+from nkat.study.study import FINISHED, best_trials, history, importances, open_storage, open_study, run_trials
 from tests.conftest import ROOT
 
 WORKER = textwrap.dedent(
     """
     import sys, time
     import optuna
-    from nkat.study import open_storage, open_study, run_trials
+    from nkat.study.study import open_storage, open_study, run_trials
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     where, target, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])

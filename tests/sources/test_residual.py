@@ -11,9 +11,9 @@ import scipy.linalg
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from nkat.calibrate import gather_moments, input_second_moments
 from nkat.lm.load import load_model
-from nkat.residual import (
+from nkat.sources.moments import gather_moments, input_second_moments
+from nkat.sources.residual import (
     equal_bytes_rank,
     errors_left,
     factors_from_residual,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nkat.gguf.file import GGUFFile
-from nkat.tpe import byte_ratio, bytes_per_token, tpe
+from nkat.measure.tpe import byte_ratio, bytes_per_token, tpe
 from tests.support.tiny_models import write_tiny_model
 
 

@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 
-from nkat.convert import ThetaOptions, make_thetas
 from nkat.errors import NKATError
-from nkat.fit import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
-from nkat.fit_data import Validation, fit_text, split_validation
-from nkat.fit_layers import Factors
-from nkat.fit_state import FitState, load_state, run_identity, save_state
 from nkat.gguf.writer import MetadataValue
 from nkat.host import console, hardware, interrupts
 from nkat.host.console import note
 from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
 from nkat.lm.load import DTYPES, LoadedModel, load_model
-from nkat.perplexity import PairedChange, Perplexity, paired
-from nkat.texts import Text, load_text
+from nkat.measure.judge import Validation
+from nkat.measure.perplexity import PairedChange, Perplexity, paired
+from nkat.measure.texts import Text, load_text
+from nkat.sources.fit.data import fit_text, split_validation
+from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
+from nkat.sources.fit.layers import Factors
+from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
+from nkat.sources.make import make_thetas
+from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import Theta
 from nkat.theta.modelfile import ModelFile, base_hash, open_model_file
 from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY

@@ -9,9 +9,9 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.lm.tokenizer import Tokenizer
-from nkat.lm.transformer import Transformer
-from nkat.perplexity import CONTEXT, score_chunks, scored_tokens
-from nkat.texts import Text
+from nkat.measure.judge import Validation
+from nkat.measure.perplexity import CONTEXT, scored_tokens
+from nkat.measure.texts import Text
 
 _VALIDATION_SHARE = 10  # every tenth part of the text, from its end, …
 _MOST_VALIDATION_CHUNKS = 16  # … but no more than this: 8192 tokens
@@ -33,23 +33,6 @@ class Batch:
 
     tokens: torch.Tensor
     counted: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Validation:
-    """Chunks as perplexity cuts them, int64 [C, context], and which of their scored tokens count, bool [C, scored]."""
-
-    chunks: torch.Tensor
-    counted: torch.Tensor
-
-    def score(self, model: Transformer, progress: str | None = None) -> torch.Tensor:
-        """−ln p of the tokens that count, float64 [n]."""
-        return score_chunks(model, self.chunks, progress=progress)[self.counted]
-
-
-def every_token(chunks: torch.Tensor) -> Validation:
-    """Chunks of which every scored token counts, as in a plain perplexity."""
-    return Validation(chunks, torch.ones(len(chunks), scored_tokens(chunks.shape[1]), dtype=torch.bool))
 
 
 def fit_text(tokenizer: Tokenizer, text: Text, ignore: Sequence[str] = ()) -> FitText:

@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import torch
 
 from nkat.errors import NKATError
-from nkat.fit_data import Batch, FitText, Validation, batch_at
-from nkat.fit_layers import Factors, FittedLinear, ThetaMode, fitted_layers
-from nkat.fit_loss import Teacher, vocabulary_loss
-from nkat.fit_state import FitState
 from nkat.gguf.formats import dequantize
 from nkat.host.distributed import World
 from nkat.lm.transformer import Transformer
+from nkat.measure.judge import Validation
+from nkat.sources.fit.data import Batch, FitText, batch_at
+from nkat.sources.fit.layers import Factors, FittedLinear, ThetaMode, fitted_layers
+from nkat.sources.fit.loss import Teacher, vocabulary_loss
+from nkat.sources.fit.state import FitState
 from nkat.theta.algebra import Theta, coupling, quantize_factors
 
 _BETAS = (0.9, 0.99)  # of AdamW: a fit has few steps, so its second moments must settle in fewer than the usual 1000

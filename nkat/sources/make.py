@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -13,34 +12,15 @@ from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.weights import read_weight
 from nkat.gguf.writer import MetadataValue
-from nkat.residual import ErrorsLeft, errors_left, factors_from_residual
+from nkat.sources.options import ThetaOptions
+from nkat.sources.residual import ErrorsLeft, errors_left, factors_from_residual
 from nkat.sources.weight import factors_from_weight
 from nkat.theta.algebra import Theta, ThetaError, coupling, quantize_factors
 from nkat.theta.modelfile import ModelFile, base_name
 from nkat.theta.set import ThetaSet
 
-SOURCES = ("weight", "residual")
 _Result = TypeVar("_Result")
 _MOST_WORKERS = 2  # bounds the memory: each holds a weight in float32
-DEFAULT_RANK = 4
-DEFAULT_GAMMA = 0.97
-
-
-@dataclass(frozen=True, slots=True)
-class ThetaOptions:
-    """How Θ is made. `reference`: for source `residual`, the same model at a higher precision.
-
-    input_weights: for source `residual`, by tensor name E[x xᵀ] [n, n] or E[x_j²] [n] of each adapted weight's inputs
-    """
-
-    rank: int = DEFAULT_RANK
-    gamma: float = DEFAULT_GAMMA
-    seed: int = 0
-    target_size: int | None = None
-    source: str = "weight"
-    reference: GGUFFile | None = None
-    input_weights: Mapping[str, torch.Tensor] | None = None
-    notes: Mapping[str, MetadataValue] = field(default_factory=dict)
 
 
 def check_options(tensors: Mapping[str, TensorInfo], names: Sequence[str], options: ThetaOptions) -> None:

@@ -18,8 +18,8 @@ from nkat.gguf.writer import MetadataValue
 from nkat.host.console import format_bytes, note
 from nkat.lm.load import load_model
 from nkat.lm.transformer import Transformer
-from nkat.perplexity import DEFAULT_BATCH, text_chunks
-from nkat.texts import load_text
+from nkat.measure.perplexity import DEFAULT_BATCH, text_chunks
+from nkat.measure.texts import load_text
 from nkat.theta.layers import adaptable_layers
 from nkat.theta.set import CALIBRATION_KEY
 

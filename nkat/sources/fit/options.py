@@ -6,8 +6,8 @@ import argparse
 from dataclasses import fields
 
 from nkat.errors import NKATError
-from nkat.fit import FitSettings
 from nkat.host import commandline
+from nkat.sources.fit.descent import FitSettings
 
 _DEFAULTS = {field.name: field.default for field in fields(FitSettings)}
 _FLAGS = {  # field of FitSettings: (type, help)

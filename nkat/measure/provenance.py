@@ -12,7 +12,7 @@ from nkat.host import hardware
 from nkat.host.console import bar
 from nkat.host.record import git_commit
 from nkat.lm.load import LoadedModel
-from nkat.texts import Text
+from nkat.measure.texts import Text
 from nkat.theta.set import ThetaSet
 
 PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nkat.errors import NKATError
-from nkat.texts import load_text
+from nkat.measure.texts import load_text
 
 
 def test_default_text_is_long_english_prose_with_its_hash() -> None:

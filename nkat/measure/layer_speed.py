@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nkat.bench import PairedOverhead, Timings
 from nkat.host.console import bar, format_table
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
+from nkat.measure.speed import PairedOverhead, Timings
 
 BATCHES = (1, 8, 512)
 LIMIT_SECONDS = 3.0  # a layer that takes long is timed less often, three times at least

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from nkat import perplexity
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
-from nkat.perplexity import Perplexity, measure, paired, score_chunks, scored_tokens, text_chunks
+from nkat.measure import perplexity
+from nkat.measure.perplexity import Perplexity, measure, paired, score_chunks, scored_tokens, text_chunks
 from nkat.theta.algebra import quantize_factors
 from tests.support.golden import read_golden
 from tests.support.tiny_models import write_tiny_model

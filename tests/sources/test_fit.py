@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from nkat.errors import NKATError
-from nkat.fit import FitData, FitSettings, Progress, by_name, fit, to_thetas, zero_start
-from nkat.fit_data import FitText, Validation, fit_text, split_validation
-from nkat.fit_state import FitState, load_state, run_identity, save_state
 from nkat.lm.load import load_model
-from nkat.texts import default_text
+from nkat.measure.judge import Validation
+from nkat.measure.texts import default_text
+from nkat.sources.fit.data import FitText, fit_text, split_validation
+from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, to_thetas, zero_start
+from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
 from nkat.theta.layers import adaptable_layers
 from nkat.theta.modelfile import open_model_file
 from nkat.theta.set import truncate_rank
@@ -273,7 +274,7 @@ def test_the_converter_fits(model_path: Path, text_path: Path, tmp_path: Path, s
     assert result["fit"]["heldout_change_percent"] < -5
     assert result["fit"]["kept_step"] == result["metadata"]["nkat.fit.kept_step"]
     assert [row["gamma"] for row in result["report"]["gammas"]] == [round(0.9 + i / 100, 2) for i in range(10)] + [1.0]
-    assert not output.with_name("fitted.nkat.fit").exists()
+    assert not output.with_name("fitted.nkat.sources.fit.descent").exists()
     thetas = open_model_file(output).thetas
     assert thetas.source == "fit"
     made_for = next(row for row in result["report"]["gammas"] if row["gamma"] == GAMMA)

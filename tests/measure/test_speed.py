@@ -10,10 +10,10 @@ import torch
 from nkat.decode import EagerDecoder
 from scipy.stats import binom
 
-from nkat import bench
-from nkat.bench import PairedOverhead, Timings, bench_decode, bench_prefill, median_interval, paired_overhead
 from nkat.errors import NKATError
 from nkat.lm.load import load_model
+from nkat.measure import speed
+from nkat.measure.speed import PairedOverhead, Timings, bench_decode, bench_prefill, median_interval, paired_overhead
 from nkat.theta.algebra import quantize_factors
 from tests.support.tiny_models import write_tiny_model
 
@@ -58,7 +58,7 @@ class FakeMachine:
 @pytest.fixture
 def machine(monkeypatch) -> FakeMachine:
     fake = FakeMachine()
-    monkeypatch.setattr(bench, "perf_counter", fake.clock)
+    monkeypatch.setattr(speed, "perf_counter", fake.clock)
     return fake
 
 
@@ -74,8 +74,8 @@ def test_the_medians_interval_is_that_of_the_sign_test(count: int) -> None:
     assert high == count - k
     assert coverage == pytest.approx(max(0.0, 1 - 2 * binom.cdf(k - 1, count, 0.5)))
     narrower = 1 - 2 * binom.cdf(k, count, 0.5)
-    assert narrower < bench.COVERAGE or k + 1 > (count + 1) // 2
-    assert coverage >= bench.COVERAGE or k == 1
+    assert narrower < speed.COVERAGE or k + 1 > (count + 1) // 2
+    assert coverage >= speed.COVERAGE or k == 1
 
 
 def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from nkat import startup
 from nkat.errors import NKATError
 from nkat.host.memory import memory, resident_of
 from nkat.lm.request import Request
-from nkat.startup import fresh_startup, measure_startup
+from nkat.measure import startup
+from nkat.measure.startup import fresh_startup, measure_startup
 from tests.support.tiny_models import write_tiny_model
 
 SMAPS = """\

@@ -9,11 +9,11 @@ import gguf
 import pytest
 import torch
 
-from nkat import gemm
-from nkat.bench import PairedOverhead, Timings
-from nkat.gemm import GemmRow, bench_gemm, copy_speed, gemm_table, layer_kinds
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import LoadedModel, load_model
+from nkat.measure import layer_speed
+from nkat.measure.layer_speed import GemmRow, bench_gemm, copy_speed, gemm_table, layer_kinds
+from nkat.measure.speed import PairedOverhead, Timings
 from tests.support.tiny_models import write_tiny_model
 
 ENGINE, CONVERTER = "nkat_inference_engine.py", "nkat_gguf_converter.py"
@@ -79,7 +79,7 @@ def test_programs_of_compiled_layers_compute_what_the_layers_do(nkat: Path, batc
     model = load_model(nkat, int8_activations=int8, repack=True).model
     for kind in layer_kinds(model):
         x = torch.randn(batch, kind.shape[1])
-        prepare = gemm._compiled_layers(kind, x)
+        prepare = layer_speed._compiled_layers(kind, x)
         results = {}
         for gamma in (None, 0.5):
             for layer in kind.layers:
@@ -95,7 +95,7 @@ def test_compiled_layers_are_timed_together_and_counted_one_by_one(nkat: Path, m
     """By a clock that ticks once a reading, a program of 16 tokens' layers takes a sixteenth of a tick for each."""
     model = load_model(nkat, int8_activations=True, repack=True).model
     now = iter(range(100_000))
-    monkeypatch.setattr(gemm, "perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(layer_speed, "perf_counter", lambda: float(next(now)))
     rows = bench_gemm(model, 0.9, repetitions=3, batches=(1, 8, 512))
     assert {row.batch: row.without.median for row in rows} == {1: 1 / 16, 8: 1 / 2, 512: 1.0}
     for row in rows:
@@ -133,14 +133,14 @@ def test_shares_and_speeds_are_of_the_median(loaded: LoadedModel) -> None:
 
 def test_a_copy_is_counted_as_read_and_written(monkeypatch) -> None:
     now = iter(range(1000))
-    monkeypatch.setattr(gemm, "perf_counter", lambda: 0.5 * next(now))
-    monkeypatch.setattr(gemm, "_LARGE_BYTES", 1 << 20)
+    monkeypatch.setattr(layer_speed, "perf_counter", lambda: 0.5 * next(now))
+    monkeypatch.setattr(layer_speed, "_LARGE_BYTES", 1 << 20)
     assert copy_speed(torch.device("cpu"), 3) == 2 * (1 << 20) / 0.5
 
 
 def test_a_slow_layer_is_timed_less_often(loaded: LoadedModel, monkeypatch) -> None:
     now = iter(range(100_000))
-    monkeypatch.setattr(gemm, "perf_counter", lambda: float(next(now)))
+    monkeypatch.setattr(layer_speed, "perf_counter", lambda: float(next(now)))
     rows = bench_gemm(loaded.model, 0.9, repetitions=50, batches=(1,))
     assert {len(row.without.seconds) for row in rows} == {3}
 

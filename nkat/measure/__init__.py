@@ -1,0 +1,1 @@
+"""Figures with their errors: perplexity, paired changes, speed, start, TPE. Imports `nkat.engine` and below."""

@@ -1,0 +1,1 @@
+"""Θ learned from a text by gradient descent."""

@@ -1,0 +1,1 @@
+"""An Optuna study that survives; knows nothing of what is searched. Imports `nkat.host`."""
