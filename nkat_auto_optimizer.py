@@ -12,7 +12,7 @@ from nkat.host import commandline
 from nkat.host.record import check_record
 from nkat.study import workers
 
-JOBS = {"lm": "nkat.search_job", "vit": "nkat_vit.search_job"}
+JOBS = {"lm": "nkat.search.job", "vit": "nkat_vit.search_job"}
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModuleType, argparse.Namespace]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from nkat.kobold import Machine
+    from nkat.kobold.choose import Machine
 
 ROOT = Path(__file__).resolve().parent
 NEEDED_PYTHON = (3, 10)
@@ -154,7 +154,7 @@ def check_machine(options: argparse.Namespace) -> list[Check]:
 
     try:
         from nkat.host import hardware
-        from nkat.kobold import look
+        from nkat.kobold.choose import look
     except (ImportError, OSError) as error:  # OSError: a library that torch needs does not load
         command = f"{quote(sys.executable)} -m pip install --force-reinstall torch"
         return [Check("packages load", MISSING, str(error).splitlines()[0], command)]
@@ -191,7 +191,7 @@ def check_processor(machine: Machine) -> Check:
 
 
 def oldpc_command() -> str:
-    from nkat.kobold_find import DOWNLOAD
+    from nkat.kobold.find import DOWNLOAD
 
     name = "koboldcpp-oldpc.exe" if os.name == "nt" else "koboldcpp-linux-x64-oldpc"
     return f"curl -fLO {DOWNLOAD}{name}"
@@ -199,7 +199,7 @@ def oldpc_command() -> str:
 
 def check_gpu(machine: Machine) -> Check:
     from nkat.host.console import format_bytes
-    from nkat.kobold import free_bytes
+    from nkat.kobold.choose import free_bytes
 
     real = [gpu for gpu in machine.gpus if gpu.kind != "software"]
     if real:
@@ -213,8 +213,8 @@ def check_gpu(machine: Machine) -> Check:
 
 def check_kobold(options: argparse.Namespace, machine: Machine) -> list[Check]:
     from nkat.errors import NKATError
-    from nkat.kobold import choices
-    from nkat.kobold_find import download_command, find, probe
+    from nkat.kobold.choose import choices
+    from nkat.kobold.find import download_command, find, probe
 
     try:
         kobold = probe(find(options.kobold), remember=False)

@@ -28,7 +28,7 @@ from nkat.lm.load import load_model
 from nkat.measure.perplexity import score_chunks, text_chunks
 from nkat.measure.texts import load_text
 from nkat.measure.tpe import tpe
-from nkat.search import GROUPS, GUIDE_DEFAULT, RANKS, Judge, Setting, Space, make_objective, make_pruner
+from nkat.search.objective import GROUPS, GUIDE_DEFAULT, RANKS, Judge, Setting, Space, make_objective, make_pruner
 from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.study.study import make_sampler

@@ -9,26 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from nkat import kobold as kobold_module
 from nkat.errors import NKATError
 from nkat.host.hardware import Gpu
-from nkat.kobold import (
-    Choice,
-    Machine,
-    Settings,
-    advice,
-    check_extra,
-    choices,
-    command,
-    config,
-    free_bytes,
-    look,
-    prefer,
-    shell_line,
-)
-from nkat.kobold_files import RunFiles
-from nkat.kobold_find import Kobold
-from nkat.kobold_layers import ModelMemory
+from nkat.kobold import choose as kobold_module
+from nkat.kobold.choose import Choice, Machine, advice, choices, free_bytes, look, prefer
+from nkat.kobold.command import Settings, check_extra, command, config, shell_line
+from nkat.kobold.files import RunFiles
+from nkat.kobold.find import Kobold
+from nkat.kobold.layers import ModelMemory
 
 GIB = 1 << 30
 OLD = Kobold(

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from nkat.errors import NKATError
-from nkat.kobold import ON_GPU, Choice
-from nkat.kobold_run import Loaded, running
+from nkat.kobold.backends import ON_GPU
+from nkat.kobold.choose import Choice
+from nkat.kobold.process import Loaded, running
 
 _VALUE = re.compile(r"^(ProcessingSpeed|GenerationSpeed|TotalTime|MaxCtx|GenAmount): ([\d.]+)")
 _END = "Server was not started"

@@ -14,12 +14,12 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
+from nkat.convert.merge import merge_weight, write_merged
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import dequantize
 from nkat.gguf.quantise import quantisation_steps, quantize, requantise
 from nkat.gguf.weights import read_weight
-from nkat.merge import merge_weight, write_merged
 from nkat.theta.algebra import dense_theta, quantize_factors
 from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model

@@ -25,8 +25,7 @@ from nkat.host.record import write_json
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.perplexity import text_chunks
 from nkat.measure.texts import Text, load_text
-from nkat.plots import plot_search
-from nkat.search import (
+from nkat.search.objective import (
     BASE,
     GROUPS,
     RANKS,
@@ -39,6 +38,7 @@ from nkat.search import (
     make_pruner,
     summary,
 )
+from nkat.search.plots import plot_search
 from nkat.sources.make import check_options, describe_theta_set, make_thetas
 from nkat.sources.moments import input_second_moments
 from nkat.sources.options import DEFAULT_GAMMA, SOURCES, ThetaOptions

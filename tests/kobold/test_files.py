@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nkat.errors import NKATError
-from nkat.kobold_files import kobold_cache, model_key, prepare
+from nkat.kobold.files import kobold_cache, model_key, prepare
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model

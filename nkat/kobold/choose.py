@@ -7,38 +7,19 @@ the device. KoboldCpp itself checks none of them: without the library it takes i
 from __future__ import annotations
 
 import shlex
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.host import hardware
 from nkat.host.console import format_bytes
 from nkat.host.hardware import Gpu
-from nkat.kobold_files import RunFiles
-from nkat.kobold_find import Kobold
-from nkat.kobold_layers import MARGIN, ModelMemory, layers_that_fit, model_memory
+from nkat.kobold.backends import GPU_FLAGS, GPU_LIBRARIES, GPU_OLD_LIBRARIES, ON_GPU
+from nkat.kobold.files import RunFiles
+from nkat.kobold.find import Kobold
+from nkat.kobold.layers import MARGIN, ModelMemory, layers_that_fit, model_memory
 
-BACKENDS = ("cuda", "vulkan", "clblast", "cpu", "failsafe")
-ON_GPU = ("cuda", "vulkan", "clblast")
-# Ours to set: the port is waited on, the files are what the adapter was made for.
-OWN_FLAGS = (
-    "--model",
-    "--lora",
-    "--host",
-    "--port",
-    "--benchmark",
-    "--config",
-    "--contextsize",
-    "--threads",
-    "--gpulayers",
-)
-_GPU_FLAGS = {"cuda": ("--usecuda", "--usecublas"), "vulkan": ("--usevulkan",), "clblast": ("--useclblast",)}
-_GPU_LIBRARIES = {"cuda": ("cublas", "hipblas"), "vulkan": ("vulkan",), "clblast": ("clblast",)}
-_GPU_OLD_LIBRARIES = {"cuda": (), "vulkan": ("vulkan_noavx2",), "clblast": ("clblast_noavx2",)}  # with --noavx2
 _UNTOLD_SHARE = 0.8  # of a GPU's memory, where the driver does not tell how much of it is free
 
 
@@ -81,16 +62,6 @@ class Choice:
     layers: int | None = 0
     all_layers: int | None = None
     speed: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the user may set, with KoboldCpp's meaning."""
-
-    context: int
-    threads: int
-    host: str
-    port: int
 
 
 def look() -> Machine:
@@ -140,38 +111,6 @@ def prefer(found: Sequence[Choice], backend: str, layers: int, speed: float) -> 
     return [*fastest, *(c for c in found if c.backend != backend or not fastest)]
 
 
-def config(kobold: Kobold, choice: Choice, files: RunFiles, settings: Settings) -> dict[str, Any]:
-    """KoboldCpp's settings by their names in a `.kcpps` file, which are those of the long flags."""
-    values: dict[str, Any] = {"model_param": str(files.model)}
-    if files.lora is not None:
-        values["lora"] = [str(files.lora)]
-    values |= _backend_config(kobold, choice)
-    values |= {"gpulayers": choice.layers or 0, "contextsize": settings.context, "threads": settings.threads}
-    return values | {"host": settings.host, "port": settings.port}
-
-
-def command(kobold: Kobold, values: Mapping[str, Any], extra: Sequence[str] = ()) -> list[str]:
-    """The command that runs KoboldCpp with these settings, then the user's own flags."""
-    words = kobold.prefix()
-    for name, value in values.items():
-        words.append("--model" if name == "model_param" else f"--{name}")
-        if value is not True:
-            words += [str(item) for item in (value if isinstance(value, list) else [value])]
-    return [*words, *extra]
-
-
-def shell_line(words: Sequence[str]) -> str:
-    """The command as it can be pasted into this system's shell."""
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
-
-
-def check_extra(extra: Sequence[str]) -> None:
-    """Raises NKATError for flags behind `--` that are set here."""
-    for word in extra:
-        if word.partition("=")[0] in OWN_FLAGS:
-            raise NKATError(f"{word}: is set by this script; give it before the -- (see --help)")
-
-
 def advice(choice: Choice, kobold: Kobold) -> str:
     """What to do when KoboldCpp loaded another library than this backend's."""
     library = choice.libraries[0]
@@ -186,29 +125,11 @@ def advice(choice: Choice, kobold: Kobold) -> str:
     )
 
 
-def _backend_config(kobold: Kobold, choice: Choice) -> dict[str, Any]:
-    index = choice.device.index if choice.device else 0
-    old = {"noavx2": True} if choice.old_cpu else {}
-    if choice.backend == "cuda":
-        flag = kobold.flag(*_GPU_FLAGS["cuda"])
-        assert flag is not None
-        return {flag.removeprefix("--"): ["normal", str(index), "mmq"]}  # with noavx2 it would take a CPU library
-    if choice.backend == "vulkan":
-        return {"usevulkan": [index], **old}
-    if choice.backend == "clblast":
-        return {"useclblast": [0, 0], **old}  # platform and device; others by `-- --useclblast P D`
-    if choice.backend == "failsafe" and "--failsafe" in kobold.flags:
-        return {"usecpu": True, "failsafe": True}
-    if choice.backend == "failsafe":  # versions without that flag: these three together
-        return {"usecpu": True, "noavx2": True, "nommap": True}
-    return {"usecpu": True, **old}
-
-
 def _on_gpu(backend: str, kobold: Kobold, machine: Machine, memory: ModelMemory | None, layers: int | None) -> Choice:
-    names = _GPU_OLD_LIBRARIES[backend] if machine.old_cpu and backend != "cuda" else _GPU_LIBRARIES[backend]
+    names = GPU_OLD_LIBRARIES[backend] if machine.old_cpu and backend != "cuda" else GPU_LIBRARIES[backend]
     rank = ON_GPU.index(backend)
-    if kobold.flag(*_GPU_FLAGS[backend]) is None:
-        reason = f"{kobold.label} has no {_GPU_FLAGS[backend][0]}"
+    if kobold.flag(*GPU_FLAGS[backend]) is None:
+        reason = f"{kobold.label} has no {GPU_FLAGS[backend][0]}"
         return Choice(backend, rank, "program", reason, names, machine.old_cpu, None, None)
     if not any(kobold.has_library(name) for name in names):
         reason = f"this KoboldCpp carries no {' or '.join(f'koboldcpp_{name}' for name in names)}"

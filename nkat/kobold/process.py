@@ -7,21 +7,14 @@ its line "offloaded 5/31 layers to GPU" is written by the CPU library too and co
 from __future__ import annotations
 
 import contextlib
-import errno
-import http.client
-import json
 import os
 import re
 import signal
-import socket
-import ssl
 import subprocess
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -30,13 +23,13 @@ from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.host.console import note
-from nkat.kobold_guard import Guard, kill_group, signal_group
+from nkat.kobold.api import model_name
+from nkat.kobold.guard import Guard, kill_group, signal_group
 
 _LAST_LINES = 12  # of its log, shown when it fails
 _END_SECONDS = 10.0  # between a forwarded signal and the end by force
 _POLL_SECONDS = 0.25
 _LOG_SECONDS = 5.0  # for a line of the log that was written before KoboldCpp answered to be read here
-_EVERYWHERE = ("", "0.0.0.0", "::")
 _LIBRARY = re.compile(r"Initializing dynamic library: (?:.*[/\\])?(?:precompiled_)?koboldcpp_(\w+)\.(?:so|dll)")
 _BUFFER = re.compile(r"load_tensors:\s+(.+?) (?:model )?buffer size =\s+([\d.]+) MiB")
 _ADAPTER = re.compile(r"loaded (\d+) tensors from lora file")
@@ -193,7 +186,7 @@ def wait_until_ready(process: KoboldProcess, url: str, seconds: float, check: Ca
                 raise process.failure(f"KoboldCpp {_ended(status)} before it was ready")
             if any(_NO_PORT.search(line) for line in list(process.lines)[-_LAST_LINES:]):
                 raise process.failure(f"KoboldCpp could not listen at {url}")
-            name = _model_name(url)
+            name = model_name(url)
             if name is not None:
                 process.told(lambda loaded: loaded.library is not None)
                 check(process.loaded)
@@ -214,94 +207,12 @@ def check_loaded(loaded: Loaded, libraries: Sequence[str], backend: str, advice:
         )
 
 
-def base_url(host: str, port: int, secure: bool = False) -> str:
-    """Where to reach a KoboldCpp that listens on `host`, from this machine."""
-    name = "127.0.0.1" if host in _EVERYWHERE else host
-    return f"http{'s' if secure else ''}://{f'[{name}]' if ':' in name else name}:{port}"
-
-
-def is_private(host: str) -> bool:
-    """Whether only this machine can reach it."""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises NKATError when KoboldCpp could not listen there: why, and which port is free.
-
-    By connecting and by binding: KoboldCpp itself asks for an address that is in use (SO_REUSEADDR), which Windows
-    grants.
-    """
-    name = "127.0.0.1" if host in _EVERYWHERE else host
-    refused = _refusal(host, port)
-    code = refused.errno if refused is not None else 0
-    # Windows may say "access denied" for a port that another program has.
-    busy = code == errno.EADDRINUSE or (code in (0, errno.EACCES) and _listens(name, port))
-    if refused is not None and not busy:
-        raise NKATError(f"cannot listen at port {port} of --host {host}: {refused.strerror or refused}")
-    if not busy:
-        return
-    model = _model_name(base_url(host, port))
-    who = f"a KoboldCpp with {model}" if model else "another program"
-    free = next((p for p in range(port + 1, min(port + 50, 65536)) if _refusal(host, p) is None), None)
-    hint = f"; port {free} is free: --port {free}" if free else ""
-    raise NKATError(f"port {port} at {name} is in use by {who}{hint}")
-
-
-def post(url: str, path: str, body: Mapping[str, Any], seconds: float = 600.0) -> dict[str, Any]:
-    """One JSON request to KoboldCpp's API. Raises NKATError when it fails."""
-    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with _opener(url).open(request, timeout=seconds) as answer:
-            return json.loads(answer.read())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise NKATError(f"{url}{path}: {error}") from None
-
-
 def _ended(status: int) -> str:
     if status < 0 or status > 128:
         number = -status if status < 0 else status - 128
         with contextlib.suppress(ValueError):
             return f"crashed ({signal.Signals(number).name}, status {128 + number})"
     return f"ended with status {status}"
-
-
-def _model_name(url: str) -> str | None:
-    """What `/api/v1/model` answers, or None when nothing that speaks KoboldCpp's API does."""
-    try:
-        with _opener(url).open(f"{url}/api/v1/model", timeout=2) as answer:
-            found = json.loads(answer.read())
-    except (OSError, ValueError, http.client.HTTPException):  # not there yet, or something else
-        return None
-    return str(found["result"]) if isinstance(found, dict) and "result" in found else None
-
-
-def _opener(url: str) -> urllib.request.OpenerDirector:
-    """Without the proxy that the environment may name, and without checking a certificate: the user's own machine."""
-    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})]
-    if url.startswith("https"):
-        handlers.append(urllib.request.HTTPSHandler(context=ssl._create_unverified_context()))
-    return urllib.request.build_opener(*handlers)
-
-
-def _listens(name: str, port: int) -> bool:
-    try:
-        with socket.create_connection((name, port), timeout=1):
-            return True
-    except OSError:
-        return False
-
-
-def _refusal(host: str, port: int) -> OSError | None:
-    """Why the system does not let a program listen there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        if os.name != "nt":  # or a port that was closed a minute ago would count as taken
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error
-    return None
 
 
 class _Signals:

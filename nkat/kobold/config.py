@@ -13,10 +13,10 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host.files import atomic_output
-from nkat.kobold import Choice
-from nkat.kobold_bench import Speed
-from nkat.kobold_files import RunFiles, kobold_cache, model_key
-from nkat.kobold_find import Kobold
+from nkat.kobold.benchmark import Speed
+from nkat.kobold.choose import Choice
+from nkat.kobold.files import RunFiles, kobold_cache, model_key
+from nkat.kobold.find import Kobold
 
 _EXPORT_SECONDS = 180
 

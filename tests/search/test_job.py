@@ -16,7 +16,16 @@ import torch
 from nkat.lm.load import load_model
 from nkat.measure.perplexity import paired, score_chunks, text_chunks
 from nkat.measure.tpe import byte_ratio, tpe
-from nkat.search import GUIDE_DEFAULT, Judge, OverheadLimit, Setting, Space, apply_setting, log_tpe, make_objective
+from nkat.search.objective import (
+    GUIDE_DEFAULT,
+    Judge,
+    OverheadLimit,
+    Setting,
+    Space,
+    apply_setting,
+    log_tpe,
+    make_objective,
+)
 from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.theta.layers import select_layers

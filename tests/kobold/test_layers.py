@@ -8,7 +8,7 @@ import gguf
 import pytest
 
 from nkat.gguf.file import GGUFFile
-from nkat.kobold_layers import MARGIN, ModelMemory, compute_bytes, gpu_bytes, layer_table, layers_that_fit, model_memory
+from nkat.kobold.layers import MARGIN, ModelMemory, compute_bytes, gpu_bytes, layer_table, layers_that_fit, model_memory
 from tests.support.tiny_models import write_tiny_model
 
 MIB = 1 << 20

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nkat import kobold_find
 from nkat.errors import NKATError
-from nkat.kobold_find import find, libraries_in_program, parse_help, probe, programs_in
+from nkat.kobold import find as kobold_find
+from nkat.kobold.find import find, libraries_in_program, parse_help, probe, programs_in
 from tests.support.fake_koboldcpp import NEW, OLD, archive, install, install_program
 
 posix = pytest.mark.skipif(os.name == "nt", reason="the stand-in for a one-file program is a shell script")
@@ -39,7 +39,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(kobold_find, "__file__", str(tmp_path / "toolkit" / "nkat" / "kobold_find.py"))
+    monkeypatch.setattr(kobold_find, "__file__", str(tmp_path / "toolkit" / "nkat" / "kobold" / "find.py"))
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
 

@@ -97,7 +97,7 @@ def find(given: Path | None) -> Path:
 
 def places() -> list[Path]:
     """Folders to look in, in this order: where the user is, where the toolkit is, the PATH, the user's own."""
-    toolkit, home = Path(__file__).resolve().parent.parent, Path.home()
+    toolkit, home = Path(__file__).resolve().parents[2], Path.home()
     near = [Path.cwd(), Path.cwd() / "koboldcpp", toolkit, toolkit / "koboldcpp"]
     on_path = [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
     own = [home / "koboldcpp", home / "KoboldCpp", home / "Downloads", home / "Desktop", home]

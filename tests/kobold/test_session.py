@@ -26,9 +26,9 @@ from nkat.engine.decoder import make_decoder
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import dequantize, packed_tensor
-from nkat.kobold import Choice
-from nkat.kobold_menu import ask_backend, ask_model
-from nkat.kobold_run import base_url, post
+from nkat.kobold.api import base_url, post
+from nkat.kobold.choose import Choice
+from nkat.kobold.menu import ask_backend, ask_model
 from nkat.lm.load import load_model
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
@@ -361,7 +361,7 @@ def on_terminal(answers: list[str], *arguments: str, until: str | None = None) -
 def test_a_gpu_that_the_library_does_not_find(
     fails_with_log, tmp_path: Path, nkat: Path, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nkat.kobold_run._LOG_SECONDS", 0.5)  # the stand-in never says what is waited for
+    monkeypatch.setattr("nkat.kobold.process._LOG_SECONDS", 0.5)  # the stand-in never says what is waited for
     arguments = ["--model", nkat, "--backend", "vulkan", "--gpulayers", 2, "--port", port, "--launch"]
     blind = install(tmp_path / "blind", NEW, ("default", "vulkan"), blind=True)
     message = fails_with_log(*arguments, "--kobold", blind)

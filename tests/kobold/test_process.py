@@ -16,20 +16,12 @@ import psutil
 import pytest
 
 from nkat.errors import NKATError
-from nkat.kobold import Choice
-from nkat.kobold_bench import Speed, fastest, measure, read_result, splits
-from nkat.kobold_guard import Guard
-from nkat.kobold_run import (
-    KoboldProcess,
-    Loaded,
-    base_url,
-    check_loaded,
-    check_port,
-    is_private,
-    post,
-    running,
-    wait_until_ready,
-)
+from nkat.kobold.api import base_url, check_port, is_private, post
+from nkat.kobold.benchmark import Speed, fastest, measure, read_result, splits
+from nkat.kobold.choose import Choice
+from nkat.kobold.guard import Guard
+from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
+from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install
 from tests.support.tiny_models import write_tiny_model
 
@@ -269,8 +261,8 @@ def test_a_second_signal_ends_what_ignores_the_first(command, port: int) -> None
 
 PARENT = """
 import sys, time
-from nkat import kobold_guard
-from nkat.kobold_run import running, wait_until_ready, base_url
+from nkat.kobold import guard as kobold_guard
+from nkat.kobold.process import running, wait_until_ready, base_url
 kobold_guard._GRACE_SECONDS = 1.0
 with running(sys.argv[2:]) as process:
     wait_until_ready(process, base_url("127.0.0.1", int(sys.argv[1])), 120, lambda loaded: None)
@@ -284,7 +276,7 @@ with running(sys.argv[2:]) as process:
 def test_no_orphan_when_killed(command, port: int, behaviour: dict) -> None:
     """SIGKILL cannot be caught: somebody else has to clean up."""
     words = [sys.executable, "-c", PARENT, str(port), *command(NEW, **behaviour)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent) as parent:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT) as parent:
         assert parent.stdout.readline().strip() == b"ready"
         family = psutil.Process(parent.pid).children(recursive=True)
         assert sum("koboldcpp.py" in " ".join(p.cmdline()) for p in family) == 1 + bool(behaviour.get("tree"))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nkat.errors import NKATError
 from nkat.host.console import format_bytes, format_table
-from nkat.kobold import Choice
-from nkat.kobold_find import download_command
+from nkat.kobold.choose import Choice
+from nkat.kobold.find import download_command
 
 MODELS_SHOWN = 9
 

@@ -1,0 +1,84 @@
+"""What a conversion writes, and where."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from nkat.errors import NKATError
+from nkat.gguf.writer import Part, part_size, write_gguf
+from nkat.host import console
+from nkat.host.files import check_output
+from nkat.theta import inplace
+from nkat.theta.lora import lora_parts
+from nkat.theta.modelfile import ModelFile, appended_parts, embedded_parts, theta_only_parts
+from nkat.theta.set import ThetaSet
+
+
+def check_outputs(options: argparse.Namespace, model: ModelFile) -> None:
+    """Everything about the outputs that can be known before time is spent on Θ."""
+    seen: dict[Path, str] = {}
+    for flag, path in (
+        ("--output", options.output),
+        ("--export-lora", options.export_lora),
+        ("--merge", options.merge),
+    ):
+        if path is None:
+            continue
+        check_output(path, options.force, [model.path])
+        other = seen.setdefault(path.absolute(), flag)
+        if other != flag:
+            raise NKATError(f"{path}: {other} and {flag} are the same file")
+    if options.in_place:
+        if model.layout == "tensors":
+            raise NKATError(f"{model.path}: Θ stands among the tensors (layout 'tensors'); give --output instead")
+        if model.thetas is not None and not options.force:
+            raise NKATError(f"{model.path}: has a Θ already; give --force to replace it in place")
+        if model.foreign_tail:
+            raise NKATError(
+                f"{model.path}: has bytes of unknown origin behind its last tensor, so an append that was cut short "
+                "could not be recognised; give --output instead"
+            )
+
+
+def layout(options: argparse.Namespace) -> str:
+    return "appended" if options.in_place else options.layout or "tensors"
+
+
+def write(options: argparse.Namespace, model: ModelFile, theta_set: ThetaSet) -> dict[str, int]:
+    """Writes the outputs; returns the size of each by its role."""
+    sizes = {}
+    if options.in_place:
+        parts = appended_parts(theta_set, model.base.data_end)
+        if not options.dry_run:
+            inplace.append(model.path, model.base.data_end, parts)
+        sizes["output"] = model.base.data_end + size(parts)
+    elif options.output is not None:
+        parts = _output_parts(options, model, theta_set)
+        write_unless_dry(options, options.output, parts, [model.path])
+        sizes["output"] = size(parts)
+    if options.export_lora:
+        parts = lora_parts(theta_set, model.base)
+        write_unless_dry(options, options.export_lora, parts, [model.path])
+        sizes["lora"] = size(parts)
+    return sizes
+
+
+def _output_parts(options: argparse.Namespace, model: ModelFile, theta_set: ThetaSet) -> list[Part]:
+    if options.theta_only:
+        return theta_only_parts(theta_set)
+    if layout(options) == "appended":
+        return [*model.base_parts(), *appended_parts(theta_set, model.base_size)]
+    return embedded_parts(theta_set, model.base)
+
+
+def write_unless_dry(options: argparse.Namespace, path: Path, parts: list[Part], inputs: list[Path]) -> None:
+    if options.dry_run:
+        return
+    with console.bar(size(parts), f"writing {path.name}", "B") as bar:
+        write_gguf(path, parts, options.force, inputs, bar.update)
+
+
+def size(parts: Sequence[Part]) -> int:
+    return sum(part_size(part) for part in parts)

@@ -1,0 +1,345 @@
+"""One model, one command: benchmark, compare, perplexity, generate or gemm."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from nkat.engine.decoder import Decoder, make_decoder
+from nkat.engine.generate import Sampler, Sampling, generate
+from nkat.errors import NKATError
+from nkat.host import commandline, console, hardware
+from nkat.host.console import format_table, note
+from nkat.host.files import check_output
+from nkat.host.memory import memory
+from nkat.host.record import check_record, write_json
+from nkat.inference.options import TAKEN_BY, parse_arguments
+from nkat.inference.plots import plot_comparison
+from nkat.inference.tables import Comparison, benchmark_record, benchmark_text, comparison_record, comparison_text
+from nkat.lm.chat import chat_messages, encode_chat, render_chat
+from nkat.lm.load import LoadedModel
+from nkat.lm.request import Request
+from nkat.measure.judge import measure_quality
+from nkat.measure.layer_speed import bench_gemm, copy_speed, gemm_table
+from nkat.measure.perplexity import PairedChange, Perplexity, paired, score_chunks, text_chunks
+from nkat.measure.provenance import file_hash, provenance
+from nkat.measure.speed import Arms, bench_decode, bench_prefill
+from nkat.measure.startup import fresh_startup
+from nkat.measure.texts import Text, load_text
+from nkat.measure.tpe import byte_ratio, tpe
+from nkat.theta.modelfile import ModelFile
+from nkat.theta.set import ThetaSet, check_judging_text
+
+#!/usr/bin/env python3
+
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The model of this run, opened and checked but not loaded. theta: None when it has none; text: when not needed."""
+
+    options: argparse.Namespace
+    device: torch.device
+    threads: int
+    request: Request
+    model_file: ModelFile
+    theta: ThetaSet | None
+    text: Text | None
+
+    def load(self) -> LoadedModel:
+        return self.request.load(self.model_file, self.theta)
+
+    def tokens(self, loaded: LoadedModel) -> tuple[list[int], list[int]]:
+        """The text's first --seq-len tokens, and the --iterations behind them."""
+        first, total = self.options.seq_len, self.options.seq_len + self.options.iterations
+        ids = loaded.tokenizer.encode(self.text.content, add_special=True)
+        if len(ids) < total:
+            raise NKATError(f"the text is too short: it has {len(ids)} tokens, and {total} are to be run")
+        if total > loaded.config.context_length:
+            note(f"warning: {total} tokens, but the model was made for {loaded.config.context_length}")
+        return ids[:first], ids[first:total]
+
+
+def main() -> None:
+    options = parse_arguments()
+    try:
+        run(options)
+    except torch.OutOfMemoryError:
+        raise NKATError(
+            f"{options.model}: does not fit into the GPU's memory; --no-cuda runs it on the processor"
+        ) from None
+
+
+def run(options: argparse.Namespace) -> None:
+    check_record(options.json, options.force)
+    count = hardware.set_threads(options.threads)
+    device = hardware.pick_device(allow_cuda=not options.no_cuda)
+    fast = device.type == "cpu" and options.command != "perplexity"
+    if options.activations is None:
+        options.activations = "int8" if fast else "float"
+    # what the kernels compute in; exact perplexity on the processor is faster in torch, many chunks at a time
+    kernel_dtypes = ("bfloat16", "float16") if device.type == "cuda" else ("float32",)
+    text = load_text(options.text) if options.command in TAKEN_BY["text"] else None
+    request = Request(
+        options.model,
+        options.theta,
+        options.theta_gamma,
+        str(device),
+        options.dtype,
+        int8_activations=options.activations == "int8",
+        repack=(fast or device.type == "cuda") and options.dtype in (None, *kernel_dtypes),
+    )
+    model_file, theta = request.open()
+    if model_file.unfinished:
+        note(f"warning: the Θ behind {options.model} is incomplete or damaged; using the base model alone")
+    if theta is not None and text is not None and options.chunks != 0:
+        check_judging_text(theta, text.sha256, options.theta or options.model)
+    job = Job(options, device, count, request, model_file, theta, text)
+    commands: dict[str, Callable[[Job], Record]] = {
+        "benchmark": benchmark,
+        "compare": compare,
+        "perplexity": measure_perplexity,
+        "generate": generate_text,
+        "gemm": gemm,
+    }
+    record = commands[options.command](job)
+    if options.json:
+        write_json(record, options.json, options.force)
+    if record.get("stopped") == "interrupted":
+        sys.exit(commandline.INTERRUPTED)
+
+
+def benchmark(job: Job) -> Record:
+    """Prefill and decoding, with and without Θ where there is one; loading and memory in a fresh process."""
+    options = job.options
+    with console.bar(1, "loading in a fresh process", "start"):
+        start = fresh_startup(job.request, job.text.content, job.threads)
+    loaded = job.load()
+    prefill, decode, decoder = measure_speed(job, loaded)
+    held = memory(options.model)
+    record = {
+        **benchmark_record(prefill, decode, start),
+        **conditions(job, loaded, decoder),
+        "peak_memory_bytes": held.peak,
+        "memory": asdict(held),
+    }
+    print_subject(job, record, f"{options.seq_len} tokens, then {options.iterations} more one by one")
+    print(benchmark_text(record))
+    return record
+
+
+def compare(job: Job) -> Record:
+    """Both arms, everything; a picture and a record in a folder."""
+    options = job.options
+    if job.theta is None:
+        raise NKATError(
+            f"{options.model}: has no Θ, so there is nothing to compare; --benchmark or --perplexity measure it alone, "
+            "nkat_gguf_converter.py adds Θ"
+        )
+    folder = options.output_dir or Path("output", "compare", f"{options.model.stem}_{datetime.now():%Y%m%d-%H%M%S}")
+    picture, details = folder / "comparison.png", folder / "comparison.json"
+    if options.output_dir:  # a name of our own is new; it is made when there is something to put there
+        make_folder(folder)
+        for path in (picture, details):
+            check_output(path, options.force)
+    with console.bar(2, "loading in fresh processes", "start") as progress:
+        starts = []
+        for with_theta in (False, True):
+            request = replace(job.request, gamma=job.request.gamma if with_theta else None, with_theta=with_theta)
+            starts.append(fresh_startup(request, job.text.content, job.threads))
+            progress.update()
+    loaded = job.load()
+    prefill, decode, decoder = measure_speed(job, loaded)
+    held = memory(options.model)
+    quality = None
+    if options.chunks:
+        chunks = text_chunks(loaded.tokenizer, job.text.content, options.chunks)
+        rounded = job.request.int8_activations
+        exact = (
+            replace(job.request, int8_activations=False, repack=False).load(job.model_file, None) if rounded else None
+        )
+        quality = measure_quality(loaded, chunks, batch=options.batch, exact=exact)
+    ratio = byte_ratio(loaded.tensors, job.theta.nbytes)
+    record = {
+        **comparison_record(Comparison(prefill, decode, (starts[0], starts[1]), quality, ratio)),
+        **conditions(job, loaded, decoder),
+        "peak_memory_bytes": held.peak,
+        "memory": asdict(held),
+    }
+    print_subject(job, record, f"{options.seq_len} tokens, then {options.iterations} more one by one")
+    print(comparison_text(record))
+    make_folder(folder)
+    plot_comparison(picture, record, f"{options.model.name} without and with Θ", options.force)
+    write_json(record, str(details), options.force)
+    print(f"\nfiles are in {folder}")
+    return record
+
+
+def measure_speed(job: Job, loaded: LoadedModel) -> tuple[Arms, Arms, Decoder]:
+    options = job.options
+    first, following = job.tokens(loaded)
+    decoder = make_decoder(loaded.model, len(first) + len(following))
+    prefill = bench_prefill(decoder, first, loaded.gamma, repetitions=options.repetitions)
+    decode = bench_decode(decoder, following, loaded.gamma, start=len(first), repetitions=options.repetitions)
+    return prefill, decode, decoder
+
+
+def print_subject(job: Job, record: Record, what: str) -> None:
+    """Two lines: what was measured, and how."""
+    options = job.options
+    print(f"\n{options.model} on {job.text.name}: {what}, {options.repetitions} times over")
+    print(
+        f"{record['machine']['device_name']}, {threads(job)}, {record['dtype']}, "
+        f"activations {options.activations}, {record['decoder']}\n"
+    )
+
+
+def threads(job: Job) -> str:
+    return f"{job.threads} thread{'s' if job.threads > 1 else ''}"
+
+
+def generate_text(job: Job) -> Record:
+    """Streams to stdout; the speed goes to stderr, where it does not mix with the text."""
+    options = job.options
+    seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
+    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    loaded = job.load()
+    tokenizer = loaded.tokenizer
+    if options.chat:
+        rendered = render_chat(loaded.gguf.metadata, tokenizer, chat_messages(options.generate, options.system))
+        prompt = encode_chat(tokenizer, rendered)
+    else:
+        prompt = tokenizer.encode(options.generate, add_special=True, parse_special=True)
+    total = len(prompt) + options.max_tokens
+    if total > loaded.config.context_length:
+        note(f"warning: up to {total} tokens, but the model was made for {loaded.config.context_length}")
+    decoder = make_decoder(loaded.model, total)
+    decoder.set_gamma(loaded.gamma)
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    result = generate(decoder, tokenizer, prompt, Sampler(sampling, seed), max_tokens=options.max_tokens, on_text=show)
+    print(flush=True)
+    note(
+        f"prompt {result.prompt_tokens} tokens, {result.prompt_speed:.1f} tok/s; "
+        f"generated {len(result.tokens)} tokens, {result.speed:.2f} tok/s; stopped by {result.stopped}; seed {seed}"
+    )
+    return {
+        "prompt": options.generate,
+        "text": result.text,
+        "tokens": result.tokens,
+        "stopped": result.stopped,
+        "seed": seed,
+        **asdict(sampling),
+        "chat": options.chat,
+        "prompt_tokens": result.prompt_tokens,
+        "prompt_tokens_per_second": result.prompt_speed,
+        "generated_tokens": len(result.tokens),
+        "tokens_per_second": result.speed,
+        **conditions(job, loaded, decoder),
+    }
+
+
+def gemm(job: Job) -> Record:
+    """Each kind of layer of the model by itself."""
+    options = job.options
+    loaded = job.load()
+    if loaded.gamma is None:
+        note(f"{options.model} has no Θ: its layers are timed without the star term only")
+    copy = copy_speed(job.device)
+    rows = [row.record(copy) for row in bench_gemm(loaded.model, loaded.gamma, repetitions=options.repetitions)]
+    record = {"copy_gb_per_second": copy / 1e9, "rows": rows, **conditions(job, loaded)}
+    print(f"\n{options.model}: packed weight × x, {options.repetitions} calls of each, median; {record['dtype']}")
+    print(f"{record['machine']['device_name']}, {threads(job)}; a copy reaches {copy / 1e9:.1f} GB/s\n")
+    print(gemm_table(rows))
+    return record
+
+
+def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) -> Record:
+    """Under which conditions this run's figures hold; the model's hash only where somebody will read it."""
+    options = job.options
+    record = provenance(
+        options.model, loaded, theta=job.theta, theta_path=options.theta, text=job.text, decoder=decoder
+    )
+    for name in ("command", "seq_len", "iterations", "repetitions"):
+        if getattr(options, name) is not None:
+            record[name] = getattr(options, name)
+    if options.json or options.command == "compare":
+        record["model_sha256"] = file_hash(options.model)
+    return record
+
+
+def make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NKATError(f"{path}: cannot be made a folder: {error.strerror}") from None
+
+
+def measure_perplexity(job: Job) -> Record:
+    """Scores the same chunks without Θ and, where there is one, with it; prints the table."""
+    options, theta = job.options, job.theta
+    loaded = job.load()
+    chunks = text_chunks(loaded.tokenizer, job.text.content, options.chunks)
+    started = perf_counter()
+    loaded.model.set_gamma(None)
+    base = Perplexity(score_chunks(loaded.model, chunks, batch=options.batch, progress="without Θ"))
+    record = {
+        **conditions(job, loaded),
+        "chunks": base.chunks,
+        "context": base.context,
+        "scored_tokens": base.tokens,
+        "baseline_perplexity": base.ppl,
+        "baseline_perplexity_stderr": base.stderr,
+        "baseline_tpe": tpe(base.ppl),
+        "baseline_seconds": perf_counter() - started,
+    }
+    rows = [["without Θ", str(base), "", f"{tpe(base.ppl):.6f}"]]
+    if theta is not None:
+        loaded.model.set_gamma(loaded.gamma)
+        started = perf_counter()
+        with_theta = Perplexity(score_chunks(loaded.model, chunks, batch=options.batch, progress="with Θ"))
+        change = paired(base, with_theta)
+        ratio = byte_ratio(loaded.tensors, theta.nbytes)
+        record |= {
+            "nkat_perplexity": with_theta.ppl,
+            "nkat_perplexity_stderr": with_theta.stderr,
+            "perplexity_change_percent": change.percent,
+            "perplexity_change_stderr": change.percent_stderr,
+            "byte_ratio": ratio,
+            "nkat_tpe": tpe(with_theta.ppl, ratio),
+            "nkat_seconds": perf_counter() - started,
+        }
+        label = f"with Θ (rank {theta.rank}, gamma {loaded.gamma:g})"
+        rows.append([label, str(with_theta), str(change), f"{record['nkat_tpe']:.6f}"])
+    print(
+        f"\n{options.model} on {job.text.name}: {base.chunks} chunks of {base.context} tokens, {base.tokens} scored\n"
+    )
+    print(format_table(rows, ["", "perplexity", "change", "TPE"]))
+    if theta is not None:
+        print(f"\n{verdict(change)}")
+    return record
+
+
+def verdict(change: PairedChange) -> str:
+    """What the paired difference says, at two standard errors."""
+    if abs(change.percent) <= 2 * change.percent_stderr:
+        return "Θ makes no difference that this text can show (within two standard errors)."
+    better = change.percent < 0
+    return f"Θ makes this model {'better' if better else 'worse'} on this text (beyond two standard errors)."
+
+
+if __name__ == "__main__":
+    commandline.run(main)

@@ -1,0 +1,127 @@
+"""The inference engine's command line: its flags, and which commands take them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nkat.engine.generate import Sampling
+from nkat.host import commandline
+from nkat.lm.load import DTYPES
+from nkat.measure.perplexity import DEFAULT_BATCH
+
+EXAMPLES = """\
+  python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --benchmark --seq-len 512 --iterations 100
+  python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --benchmark --theta-gamma 0.95
+  python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --compare --seq-len 512
+  python nkat_inference_engine.py --model model.nkat --perplexity --text wiki.test.raw --chunks 40
+  python nkat_inference_engine.py --model model.gguf --theta theta_rank4.bin --perplexity --json result.json
+  python nkat_inference_engine.py --model model.nkat --generate "Once upon a time" --max-tokens 100 --seed 1
+  python nkat_inference_engine.py --model model.nkat --generate "Name three rivers." --chat --temperature 0
+  python nkat_inference_engine.py --model model.nkat --gemm
+"""
+
+
+COMMANDS = ("benchmark", "compare", "perplexity", "generate", "gemm")
+
+
+# Flags that only some commands take, and what they default to there.
+TAKEN_BY: dict[str, dict[str, Any]] = {
+    "text": dict.fromkeys(("benchmark", "compare", "perplexity")),
+    "seq_len": dict.fromkeys(("benchmark", "compare"), 512),
+    "iterations": dict.fromkeys(("benchmark", "compare"), 100),
+    "repetitions": {"benchmark": 6, "compare": 6, "gemm": 20},
+    "chunks": {"compare": 4, "perplexity": 16},
+    "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH),
+    "output_dir": {"compare": None},
+    "max_tokens": {"generate": 256},
+    "temperature": {"generate": Sampling().temperature},
+    "top_k": {"generate": Sampling().top_k},
+    "top_p": {"generate": Sampling().top_p},
+    "min_p": {"generate": Sampling().min_p},
+    "seed": {"generate": None},
+    "chat": {"generate": False},
+    "system": {"generate": None},
+}
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = commandline.parser(
+        "Run a language model with and without its Θ, and measure what Θ costs and buys.", EXAMPLES
+    )
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf")
+    add("--theta", type=Path, metavar="FILE", help="a Θ file made for this model (--theta-only of the converter)")
+    add("--theta-gamma", type=float, metavar="G", help="strength of Θ in place of the recorded one: lower is stronger")
+    what = parser.add_argument_group("what to do, one of")
+    what.add_argument("--benchmark", action="store_true", help="speed of prefill and decoding, and what Θ costs")
+    what.add_argument("--compare", action="store_true", help="without Θ against with Θ: speed, memory, perplexity, TPE")
+    what.add_argument("--perplexity", action="store_true", help="perplexity without and with Θ, on the same chunks")
+    what.add_argument("--generate", metavar="PROMPT", help="continue a text, streaming; Ctrl-C stops")
+    what.add_argument("--gemm", action="store_true", help="each shape of layer alone, with and without the star term")
+    measure = parser.add_argument_group("measuring").add_argument
+    measure("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: Python's documentation)")
+    measure("--seq-len", type=commandline.positive_int, metavar="N", help="tokens to prefill (default 512)")
+    measure("--iterations", type=commandline.positive_int, metavar="N", help="decode steps behind them (default 100)")
+    measure("--repetitions", type=commandline.positive_int, metavar="N", help="times over (default 6; --gemm 20)")
+    measure(
+        "--chunks",
+        type=commandline.non_negative_int,
+        metavar="N",
+        help="chunks of 512 tokens for perplexity, at most (default 16; --compare 4, and 0 leaves perplexity out)",
+    )
+    measure("--batch", type=commandline.positive_int, metavar="N", help="chunks in one forward pass (default 4)")
+    text = parser.add_argument_group("generating").add_argument
+    text("--max-tokens", type=commandline.positive_int, metavar="N", help="at most so many (default 256)")
+    text("--temperature", type=float, metavar="T", help="0 takes the best token each time (default 0.8)")
+    text(
+        "--top-k",
+        type=commandline.non_negative_int,
+        metavar="K",
+        help="draw from the K likeliest tokens (default 40; 0 off)",
+    )
+    text("--top-p", type=float, metavar="P", help="draw from the likeliest that sum to P (default 0.95; 1 off)")
+    text("--min-p", type=float, metavar="P", help="draw from those P times as likely as the best (default 0.05; 0 off)")
+    text(
+        "--seed",
+        type=commandline.non_negative_int,
+        metavar="N",
+        help="the same seed gives the same text (default: a new one)",
+    )
+    text("--chat", action="store_true", default=None, help="put the prompt into the model's own chat template")
+    text("--system", metavar="TEXT", help="instructions for the model, with --chat")
+    add("--dtype", choices=DTYPES, help="of the computation (default: float32 on the processor, bfloat16 on CUDA)")
+    add(
+        "--activations",
+        choices=("float", "int8"),
+        help="int8: round the layers' inputs as llama.cpp does (default: int8 on the processor, but exact for "
+        "--perplexity and on CUDA)",
+    )
+    add("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
+    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads (default: torch's choice)")
+    add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
+    add(
+        "--output-dir",
+        type=Path,
+        metavar="DIR",
+        help="where --compare writes (default: a new folder in output/compare)",
+    )
+    add("--force", action="store_true", help="replace existing files")
+    options = parser.parse_args(argv)
+    chosen = [name for name in COMMANDS if getattr(options, name) not in (None, False)]
+    if len(chosen) != 1:
+        problem = "say what to do, one of" if not chosen else "one thing at a time, give only one of"
+        parser.error(f"{problem} {', '.join(f'--{name}' for name in COMMANDS)}")
+    options.command = chosen[0]
+    for name, defaults in TAKEN_BY.items():
+        if getattr(options, name) is None:
+            setattr(options, name, defaults.get(options.command))
+        elif options.command not in defaults:
+            parser.error(f"--{name.replace('_', '-')} has no meaning with --{options.command}")
+    if options.command == "perplexity" and options.chunks == 0:
+        parser.error("--perplexity needs at least one chunk")
+    if options.system is not None and not options.chat:
+        parser.error("--system goes with --chat")
+    return options
