@@ -249,7 +249,7 @@ def check_model(path: Path | None, machine: Machine) -> tuple[int, list[Check]]:
         config = ModelConfig.from_gguf(model.base.file.metadata, model.base.tensors)
     except NKATError as error:
         return 0, [Check("model", MISSING, str(error), "give another file with --model")]
-    theta = f", theta of rank {model.thetas.rank}" if model.thetas else ""
+    theta = f", theta of rank {model.theta.rank}" if model.theta else ""
     found = f"{path}: {config.arch}, {config.block_count} blocks, {format_bytes(model.base_size)}{theta}"
     checks = [Check("model", OK, found)]
     if model.base_size > machine.available:

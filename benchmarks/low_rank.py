@@ -61,7 +61,7 @@ def weight_controls(loaded: LoadedModel, theta_set: ThetaSet, rank: int, gamma: 
         name: {} for name in ("negated", "random", "straight-half", "transposed-half")
     }
     generator = torch.Generator().manual_seed(0)
-    for name, theta in cut.thetas.items():
+    for name, theta in cut.layers.items():
         m, n = loaded.tensors[name].shape
         p, q = theta.factors()
         down, up = low_rank_form(p, q, m, n)

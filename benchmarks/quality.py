@@ -166,7 +166,7 @@ class Bench:
             done = subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False)
             if done.returncode != 0:
                 raise NKATError(f"{name}: the converter ended with status {done.returncode}")
-        return open_model_file(path).thetas
+        return open_model_file(path).theta
 
     def fit_flags(self, rank: int, *more: object, calibrate: Path | None = None) -> list[object]:
         """Of a fit. Its start is named because the trials of `auto` take time."""
@@ -197,7 +197,7 @@ def theta_case(
         theta_set = make(bench)
 
         def apply(transformer: Transformer) -> None:
-            transformer.set_thetas(theta_set.thetas)
+            transformer.set_thetas(theta_set.layers)
             transformer.set_gamma(gamma)
 
         record = bench.compare(model, name, theta_set.nbytes, apply, texts)

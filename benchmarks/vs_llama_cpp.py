@@ -111,10 +111,10 @@ def compare(program: Path, path: Path, threads: int, turns: int) -> dict[str, An
 def theta_cost(program: Path, model_file: ModelFile, threads: int, turns: int) -> dict[str, Any]:
     """Overhead of Θ in per cent of the time without, in three ways of computing it."""
     base_view = model_file.base
-    assert model_file.thetas is not None
+    assert model_file.theta is not None
     assert base_view is not None
     loaded = load_model(model_file, int8_activations=True, repack=True)
-    thetas, gamma = model_file.thetas, model_file.thetas.gamma
+    thetas, gamma = model_file.theta, model_file.theta.gamma
     tokens = _tokens(loaded)
     decoder = make_decoder(loaded.model, PREFILL + DECODE + 1)
     unfused = _unfused(loaded)
@@ -220,7 +220,7 @@ def main() -> None:
     record: dict[str, Any] = {"turns": options.turns, "threads": threads, "speed": [], "theta": []}
     for path in options.models:
         model_file = open_model_file(path)
-        if model_file.thetas is None:
+        if model_file.theta is None:
             record["speed"].append(compare(options.llama_bench, path, threads, options.turns))
         elif options.llama_completion is None:
             note(f"{path}: has a Θ; give --llama-completion to compare its cost")

@@ -37,8 +37,6 @@ from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, base_hash, open_model_file
 from nkat.theta.set import UNFINISHED_KEY, ThetaSet, scale_by_depth, truncate_rank
 
-#!/usr/bin/env python3
-
 
 def main() -> None:
     options = parse_arguments()
@@ -72,14 +70,13 @@ def run(options: argparse.Namespace) -> None:
 
 def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
     """Makes Θ and writes it in the form asked for; {} in a process of torchrun's that does not write."""
-    if model.base is None:
-        raise NKATError(f"{model.path}: holds only Θ; --input must be a model")
+    base = model.require_base()
     if options.theta_source == "fit":
         check_state(_fit_state_path(options), options.resume, options.force)
         if options.resume and _is_unfinished(options.output or model.path):
             options.force = True  # what an interrupted fit wrote is replaced by what comes of it
     check_outputs(options, model)
-    tensors = model.base.tensors
+    tensors = base.tensors
     names = select_layers(tensors, options.selective_layers)
     theta_options = _theta_options(options, names)
     if options.optimize_rank:
@@ -103,10 +100,10 @@ def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
         theta_options = replace(theta_options, notes=fitted.notes)
     else:
         with console.bar(len(names), "making Θ", "layer") as bar:
-            thetas = make_thetas(model.base.file, names, theta_options, bar.update)
+            thetas = make_thetas(base.file, names, theta_options, bar.update)
     if options.theta_source == "residual":
         with console.bar(len(names), "comparing with other Θ", "layer") as bar:
-            errors = residual_errors(model.base.file, thetas, theta_options, bar.update)
+            errors = residual_errors(base.file, thetas, theta_options, bar.update)
         record["residual"] = tables.describe_errors(errors, theta_options.input_weights)
     theta_set = describe_theta_set(model, thetas, theta_options, base_sha256)
     if options.depth_decay:
@@ -137,16 +134,16 @@ def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
 
 def truncate_existing(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
     """Writes the input with fewer columns of the Θ it has, at another strength where one is given."""
-    if model.thetas is None or model.base is None:
+    if model.theta is None or model.base is None:
         raise NKATError(f"{model.path}: holds no Θ with its model, so there is nothing to truncate")
-    if options.truncate_rank > model.thetas.rank:
-        raise NKATError(f"{model.path}: its Θ has rank {model.thetas.rank}, which is below {options.truncate_rank}")
+    if options.truncate_rank > model.theta.rank:
+        raise NKATError(f"{model.path}: its Θ has rank {model.theta.rank}, which is below {options.truncate_rank}")
     check_outputs(options, model)
-    gamma = model.thetas.gamma if options.theta_gamma is None else options.theta_gamma
+    gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
     judge = _merge_judge(options, model)
     started = time.perf_counter()
-    theta_set = replace(truncate_rank(model.thetas, options.truncate_rank), gamma=gamma)
+    theta_set = replace(truncate_rank(model.theta, options.truncate_rank), gamma=gamma)
     written = write(options, model, theta_set)
     record = _describe(options, model, theta_set, written, {"write": time.perf_counter() - started})
     print_summary(record)
@@ -156,20 +153,20 @@ def truncate_existing(options: argparse.Namespace, model: ModelFile) -> dict[str
 
 def export_existing(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
     """Writes the Θ that the input has as a LoRA adapter, or merged into the model's weights, or both."""
-    if model.thetas is None or model.base is None:
+    if model.theta is None or model.base is None:
         raise NKATError(f"{model.path}: holds no Θ with its model; add --output or --in-place to make one")
     check_outputs(options, model)
     judge = _merge_judge(options, model)
-    parts = lora_parts(model.thetas, model.base, options.theta_gamma) if options.export_lora else []
+    parts = lora_parts(model.theta, model.base, options.theta_gamma) if options.export_lora else []
     if options.export_lora:
         write_unless_dry(options, options.export_lora, parts, [model.path])
     return {
         "input": str(model.path),
         "lora": str(options.export_lora) if options.export_lora else None,
-        "rank": model.thetas.rank,
-        "gamma": model.thetas.gamma if options.theta_gamma is None else options.theta_gamma,
+        "rank": model.theta.rank,
+        "gamma": model.theta.gamma if options.theta_gamma is None else options.theta_gamma,
         "bytes": size(parts),
-        "merge": _merge(options, model, model.thetas, judge),
+        "merge": _merge(options, model, model.theta, judge),
         "dry_run": options.dry_run,
     }
 
@@ -179,7 +176,7 @@ def _makes_theta_to_merge(options: argparse.Namespace, model: ModelFile) -> bool
     another = options.optimize_rank or options.depth_decay or options.theta_source != "weight"
     asked = [options.theta_rank, options.selective_layers, options.target_size, options.truncate_rank]
     asks = another or any(value is not None for value in asked)
-    return options.merge is not None and (model.thetas is None or asks)
+    return options.merge is not None and (model.theta is None or asks)
 
 
 def _merge_judge(options: argparse.Namespace, model: ModelFile) -> merge.Judge | None:
@@ -203,7 +200,7 @@ def _merge(
 
 def remove_theta(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
     """Restores the base model, checked by its hash."""
-    if model.base is None or (model.thetas is None and not model.unfinished):
+    if model.base is None or (model.theta is None and not model.unfinished):
         raise NKATError(f"{model.path}: has no Θ to remove")
     if options.in_place and model.layout == "tensors":
         raise NKATError(f"{model.path}: Θ stands among the tensors (layout 'tensors'); give --output instead")
@@ -283,7 +280,7 @@ def _fit_state_path(options: argparse.Namespace) -> Path:
 
 def _is_unfinished(path: Path) -> bool:
     """Whether a file holds the Θ of a fit that was interrupted."""
-    thetas = open_model_file(path).thetas if path.exists() else None
+    thetas = open_model_file(path).theta if path.exists() else None
     return thetas is not None and bool(thetas.notes.get(UNFINISHED_KEY))
 
 
@@ -297,8 +294,8 @@ def _announce(options: argparse.Namespace, model: ModelFile, names: Sequence[str
         f"Θ       {len(names)} layers, rank {rank}, gamma {made.gamma:g} (κ = {coupling(made.gamma):.6f}), "
         f"source {made.source}, seed {made.seed}"
     )
-    if model.thetas is not None:
-        print(f"        replaces the Θ of rank {model.thetas.rank} that the input has")
+    if model.theta is not None:
+        print(f"        replaces the Θ of rank {model.theta.rank} that the input has")
 
 
 def _describe(
@@ -323,7 +320,3 @@ def _describe(
         "lora_bytes": sizes.get("lora"),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -116,7 +116,7 @@ def write_merged(
     path: None to measure the losses and write nothing. Raises ThetaError naming the tensor that cannot be merged.
     """
     losses: dict[str, MergeLoss] = {}
-    parts = _merged_parts(model, theta_set.thetas, coupling(gamma), losses)
+    parts = _merged_parts(model, theta_set.layers, coupling(gamma), losses)
     if path is None:
         for part in parts:
             if progress:
@@ -148,7 +148,7 @@ def measure_merge(judge: Judge, theta_set: ThetaSet, gamma: float, merged_path: 
     model = judge.loaded.model
     model.set_gamma(None)
     base = Perplexity(score_chunks(model, judge.chunks, progress="without Θ"))
-    model.set_thetas(theta_set.thetas)
+    model.set_thetas(theta_set.layers)
     model.set_gamma(gamma)
     with_theta = Perplexity(score_chunks(model, judge.chunks, progress="with Θ"))
     merged = Perplexity(score_chunks(load_model(merged_path).model, judge.chunks, progress="merged"))

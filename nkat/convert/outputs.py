@@ -33,7 +33,7 @@ def check_outputs(options: argparse.Namespace, model: ModelFile) -> None:
     if options.in_place:
         if model.layout == "tensors":
             raise NKATError(f"{model.path}: Θ stands among the tensors (layout 'tensors'); give --output instead")
-        if model.thetas is not None and not options.force:
+        if model.theta is not None and not options.force:
             raise NKATError(f"{model.path}: has a Θ already; give --force to replace it in place")
         if model.foreign_tail:
             raise NKATError(

@@ -48,7 +48,7 @@ def search_rank(trial: Trial, theta_set: ThetaSet, ranks: Sequence[int] = RANKS)
     candidates = {rank: truncate_rank(theta_set, rank) for rank in ranks}
     rows: list[dict[str, Any]] = [_row(None, base, base, 1.0)]
     for rank, candidate in candidates.items():
-        model.set_thetas(candidate.thetas)
+        model.set_thetas(candidate.layers)
         model.set_gamma(candidate.gamma)
         measured = Perplexity(score_chunks(model, cut, progress=f"rank {rank}"))
         rows.append(_row(rank, measured, base, byte_ratio(trial.loaded.tensors, candidate.nbytes)))

@@ -52,7 +52,7 @@ def report_strengths(
 
     Measured on the user's text, else on the fit's validation chunks, else on the text every Python carries.
     """
-    loaded = load_model(model_file, thetas=theta_set.thetas, gamma=theta_set.gamma)
+    loaded = load_model(model_file, thetas=theta_set.layers, gamma=theta_set.gamma)
     if text_path is None and validation is not None:
         held = Validation(validation.chunks[:_CHUNKS], validation.counted[:_CHUNKS])
         where = "the calibration text's validation slice"

@@ -23,7 +23,7 @@ def describe_layers(model: ModelFile, theta_set: ThetaSet) -> list[dict[str, Any
             "rank": theta.rank,
             "bytes": theta.nbytes,
         }
-        for name, theta in theta_set.thetas.items()
+        for name, theta in theta_set.layers.items()
     ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -71,6 +71,7 @@ class BaseView:
     """The part of an open GGUF that is the base model: its first metadata entries, first tensors and first data.
 
     metadata_end, data_end: absolute positions in the file; version: the base's own GGUF version
+    tensors: those first tensors, by name, in the file's order
     """
 
     file: GGUFFile
@@ -79,16 +80,16 @@ class BaseView:
     metadata_end: int
     tensor_count: int
     data_end: int
+    tensors: Mapping[str, TensorInfo] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", dict(islice(self.file.tensors.items(), self.tensor_count)))
 
     @classmethod
     def whole(cls, file: GGUFFile, data_end: int | None = None) -> BaseView:
         """Everything up to `data_end` (default: the end of the file)."""
         end = file.end if data_end is None else data_end
         return cls(file, file.version, len(file.metadata), file.metadata_span[1], len(file.tensors), end)
-
-    @property
-    def tensors(self) -> dict[str, TensorInfo]:
-        return dict(islice(self.file.tensors.items(), self.tensor_count))
 
     def parts(self) -> list[Part]:
         """The base model's bytes."""

@@ -39,9 +39,6 @@ from nkat.measure.tpe import byte_ratio, tpe
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet, check_judging_text
 
-#!/usr/bin/env python3
-
-
 Record = dict[str, Any]
 
 
@@ -339,7 +336,3 @@ def verdict(change: PairedChange) -> str:
         return "Θ makes no difference that this text can show (within two standard errors)."
     better = change.percent < 0
     return f"Θ makes this model {'better' if better else 'worse'} on this text (beyond two standard errors)."
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -49,7 +49,7 @@ class RunFiles:
 def prepare(model_path: Path, theta_path: Path | None, base_path: Path | None) -> RunFiles:
     """Finds or makes both files. Raises NKATError when the base is not to be had, or is not the one Θ was made for."""
     asked = open_model_file(model_path)
-    thetas = asked.thetas
+    thetas = asked.theta
     if theta_path is not None:
         with _hashing(asked) as progress:
             thetas = theta_for(asked, theta_path, progress)
@@ -81,7 +81,7 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
             asked.path.resolve(),
             "the file itself" if asked.layout == "plain" else "the file itself (Θ is behind it)",
         )
-    theta_set = asked.thetas
+    theta_set = asked.theta
     assert theta_set is not None
     if named is not None:
         _check_base(named, theta_set)
@@ -163,7 +163,7 @@ def _adapter(thetas: ThetaSet, model: Path) -> tuple[Path, dict[str, int]]:
 
 def _theta_key(thetas: ThetaSet) -> str:
     digest = hashlib.sha256(f"{_ADAPTER_FORM}|{thetas.base_sha256}|{thetas.gamma!r}".encode())
-    for name, theta in thetas.thetas.items():
+    for name, theta in thetas.layers.items():
         digest.update(name.encode())
         for tensor in (theta.p, theta.q, theta.scale):
             digest.update(str(tuple(tensor.shape)).encode())

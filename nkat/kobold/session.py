@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host import commandline
 from nkat.host.console import format_bytes, format_table, note
 from nkat.host.files import check_output
 from nkat.host.record import check_record, write_json
@@ -26,8 +25,6 @@ from nkat.kobold.layers import ModelMemory, gpu_bytes, layer_table
 from nkat.kobold.menu import ask_backend, ask_model, check_usable, choice_table, models_here
 from nkat.kobold.options import parse_arguments
 from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
-
-#!/usr/bin/env python3
 
 
 def main() -> None:
@@ -302,7 +299,3 @@ class Session:
 
 def _memory_text(total: int, free: int | None) -> str:
     return f"{format_bytes(total)}, {'free: not told' if free is None else f'{format_bytes(free)} free'}"
-
-
-if __name__ == "__main__":
-    commandline.run(main)

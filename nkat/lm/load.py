@@ -69,18 +69,17 @@ def load_model(
     """
     model_file = source if isinstance(source, ModelFile) else open_model_file(source)
     path = model_file.path
-    if model_file.base is None:
-        raise ConfigError(f"{path}: holds only theta, not a model; load its base model with it")
-    if thetas is None and model_file.thetas is not None:
-        thetas = model_file.thetas.thetas
-        gamma = model_file.thetas.gamma if gamma is None else gamma
+    base = model_file.require_base()
+    if thetas is None and model_file.theta is not None:
+        thetas = model_file.theta.layers
+        gamma = model_file.theta.gamma if gamma is None else gamma
     if thetas is not None and gamma is None:
         raise ValueError("thetas given without gamma")
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
-    gguf, tensors = model_file.base.file, model_file.base.tensors
+    gguf, tensors = base.file, base.tensors
     try:
         config = ModelConfig.from_gguf(gguf.metadata, tensors)
     except ConfigError as error:

@@ -33,7 +33,7 @@ class Request:
     def open(self) -> tuple[ModelFile, ThetaSet | None]:
         """The file and its Θ. Raises NKATError when Θ is for another model, or γ is given without any Θ."""
         model_file = open_model_file(self.model)
-        theta_set = theta_for(model_file, self.theta) if self.theta else model_file.thetas
+        theta_set = theta_for(model_file, self.theta) if self.theta else model_file.theta
         if theta_set is None and self.gamma is not None:
             raise NKATError(f"{self.model}: has no Θ, so --theta-gamma has no meaning")
         return model_file, theta_set if self.with_theta else None
@@ -45,7 +45,7 @@ class Request:
             gamma = theta_set.gamma if theta_set else 1.0
         return load_model(
             model_file,
-            thetas=theta_set.thetas if theta_set else {},
+            thetas=theta_set.layers if theta_set else {},
             gamma=gamma,
             device=self.device,
             dtype=DTYPES[self.dtype] if self.dtype else None,

@@ -52,7 +52,7 @@ def provenance(
             "theta_rank": theta.rank,
             "theta_gamma": loaded.gamma,
             "theta_source": theta.source,
-            "theta_layers": len(theta.thetas),
+            "theta_layers": len(theta.layers),
             "theta_bytes": theta.nbytes,
         }
     if decoder is not None:

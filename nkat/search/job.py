@@ -127,8 +127,7 @@ def run(options: argparse.Namespace) -> None:
 def prepare(options: argparse.Namespace, space: Space) -> Task:
     """Opens model and text, cuts the chunks, and makes Θ of the highest rank once."""
     model = open_model_file(options.model)
-    if model.base is None:
-        raise NKATError(f"{model.path}: holds only Θ; --model must be a model")
+    base = model.require_base()
     text = load_text(options.text)
     loaded = load_model(model)
     wanted = options.chunks * (1 + HELD_OUT_FACTOR)
@@ -156,10 +155,10 @@ def prepare(options: argparse.Namespace, space: Space) -> Task:
         input_weights=moments,
         notes=notes,
     )
-    names = select_layers(model.base.tensors, None)
-    check_options(model.base.tensors, names, theta_options)
+    names = select_layers(base.tensors, None)
+    check_options(base.tensors, names, theta_options)
     with console.bar(len(names), f"making Θ of rank {theta_options.rank}", "layer") as bar:
-        thetas = make_thetas(model.base.file, names, theta_options, bar.update)
+        thetas = make_thetas(base.file, names, theta_options, bar.update)
     with console.bar(model.base_size, "hashing the base", "B") as bar:
         theta_set = describe_theta_set(model, thetas, theta_options, base_hash(model, bar.update))
     check_judging_text(theta_set, text.sha256, model.path)
@@ -232,17 +231,17 @@ def distinct_settings(trials: Sequence[optuna.trial.FrozenTrial]) -> list[tuple[
 
 def write_optimal(options: argparse.Namespace, task: Task, setting: Setting, won: bool) -> dict[str, Any]:
     """Makes the Θ of a setting as the converter would, judges that very Θ, writes it and its description."""
-    assert task.model.base is not None
-    names = select_layers(task.model.base.tensors, GROUPS[setting.layers] if setting.layers != "both" else None)
+    base = task.model.require_base()
+    names = select_layers(base.tensors, GROUPS[setting.layers] if setting.layers != "both" else None)
     made = replace(task.options, rank=setting.rank, gamma=setting.gamma)
-    thetas = make_thetas(task.model.base.file, names, made)
+    thetas = make_thetas(base.file, names, made)
     plain = describe_theta_set(task.model, thetas, made, task.theta_set.base_sha256)
     judge = Judge(task.loaded, plain, task.held_out, options.seed)
     measured = judge.measure(setting)
     chosen = apply_setting(plain, setting)
     stem = f"optimal_rank{setting.rank}_gamma{setting.gamma:.2f}"
     path = options.output_dir / f"{stem}.nkat"
-    write_gguf(path, embedded_parts(chosen, task.model.base), force=True, inputs=[task.model.path])
+    write_gguf(path, embedded_parts(chosen, base), force=True, inputs=[task.model.path])
     record = {
         "file": str(path),
         "beats_base": won,

@@ -83,8 +83,8 @@ class Space:
 def apply_setting(theta_set: ThetaSet, setting: Setting) -> ThetaSet:
     """Θ of the highest rank → the Θ of one setting, as it would be written."""
     patterns = GROUPS[setting.layers]
-    chosen = {n: theta for n, theta in theta_set.thetas.items() if any(fnmatchcase(n, p) for p in patterns)}
-    cut = truncate_rank(replace(theta_set, thetas=chosen, gamma=setting.gamma), setting.rank)
+    kept = {n: theta for n, theta in theta_set.layers.items() if any(fnmatchcase(n, p) for p in patterns)}
+    cut = truncate_rank(replace(theta_set, layers=kept, gamma=setting.gamma), setting.rank)
     return scale_by_depth(cut, setting.gamma) if setting.depth_decay else cut
 
 
@@ -123,7 +123,7 @@ class Judge:
         chosen = self.apply(setting)
         ratio = self.ratio(chosen)
         model = self.loaded.model
-        model.set_thetas(chosen.thetas)
+        model.set_thetas(chosen.layers)
         model.set_gamma(setting.gamma)
         order, parts = self.order(), []
         for start in range(0, len(order), _GROUP):
@@ -199,7 +199,7 @@ def make_objective(judge: Judge, space: Space, limit: OverheadLimit | None = Non
             return _record(trial, base, None, None, judge)
         setting = space.suggest(trial)
         if limit is not None:
-            cost = limit.cost(setting, judge.apply(setting).thetas)
+            cost = limit.cost(setting, judge.apply(setting).layers)
             trial.set_user_attr("overhead_percent", cost.percent)
             trial.set_user_attr("overhead_range", cost.spread)
             trial.set_constraint("overhead", cost.percent - limit.percent)

@@ -94,19 +94,18 @@ def _two_at_a_time(
 
 def describe_theta_set(model: ModelFile, thetas: dict[str, Theta], options: ThetaOptions, base_sha256: str) -> ThetaSet:
     """Θ with what its file records: settings, and the base's name, size and hash."""
-    assert model.base is not None
     notes: dict[str, MetadataValue] = dict(options.notes)
     if options.target_size is not None:
         notes["nkat.theta.target_size"] = options.target_size
     return ThetaSet(
-        thetas=thetas,
+        layers=thetas,
         gamma=options.gamma,
         source=options.source,
         seed=options.seed,
         base_sha256=base_sha256,
         base_name=base_name(model),
         base_size=model.base_size,
-        base_gguf_version=model.base.version,
+        base_gguf_version=model.require_base().version,
         notes=notes,
     )
 

@@ -26,7 +26,7 @@ def lora_parts(theta_set: ThetaSet, base: BaseView, gamma: float | None = None) 
     kappa = coupling(theta_set.gamma if gamma is None else gamma)
     alpha = 2 * theta_set.rank
     tensors = []
-    for name, theta in theta_set.thetas.items():
+    for name, theta in theta_set.layers.items():
         m, n = base.tensors[name].shape
         down, up = low_rank_form(*theta.factors(), m, n)
         up *= kappa * (2 * theta.rank) / alpha

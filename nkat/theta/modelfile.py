@@ -49,7 +49,7 @@ _FOOTER_MAGIC = b"NKATTHTA"
 class ModelFile:
     """What a path holds: a base model, Θ, or both.
 
-    layout: "plain", "tensors", "appended" or "theta-only"; base is None for the last, thetas None for the first
+    layout: "plain", "tensors", "appended" or "theta-only"; base is None for the last, theta None for the first
     unfinished: an in-place append was cut short, and the bytes behind the base are its remains
     foreign_tail: bytes behind the last tensor that are not ours; they count as the base's
     """
@@ -57,17 +57,26 @@ class ModelFile:
     path: Path
     layout: str
     base: BaseView | None
-    thetas: ThetaSet | None
+    theta: ThetaSet | None
     unfinished: bool = False
     foreign_tail: bool = False
 
+    def require_base(self) -> BaseView:
+        """The base model. Raises GGUFError for a file with Θ alone."""
+        if self.base is None:
+            raise GGUFError(f"{self.path}: holds only Θ, not a model; give the model itself here, and this as its Θ")
+        return self.base
+
+    def require_theta(self) -> ThetaSet:
+        """The Θ. Raises GGUFError for a file without any."""
+        if self.theta is None:
+            raise GGUFError(f"{self.path}: holds no Θ")
+        return self.theta
+
     def base_parts(self) -> list[Part]:
         """The base model's bytes, whatever the layout."""
-        if self.base is None:
-            raise GGUFError(f"{self.path}: holds only theta, not a base model")
-        if self.layout == "tensors":
-            return self.base.parts()
-        return [FileRange(self.path, 0, self.base.data_end)]
+        base = self.require_base()
+        return base.parts() if self.layout == "tensors" else [FileRange(self.path, 0, base.data_end)]
 
     @property
     def base_size(self) -> int:
@@ -137,15 +146,12 @@ def embedded_parts(theta_set: ThetaSet, base: BaseView) -> list[Part]:
 
 def theta_for(model: ModelFile, theta_path: Path, progress: Progress | None = None) -> ThetaSet:
     """The Θ in a file of its own, checked to have been made for this very model. Raises GGUFError otherwise."""
-    theta_set = open_model_file(theta_path).thetas
-    if theta_set is None:
-        raise GGUFError(f"{theta_path}: holds no theta")
-    if model.base is None:
-        raise GGUFError(f"{model.path}: holds only theta, not a model")
+    theta_set = open_model_file(theta_path).require_theta()
+    base = model.require_base()
     same = model.base_size == theta_set.base_size
     if not same or sha256_of_parts(model.base_parts(), progress) != theta_set.base_sha256:
         raise GGUFError(f"{theta_path}: was made for another model ({theta_set.base_name}), not for {model.path}")
-    check_fits(theta_set, model.base.tensors, theta_path)
+    check_fits(theta_set, base.tensors, theta_path)
     return theta_set
 
 
@@ -155,7 +161,7 @@ def _is_theta(file: GGUFFile) -> bool:
 
 def _open_with_own_theta(path: Path, file: GGUFFile) -> ModelFile:
     theta_set = _read_theta_set(file)
-    count = len(file.tensors) - len(SUFFIXES) * len(theta_set.thetas)
+    count = len(file.tensors) - len(SUFFIXES) * len(theta_set.layers)
     if count == 0:
         return ModelFile(path, "theta-only", None, theta_set)
     if any(name.endswith(SUFFIXES) for name in list(file.tensors)[:count]):
@@ -196,7 +202,7 @@ def _read_theta_set(file: GGUFFile) -> ThetaSet:
     gamma = _entry(file, "nkat.theta.gamma", float)
     coupling(gamma)  # raises when out of range
     theta_set = ThetaSet(
-        thetas=thetas,
+        layers=thetas,
         gamma=gamma,
         source=_entry(file, "nkat.theta.source", str),
         seed=_entry(file, "nkat.theta.seed", int),
@@ -267,17 +273,16 @@ def _read_footer(file: GGUFFile) -> tuple[int, int, bytes] | None:
 
 def base_name(model: ModelFile) -> str:
     """The model's own name from its metadata, or its file's name."""
-    assert model.base is not None
-    name = model.base.file.metadata.get("general.name")
+    name = model.require_base().file.metadata.get("general.name")
     return name if isinstance(name, str) and name else Path(model.path).stem
 
 
 def base_hash(model: ModelFile, progress: Callable[[int], object] | None = None) -> str:
     """SHA-256 of the base model's bytes; for an already converted file, checked against what the file records."""
     digest = sha256_of_parts(model.base_parts(), progress)
-    if model.thetas is not None and digest != model.thetas.base_sha256:
+    if model.theta is not None and digest != model.theta.base_sha256:
         raise NKATError(
             f"{model.path}: the base model's sha256 is {digest[:16]}… but the file records "
-            f"{model.thetas.base_sha256[:16]}…: the file is damaged"
+            f"{model.theta.base_sha256[:16]}…: the file is damaged"
         )
     return digest

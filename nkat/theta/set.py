@@ -29,12 +29,12 @@ HELDOUT_PREFIX = "nkat.heldout."  # of what was measured with this very Θ at th
 class ThetaSet:
     """A model's Θ: one for each adapted weight, and what the file records about them.
 
-    thetas: name of the weight tensor (`blk.0.attn_q.weight`) → Θ, in the order of the file
+    layers: name of the weight tensor (`blk.0.attn_q.weight`) → Θ, in the order of the file
     base_sha256, base_size: of the base model's own bytes; base_gguf_version: 2 or 3, needed to restore them
     notes: further `nkat.*` metadata, such as the hash of a calibration text
     """
 
-    thetas: dict[str, Theta]
+    layers: dict[str, Theta]
     gamma: float
     source: str
     seed: int
@@ -46,11 +46,11 @@ class ThetaSet:
 
     @property
     def rank(self) -> int:
-        return max(theta.rank for theta in self.thetas.values())
+        return max(theta.rank for theta in self.layers.values())
 
     @property
     def nbytes(self) -> int:
-        return sum(theta.nbytes for theta in self.thetas.values())
+        return sum(theta.nbytes for theta in self.layers.values())
 
     def metadata(self) -> dict[str, MetadataValue]:
         return {
@@ -58,7 +58,7 @@ class ThetaSet:
             "nkat.theta.rank": self.rank,
             "nkat.theta.gamma": self.gamma,
             "nkat.theta.source": self.source,
-            "nkat.theta.count": len(self.thetas),
+            "nkat.theta.count": len(self.layers),
             "nkat.theta.seed": self.seed,
             "nkat.base.sha256": self.base_sha256,
             "nkat.base.name": self.base_name,
@@ -70,7 +70,7 @@ class ThetaSet:
     def tensors(self) -> list[NewTensor]:
         i8, f32 = GGMLQuantizationType.I8, GGMLQuantizationType.F32
         out = []
-        for name, theta in self.thetas.items():
+        for name, theta in self.layers.items():
             stem = name.removesuffix(".weight")
             values = zip(SUFFIXES, (i8, i8, f32), (theta.p, theta.q, theta.scale), strict=True)
             out += [NewTensor(stem + suffix, kind, t.contiguous().numpy()) for suffix, kind, t in values]
@@ -79,7 +79,7 @@ class ThetaSet:
 
 def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Path) -> None:
     """Raises GGUFError unless every Θ belongs to a 2-D weight of the base and fits its shape."""
-    for name, theta in theta_set.thetas.items():
+    for name, theta in theta_set.layers.items():
         info = tensors.get(name)
         if info is None:
             raise GGUFError(f"{path}: theta for {name!r}, which the base model does not have")
@@ -100,17 +100,17 @@ def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:
     """
     thetas = {
         name: Theta(t.p[:, :rank].contiguous(), t.q[:, :rank].contiguous(), t.scale[:, :rank].contiguous())
-        for name, t in theta_set.thetas.items()
+        for name, t in theta_set.layers.items()
     }
     notes = {key: value for key, value in theta_set.notes.items() if not key.startswith(HELDOUT_PREFIX)}
-    return replace(theta_set, thetas=thetas, notes=notes)
+    return replace(theta_set, layers=thetas, notes=notes)
 
 
 def scale_by_depth(theta_set: ThetaSet, factor: float) -> ThetaSet:
     """Θ of block l multiplied by factor^l: a strength that decays with depth, kept in the INT8 scales."""
     thetas = {}
-    for name, theta in theta_set.thetas.items():
+    for name, theta in theta_set.layers.items():
         scale = theta.scale.clone()
         scale[0] *= factor ** max(0, block_number(name))
         thetas[name] = replace(theta, scale=scale)
-    return replace(theta_set, thetas=thetas, notes={**theta_set.notes, "nkat.theta.depth_decay": factor})
+    return replace(theta_set, layers=thetas, notes={**theta_set.notes, "nkat.theta.depth_decay": factor})

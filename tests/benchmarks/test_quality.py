@@ -51,7 +51,7 @@ def test_the_first_case_is_judged_with_its_theta(
     assert none["change_percent"] == 0.0  # control: γ = 1 is no Θ
     down_up = {
         name: low_rank_form(*theta.factors(), *bench.load("tiny").tensors[name].shape)
-        for name, theta in theta_set.thetas.items()
+        for name, theta in theta_set.layers.items()
     }
     terms = LowRankTerms({name: (down, coupling(GAMMA) * up) for name, (down, up) in down_up.items()}, 0)
     same = quality.terms_case("tiny", lambda *_: terms)(bench, "terms")["texts"]["t.txt"]
@@ -107,7 +107,7 @@ def test_controls_are_parts_of_theta(model_path: Path) -> None:
         down, up = controls[control].layers[name]
         return up @ down
 
-    for name, theta in theta_set.thetas.items():
+    for name, theta in theta_set.layers.items():
         p, q = (factor[:, :3] for factor in theta.factors())
         m, n = loaded.tensors[name].shape
         whole = coupling(GAMMA) * (p @ q.T - q @ p.T)[:m, :n]

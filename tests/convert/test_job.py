@@ -43,15 +43,15 @@ def test_guide_basic_conversion(script, tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out.nkat"
     record = convert(script, "--input", base, "--output", out, "--theta-rank", 4, "--theta-gamma", 0.97)
     found = open_model_file(out)
-    assert (found.layout, found.thetas.rank, found.thetas.gamma) == ("tensors", 4, 0.97)
-    assert len(found.thetas.thetas) == 7 * 3 == len(record["layers"])
+    assert (found.layout, found.theta.rank, found.theta.gamma) == ("tensors", 4, 0.97)
+    assert len(found.theta.layers) == 7 * 3 == len(record["layers"])
     assert record["output_bytes"] == out.stat().st_size
     assert record["bytes_added"] == out.stat().st_size - base.stat().st_size
     assert record["metadata"]["nkat.base.sha256"] == sha256(base)
     with GGUFFile.open(base) as file:
         for name in ("blk.0.attn_k.weight", "blk.2.ffn_up.weight"):
             expected = dense_from_svd(read_weight(file, name), 4)
-            found_dense = dense_theta(*found.thetas.thetas[name].factors(torch.float64))
+            found_dense = dense_theta(*found.theta.layers[name].factors(torch.float64))
             assert float((found_dense - expected).norm()) < 0.02 * float(expected.norm())
             assert float((found_dense + expected).norm()) > float(expected.norm())  # control
 
@@ -73,7 +73,7 @@ def test_guide_selective_layers(script, fails, tmp_path: Path, base: Path) -> No
         "blk.1.attn_v.weight",
         "blk.2.attn_v.weight",
     ]
-    assert sorted(open_model_file(out).thetas.thetas) == expected
+    assert sorted(open_model_file(out).theta.layers) == expected
     message = fails(CONVERTER, "--input", base, "--output", tmp_path / "x", "--selective-layers", "blk.0.attn_z.weight")
     assert "no layer matches 'blk.0.attn_z.weight'" in message
     assert "blk.0.attn_" in message.split("nearest")[1]
@@ -84,10 +84,10 @@ def test_guide_selective_layers(script, fails, tmp_path: Path, base: Path) -> No
 def test_guide_target_size(script, tmp_path: Path, base: Path) -> None:
     out = tmp_path / "out.nkat"
     convert(script, "--input", base, "--output", out, "--target-size", 32)
-    thetas = open_model_file(out).thetas.thetas
+    thetas = open_model_file(out).theta.layers
     assert {theta.size for theta in thetas.values()} == {32}
     convert(script, "--input", base, "--output", out, "--target-size", 256, "--force")  # the guide's own figure
-    assert max(theta.size for theta in open_model_file(out).thetas.thetas.values()) == 96
+    assert max(theta.size for theta in open_model_file(out).theta.layers.values()) == 96
 
 
 @pytest.mark.parametrize("layout", ["tensors", "appended"])
@@ -126,7 +126,7 @@ def test_a_file_with_theta_among_its_tensors_is_converted_again(script, tmp_path
     convert(script, "--input", base, "--output", whole, "--theta-rank", 8)
     convert(script, "--input", whole, "--output", cut, "--truncate-rank", 3, "--theta-gamma", 0.98)
     found = open_model_file(cut)
-    assert (found.layout, found.thetas.rank, found.thetas.gamma) == ("tensors", 3, 0.98)
+    assert (found.layout, found.theta.rank, found.theta.gamma) == ("tensors", 3, 0.98)
     convert(script, "--input", cut, "--output", again, "--remove")
     assert again.read_bytes() == base.read_bytes()
     convert(script, "--input", whole, "--output", cut, "--theta-rank", 3, "--force")
@@ -139,15 +139,15 @@ def test_in_place(script, fails, tmp_path: Path, base: Path) -> None:
     shutil.copy(base, target)
     convert(script, "--input", target, "--in-place")
     assert target.read_bytes().startswith(original)
-    assert open_model_file(target).thetas.rank == 4
+    assert open_model_file(target).theta.rank == 4
     assert "has a Θ already; give --force" in fails(CONVERTER, "--input", target, "--in-place", "--theta-rank", 2)
     convert(script, "--input", target, "--in-place", "--theta-rank", 2, "--force")
-    assert open_model_file(target).thetas.rank == 2
+    assert open_model_file(target).theta.rank == 2
     target.write_bytes(target.read_bytes()[:-100])  # as if killed
     done = script(CONVERTER, "--input", target, "--in-place")
     assert done.returncode == 0
     assert "remains of a Θ" in done.stderr
-    assert open_model_file(target).thetas.rank == 4
+    assert open_model_file(target).theta.rank == 4
     convert(script, "--input", target, "--in-place", "--remove")
     assert target.read_bytes() == original
     target.write_bytes(original + b"somebody else's bytes behind it" * 3)
@@ -177,7 +177,7 @@ def test_dry_run_writes_nothing(script, tmp_path: Path, base: Path) -> None:
     assert record["bytes_added"] > 0
     convert(script, "--input", base, "--in-place", "--dry-run")
     assert sorted(tmp_path.iterdir()) == before
-    assert open_model_file(base).thetas is None
+    assert open_model_file(base).theta is None
 
 
 def test_optimize_rank_keeps_the_highest_measured_tpe(script, tmp_path: Path, stories: Path, shared_text) -> None:
@@ -189,11 +189,11 @@ def test_optimize_rank_keeps_the_highest_measured_tpe(script, tmp_path: Path, st
     assert [row["rank"] for row in rows] == [None, 2, 4, 6, 8]
     assert len({row["perplexity"] for row in rows}) == 5
     best = max(rows[1:], key=lambda row: row["tpe"])
-    assert search["rank"] == best["rank"] == open_model_file(out).thetas.rank
+    assert search["rank"] == best["rank"] == open_model_file(out).theta.rank
     assert search["text_sha256"] == sha256(text)
     direct = tmp_path / "direct.nkat"
     convert(script, "--input", stories, "--output", direct, "--theta-rank", best["rank"])
-    a, b = (open_model_file(path).thetas.thetas["blk.0.ffn_up.weight"] for path in (out, direct))
+    a, b = (open_model_file(path).theta.layers["blk.0.ffn_up.weight"] for path in (out, direct))
     torch.testing.assert_close(dense_theta(*a.factors()), dense_theta(*b.factors()), atol=1e-3, rtol=0.02)
 
 
@@ -211,7 +211,7 @@ def test_source_residual_recovers_what_was_lost(script, fails, tmp_path: Path, s
     for extra in ([], ["--calibrate", shared_text("alice29.txt")]):
         out = tmp_path / "out.nkat"
         record = convert(script, *common, "--reference", stories, "--output", out, "--theta-rank", 1, "--force", *extra)
-        theta = open_model_file(out).thetas.thetas["blk.0.attn_q.weight"]
+        theta = open_model_file(out).theta.layers["blk.0.attn_q.weight"]
         restored = record["coupling"] * dense_theta(*theta.factors(torch.float64)).numpy()
         assert np.linalg.norm(restored - lost) < 0.02 * np.linalg.norm(lost)
     text = shared_text("alice29.txt")

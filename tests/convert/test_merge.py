@@ -157,7 +157,7 @@ def test_only_adapted_tensors_change(script, tmp_path: Path, layout: str) -> Non
     made, out = tmp_path / "made.nkat", tmp_path / "merged.gguf"
     layers = ["blk.0.attn_q.weight", "blk.2.ffn_down.weight"]
     convert(script, "--input", base, "--output", made, "--selective-layers", *layers, "--theta-gamma", 0.9)
-    theta_set = open_model_file(made).thetas
+    theta_set = open_model_file(made).theta
     if layout == "appended":
         convert(script, "--input", base, "--output", made, "--layout", layout, "--force", "--selective-layers", *layers)
     model = open_model_file(base if layout == "plain" else made)
@@ -171,7 +171,7 @@ def test_only_adapted_tensors_change(script, tmp_path: Path, layout: str) -> Non
         changed = [name for name in a.tensors if not np.array_equal(a.raw(name), b.raw(name))]
         assert sorted(changed) == sorted(layers)
         for name in layers:
-            theta = theta_set.thetas[name]
+            theta = theta_set.layers[name]
             m, n = a.tensors[name].shape
             wanted = read_weight(a, name) + 0.045 * dense_theta(*theta.factors())[:m, :n]
             expected = gguf.quants.quantize(wanted.numpy(), Type.Q8_0)
@@ -210,7 +210,7 @@ def test_theta_made_and_merged_in_one_call(script, tmp_path: Path, words: Path) 
     arguments = ["--input", base, "--output", made, "--merge", both, "--theta-rank", 2, "--text", words, "--force"]
     assert convert(script, *arguments)["output"] == str(made)
     assert both.read_bytes() == one.read_bytes()
-    assert open_model_file(made).thetas.rank == 2
+    assert open_model_file(made).theta.rank == 2
     residual = ["--theta-source", "residual", "--reference", write_tiny_model(tmp_path / "hi.gguf", "qwen2", blocks=1)]
     record = convert(script, "--input", base, "--merge", one, "--text", words, "--force", *residual)
     assert record["residual"]["all"]["theta_left"] < 1

@@ -87,7 +87,7 @@ def test_theta_file_with_its_base_is_the_same_model(
     changed = tmp_path / "changed.gguf"
     changed.write_bytes(stories.read_bytes() + b"\0")
     assert "was made for another model" in fails(ENGINE, "--model", changed, "--theta", theta, "--perplexity")
-    assert "holds only theta" in fails(ENGINE, "--model", theta, "--perplexity")
+    assert "holds only Θ" in fails(ENGINE, "--model", theta, "--perplexity")
 
 
 def test_damaged_theta_is_said(script, nkat: Path, tmp_path: Path, stories: Path, shared_text) -> None:

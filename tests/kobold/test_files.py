@@ -57,7 +57,7 @@ def test_a_base_beside_it_is_found_by_its_hash(script, base: Path, tmp_path: Pat
 def test_the_optimisers_record_says_where(script, base: Path, tmp_path: Path) -> None:
     nkat = convert(script, base, tmp_path / "best.nkat")
     record = tmp_path / "best.json"
-    sha256 = open_model_file(nkat).thetas.base_sha256
+    sha256 = open_model_file(nkat).theta.base_sha256
     record.write_text(json.dumps({"model": str(base), "model_sha256": sha256}))
     assert prepare(nkat, None, None).model == base
     for text in (json.dumps({"model": str(base), "model_sha256": "other"}), "[1]", "no json"):
@@ -129,12 +129,12 @@ def test_adapter_is_written_once_and_depends_on_theta(script, base: Path, tmp_pa
     assert len(written()) == 4
     model = open_model_file(tmp_path / "a.nkat")
     expected = b"".join(
-        np.asarray(p).tobytes() if not isinstance(p, bytes) else p for p in lora_parts(model.thetas, model.base)
+        np.asarray(p).tobytes() if not isinstance(p, bytes) else p for p in lora_parts(model.theta, model.base)
     )
     assert first.lora.read_bytes() == expected
     reader = gguf.GGUFReader(first.lora)
     assert sum(first.lora_bytes.values()) == sum(int(t.n_bytes) for t in reader.tensors)
-    assert set(first.lora_bytes) == set(model.thetas.thetas)
+    assert set(first.lora_bytes) == set(model.theta.layers)
 
 
 def test_results_belong_to_model_and_theta(script, base: Path, tmp_path: Path) -> None:

@@ -496,7 +496,7 @@ def check_greedy(script, launch, tmp_path: Path, model: Path, port: int, prompt:
 
 def our_greedy(model: Path, theta: Path | None, prompt: list[int], count: int) -> tuple[list[str], list[float]]:
     """The text after 1, 2, … tokens, and the distance between the two best logits at each."""
-    thetas = open_model_file(theta).thetas if theta else None
+    thetas = open_model_file(theta).theta if theta else None
     loaded = load_model(model, thetas=thetas.thetas if thetas else None, gamma=thetas.gamma if thetas else None)
     decoder = make_decoder(loaded.model, len(prompt) + count)
     ids, texts, margins = list(prompt), [], []

@@ -54,9 +54,9 @@ def test_a_trial_measures_what_the_written_model_would(judge: Judge) -> None:
     setting = Setting(rank=4, gamma=0.93, layers="attention", depth_decay=True)
     measured = judge.measure(setting)
     chosen = apply_setting(judge.theta_set, setting)
-    assert all("attn_" in name for name in chosen.thetas)
+    assert all("attn_" in name for name in chosen.layers)
     assert chosen.rank == 4
-    by_hand = load_model(judge.loaded.gguf.path, thetas=chosen.thetas, gamma=0.93)
+    by_hand = load_model(judge.loaded.gguf.path, thetas=chosen.layers, gamma=0.93)
     nll = score_chunks(by_hand.model, judge.chunks[judge.order()])
     torch.testing.assert_close(measured.nll, nll, atol=1e-5, rtol=0)
     other = judge.measure(Setting(4, 0.93, "attention", depth_decay=False))
@@ -65,9 +65,9 @@ def test_a_trial_measures_what_the_written_model_would(judge: Judge) -> None:
 
 
 def test_decay_scales_blocks_by_powers_of_gamma(judge: Judge) -> None:
-    plain = apply_setting(judge.theta_set, Setting(8, 0.9, "both", False)).thetas
+    plain = apply_setting(judge.theta_set, Setting(8, 0.9, "both", False)).layers
     decayed = apply_setting(judge.theta_set, Setting(8, 0.9, "both", True))
-    for name, theta in decayed.thetas.items():
+    for name, theta in decayed.layers.items():
         block = int(name.split(".")[1])
         torch.testing.assert_close(theta.factors()[0], plain[name].factors()[0] * 0.9**block)
         assert torch.equal(theta.factors()[1], plain[name].factors()[1])
@@ -93,11 +93,11 @@ def test_hopeless_trials_stop_early_and_good_ones_do_not(judge: Judge) -> None:
     objective = make_objective(own, Space())
 
     def run_one(gamma: float, strength: float) -> optuna.trial.FrozenTrial:
-        for theta in own.theta_set.thetas.values():
+        for theta in own.theta_set.layers.values():
             theta.scale.mul_(strength)
         study.enqueue_trial({**GUIDE_DEFAULT, "gamma": gamma})
         study.optimize(objective, n_trials=1)
-        for theta in own.theta_set.thetas.values():
+        for theta in own.theta_set.layers.values():
             theta.scale.div_(strength)
         return study.trials[-1]
 

@@ -245,7 +245,7 @@ def test_two_processes_are_one_with_the_doubled_batch(
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote") == 1
-    first = [next(iter(open_model_file(path).thetas.thetas.values())).factors()[0] for path in (one, two, half)]
+    first = [next(iter(open_model_file(path).theta.layers.values())).factors()[0] for path in (one, two, half)]
     rounding = 2 * float(first[0].abs().max()) / 127  # the sums' order differs, which can move an INT8 by one
     torch.testing.assert_close(first[0], first[1], rtol=0, atol=rounding)
     assert not torch.allclose(first[0], first[2], rtol=0, atol=rounding)
@@ -275,7 +275,7 @@ def test_the_converter_fits(model_path: Path, text_path: Path, tmp_path: Path, s
     assert result["fit"]["kept_step"] == result["metadata"]["nkat.fit.kept_step"]
     assert [row["gamma"] for row in result["report"]["gammas"]] == [round(0.9 + i / 100, 2) for i in range(10)] + [1.0]
     assert not output.with_name("fitted.nkat.sources.fit.descent").exists()
-    thetas = open_model_file(output).thetas
+    thetas = open_model_file(output).theta
     assert thetas.source == "fit"
     made_for = next(row for row in result["report"]["gammas"] if row["gamma"] == GAMMA)
     # Two chunks were kept back: both figures are of the same tokens, those that are not ignored.
@@ -284,11 +284,11 @@ def test_the_converter_fits(model_path: Path, text_path: Path, tmp_path: Path, s
     done = script("nkat_gguf_converter.py", "--input", output, "--output", cut, "--truncate-rank", 2, "--theta-only")
     assert done.returncode == 0, done.stderr
     expected = truncate_rank(thetas, 2)
-    found = open_model_file(cut).thetas
+    found = open_model_file(cut).theta
     assert found.rank == 2
     assert "nkat.heldout.tokens" in thetas.notes  # measured with all columns, so not true of fewer
     assert not any(key.startswith("nkat.heldout") for key in found.notes)
-    assert all(torch.equal(found.thetas[name].p, theta.p) for name, theta in expected.thetas.items())
+    assert all(torch.equal(found.layers[name].p, theta.p) for name, theta in expected.layers.items())
     done = script(
         *(
             "nkat_inference_engine.py",
@@ -324,7 +324,7 @@ def test_interrupted_fits_keep_the_best_and_go_on(
     first.send_signal(signal.SIGINT)
     _, errors = first.communicate(timeout=300)
     assert first.returncode == 130, errors
-    assert open_model_file(output).thetas.notes["nkat.fit.unfinished"]
+    assert open_model_file(output).theta.notes["nkat.fit.unfinished"]
     state = output.with_name("a.bin.fit")
     assert state.exists()
     kept = state.read_bytes()
@@ -335,7 +335,7 @@ def test_interrupted_fits_keep_the_best_and_go_on(
         done = script("nkat_gguf_converter.py", *arguments, "--output", target, *more)
         assert done.returncode == 0, done.stderr
     assert not state.exists()
-    resumed, uninterrupted = (open_model_file(path).thetas.thetas for path in (output, whole))
+    resumed, uninterrupted = (open_model_file(path).theta.layers for path in (output, whole))
     assert all(torch.equal(resumed[name].p, theta.p) for name, theta in uninterrupted.items())
     assert all(torch.equal(resumed[name].scale, theta.scale) for name, theta in uninterrupted.items())
 

@@ -136,7 +136,7 @@ def test_hidden_columns_are_a_lower_rank() -> None:
     whole = ThetaSet(to_thetas({"w": factors}, GAMMA), GAMMA, "fit", 0, "", "", 0)
     layer.set_gamma(GAMMA)
     for i, rank in enumerate((1, 2, 4)):
-        layer.set_theta(truncate_rank(whole, rank).thetas["w"])
+        layer.set_theta(truncate_rank(whole, rank).layers["w"])
         torch.testing.assert_close(found[i], layer(x[i]), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found[0], layer(x[0]), rtol=1e-3)  # control
 

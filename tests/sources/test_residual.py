@@ -277,4 +277,4 @@ def test_converter_reports_what_is_left(script, tmp_path: Path, words: Path) -> 
         assert out.read_bytes() == again
     assert records["none"]["diagonal_left"] is None
     assert records["full"]["theta_left"] < records["full"]["diagonal_left"] < 1
-    assert open_model_file(out).thetas.source == "residual"
+    assert open_model_file(out).theta.source == "residual"

@@ -49,8 +49,8 @@ def make_set(path: Path, rank: int = 3, seed: int = 0) -> ThetaSet:
 
 
 def same_set(a: ThetaSet, b: ThetaSet) -> bool:
-    return replace(a, thetas={}) == replace(b, thetas={}) and all(
-        torch.equal(getattr(a.thetas[n], part), getattr(b.thetas[n], part))
+    return replace(a, layers={}) == replace(b, layers={}) and all(
+        torch.equal(getattr(a.layers[n], part), getattr(b.layers[n], part))
         for n in NAMES
         for part in ("p", "q", "scale")
     )
@@ -72,8 +72,8 @@ def test_round_trip(tmp_path: Path, base: Path, layout: str) -> None:
     theta_set = make_set(base)
     found = write_layout(base, tmp_path / "out.nkat", layout, theta_set)
     assert found.layout == layout
-    assert same_set(found.thetas, theta_set)
-    assert not same_set(found.thetas, make_set(base, seed=1))
+    assert same_set(found.theta, theta_set)
+    assert not same_set(found.theta, make_set(base, seed=1))
     if layout != "theta-only":
         assert sha256_of_parts(found.base_parts()) == theta_set.base_sha256
         assert found.base_size == base.stat().st_size
@@ -88,9 +88,9 @@ def test_layout_tensors_is_plain_gguf_to_gguf_py(tmp_path: Path, base: Path) -> 
     for name in NAMES:
         stem = name.removesuffix(".weight")
         assert tensors[f"{stem}.theta_p"].tensor_type == gguf.GGMLQuantizationType.I8
-        assert np.array_equal(tensors[f"{stem}.theta_p"].data, theta_set.thetas[name].p.numpy())
-        assert np.array_equal(tensors[f"{stem}.theta_q"].data, theta_set.thetas[name].q.numpy())
-        assert np.array_equal(tensors[f"{stem}.theta_scale"].data, theta_set.thetas[name].scale.numpy())
+        assert np.array_equal(tensors[f"{stem}.theta_p"].data, theta_set.layers[name].p.numpy())
+        assert np.array_equal(tensors[f"{stem}.theta_q"].data, theta_set.layers[name].q.numpy())
+        assert np.array_equal(tensors[f"{stem}.theta_scale"].data, theta_set.layers[name].scale.numpy())
     values = {key: reader.fields[key].contents() for key in reader.fields if key.startswith("nkat.")}
     assert values == theta_set.metadata()
 
@@ -132,7 +132,7 @@ def test_an_append_cut_at_any_byte_opens_as_the_base_and_is_repaired(
     for cut in sorted(cuts):
         target.write_bytes(complete[:cut])
         found = open_model_file(target)
-        assert (found.layout, found.thetas) == ("plain", None)
+        assert (found.layout, found.theta) == ("plain", None)
         assert found.unfinished is (cut > len(whole))
         assert found.base.data_end == len(whole), cut
         inplace.append(target, found.base.data_end, appended_parts(theta_set, found.base.data_end))
@@ -160,7 +160,7 @@ def test_a_damaged_appended_theta_is_not_used(tmp_path: Path, base: Path) -> Non
     out.write_bytes(raw)
     found = open_model_file(out)
     assert found.unfinished
-    assert found.thetas is None
+    assert found.theta is None
     assert sha256_of_parts(found.base_parts()) == hashlib.sha256(base.read_bytes()).hexdigest()
     raw[-200] ^= 1
     raw[-48:-40] = (1 << 40).to_bytes(8, "little")
@@ -188,17 +188,17 @@ def test_wrong_metadata_is_refused(tmp_path: Path, base: Path, layout: str, chan
 
 def test_theta_that_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:
     theta_set = make_set(base)
-    odd = dict(theta_set.thetas)
+    odd = dict(theta_set.layers)
     odd["blk.9.attn_q.weight"] = odd[NAMES[0]]
     with pytest.raises(GGUFError, match=r"'blk.9.attn_q.weight', which the base model does not have"):
-        write_layout(base, tmp_path / "a.nkat", "tensors", replace(theta_set, thetas=odd))
-    odd = {**theta_set.thetas, NAMES[0]: quantize_factors(*torch.randn(2, 1000, 3))}
+        write_layout(base, tmp_path / "a.nkat", "tensors", replace(theta_set, layers=odd))
+    odd = {**theta_set.layers, NAMES[0]: quantize_factors(*torch.randn(2, 1000, 3))}
     with pytest.raises(GGUFError, match="size 1000 does not fit"):
-        write_layout(base, tmp_path / "b.nkat", "appended", replace(theta_set, thetas=odd))
-    bad = Theta(*(getattr(theta_set.thetas[NAMES[0]], part) for part in ("p", "q")), torch.full((2, 3), float("nan")))
+        write_layout(base, tmp_path / "b.nkat", "appended", replace(theta_set, layers=odd))
+    bad = Theta(*(getattr(theta_set.layers[NAMES[0]], part) for part in ("p", "q")), torch.full((2, 3), float("nan")))
     with pytest.raises(GGUFError, match="theta_scale holds NaN"):
         write_layout(
-            base, tmp_path / "c.nkat", "tensors", replace(theta_set, thetas={**theta_set.thetas, NAMES[0]: bad})
+            base, tmp_path / "c.nkat", "tensors", replace(theta_set, layers={**theta_set.layers, NAMES[0]: bad})
         )
 
 
@@ -209,7 +209,7 @@ def test_a_theta_file_is_only_used_with_its_own_model(tmp_path: Path, base: Path
     other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1)
     with pytest.raises(GGUFError, match="was made for another model"):
         theta_for(open_model_file(other), tmp_path / "theta.bin")
-    with pytest.raises(GGUFError, match="holds no theta"):
+    with pytest.raises(GGUFError, match="holds no Θ"):
         theta_for(open_model_file(base), other)
 
 
@@ -224,13 +224,13 @@ def adapter_product(path: Path, name: str, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("gamma", [None, 0.90])
 def test_the_adapter_is_the_star_term(tmp_path: Path, base: Path, gamma: float | None) -> None:
     theta_set = make_set(base)
-    low = truncate_rank(theta_set, 2).thetas[NAMES[1]]
-    theta_set = replace(theta_set, thetas={**theta_set.thetas, NAMES[1]: low})  # ranks may differ
+    low = truncate_rank(theta_set, 2).layers[NAMES[1]]
+    theta_set = replace(theta_set, layers={**theta_set.layers, NAMES[1]: low})  # ranks may differ
     view = BaseView.whole(GGUFFile.open(base))
     write_gguf(tmp_path / "lora.gguf", lora_parts(theta_set, view, gamma), force=False)
     kappa = coupling(gamma or theta_set.gamma)
     rng = np.random.RandomState(0)
-    for name, theta in theta_set.thetas.items():
+    for name, theta in theta_set.layers.items():
         m, n = view.tensors[name].shape
         x = rng.standard_normal((4, n))
         dense = dense_theta(*theta.factors(torch.float64)).numpy()[:m, :n]
@@ -249,5 +249,5 @@ def test_truncated_rank_keeps_the_first_columns(base: Path) -> None:
     theta_set = make_set(base)
     cut = truncate_rank(theta_set, 2)
     assert cut.rank == 2
-    assert torch.equal(cut.thetas[NAMES[0]].p, theta_set.thetas[NAMES[0]].p[:, :2])
+    assert torch.equal(cut.layers[NAMES[0]].p, theta_set.layers[NAMES[0]].p[:, :2])
     assert cut.nbytes < theta_set.nbytes
