@@ -25,10 +25,18 @@ from nkat.host.console import format_table
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import write_json
 from nkat.lm.load import load_model
-from nkat.measure.perplexity import score_chunks, text_chunks
+from nkat.measure.judge import Judge
 from nkat.measure.texts import load_text
-from nkat.measure.tpe import tpe
-from nkat.search.objective import GROUPS, GUIDE_DEFAULT, RANKS, Judge, Setting, Space, make_objective, make_pruner
+from nkat.search.objective import (
+    GROUPS,
+    GUIDE_DEFAULT,
+    RANKS,
+    Setting,
+    SettingJudge,
+    Space,
+    make_objective,
+    make_pruner,
+)
 from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.study.study import make_sampler
@@ -45,18 +53,18 @@ def grid() -> list[Setting]:
     return [Setting(*point) for point in itertools.product(RANKS, gammas, GROUPS, (False, True))]
 
 
-def measure_grid(judge: Judge) -> dict[Setting, float]:
+def measure_grid(judge: SettingJudge) -> dict[Setting, float]:
     """TPE of every setting, measured."""
     settings = grid()
     table = {}
     with console.bar(len(settings), "measuring the grid", "setting") as bar:
         for setting in settings:
-            table[setting] = tpe(judge.measure(setting).ppl, judge.ratio(judge.apply(setting)))
+            table[setting] = judge.measure(setting).tpe
             bar.update()
     return table
 
 
-def trial_cost(judge: Judge, rounds: int = 3) -> float:
+def trial_cost(judge: SettingJudge, rounds: int = 3) -> float:
     """Seconds of a whole trial over those of the bare perplexity run of the same Θ, in turns; median of the ratios."""
     study = optuna.create_study(direction="maximize", pruner=make_pruner())
     objective = make_objective(judge, Space())
@@ -68,7 +76,7 @@ def trial_cost(judge: Judge, rounds: int = 3) -> float:
         study.optimize(objective, n_trials=1)
         trial = perf_counter() - started
         started = perf_counter()
-        score_chunks(judge.loaded.model, judge.chunks)  # the trial's Θ is still in place
+        judge.judge.passages.score(judge.judge.loaded.model)  # the trial's Θ is still in place
         ratios.append(trial / (perf_counter() - started))
     return median(ratios)
 
@@ -119,7 +127,7 @@ def main() -> None:
     made = ThetaOptions(rank=max(RANKS))
     names = select_layers(model.base.tensors, None)
     theta_set = describe_theta_set(model, make_thetas(model.base.file, names, made), made, base_hash(model))
-    judge = Judge(loaded, theta_set, text_chunks(loaded.tokenizer, text.content, options.chunks))
+    judge = SettingJudge(Judge.open(loaded, text, options.chunks), theta_set)
     judge.base()
     cost = trial_cost(judge)
     print(f"a trial takes {cost:.3f}x the bare perplexity run", flush=True)
@@ -147,7 +155,7 @@ def main() -> None:
             "near_range": [to_near[0], to_near[-1]],
         }
     rows = [[n, f"{r['best']:g}", f"{r['near']:g}", "{}-{}".format(*r["near_range"])] for n, r in results.items()]
-    print(f"best of {len(table)}: {best}, TPE {table[best]:.6f}; without Θ {tpe(judge.base().ppl):.6f}")
+    print(f"best of {len(table)}: {best}, TPE {table[best]:.6f}; without Θ {judge.base().tpe:.6f}")
     print(format_table(rows, ["sampler", "trials to best", "to within 2 %", "range"]))
     ratio = results["random"]["near"] / results["TPE"]["near"]
     print(

@@ -28,7 +28,7 @@ from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import count_parameters
 from nkat_vit.recipe import PRESETS
 from nkat_vit.search import BASELINE, FIRST_SET, REDUCTION, Budget, Trials, recipe_of, suggest
-from nkat_vit.search_job import BUDGETS
+from nkat_vit.search_options import BUDGETS
 
 
 def draw_shapes(count: int, seed: int, max_tokens: int) -> list[dict[str, Any]]:

@@ -1,12 +1,10 @@
-"""The search over the image model as a job: its options, its budget, the report, the winner's score on the test sets.
+"""The search over the image model as a job: its budget, the report, the winner's score on the test sets.
 
 `nkat_auto_optimizer.py --task vit` runs it.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 import shlex
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,104 +14,50 @@ from typing import Any
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from nkat.host import commandline
 from nkat.host.console import format_table, note
 from nkat.host.distributed import World
 from nkat.host.hardware import pick_device
 from nkat.host.record import write_json
 from nkat.study import workers
 from nkat.study.study import best_trials, feasible, history, importances, make_sampler
+from nkat.study.task import Task
 from nkat.study.workers import Outcome, Search
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import load_images
 from nkat_vit.evaluate import judge, summarise, table
 from nkat_vit.judge import judge_once
 from nkat_vit.loop import measure_amp
-from nkat_vit.recipe import PRESETS
-from nkat_vit.search import BASELINE, FIRST_SET, OTHER_SETS, Budget, Trials, model_values, recipe_of
+from nkat_vit.search import BASELINE, FIRST_SET, Budget, Trials, model_values, recipe_of
+from nkat_vit.search_options import BUDGETS, DESCRIPTION, EXAMPLES, ShapeOptions, add_options, shape_options
 from nkat_vit.search_plots import plot_image_search
 
-DESCRIPTION = "Search the shape of the image model: Local TPE on CIFAR-10 first, then Global TPE over four sets."
-EXAMPLES = """\
-  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --output-dir output/round2
-  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --local-tpe 0.28
-  python nkat_auto_optimizer.py --task vit --mode full --data-root data --storage postgresql://host/db --study-name r2
-  python nkat_auto_optimizer.py --task vit --mode custom --trials 20 --epochs 18 --limit-train 10000 --data-root data
-  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --resume"""
 TRIALS = {"quick": 12, "full": 50}
 TOP = 5
 AMP_IMAGES = 128
-# By mode: epochs, pictures of each set to train on (0: all) and to judge on, tokens at most (0: any), batch.
-# The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work: too much
-# for a quick search. Its batches are smaller because its steps are few.
-BUDGETS = {"quick": (9, 1536, 1000, 20, 64), "full": (27, 0, 5000, 0, 128)}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of this task alone."""
-    add = parser.add_argument_group("image model").add_argument
-    add("--data-root", type=Path, default=Path("data"), metavar="DIR", help="folder with the archives (data)")
-    add("--local-tpe", type=float, default=0.60, metavar="X", help="Local TPE on CIFAR-10 that opens stage 2 (0.60)")
-    add("--sets", nargs="+", choices=OTHER_SETS, default=list(OTHER_SETS), help="sets of stage 2 (all three)")
-    budgets = {mode: f"{epochs} / {limit or 'all'}" for mode, (epochs, limit, *_) in BUDGETS.items()}
-    chosen = ", ".join(f"{mode}: {budget}" for mode, budget in budgets.items())
-    add(
-        "--epochs",
-        type=commandline.positive_int,
-        metavar="N",
-        help=f"of a surviving trial (epochs / pictures: {chosen})",
-    )
-    add(
-        "--limit-train", type=commandline.non_negative_int, metavar="N", help="pictures of each set to train on, 0: all"
-    )
-    add("--validation", type=commandline.positive_int, metavar="N", help="pictures of each set to judge on")
-    add("--lr", type=float, default=PRESETS["stage2"]["lr"], metavar="X", help="peak learning rate (2e-4)")
-    add(
-        "--max-tokens",
-        type=commandline.non_negative_int,
-        metavar="N",
-        help="leave longer sequences out (quick 20, 0: any)",
-    )
-    add("--batch-size", type=commandline.positive_int, metavar="N", help="pictures a step (quick 64, full 128)")
-    add("--amp", choices=("off", "bf16", "auto"), default="auto", help="bfloat16 autocast (auto: where it is faster)")
-    add(
-        "--final-seeds",
-        type=commandline.positive_int,
-        metavar="N",
-        help="runs of the winner on the test sets (GPU 3, else 1)",
-    )
-    add("--no-cuda", action="store_true", help="the processor although there is a GPU")
-
-
-def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """What argparse cannot tell."""
-    if not (math.isfinite(options.local_tpe) and options.local_tpe >= 0):
-        parser.error(f"--local-tpe must be at least 0, got {options.local_tpe}")
-    options.sets = list(dict.fromkeys(options.sets))
-
-
-def run(options: argparse.Namespace) -> None:
+def run(options: ShapeOptions) -> None:
     """The whole search."""
     world = World(0, 1, pick_device(not options.no_cuda))
     budget = make_budget(options, world)
-    folder = options.output_dir / "trials"
+    folder = options.study.output_dir / "trials"
     trials = Trials(options.data_root, folder, budget, options.local_tpe, tuple(options.sets), world)
     search = describe_search(options, trials)
-    study = workers.connect(options, search)
-    outcome = workers.run(options, search, study, trials.objective)
-    if options.join:
+    study = workers.connect(options.study, search)
+    outcome = workers.run(options.study, search, study, trials.objective)
+    if options.study.join:
         return
     record = report(options, trials, outcome)
-    if options.json:
-        write_json(record, options.json, options.force)
+    if options.study.json:
+        write_json(record, options.study.json, options.study.force)
 
 
-def make_budget(options: argparse.Namespace, world: World) -> Budget:
+def make_budget(options: ShapeOptions, world: World) -> Budget:
     """The mode's, with what the user changed; --mode custom starts from that of "full"."""
     given = (options.epochs, options.limit_train, options.validation, options.max_tokens, options.batch_size)
-    usual = BUDGETS.get(options.mode, BUDGETS["full"])
+    usual = BUDGETS.get(options.study.mode, BUDGETS["full"])
     chosen = [default if value is None else value for value, default in zip(given, usual, strict=True)]
-    budget = Budget(*chosen, lr=options.lr, amp=options.amp, seed=options.seed)
+    budget = Budget(*chosen, lr=options.lr, amp=options.amp, seed=options.study.seed)
     if options.amp != "auto":
         return budget
     some = load_images(FIRST_SET, options.data_root, train=True).take(torch.arange(AMP_IMAGES)).to(world.device)
@@ -122,7 +66,7 @@ def make_budget(options: argparse.Namespace, world: World) -> Budget:
     return replace(budget, amp=amp)
 
 
-def describe_search(options: argparse.Namespace, trials: Trials) -> Search:
+def describe_search(options: ShapeOptions, trials: Trials) -> Search:
     """The study's name, settings and first trial."""
     settings = {
         "gate": trials.gate,
@@ -134,7 +78,7 @@ def describe_search(options: argparse.Namespace, trials: Trials) -> Search:
     return Search("nkat-vit-round2", settings, [(BASELINE, {})], sampler, trials.budget.pruner(), TRIALS)
 
 
-def report(options: argparse.Namespace, trials: Trials, outcome: Outcome) -> dict[str, Any]:
+def report(options: ShapeOptions, trials: Trials, outcome: Outcome) -> dict[str, Any]:
     """Judges the winner on the test sets, writes every file of the output folder, prints what came out."""
     study, budget = outcome.study, trials.budget
     tried = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
@@ -143,7 +87,7 @@ def report(options: argparse.Namespace, trials: Trials, outcome: Outcome) -> dic
     # Where all trials were: at the first rung.
     rung = budget.first_rung
     first_scores = [(t, t.intermediate_values[rung]) for t in tried if rung in t.intermediate_values]
-    record = workers.base_record(options, outcome, trials.world.device) | {
+    record = workers.base_record(options.study, outcome, trials.world.device) | {
         "sets": [FIRST_SET, *trials.sets],
         "local_tpe": trials.gate,
         "budget": asdict(budget),
@@ -154,19 +98,19 @@ def report(options: argparse.Namespace, trials: Trials, outcome: Outcome) -> dic
         "baseline": next((_row(trial) for trial in tried if trial.user_attrs["setting"] == BASELINE), None),
         "optimal": None,
     }
-    if ranked and (passed or options.force):
+    if ranked and (passed or options.study.force):
         record["optimal"] = write_optimal(options, trials, ranked[0], bool(passed))
     rows = history(study)
-    workers.write_records(options.output_dir, rows, record)
+    workers.write_records(options.study.output_dir, rows, record)
     title = f"Round-2: {len(tried)} trials, up to {budget.epochs} epochs of {budget.limit_train or 'all'} pictures"
-    plot_image_search(options.output_dir / workers.PICTURE, rows, record["importances"], trials.gate, title)
-    print_report(record, trials, options.output_dir)
+    plot_image_search(options.study.output_dir / workers.PICTURE, rows, record["importances"], trials.gate, title)
+    print_report(record, trials, options.study.output_dir)
     return record
 
 
-def write_optimal(options: argparse.Namespace, trials: Trials, winner: FrozenTrial, passed: bool) -> dict[str, Any]:
+def write_optimal(options: ShapeOptions, trials: Trials, winner: FrozenTrial, passed: bool) -> dict[str, Any]:
     """Writes the winner's settings; one that passed the gate is judged on the test sets."""
-    setting, path = winner.user_attrs["setting"], options.output_dir / "optimal_vit.json"
+    setting, path = winner.user_attrs["setting"], options.study.output_dir / "optimal_vit.json"
     write_json(model_values(setting, FIRST_SET), str(path), force=True)
     record: dict[str, Any] = {"file": str(path), "trial": winner.number, "setting": setting, "passed": passed}
     words = ["python", "-m", "nkat_vit.train", "--dataset", FIRST_SET, "--config", path]
@@ -176,14 +120,16 @@ def write_optimal(options: argparse.Namespace, trials: Trials, winner: FrozenTri
     return record
 
 
-def judge_winner(options: argparse.Namespace, trials: Trials, winner: FrozenTrial) -> dict[str, Any]:
+def judge_winner(options: ShapeOptions, trials: Trials, winner: FrozenTrial) -> dict[str, Any]:
     """The winner on the test sets: the search's own models, and for each further seed models trained alike."""
     device = trials.world.device
     seeds = options.final_seeds or (3 if device.type == "cuda" else 1)
     results = []
-    for seed in range(options.seed, options.seed + seeds):
+    for seed in range(options.study.seed, options.study.seed + seeds):
         budget = replace(trials.budget, seed=seed)
-        place = trials.place(winner) if seed == options.seed else options.output_dir / "final" / f"seed{seed}"
+        place = (
+            trials.place(winner) if seed == options.study.seed else options.study.output_dir / "final" / f"seed{seed}"
+        )
         for name in (FIRST_SET, *trials.sets):
             best = place / name / "best.pt"
             if not best.exists() or (best.parent / "last.pt").exists():  # of another machine, or unfinished
@@ -254,3 +200,6 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
             for name in ("setting", "epochs", "local_tpe", "lambda_theory", "parameters", "accuracies")
         },
     }
+
+
+TASK = Task(DESCRIPTION, EXAMPLES, TRIALS, add_options, shape_options, run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import sys
@@ -13,25 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from nkat.convert import merge, rank_search, tables
-from nkat.convert.options import parse_arguments
-from nkat.convert.outputs import check_outputs, layout, size, write, write_unless_dry
-from nkat.convert.strengths import report_strengths
-from nkat.convert.tables import describe_layers, print_summary
+from nkat.convert.inputs import Inputs
+from nkat.convert.options import ConvertOptions, parse_arguments
+from nkat.convert.outputs import check_outputs, size, write, write_unless_dry
+from nkat.convert.strengths import CHUNKS, report_strengths
 from nkat.errors import NKATError
 from nkat.gguf import quantise
-from nkat.gguf.file import GGUFFile
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_bytes, note
 from nkat.host.distributed import is_first
 from nkat.host.files import check_output
 from nkat.host.record import check_record, write_json
-from nkat.sources.fit.job import FitRequest, check_state, run_fit
-from nkat.sources.fit.options import fit_settings
+from nkat.measure.judge import Judge, Passages
+from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
 from nkat.sources.make import check_options, describe_theta_set, make_thetas, residual_errors
 from nkat.sources.moments import input_second_moments
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, ThetaOptions
 from nkat.theta import inplace
-from nkat.theta.algebra import coupling
+from nkat.theta.algebra import Theta, coupling
 from nkat.theta.layers import select_layers
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, base_hash, open_model_file
@@ -47,20 +45,21 @@ def main() -> None:
     run(options)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: ConvertOptions) -> None:
     check_record(options.json, options.force)
     hardware.set_threads(options.threads)
     model = open_model_file(options.input)
     if model.unfinished:
         note(f"note: {options.input} ends in remains of a Θ that was not completely written; they are left out")
+    inputs = Inputs(model, options.reference, options.text, options.chunks)
     if options.remove:
         record = remove_theta(options, model)
-    elif options.output is None and not options.in_place and not _makes_theta_to_merge(options, model):
-        record = export_existing(options, model)
+    elif not options.writes_model and not _makes_theta_to_merge(options, model):
+        record = export_existing(options, inputs)
     elif options.truncate_rank:
-        record = truncate_existing(options, model)
+        record = truncate_existing(options, inputs)
     else:
-        record = convert(options, model)
+        record = convert(options, inputs)
     if options.json and record:
         record["machine"] = hardware.describe(hardware.pick_device(allow_cuda=False))
         write_json(record, options.json, options.force)
@@ -68,72 +67,64 @@ def run(options: argparse.Namespace) -> None:
         sys.exit(commandline.INTERRUPTED)
 
 
-def convert(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
+def convert(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
     """Makes Θ and writes it in the form asked for; {} in a process of torchrun's that does not write."""
+    model = inputs.model
     base = model.require_base()
     if options.theta_source == "fit":
-        check_state(_fit_state_path(options), options.resume, options.force)
-        if options.resume and _is_unfinished(options.output or model.path):
-            options.force = True  # what an interrupted fit wrote is replaced by what comes of it
+        check_state(options.fit_state, options.fit.resume, options.force)
+        if options.fit.resume and _is_unfinished(options.output or model.path):
+            options = replace(options, force=True)  # what an interrupted fit wrote is replaced by what comes of it
     check_outputs(options, model)
-    tensors = base.tensors
-    names = select_layers(tensors, options.selective_layers)
-    theta_options = _theta_options(options, names)
-    if options.optimize_rank:
-        theta_options = replace(theta_options, rank=max(rank_search.RANKS))  # lower ranks are its first columns
-    check_options(tensors, names, theta_options)
-    trial = rank_search.prepare(model, options.text, options.chunks) if options.optimize_rank else None
-    judge = _merge_judge(options, model)
-    _announce(options, model, names, theta_options)
+    names = select_layers(base.tensors, options.selective_layers)
+    made_as = _theta_options(options, inputs, names)
+    check_options(base.tensors, names, made_as)
+    rank_judge = inputs.judge if options.optimize_rank else None  # what cannot be judged is known before time is spent
+    merge_judge = _merge_judge(options, inputs)
+    _announce(options, model, names, made_as)
 
-    started = time.perf_counter()
+    clock = _Clock()
     with console.bar(model.base_size, "hashing the base", "B") as bar:
         base_sha256 = base_hash(model, bar.update)
-    made_from = time.perf_counter()
+    clock.lap("hash")
     record: dict[str, Any] = {}
     validation = None
     if options.theta_source == "fit":
-        fitted = run_fit(_fit_request(options, model, base_sha256, names, theta_options))
+        fitted = _fit(options, inputs, base_sha256, names, made_as)
         if not fitted.writes:
             return {}
         thetas, validation, record["fit"] = fitted.thetas, fitted.validation, fitted.record
-        theta_options = replace(theta_options, notes=fitted.notes)
+        made_as = replace(made_as, notes=fitted.notes)
     else:
-        with console.bar(len(names), "making Θ", "layer") as bar:
-            thetas = make_thetas(base.file, names, theta_options, bar.update)
-    if options.theta_source == "residual":
-        with console.bar(len(names), "comparing with other Θ", "layer") as bar:
-            errors = residual_errors(base.file, thetas, theta_options, bar.update)
-        record["residual"] = tables.describe_errors(errors, theta_options.input_weights)
-    theta_set = describe_theta_set(model, thetas, theta_options, base_sha256)
+        thetas, made = _make(model, names, made_as)
+        record |= made
+    theta_set = describe_theta_set(model, thetas, made_as, base_sha256)
     if options.depth_decay:
         theta_set = scale_by_depth(theta_set, theta_set.gamma)
-    made = time.perf_counter()
-    if trial is not None:
-        theta_set, record["rank_search"] = rank_search.search_rank(trial, theta_set)
-    searched = time.perf_counter()
+    clock.lap("make")
+    if rank_judge is not None:
+        theta_set, record["rank_search"] = rank_search.search_rank(rank_judge, theta_set)
+    clock.lap("search")
     written = write(options, model, theta_set)
-    if options.theta_source == "fit" and record["fit"]["finished"]:
-        _fit_state_path(options).unlink(missing_ok=True)
-    seconds = {
-        "hash": made_from - started,
-        "make": made - made_from,
-        "search": searched - made,
-        "write": time.perf_counter() - searched,
-    }
-    record |= _describe(options, model, theta_set, written, seconds)
-    print_summary(record)
+    finished = record.get("fit", {}).get("finished", True)
+    if options.theta_source == "fit" and finished:
+        options.fit_state.unlink(missing_ok=True)
+    clock.lap("write")
+    record |= _describe(options, model, theta_set, written, clock.seconds)
+    tables.print_summary(record)
     if "residual" in record:
         tables.print_errors(record["residual"])
-    if record.get("fit", {}).get("finished", True):
-        record["merge"] = _merge(options, model, theta_set, judge)
+    if finished:
+        record["merge"] = _merge(options, model, theta_set, merge_judge)
     if options.theta_source != "weight":
-        record["report"] = report_strengths(model, theta_set, options.text, validation, options.reference)
+        judge = _strengths_judge(options, inputs, validation)
+        record["report"] = report_strengths(judge, theta_set, inputs.loaded_reference)
     return record
 
 
-def truncate_existing(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
+def truncate_existing(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
     """Writes the input with fewer columns of the Θ it has, at another strength where one is given."""
+    model = inputs.model
     if model.theta is None or model.base is None:
         raise NKATError(f"{model.path}: holds no Θ with its model, so there is nothing to truncate")
     if options.truncate_rank > model.theta.rank:
@@ -141,22 +132,24 @@ def truncate_existing(options: argparse.Namespace, model: ModelFile) -> dict[str
     check_outputs(options, model)
     gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
-    judge = _merge_judge(options, model)
-    started = time.perf_counter()
+    judge = _merge_judge(options, inputs)
+    clock = _Clock()
     theta_set = replace(truncate_rank(model.theta, options.truncate_rank), gamma=gamma)
     written = write(options, model, theta_set)
-    record = _describe(options, model, theta_set, written, {"write": time.perf_counter() - started})
-    print_summary(record)
+    clock.lap("write")
+    record = _describe(options, model, theta_set, written, clock.seconds)
+    tables.print_summary(record)
     record["merge"] = _merge(options, model, theta_set, judge)
     return record
 
 
-def export_existing(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
+def export_existing(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
     """Writes the Θ that the input has as a LoRA adapter, or merged into the model's weights, or both."""
+    model = inputs.model
     if model.theta is None or model.base is None:
         raise NKATError(f"{model.path}: holds no Θ with its model; add --output or --in-place to make one")
     check_outputs(options, model)
-    judge = _merge_judge(options, model)
+    judge = _merge_judge(options, inputs)
     parts = lora_parts(model.theta, model.base, options.theta_gamma) if options.export_lora else []
     if options.export_lora:
         write_unless_dry(options, options.export_lora, parts, [model.path])
@@ -171,34 +164,7 @@ def export_existing(options: argparse.Namespace, model: ModelFile) -> dict[str, 
     }
 
 
-def _makes_theta_to_merge(options: argparse.Namespace, model: ModelFile) -> bool:
-    """--merge alone takes the Θ that the input has, unless it has none or the flags ask for another."""
-    another = options.optimize_rank or options.depth_decay or options.theta_source != "weight"
-    asked = [options.theta_rank, options.selective_layers, options.target_size, options.truncate_rank]
-    asks = another or any(value is not None for value in asked)
-    return options.merge is not None and (model.theta is None or asks)
-
-
-def _merge_judge(options: argparse.Namespace, model: ModelFile) -> merge.Judge | None:
-    """What --merge needs, so that it fails before time is spent; None where nothing is to be measured."""
-    if options.merge is None:
-        return None
-    quantise.check_quantiser()
-    return None if options.dry_run else merge.prepare_judge(model, options.text, options.chunks)
-
-
-def _merge(
-    options: argparse.Namespace, model: ModelFile, theta_set: ThetaSet, judge: merge.Judge | None
-) -> dict[str, Any] | None:
-    if options.merge is None:
-        return None
-    gamma = theta_set.gamma if options.theta_gamma is None else options.theta_gamma
-    record = merge.merge_model(options.merge, model, theta_set, gamma, judge, options.force)
-    merge.print_merge(record)
-    return record
-
-
-def remove_theta(options: argparse.Namespace, model: ModelFile) -> dict[str, Any]:
+def remove_theta(options: ConvertOptions, model: ModelFile) -> dict[str, Any]:
     """Restores the base model, checked by its hash."""
     if model.base is None or (model.theta is None and not model.unfinished):
         raise NKATError(f"{model.path}: has no Θ to remove")
@@ -226,7 +192,53 @@ def remove_theta(options: argparse.Namespace, model: ModelFile) -> dict[str, Any
     }
 
 
-def _theta_options(options: argparse.Namespace, names: Sequence[str]) -> ThetaOptions:
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = round(now - self._last, 3), now
+
+
+def _make(model: ModelFile, names: Sequence[str], made_as: ThetaOptions) -> tuple[dict[str, Theta], dict[str, Any]]:
+    """Θ from the weights or from the reference; and the record of what the latter achieved."""
+    file = model.require_base().file
+    with console.bar(len(names), "making Θ", "layer") as bar:
+        thetas = make_thetas(file, names, made_as, bar.update)
+    if made_as.source != "residual":
+        return thetas, {}
+    with console.bar(len(names), "comparing with other Θ", "layer") as bar:
+        errors = residual_errors(file, thetas, made_as, bar.update)
+    return thetas, {"residual": tables.describe_errors(errors, made_as.input_weights)}
+
+
+def _fit(
+    options: ConvertOptions, inputs: Inputs, base_sha256: str, names: Sequence[str], made_as: ThetaOptions
+) -> FitResult:
+    fit, has_reference = options.fit, options.reference is not None
+    request = FitRequest(
+        model=inputs.loaded,
+        base_sha256=base_sha256,
+        names=names,
+        settings=fit.fit_settings(made_as.rank, made_as.gamma, options.seed, has_reference),
+        calibrate=options.calibrate,
+        reference=inputs.loaded_reference,
+        keep=options.keep,
+        ignore=fit.ignore,
+        start=fit.start,
+        precision=fit.precision,
+        state=options.fit_state,
+        resume=fit.resume,
+        allow_cuda=fit.allow_cuda,
+    )
+    return run_fit(request)
+
+
+def _theta_options(options: ConvertOptions, inputs: Inputs, names: Sequence[str]) -> ThetaOptions:
     gamma = DEFAULT_GAMMA if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
     if gamma == 1.0 and options.theta_source == "fit":
@@ -236,12 +248,14 @@ def _theta_options(options: argparse.Namespace, names: Sequence[str]) -> ThetaOp
     elif not 0.90 <= gamma <= 0.99:
         note(f"warning: gamma {gamma:g} is outside the usual range 0.90 to 0.99")
     reference, input_weights, notes = None, None, {}
-    if options.theta_source != "fit" and options.reference:
-        reference = GGUFFile.open(options.reference)
+    if options.theta_source == "residual" and inputs.reference is not None:
+        reference = inputs.reference.require_base().file
         if options.calibrate:
-            input_weights, notes = input_second_moments(options.input, options.calibrate, names=names)
+            input_weights, notes = input_second_moments(inputs.loaded, options.calibrate, names=names)
+    # with --optimize-rank the lower ranks are the first columns of the highest
+    rank = max(rank_search.RANKS) if options.optimize_rank else options.theta_rank or DEFAULT_RANK
     return ThetaOptions(
-        rank=options.theta_rank or DEFAULT_RANK,
+        rank=rank,
         gamma=gamma,
         seed=options.seed,
         target_size=options.target_size,
@@ -252,43 +266,50 @@ def _theta_options(options: argparse.Namespace, names: Sequence[str]) -> ThetaOp
     )
 
 
-def _fit_request(
-    options: argparse.Namespace, model: ModelFile, base_sha256: str, names: Sequence[str], theta_options: ThetaOptions
-) -> FitRequest:
-    return FitRequest(
-        model=model,
-        base_sha256=base_sha256,
-        names=names,
-        settings=fit_settings(options, theta_options.rank, theta_options.gamma),
-        calibrate=options.calibrate,
-        reference=options.reference,
-        keep=options.keep,
-        ignore=options.calibrate_ignore or [],
-        start=options.fit_start or "auto",
-        precision=options.fit_precision or "auto",
-        state=_fit_state_path(options),
-        resume=options.resume,
-        allow_cuda=not options.no_cuda,
-    )
+def _makes_theta_to_merge(options: ConvertOptions, model: ModelFile) -> bool:
+    """--merge alone takes the Θ that the input has, unless it has none or the flags ask for another."""
+    asks = options.makes_theta or options.theta_source != "weight" or options.truncate_rank is not None
+    return options.merge is not None and (model.theta is None or asks)
 
 
-def _fit_state_path(options: argparse.Namespace) -> Path:
-    """Where an interrupted fit is kept: beside what it makes."""
-    target = options.output or options.input
-    return target.with_name(target.name + ".fit")
+def _merge_judge(options: ConvertOptions, inputs: Inputs) -> Judge | None:
+    """What --merge needs, so that it fails before time is spent; None where nothing is to be measured."""
+    if options.merge is None:
+        return None
+    quantise.check_quantiser()
+    return None if options.dry_run else inputs.judge
+
+
+def _strengths_judge(options: ConvertOptions, inputs: Inputs, validation: Passages | None) -> Judge:
+    """On the user's text, else on a fit's validation chunks, else on the text that every Python carries."""
+    if options.text is None and validation is not None:
+        return Judge(inputs.loaded, validation.pick(slice(CHUNKS)))
+    return Judge.open(inputs.loaded, options.text, CHUNKS)
+
+
+def _merge(
+    options: ConvertOptions, model: ModelFile, theta_set: ThetaSet, judge: Judge | None
+) -> dict[str, Any] | None:
+    if options.merge is None:
+        return None
+    gamma = theta_set.gamma if options.theta_gamma is None else options.theta_gamma
+    record = merge.merge_model(options.merge, model, theta_set, gamma, judge, options.force)
+    merge.print_merge(record)
+    return record
 
 
 def _is_unfinished(path: Path) -> bool:
     """Whether a file holds the Θ of a fit that was interrupted."""
-    thetas = open_model_file(path).theta if path.exists() else None
-    return thetas is not None and bool(thetas.notes.get(UNFINISHED_KEY))
+    theta = open_model_file(path).theta if path.exists() else None
+    return theta is not None and bool(theta.notes.get(UNFINISHED_KEY))
 
 
-def _announce(options: argparse.Namespace, model: ModelFile, names: Sequence[str], made: ThetaOptions) -> None:
+def _announce(options: ConvertOptions, model: ModelFile, names: Sequence[str], made: ThetaOptions) -> None:
     target = options.output or (model.path if options.in_place else options.merge)
-    how = "theta-only" if options.theta_only else layout(options) if target != options.merge else "Θ merged"
+    how = "theta-only" if options.theta_only else options.final_layout if target != options.merge else "Θ merged"
     rank = "2, 4, 6 or 8, whichever measures best" if options.optimize_rank else str(made.rank)
-    print(f"input   {model.path} ({format_bytes(model.base_size)}, {model.base.file.metadata['general.architecture']})")
+    architecture = model.require_base().file.metadata["general.architecture"]
+    print(f"input   {model.path} ({format_bytes(model.base_size)}, {architecture})")
     print(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
     print(
         f"Θ       {len(names)} layers, rank {rank}, gamma {made.gamma:g} (κ = {coupling(made.gamma):.6f}), "
@@ -299,24 +320,24 @@ def _announce(options: argparse.Namespace, model: ModelFile, names: Sequence[str
 
 
 def _describe(
-    options: argparse.Namespace, model: ModelFile, theta_set: ThetaSet, sizes: dict[str, int], seconds: dict[str, float]
+    options: ConvertOptions, model: ModelFile, theta_set: ThetaSet, sizes: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
-    size = sizes.get("output")  # None: only --merge or --export-lora writes
-    added = None if size is None else size - (0 if options.theta_only else model.base_size)
+    written = sizes.get("output")  # None: only --merge or --export-lora writes
+    added = None if written is None else written - (0 if options.theta_only else model.base_size)
     return {
         "input": str(model.path),
-        "output": None if size is None else str(options.output or model.path),
-        "layout": None if size is None else "theta-only" if options.theta_only else layout(options),
+        "output": None if written is None else str(options.output or model.path),
+        "layout": None if written is None else "theta-only" if options.theta_only else options.final_layout,
         "lora": str(options.export_lora) if options.export_lora else None,
         "dry_run": options.dry_run,
         "metadata": theta_set.metadata(),
         "coupling": coupling(theta_set.gamma),
-        "layers": describe_layers(model, theta_set),
+        "layers": tables.describe_layers(model, theta_set),
         "theta_bytes": theta_set.nbytes,
         "bytes_added": added,
         "bytes_added_percent": None if added is None else 100.0 * added / model.base_size,
         "base_bytes": model.base_size,
-        "output_bytes": size,
+        "output_bytes": written,
         "lora_bytes": sizes.get("lora"),
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "seconds": seconds,
     }

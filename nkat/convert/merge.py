@@ -32,12 +32,12 @@ from nkat.gguf.writer import (
 )
 from nkat.host.console import bar, format_table
 from nkat.host.files import atomic_output
-from nkat.lm.load import LoadedModel, load_model
-from nkat.measure.perplexity import Perplexity, paired, score_chunks, text_chunks
-from nkat.measure.texts import Text, load_text
+from nkat.lm.load import load_model
+from nkat.measure.judge import Judge
+from nkat.measure.perplexity import change_text, paired, perplexity_text
 from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
 from nkat.theta.modelfile import ModelFile
-from nkat.theta.set import ThetaSet, check_judging_text
+from nkat.theta.set import ThetaSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,43 +127,21 @@ def write_merged(
     return losses
 
 
-@dataclass(frozen=True, slots=True)
-class Judge:
-    """A text to measure on: its chunks of token ids [C, T], and the model with Θ on."""
-
-    text: Text
-    chunks: torch.Tensor
-    loaded: LoadedModel
-
-
-def prepare_judge(model: ModelFile, text_path: Path | None, chunks: int) -> Judge:
-    """Opens text and model. Raises NKATError for what cannot be measured, before anything is written."""
-    text = load_text(text_path)
-    loaded = load_model(model)
-    return Judge(text, text_chunks(loaded.tokenizer, text.content, chunks), loaded)
-
-
 def measure_merge(judge: Judge, theta_set: ThetaSet, gamma: float, merged_path: Path) -> dict[str, Any]:
     """Perplexity of the base, of the base with Θ and of the merged file, on the same chunks."""
-    model = judge.loaded.model
-    model.set_gamma(None)
-    base = Perplexity(score_chunks(model, judge.chunks, progress="without Θ"))
-    model.set_thetas(theta_set.layers)
-    model.set_gamma(gamma)
-    with_theta = Perplexity(score_chunks(model, judge.chunks, progress="with Θ"))
-    merged = Perplexity(score_chunks(load_model(merged_path).model, judge.chunks, progress="merged"))
-    gain, kept = paired(base, with_theta), paired(base, merged)
-    clear = gain.log_ratio < -2 * gain.log_ratio_stderr
+    base, with_theta = judge.without(), judge.score(theta_set, gamma)
+    merged = judge.other(load_model(merged_path)).without(progress="merged")
+    gain, kept = with_theta.change, paired(base, merged)
     return {
-        "text": judge.text.name,
-        "text_sha256": judge.text.sha256,
+        "text": judge.passages.name,
+        "text_sha256": judge.passages.sha256,
         "chunks": base.chunks,
         "context": base.context,
-        "base": _figures(base),
-        "theta": {**_figures(with_theta), **_change(base, with_theta)},
-        "merged": {**_figures(merged), **_change(base, merged)},
-        "merged_against_theta": _change(with_theta, merged),
-        "gain_kept": kept.log_ratio / gain.log_ratio if clear else None,
+        "base": base.record(),
+        "theta": {**with_theta.perplexity.record(), **gain.record()},
+        "merged": {**merged.record(), **kept.record()},
+        "merged_against_theta": paired(with_theta.perplexity, merged).record(),
+        "gain_kept": kept.log_ratio / gain.log_ratio if gain.clear and gain.log_ratio < 0 else None,
     }
 
 
@@ -179,11 +157,10 @@ def merge_model(
 
     Raises NKATError, before anything is written, for γ = 1 or a Θ made from the text it would be judged on.
     """
-    assert model.base is not None
     if coupling(gamma) == 0.0:
         raise ThetaError("merging needs theta gamma below 1: at 1 the coupling is 0 and there is nothing to merge")
     if judge is not None:
-        check_judging_text(theta_set, judge.text.sha256, model.path)
+        judge.check(theta_set)
     with bar(model.base_size, f"merging into {path.name}", "B") as done:
         losses = write_merged(None if judge is None else path, model, theta_set, gamma, force, done.update)
     return {
@@ -191,7 +168,7 @@ def merge_model(
         "bytes": model.base_size,
         "rank": theta_set.rank,
         "gamma": gamma,
-        **describe_losses(losses, model.base.tensors),
+        **describe_losses(losses, model.require_base().tensors),
         "perplexity": None if judge is None else measure_merge(judge, theta_set, gamma, path),
     }
 
@@ -245,29 +222,20 @@ def print_merge(record: Mapping[str, Any]) -> None:
 
 def _row(label: str, figures: Mapping[str, float]) -> list[str]:
     change = _percent(figures) if "change_percent" in figures else ""
-    return [label, f"{figures['perplexity']:.4f} ± {figures['perplexity_stderr']:.4f}", change]
+    return [label, perplexity_text(figures["perplexity"], figures["perplexity_stderr"]), change]
 
 
 def _percent(figures: Mapping[str, float]) -> str:
-    return f"{figures['change_percent']:+.3f} % ± {figures['change_percent_stderr']:.3f}"
-
-
-def _figures(measured: Perplexity) -> dict[str, float]:
-    return {"perplexity": measured.ppl, "perplexity_stderr": measured.stderr}
-
-
-def _change(a: Perplexity, b: Perplexity) -> dict[str, float]:
-    change = paired(a, b)
-    return {"change_percent": change.percent, "change_percent_stderr": change.percent_stderr}
+    return change_text(figures["change_percent"], figures["change_percent_stderr"])
 
 
 def _merged_parts(
     model: ModelFile, thetas: Mapping[str, Theta], kappa: float, losses: dict[str, MergeLoss]
 ) -> Iterator[Part]:
     """The base's parts with adapted tensors replaced, one at a time as they are asked for; fills `losses`."""
-    assert model.base is not None
-    file = model.base.file
-    adapted = sorted((model.base.tensors[name] for name in thetas), key=lambda info: info.offset)
+    base = model.require_base()
+    file = base.file
+    adapted = sorted((base.tensors[name] for name in thetas), key=lambda info: info.offset)
     for part in model.base_parts():
         if not isinstance(part, FileRange):
             yield part

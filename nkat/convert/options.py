@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.host import commandline
-from nkat.sources.fit.options import add_fit_arguments, given_fit_flags
+from nkat.sources.fit.options import FitOptions, add_fit_arguments, fit_options
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
 
 EXAMPLES = """\
@@ -23,7 +23,134 @@ EXAMPLES = """\
 """
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What is asked of a conversion: the flags of their names, None where one was not given. `fit`: how it learns."""
+
+    input: Path
+    output: Path | None
+    in_place: bool
+    layout: str | None
+    theta_only: bool
+    export_lora: Path | None
+    merge: Path | None
+    remove: bool
+    theta_rank: int | None
+    theta_gamma: float | None
+    optimize_rank: bool
+    text: Path | None
+    chunks: int
+    selective_layers: list[str] | None
+    target_size: int | None
+    depth_decay: bool
+    theta_source: str
+    reference: Path | None
+    calibrate: Path | None
+    keep: Path | None
+    truncate_rank: int | None
+    seed: int
+    threads: int | None
+    dry_run: bool
+    force: bool
+    json: str | None
+    fit: FitOptions
+
+    @property
+    def writes_model(self) -> bool:
+        """Whether --output or --in-place says where the model or its Θ goes."""
+        return self.output is not None or self.in_place
+
+    @property
+    def makes_theta(self) -> bool:
+        """Whether a flag asks for a new Θ of a certain kind."""
+        asked = (self.theta_rank, self.selective_layers, self.target_size)
+        return any(value is not None for value in asked) or self.optimize_rank or self.depth_decay
+
+    @property
+    def final_layout(self) -> str:
+        """Where Θ goes in a file that holds the model too."""
+        return "appended" if self.in_place else self.layout or "tensors"
+
+    @property
+    def fit_state(self) -> Path:
+        """Where an interrupted fit is kept: beside what it makes."""
+        target = self.output or self.input
+        return target.with_name(target.name + ".fit")
+
+
+CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
+    (lambda o: o.output is not None and o.in_place, "--output and --in-place exclude each other"),
+    (
+        lambda o: not o.writes_model and (o.remove or (o.export_lora is None and o.merge is None)),
+        "say where the result goes: --output FILE or --in-place (or --export-lora FILE, --merge FILE)",
+    ),
+    (
+        lambda o: o.merge and o.output is None and (o.theta_only or o.layout),
+        "--theta-only and --layout say what --output is to be, which is not given",
+    ),
+    (
+        lambda o: o.in_place and (o.theta_only or o.layout == "tensors"),
+        "--in-place always uses layout 'appended'; --theta-only and --layout tensors need --output",
+    ),
+    (lambda o: o.theta_only and o.layout, "--theta-only writes no model, so --layout has no meaning with it"),
+    (
+        lambda o: o.optimize_rank and o.theta_rank is not None,
+        "--optimize-rank searches the rank, so --theta-rank has no meaning with it",
+    ),
+    (
+        lambda o: o.theta_source == "residual" and o.reference is None,
+        "--theta-source residual needs --reference, the same model at a higher precision",
+    ),
+    (
+        lambda o: o.theta_source == "weight" and (o.reference or o.calibrate),
+        "--reference and --calibrate are for --theta-source residual or fit",
+    ),
+    (lambda o: o.theta_source != "fit" and o.fit.given, "{o.fit.given[0]} is for --theta-source fit"),
+    (lambda o: o.theta_source != "fit" and o.keep is not None, "--keep is for --theta-source fit"),
+    (
+        lambda o: o.theta_source == "fit" and o.calibrate is None,
+        "--theta-source fit needs --calibrate, the text to learn from",
+    ),
+    (
+        lambda o: o.theta_source == "fit" and (o.target_size or o.depth_decay),
+        "--target-size and --depth-decay are not for --theta-source fit, which learns every entry's strength",
+    ),
+    (
+        lambda o: o.fit.start == "residual" and o.reference is None,
+        "--fit-start residual needs --reference, the same model at a higher precision",
+    ),
+    (
+        lambda o: o.fit.reference_share is not None and o.reference is None,
+        "--fit-reference-share needs --reference, the same model at a higher precision",
+    ),
+    (
+        lambda o: o.truncate_rank and (o.theta_source != "weight" or o.makes_theta),
+        "--truncate-rank keeps the Θ that the input has, so flags for making one have no meaning with it",
+    ),
+    (
+        lambda o: (
+            o.remove
+            and (
+                o.export_lora
+                or o.merge
+                or o.theta_gamma is not None
+                or o.makes_theta
+                or o.theta_only
+                or o.truncate_rank is not None
+            )
+        ),
+        "--remove only takes Θ off: it goes with --input, --output or --in-place, --force, --dry-run, --json",
+    ),
+    (
+        lambda o: (
+            not o.writes_model and o.merge is None and (o.makes_theta or o.theta_only or o.truncate_rank is not None)
+        ),
+        "--export-lora alone exports the Θ the input has; to make a new one give --output or --in-place too",
+    ),
+)  # the first that holds is what the user is told
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
     """The flags, checked against one another; a mistake ends the program with one line and status 2."""
     parser = commandline.parser(
         "Add Θ (small antisymmetric INT8 tensors) to a GGUF language model, or take it off.", EXAMPLES
@@ -105,55 +232,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
     add_fit_arguments(parser)
-    options = parser.parse_args(argv)
-    problem = _conflict(options)
-    if problem:
-        parser.error(problem)
+    parsed = parser.parse_args(argv)
+    options = commandline.taken(ConvertOptions, parsed, fit=fit_options(parsed))
+    commandline.check_conflicts(parser, options, CONFLICTS)
     return options
-
-
-def _conflict(o: argparse.Namespace) -> str | None:
-    making = o.output is not None or o.in_place
-    if o.output is not None and o.in_place:
-        return "--output and --in-place exclude each other"
-    if not making and (o.remove or (o.export_lora is None and o.merge is None)):
-        return "say where the result goes: --output FILE or --in-place (or --export-lora FILE, --merge FILE)"
-    if o.merge and o.output is None and (o.theta_only or o.layout):
-        return "--theta-only and --layout say what --output is to be, which is not given"
-    if o.in_place and (o.theta_only or o.layout == "tensors"):
-        return "--in-place always uses layout 'appended'; --theta-only and --layout tensors need --output"
-    if o.theta_only and o.layout:
-        return "--theta-only writes no model, so --layout has no meaning with it"
-    if o.optimize_rank and o.theta_rank is not None:
-        return "--optimize-rank searches the rank, so --theta-rank has no meaning with it"
-    if o.theta_source == "residual" and o.reference is None:
-        return "--theta-source residual needs --reference, the same model at a higher precision"
-    if o.theta_source == "weight" and (o.reference or o.calibrate):
-        return "--reference and --calibrate are for --theta-source residual or fit"
-    problem = _fit_conflict(o)
-    if problem:
-        return problem
-    made = [o.theta_rank, o.selective_layers, o.target_size, o.optimize_rank or None, o.depth_decay or None]
-    if o.truncate_rank and (o.theta_source != "weight" or any(value is not None for value in made)):
-        return "--truncate-rank keeps the Θ that the input has, so flags for making one have no meaning with it"
-    made += [o.theta_only or None, o.truncate_rank]
-    if o.remove and (o.export_lora or o.merge or o.theta_gamma is not None or any(value is not None for value in made)):
-        return "--remove only takes Θ off: it goes with --input, --output or --in-place, --force, --dry-run, --json"
-    if not making and o.merge is None and any(value is not None for value in made):
-        return "--export-lora alone exports the Θ the input has; to make a new one give --output or --in-place too"
-    return None
-
-
-def _fit_conflict(o: argparse.Namespace) -> str | None:
-    if o.theta_source != "fit":
-        given = given_fit_flags(o) + ["--keep"] * (o.keep is not None)
-        return f"{given[0]} is for --theta-source fit" if given else None
-    if o.calibrate is None:
-        return "--theta-source fit needs --calibrate, the text to learn from"
-    if o.target_size or o.depth_decay:
-        return "--target-size and --depth-decay are not for --theta-source fit, which learns every entry's strength"
-    if o.fit_start == "residual" and o.reference is None:
-        return "--fit-start residual needs --reference, the same model at a higher precision"
-    if o.fit_reference_share is not None and o.reference is None:
-        return "--fit-reference-share needs --reference, the same model at a higher precision"
-    return None

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from nkat.convert.options import ConvertOptions
 from nkat.errors import NKATError
 from nkat.gguf.writer import Part, part_size, write_gguf
 from nkat.host import console
@@ -16,7 +16,7 @@ from nkat.theta.modelfile import ModelFile, appended_parts, embedded_parts, thet
 from nkat.theta.set import ThetaSet
 
 
-def check_outputs(options: argparse.Namespace, model: ModelFile) -> None:
+def check_outputs(options: ConvertOptions, model: ModelFile) -> None:
     """Everything about the outputs that can be known before time is spent on Θ."""
     seen: dict[Path, str] = {}
     for flag, path in (
@@ -42,38 +42,35 @@ def check_outputs(options: argparse.Namespace, model: ModelFile) -> None:
             )
 
 
-def layout(options: argparse.Namespace) -> str:
-    return "appended" if options.in_place else options.layout or "tensors"
-
-
-def write(options: argparse.Namespace, model: ModelFile, theta_set: ThetaSet) -> dict[str, int]:
+def write(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet) -> dict[str, int]:
     """Writes the outputs; returns the size of each by its role."""
+    base = model.require_base()
     sizes = {}
     if options.in_place:
-        parts = appended_parts(theta_set, model.base.data_end)
+        parts = appended_parts(theta_set, base.data_end)
         if not options.dry_run:
-            inplace.append(model.path, model.base.data_end, parts)
-        sizes["output"] = model.base.data_end + size(parts)
+            inplace.append(model.path, base.data_end, parts)
+        sizes["output"] = base.data_end + size(parts)
     elif options.output is not None:
         parts = _output_parts(options, model, theta_set)
         write_unless_dry(options, options.output, parts, [model.path])
         sizes["output"] = size(parts)
     if options.export_lora:
-        parts = lora_parts(theta_set, model.base)
+        parts = lora_parts(theta_set, base)
         write_unless_dry(options, options.export_lora, parts, [model.path])
         sizes["lora"] = size(parts)
     return sizes
 
 
-def _output_parts(options: argparse.Namespace, model: ModelFile, theta_set: ThetaSet) -> list[Part]:
+def _output_parts(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet) -> list[Part]:
     if options.theta_only:
         return theta_only_parts(theta_set)
-    if layout(options) == "appended":
+    if options.final_layout == "appended":
         return [*model.base_parts(), *appended_parts(theta_set, model.base_size)]
-    return embedded_parts(theta_set, model.base)
+    return embedded_parts(theta_set, model.require_base())
 
 
-def write_unless_dry(options: argparse.Namespace, path: Path, parts: list[Part], inputs: list[Path]) -> None:
+def write_unless_dry(options: ConvertOptions, path: Path, parts: list[Part], inputs: list[Path]) -> None:
     if options.dry_run:
         return
     with console.bar(size(parts), f"writing {path.name}", "B") as bar:

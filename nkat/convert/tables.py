@@ -15,11 +15,12 @@ from nkat.theta.set import ThetaSet
 
 def describe_layers(model: ModelFile, theta_set: ThetaSet) -> list[dict[str, Any]]:
     """One entry a weight with Θ: its name, shape and type, Θ's rank and bytes."""
+    tensors = model.require_base().tensors
     return [
         {
             "name": name,
-            "shape": model.base.tensors[name].shape,
-            "type": model.base.tensors[name].type_name,
+            "shape": tensors[name].shape,
+            "type": tensors[name].type_name,
             "rank": theta.rank,
             "bytes": theta.nbytes,
         }

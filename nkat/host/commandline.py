@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from dataclasses import fields
+from typing import NoReturn, TypeVar
 
 from nkat.errors import NKATError
+
+Options = TypeVar("Options")
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -45,6 +48,21 @@ def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def taken(kind: type[Options], parsed: argparse.Namespace, **others: object) -> Options:
+    """A frozen options class out of a parsed command line: each field is the flag of its name, or one of `others`."""
+    names = [field.name for field in fields(kind) if field.name not in others]
+    return kind(**{name: getattr(parsed, name) for name in names}, **others)
+
+
+def check_conflicts(
+    parser: argparse.ArgumentParser, options: Options, conflicts: Sequence[tuple[Callable[[Options], object], str]]
+) -> None:
+    """Ends the program with the message of the first condition that holds; `{o}` in it stands for the options."""
+    for wrong, message in conflicts:
+        if wrong(options):
+            parser.error(message.format(o=options))
 
 
 def positive_int(text: str) -> int:

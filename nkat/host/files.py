@@ -29,6 +29,14 @@ def check_output(path: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         raise NKATError(f"{path}: the folder {path.parent} is not writable")
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it; one that is there already is as good. Raises NKATError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NKATError(f"{path}: cannot be made a folder: {error.strerror}") from None
+
+
 @contextlib.contextmanager
 def atomic_output(path: Path, size: int, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` in one step when the block ends, and leaves nothing behind when it fails.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -19,40 +19,62 @@ from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_table, note
-from nkat.host.files import check_output
+from nkat.host.files import check_output, make_folder
 from nkat.host.memory import memory
 from nkat.host.record import check_record, write_json
-from nkat.inference.options import TAKEN_BY, parse_arguments
+from nkat.inference.options import TAKEN_BY, EngineOptions, parse_arguments
 from nkat.inference.plots import plot_comparison
-from nkat.inference.tables import Comparison, benchmark_record, benchmark_text, comparison_record, comparison_text
+from nkat.inference.tables import (
+    Comparison,
+    Quality,
+    benchmark_record,
+    benchmark_text,
+    comparison_record,
+    comparison_text,
+)
 from nkat.lm.chat import chat_messages, encode_chat, render_chat
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
-from nkat.measure.judge import measure_quality
+from nkat.measure.judge import Judge
 from nkat.measure.layer_speed import bench_gemm, copy_speed, gemm_table
-from nkat.measure.perplexity import PairedChange, Perplexity, paired, score_chunks, text_chunks
+from nkat.measure.perplexity import PairedChange, paired
 from nkat.measure.provenance import file_hash, provenance
 from nkat.measure.speed import Arms, bench_decode, bench_prefill
 from nkat.measure.startup import fresh_startup
 from nkat.measure.texts import Text, load_text
-from nkat.measure.tpe import byte_ratio, tpe
+from nkat.measure.tpe import byte_ratio
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet, check_judging_text
 
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Job:
-    """The model of this run, opened and checked but not loaded. theta: None when it has none; text: when not needed."""
+    """The model of this run, opened and checked but not loaded. theta: None when it has none.
 
-    options: argparse.Namespace
+    activations: "float", or "int8" where the layers' inputs are rounded
+    """
+
+    options: EngineOptions
     device: torch.device
     threads: int
+    activations: str
     request: Request
     model_file: ModelFile
     theta: ThetaSet | None
-    text: Text | None
+
+    @cached_property
+    def text(self) -> Text:
+        """What is measured on."""
+        return load_text(self.options.text)
+
+    def check_text(self) -> None:
+        """Raises NKATError for a text that cannot be read, or that Θ was made from and is to be judged on."""
+        only_speed = self.options.command == "compare" and self.options.chunks == 0
+        sha256 = self.text.sha256
+        if self.theta is not None and not only_speed:
+            check_judging_text(self.theta, sha256, self.options.theta or self.options.model)
 
     def load(self) -> LoadedModel:
         return self.request.load(self.model_file, self.theta)
@@ -78,31 +100,29 @@ def main() -> None:
         ) from None
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: EngineOptions) -> None:
     check_record(options.json, options.force)
     count = hardware.set_threads(options.threads)
     device = hardware.pick_device(allow_cuda=not options.no_cuda)
     fast = device.type == "cpu" and options.command != "perplexity"
-    if options.activations is None:
-        options.activations = "int8" if fast else "float"
+    activations = options.activations or ("int8" if fast else "float")
     # what the kernels compute in; exact perplexity on the processor is faster in torch, many chunks at a time
     kernel_dtypes = ("bfloat16", "float16") if device.type == "cuda" else ("float32",)
-    text = load_text(options.text) if options.command in TAKEN_BY["text"] else None
     request = Request(
         options.model,
         options.theta,
         options.theta_gamma,
         str(device),
         options.dtype,
-        int8_activations=options.activations == "int8",
+        int8_activations=activations == "int8",
         repack=(fast or device.type == "cuda") and options.dtype in (None, *kernel_dtypes),
     )
     model_file, theta = request.open()
     if model_file.unfinished:
         note(f"warning: the Θ behind {options.model} is incomplete or damaged; using the base model alone")
-    if theta is not None and text is not None and options.chunks != 0:
-        check_judging_text(theta, text.sha256, options.theta or options.model)
-    job = Job(options, device, count, request, model_file, theta, text)
+    job = Job(options, device, count, activations, request, model_file, theta)
+    if options.command in TAKEN_BY["text"]:
+        job.check_text()
     commands: dict[str, Callable[[Job], Record]] = {
         "benchmark": benchmark,
         "compare": compare,
@@ -161,12 +181,7 @@ def compare(job: Job) -> Record:
     held = memory(options.model)
     quality = None
     if options.chunks:
-        chunks = text_chunks(loaded.tokenizer, job.text.content, options.chunks)
-        rounded = job.request.int8_activations
-        exact = (
-            replace(job.request, int8_activations=False, repack=False).load(job.model_file, None) if rounded else None
-        )
-        quality = measure_quality(loaded, chunks, batch=options.batch, exact=exact)
+        quality = measure_quality(job, loaded, job.theta)
     ratio = byte_ratio(loaded.tensors, job.theta.nbytes)
     record = {
         **comparison_record(Comparison(prefill, decode, (starts[0], starts[1]), quality, ratio)),
@@ -181,6 +196,17 @@ def compare(job: Job) -> Record:
     write_json(record, str(details), options.force)
     print(f"\nfiles are in {folder}")
     return record
+
+
+def measure_quality(job: Job, loaded: LoadedModel, theta: ThetaSet) -> Quality:
+    """Perplexity of both arms; and, where activations are rounded, what that changes without Θ."""
+    judge = Judge.open(loaded, job.text, job.options.chunks, batch=job.options.batch)
+    without, score = judge.without(), judge.score(theta, loaded.gamma)
+    if job.activations == "float":
+        return Quality(without, score, None)
+    exact = replace(job.request, int8_activations=False, repack=False).load(loaded, None)
+    unrounded = judge.other(exact).without(progress="without Θ, exact activations")
+    return Quality(without, score, paired(unrounded, without))
 
 
 def measure_speed(job: Job, loaded: LoadedModel) -> tuple[Arms, Arms, Decoder]:
@@ -198,7 +224,7 @@ def print_subject(job: Job, record: Record, what: str) -> None:
     print(f"\n{options.model} on {job.text.name}: {what}, {options.repetitions} times over")
     print(
         f"{record['machine']['device_name']}, {threads(job)}, {record['dtype']}, "
-        f"activations {options.activations}, {record['decoder']}\n"
+        f"activations {job.activations}, {record['decoder']}\n"
     )
 
 
@@ -267,32 +293,23 @@ def gemm(job: Job) -> Record:
 def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) -> Record:
     """Under which conditions this run's figures hold; the model's hash only where somebody will read it."""
     options = job.options
-    record = provenance(
-        options.model, loaded, theta=job.theta, theta_path=options.theta, text=job.text, decoder=decoder
-    )
+    text = job.text if options.command in TAKEN_BY["text"] else None
+    record = provenance(options.model, loaded, theta=job.theta, theta_path=options.theta, text=text, decoder=decoder)
     for name in ("command", "seq_len", "iterations", "repetitions"):
-        if getattr(options, name) is not None:
+        if getattr(options, name):
             record[name] = getattr(options, name)
     if options.json or options.command == "compare":
         record["model_sha256"] = file_hash(options.model)
     return record
 
 
-def make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NKATError(f"{path}: cannot be made a folder: {error.strerror}") from None
-
-
 def measure_perplexity(job: Job) -> Record:
     """Scores the same chunks without Θ and, where there is one, with it; prints the table."""
     options, theta = job.options, job.theta
     loaded = job.load()
-    chunks = text_chunks(loaded.tokenizer, job.text.content, options.chunks)
+    judge = Judge.open(loaded, job.text, options.chunks, batch=options.batch)
     started = perf_counter()
-    loaded.model.set_gamma(None)
-    base = Perplexity(score_chunks(loaded.model, chunks, batch=options.batch, progress="without Θ"))
+    base = judge.without()
     record = {
         **conditions(job, loaded),
         "chunks": base.chunks,
@@ -300,39 +317,39 @@ def measure_perplexity(job: Job) -> Record:
         "scored_tokens": base.tokens,
         "baseline_perplexity": base.ppl,
         "baseline_perplexity_stderr": base.stderr,
-        "baseline_tpe": tpe(base.ppl),
+        "baseline_tpe": judge.base().tpe,
         "baseline_seconds": perf_counter() - started,
     }
-    rows = [["without Θ", str(base), "", f"{tpe(base.ppl):.6f}"]]
+    rows = [["without Θ", str(base), "", f"{judge.base().tpe:.6f}"]]
+    verdict = ""
     if theta is not None:
-        loaded.model.set_gamma(loaded.gamma)
         started = perf_counter()
-        with_theta = Perplexity(score_chunks(loaded.model, chunks, batch=options.batch, progress="with Θ"))
-        change = paired(base, with_theta)
-        ratio = byte_ratio(loaded.tensors, theta.nbytes)
+        score = judge.score(theta, loaded.gamma)
+        change = score.change
         record |= {
-            "nkat_perplexity": with_theta.ppl,
-            "nkat_perplexity_stderr": with_theta.stderr,
+            "nkat_perplexity": score.perplexity.ppl,
+            "nkat_perplexity_stderr": score.perplexity.stderr,
             "perplexity_change_percent": change.percent,
             "perplexity_change_stderr": change.percent_stderr,
-            "byte_ratio": ratio,
-            "nkat_tpe": tpe(with_theta.ppl, ratio),
+            "byte_ratio": score.byte_ratio,
+            "nkat_tpe": score.tpe,
             "nkat_seconds": perf_counter() - started,
         }
         label = f"with Θ (rank {theta.rank}, gamma {loaded.gamma:g})"
-        rows.append([label, str(with_theta), str(change), f"{record['nkat_tpe']:.6f}"])
+        rows.append([label, str(score.perplexity), str(change), f"{score.tpe:.6f}"])
+        verdict = f"\n{what_it_says(change)}"
     print(
         f"\n{options.model} on {job.text.name}: {base.chunks} chunks of {base.context} tokens, {base.tokens} scored\n"
     )
     print(format_table(rows, ["", "perplexity", "change", "TPE"]))
-    if theta is not None:
-        print(f"\n{verdict(change)}")
+    if verdict:
+        print(verdict)
     return record
 
 
-def verdict(change: PairedChange) -> str:
+def what_it_says(change: PairedChange) -> str:
     """What the paired difference says, at two standard errors."""
-    if abs(change.percent) <= 2 * change.percent_stderr:
+    if not change.clear:
         return "Θ makes no difference that this text can show (within two standard errors)."
     better = change.percent < 0
     return f"Θ makes this model {'better' if better else 'worse'} on this text (beyond two standard errors)."

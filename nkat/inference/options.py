@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,51 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "chat": {"generate": False},
     "system": {"generate": None},
 }
+_NUMBERS = TAKEN_BY.keys() - {"text", "output_dir", "seed", "chat", "system"}
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What is asked of the engine: `command`, one of COMMANDS, and the flags of their names.
+
+    generate: the prompt, None for another command. Numbers that the command does not take are 0.
+    """
+
+    command: str
+    model: Path
+    theta: Path | None
+    theta_gamma: float | None
+    generate: str | None
+    text: Path | None
+    seq_len: int
+    iterations: int
+    repetitions: int
+    chunks: int
+    batch: int
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int | None
+    chat: bool
+    system: str | None
+    dtype: str | None
+    activations: str | None
+    no_cuda: bool
+    threads: int | None
+    json: str | None
+    output_dir: Path | None
+    force: bool
+
+
+CONFLICTS: tuple[tuple[Callable[[EngineOptions], object], str], ...] = (
+    (lambda o: o.command == "perplexity" and o.chunks == 0, "--perplexity needs at least one chunk"),
+    (lambda o: o.system is not None and not o.chat, "--system goes with --chat"),
+)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
     parser = commandline.parser(
         "Run a language model with and without its Θ, and measure what Θ costs and buys.", EXAMPLES
     )
@@ -109,19 +151,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="where --compare writes (default: a new folder in output/compare)",
     )
     add("--force", action="store_true", help="replace existing files")
-    options = parser.parse_args(argv)
-    chosen = [name for name in COMMANDS if getattr(options, name) not in (None, False)]
+    parsed = parser.parse_args(argv)
+    chosen = [name for name in COMMANDS if getattr(parsed, name) not in (None, False)]
     if len(chosen) != 1:
         problem = "say what to do, one of" if not chosen else "one thing at a time, give only one of"
         parser.error(f"{problem} {', '.join(f'--{name}' for name in COMMANDS)}")
-    options.command = chosen[0]
+    command = chosen[0]
+    values = {}
     for name, defaults in TAKEN_BY.items():
-        if getattr(options, name) is None:
-            setattr(options, name, defaults.get(options.command))
-        elif options.command not in defaults:
-            parser.error(f"--{name.replace('_', '-')} has no meaning with --{options.command}")
-    if options.command == "perplexity" and options.chunks == 0:
-        parser.error("--perplexity needs at least one chunk")
-    if options.system is not None and not options.chat:
-        parser.error("--system goes with --chat")
+        values[name] = getattr(parsed, name)
+        if values[name] is None:
+            values[name] = defaults.get(command, 0 if name in _NUMBERS else None)
+        elif command not in defaults:
+            parser.error(f"--{name.replace('_', '-')} has no meaning with --{command}")
+    options = commandline.taken(EngineOptions, parsed, command=command, **values)
+    commandline.check_conflicts(parser, options, CONFLICTS)
     return options

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.host.figures import BASE, TRIAL, new_figure, save_figure
+from nkat.measure.perplexity import change_text
 
 _LATENCIES = "p90_latency_ms", "p10_latency_ms"
 
@@ -33,7 +34,7 @@ def plot_comparison(path: Path, record: Mapping[str, Any], title: str, force: bo
         _bars(axes, "tokens per second", speeds, [low, high], "{:.1f}")
     if record["chunks"]:
         change, error = record["estimated_perplexity_improvement"], record["perplexity_change_stderr"]
-        panels[2].set_title(f"perplexity: {change:+.3f} % ± {error:.3f}", fontsize=10)
+        panels[2].set_title(f"perplexity: {change_text(change, error)}", fontsize=10)
         errors = [arm["perplexity_stderr"] for arm in arms]
         _bars(panels[2], "perplexity (lower is better)", [arm["perplexity"] for arm in arms], errors, "{:.3f}")
     save_figure(figure, path, force)

@@ -12,11 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from nkat.host.console import format_bytes, format_table
-from nkat.measure.judge import Quality
-from nkat.measure.perplexity import Perplexity
+from nkat.measure.judge import Score
+from nkat.measure.perplexity import PairedChange, Perplexity, change_text, perplexity_text
 from nkat.measure.speed import Arms, Timings
 from nkat.measure.startup import Startup
 from nkat.measure.tpe import tpe
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Perplexity of both arms on the same chunks.
+
+    rounding: what 8-bit activations change without Θ; None: they are exact
+    """
+
+    without: Perplexity
+    with_theta: Score
+    rounding: PairedChange | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +67,7 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
     prefill, decode, quality = result.prefill, result.decode, result.quality
     assert prefill.overhead  # there are two arms
     assert decode.overhead
-    change = None if quality is None else quality.change
+    change = None if quality is None else quality.with_theta.change
     rounding = None if quality is None else quality.rounding
     return {
         "nkat_tokens_per_second": decode.as_asked.tokens_per_second,
@@ -74,7 +86,7 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
             prefill.as_asked,
             decode.as_asked,
             result.starts[1],
-            None if quality is None else quality.with_theta,
+            None if quality is None else quality.with_theta.perplexity,
             result.byte_ratio,
         ),
         "byte_ratio": result.byte_ratio,
@@ -124,17 +136,15 @@ def comparison_text(record: Mapping[str, Any]) -> str:
     ]
     if record["chunks"]:
         change, error = record["estimated_perplexity_improvement"], record["perplexity_change_stderr"]
-        figures = [f"{arm['perplexity']:.4f} ± {arm['perplexity_stderr']:.4f}" for arm in arms]
+        figures = [perplexity_text(arm["perplexity"], arm["perplexity_stderr"]) for arm in arms]
         rows += [
-            ["perplexity", *figures, f"{change:+.3f} % ± {error:.3f}"],
+            ["perplexity", *figures, change_text(change, error)],
             ["TPE", *[f"{arm['tpe']:.6f}" for arm in arms], f"{100 * (nkat['tpe'] / base['tpe'] - 1):+.2f} %"],
         ]
     text = format_table(rows, ["", "without Θ", "with Θ", "change"])
     if record["rounding_perplexity_change"] is not None:
-        text += (
-            "\n\nActivations are rounded to 8 bits; that changes the perplexity without Θ by "
-            f"{record['rounding_perplexity_change']:+.3f} % ± {record['rounding_perplexity_change_stderr']:.3f}."
-        )
+        change = change_text(record["rounding_perplexity_change"], record["rounding_perplexity_change_stderr"])
+        text += f"\n\nActivations are rounded to 8 bits; that changes the perplexity without Θ by {change}."
     return text
 
 

@@ -34,20 +34,21 @@ _BLOCK_NORMS = ("attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm"
 class LoadedModel:
     """A model and what belongs to it.
 
-    tensors: the base model's, without Θ's
+    file: where it was loaded from; gguf: the open GGUF in it; tensors: the base model's, without Θ's
     gamma: the strength at which its Θ is on; None: it has none
     """
 
     model: Transformer
     tokenizer: Tokenizer
     config: ModelConfig
+    file: ModelFile
     gguf: GGUFFile
     tensors: Mapping[str, TensorInfo]
     gamma: float | None
 
 
 def load_model(
-    source: str | Path | ModelFile,
+    source: str | Path | ModelFile | LoadedModel,
     *,
     thetas: Mapping[str, Theta] | None = None,
     gamma: float | None = None,
@@ -59,6 +60,7 @@ def load_model(
 ) -> LoadedModel:
     """Loads a GGUF or `.nkat`, from a path or already opened. Raises NKATError for everything that is wrong with it.
 
+    source: a LoadedModel gives another one over the same open file and vocabulary, in another precision or place
     thetas: Θ by weight name, in place of those in the file; `gamma` is required with them
     gamma: strength of Θ, 1 turns it off; None: the one recorded with the Θ in the file
     dtype: of multiplications and the KV cache; None: float32 on CPU, bfloat16 on CUDA
@@ -67,6 +69,8 @@ def load_model(
     repack: copy the weights into the layout of the device's kernels, on which `nkat.engine.decoder` then runs; the
     file's pages are let go, so that memory stays about the file's size. On a GPU for 16-bit dtypes only
     """
+    known = source if isinstance(source, LoadedModel) else None
+    source = source.file if isinstance(source, LoadedModel) else source
     model_file = source if isinstance(source, ModelFile) else open_model_file(source)
     path = model_file.path
     base = model_file.require_base()
@@ -80,6 +84,19 @@ def load_model(
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     gguf, tensors = base.file, base.tensors
+    config, tokenizer = _read(path, gguf, tensors) if known is None else (known.config, known.tokenizer)
+    model = _Assembler(gguf, tensors, device, dtype, keep_dense).transformer(config)
+    if thetas is not None:
+        model.set_thetas(thetas)
+        model.set_gamma(gamma)
+    for layer in model.star_linears().values():
+        layer.int8_activations = int8_activations
+    if repack and (device.type == "cpu" or dtype in (torch.bfloat16, torch.float16)):
+        _repack(model, gguf, tensors)
+    return LoadedModel(model, tokenizer, config, model_file, gguf, tensors, gamma if thetas else None)
+
+
+def _read(path: Path, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> tuple[ModelConfig, Tokenizer]:
     try:
         config = ModelConfig.from_gguf(gguf.metadata, tensors)
     except ConfigError as error:
@@ -89,15 +106,7 @@ def load_model(
         raise ConfigError(
             f"{path}: the vocabulary has {tokenizer.vocab_size} tokens but token_embd.weight {config.vocab_size} rows"
         )
-    model = _Assembler(gguf, tensors, device, dtype, keep_dense).transformer(config)
-    if thetas is not None:
-        model.set_thetas(thetas)
-        model.set_gamma(gamma)
-    for layer in model.star_linears().values():
-        layer.int8_activations = int8_activations
-    if repack and (device.type == "cpu" or dtype in (torch.bfloat16, torch.float16)):
-        _repack(model, gguf, tensors)
-    return LoadedModel(model, tokenizer, config, gguf, tensors, gamma if thetas else None)
+    return config, tokenizer
 
 
 def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> None:

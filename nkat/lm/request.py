@@ -38,13 +38,13 @@ class Request:
             raise NKATError(f"{self.model}: has no Θ, so --theta-gamma has no meaning")
         return model_file, theta_set if self.with_theta else None
 
-    def load(self, model_file: ModelFile, theta_set: ThetaSet | None) -> LoadedModel:
-        """The model that `open` found, ready to run."""
+    def load(self, source: ModelFile | LoadedModel, theta_set: ThetaSet | None) -> LoadedModel:
+        """The model that `open` found, ready to run; or another one like a loaded one, see `load_model`."""
         gamma = self.gamma
         if gamma is None:
             gamma = theta_set.gamma if theta_set else 1.0
         return load_model(
-            model_file,
+            source,
             thetas=theta_set.layers if theta_set else {},
             gamma=gamma,
             device=self.device,

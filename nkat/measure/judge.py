@@ -1,64 +1,139 @@
-"""How well a model predicts a text, and what Θ changes about it."""
+"""How well a model predicts a text, and what Θ changes about it: every perplexity of the toolkit is judged here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
-from nkat.measure.perplexity import PairedChange, Perplexity, paired, score_chunks, scored_tokens
+from nkat.measure.perplexity import (
+    DEFAULT_BATCH,
+    PairedChange,
+    Perplexity,
+    paired,
+    score_chunks,
+    scored_tokens,
+    text_chunks,
+)
+from nkat.measure.texts import Text, load_text
+from nkat.measure.tpe import byte_ratio, tpe
+from nkat.theta.set import ThetaSet, check_judging_text
 
 
 @dataclass(frozen=True, slots=True)
-class Validation:
-    """Chunks as perplexity cuts them, int64 [C, context], and which of their scored tokens count, bool [C, scored]."""
+class Passages:
+    """Chunks as perplexity cuts them, int64 [C, context], and which of their scored tokens count, bool [C, scored].
+
+    counted: None where all of them do, as in a plain perplexity
+    name: where they are from, for people; sha256: of the text that Θ must not have been made from, None if it may
+    """
 
     chunks: torch.Tensor
-    counted: torch.Tensor
+    counted: torch.Tensor | None
+    name: str
+    sha256: str | None = None
 
-    def score(self, model: Transformer, progress: str | None = None) -> torch.Tensor:
-        """−ln p of the tokens that count, float64 [n]."""
-        return score_chunks(model, self.chunks, progress=progress)[self.counted]
+    def score(self, model: Transformer, progress: str | None = None, *, batch: int = DEFAULT_BATCH) -> torch.Tensor:
+        """−ln p of the tokens that count: float64 [C, scored], or [n] where not all do."""
+        nll = score_chunks(model, self.chunks, batch=batch, progress=progress)
+        return nll if self.counted is None else nll[self.counted]
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens count."""
+        chunks, context = self.chunks.shape
+        return chunks * scored_tokens(context) if self.counted is None else int(self.counted.sum())
 
-def every_token(chunks: torch.Tensor) -> Validation:
-    """Chunks of which every scored token counts, as in a plain perplexity."""
-    return Validation(chunks, torch.ones(len(chunks), scored_tokens(chunks.shape[1]), dtype=torch.bool))
+    def pick(self, chunks: slice | Sequence[int]) -> Passages:
+        """Some of the chunks, or all of them in another order."""
+        counted = None if self.counted is None else self.counted[chunks]
+        return replace(self, chunks=self.chunks[chunks], counted=counted)
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
-    """Perplexity of both arms on the same chunks.
+class Score:
+    """One arm beside the model without Θ on the same tokens. byte_ratio: bytes read per token with Θ over without."""
 
-    rounding: what 8-bit activations change without Θ; None: they are exact
-    """
-
-    without: Perplexity
-    with_theta: Perplexity
-    rounding: PairedChange | None
+    perplexity: Perplexity
+    change: PairedChange
+    byte_ratio: float = 1.0
 
     @property
-    def change(self) -> PairedChange:
-        return paired(self.without, self.with_theta)
+    def tpe(self) -> float:
+        return tpe(self.perplexity.ppl, self.byte_ratio)
+
+    def record(self) -> dict[str, Any]:
+        return {**self.perplexity.record(), **self.change.record(), "byte_ratio": self.byte_ratio, "tpe": self.tpe}
 
 
-def measure_quality(
-    loaded: LoadedModel, chunks: torch.Tensor, *, batch: int, exact: LoadedModel | None = None
-) -> Quality:
-    """Scores the chunks [C, context] without and with Θ; leaves Θ on.
+class Judge:
+    """Scores a model with one Θ after another, each beside the model without any, which is scored once.
 
-    exact: the same model without rounded activations, to measure what rounding changes
+    loaded: the model; every measurement leaves on it the Θ and the strength that were measured
     """
-    model = loaded.model
-    rounding = None
-    model.set_gamma(None)
-    without = Perplexity(score_chunks(model, chunks, batch=batch, progress="without Θ"))
-    model.set_gamma(loaded.gamma)
-    with_theta = Perplexity(score_chunks(model, chunks, batch=batch, progress="with Θ"))
-    if exact is not None:
-        exact.model.set_gamma(None)
-        unrounded = score_chunks(exact.model, chunks, batch=batch, progress="without Θ, exact activations")
-        rounding = paired(Perplexity(unrounded), without)
-    return Quality(without, with_theta, rounding)
+
+    def __init__(self, loaded: LoadedModel, passages: Passages, *, batch: int = DEFAULT_BATCH) -> None:
+        self.loaded, self.passages, self.batch = loaded, passages, batch
+        self._without: Perplexity | None = None
+
+    @classmethod
+    def open(
+        cls, loaded: LoadedModel, text: Text | Path | None, chunks: int | None, *, batch: int = DEFAULT_BATCH
+    ) -> Judge:
+        """A judge on a text's first chunks. Raises NKATError for what cannot be measured, before time is spent.
+
+        text: None: the one that every Python carries;  chunks: at most so many; None: all
+        """
+        text = text if isinstance(text, Text) else load_text(text)
+        return cls(loaded, text_passages(loaded, text, chunks), batch=batch)
+
+    def without(self, progress: str | None = "without Θ") -> Perplexity:
+        """The model without Θ, scored once."""
+        if self._without is None:
+            self.loaded.model.set_gamma(None)
+            self._without = self._measure(progress)
+        return self._without
+
+    def base(self) -> Score:
+        """The model without Θ as a Score: its change is nothing."""
+        return Score(self.without(), paired(self.without(), self.without()))
+
+    def score(self, theta: ThetaSet, gamma: float | None = None, *, progress: str | None = "with Θ") -> Score:
+        """The model with a Θ, at its own strength or at `gamma`. Raises as `put_on` does."""
+        without = self.without()
+        self.put_on(theta, gamma)
+        measured = self._measure(progress)
+        return Score(measured, paired(without, measured), self.ratio(theta))
+
+    def check(self, theta: ThetaSet) -> None:
+        """Raises NKATError for a Θ that was made from the very text."""
+        if self.passages.sha256 is not None:
+            check_judging_text(theta, self.passages.sha256, self.loaded.file.path)
+
+    def put_on(self, theta: ThetaSet, gamma: float | None = None) -> None:
+        """Puts a Θ on the model, without measuring. Raises as `check` does."""
+        self.check(theta)
+        self.loaded.model.set_thetas(theta.layers)
+        self.loaded.model.set_gamma(theta.gamma if gamma is None else gamma)
+
+    def ratio(self, theta: ThetaSet) -> float:
+        """c: bytes read per token with this Θ over without."""
+        return byte_ratio(self.loaded.tensors, theta.nbytes)
+
+    def other(self, loaded: LoadedModel) -> Judge:
+        """The same judgement of another model with the same vocabulary."""
+        return Judge(loaded, self.passages, batch=self.batch)
+
+    def _measure(self, progress: str | None) -> Perplexity:
+        nll = self.passages.score(self.loaded.model, progress, batch=self.batch)
+        return Perplexity(nll if nll.ndim == 2 else nll[None], self.passages.chunks.shape[1])
+
+
+def text_passages(loaded: LoadedModel, text: Text, chunks: int | None) -> Passages:
+    """A text's first chunks, of which every scored token counts."""
+    return Passages(text_chunks(loaded.tokenizer, text.content, chunks), None, text.name, text.sha256)

@@ -60,7 +60,10 @@ class Perplexity:
         return self.ppl * _standard_error(self.nll)
 
     def __str__(self) -> str:
-        return f"{self.ppl:.4f} ± {self.stderr:.4f}"
+        return perplexity_text(self.ppl, self.stderr)
+
+    def record(self) -> dict[str, float]:
+        return {"perplexity": self.ppl, "perplexity_stderr": self.stderr}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +86,26 @@ class PairedChange:
     def percent_stderr(self) -> float:
         return 100.0 * math.exp(self.log_ratio) * self.log_ratio_stderr
 
+    @property
+    def clear(self) -> bool:
+        """Whether b differs from a beyond two standard errors."""
+        return abs(self.log_ratio) > 2 * self.log_ratio_stderr
+
     def __str__(self) -> str:
-        return f"{self.percent:+.3f} % ± {self.percent_stderr:.3f}"
+        return change_text(self.percent, self.percent_stderr)
+
+    def record(self, prefix: str = "") -> dict[str, float]:
+        return {f"{prefix}change_percent": self.percent, f"{prefix}change_percent_stderr": self.percent_stderr}
+
+
+def perplexity_text(perplexity: float, stderr: float, digits: int = 4) -> str:
+    """For people: 23.5115 ± 0.7140."""
+    return f"{perplexity:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def change_text(percent: float, stderr: float, unit: str = " %") -> str:
+    """For people: -0.547 % ± 0.057. unit: "" under a heading that names it."""
+    return f"{percent:+.3f}{unit} ± {stderr:.3f}"
 
 
 def scored_tokens(context: int) -> int:
@@ -146,21 +167,6 @@ def score_chunks(
         chunk = int((~torch.isfinite(nll)).any(dim=1).nonzero()[0, 0])
         raise NKATError(f"the model's predictions for chunk {chunk} are not finite numbers (damaged weights?)")
     return nll
-
-
-def measure(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    text: str,
-    *,
-    chunks: int | None = None,
-    context: int = CONTEXT,
-    batch: int = DEFAULT_BATCH,
-    progress: str | None = None,
-) -> Perplexity:
-    """Perplexity of a model on a text; see text_chunks and score_chunks for the arguments and errors."""
-    cut = text_chunks(tokenizer, text, chunks, context)
-    return Perplexity(score_chunks(model, cut, batch=batch, progress=progress), context)
 
 
 def paired(a: Perplexity, b: Perplexity) -> PairedChange:

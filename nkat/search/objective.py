@@ -19,11 +19,10 @@ import optuna
 import torch
 
 from nkat.engine.decoder import make_decoder
-from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
-from nkat.measure.perplexity import DEFAULT_BATCH, PairedChange, Perplexity, paired, score_chunks
+from nkat.measure.judge import Judge, Score
+from nkat.measure.perplexity import DEFAULT_BATCH, Perplexity, paired
 from nkat.measure.speed import PairedOverhead, paired_overhead
-from nkat.measure.tpe import byte_ratio, tpe
 from nkat.theta.algebra import Theta
 from nkat.theta.set import ThetaSet, scale_by_depth, truncate_rank
 
@@ -88,68 +87,53 @@ def apply_setting(theta_set: ThetaSet, setting: Setting) -> ThetaSet:
     return scale_by_depth(cut, setting.gamma) if setting.depth_decay else cut
 
 
-@dataclass(slots=True)
-class Judge:
-    """Scores settings on one set of chunks, against the model without Θ on the same chunks.
+class SettingJudge:
+    """Scores settings on a judge's chunks in an order shuffled by `seed`, each beside the model without Θ.
 
-    chunks: int64 [C, context]; the order of scoring is shuffled by `seed`
+    theta_set: Θ of the highest rank, which settings cut and scale
     """
 
-    loaded: LoadedModel
-    theta_set: ThetaSet
-    chunks: torch.Tensor
-    seed: int = 0
-    base_nll: torch.Tensor | None = field(default=None, init=False)
-    measured: dict[Setting, Perplexity] = field(default_factory=dict, init=False)  # samplers do repeat themselves
+    def __init__(self, judge: Judge, theta_set: ThetaSet, seed: int = 0) -> None:
+        self.order = list(range(len(judge.passages.chunks)))
+        random.Random(seed).shuffle(self.order)
+        self.judge = Judge(judge.loaded, judge.passages.pick(self.order), batch=_GROUP)
+        self.theta_set = theta_set
+        self.measured: dict[Setting, Perplexity] = {}  # samplers do repeat themselves
 
-    def order(self) -> list[int]:
-        order = list(range(len(self.chunks)))
-        random.Random(self.seed).shuffle(order)
-        return order
-
-    def base(self) -> Perplexity:
+    def base(self) -> Score:
         """The model without Θ, measured once."""
-        if self.base_nll is None:
-            self.loaded.model.set_gamma(None)
-            self.base_nll = score_chunks(self.loaded.model, self.chunks[self.order()])
-        return Perplexity(self.base_nll)
+        self.judge.without(progress=None)
+        return self.judge.base()
 
-    def measure(self, setting: Setting, on_chunk: Callable[[int, float], bool] | None = None) -> Perplexity | None:
-        """A setting's perplexity on the chunks in `order`; None when `on_chunk` said to stop.
+    def measure(self, setting: Setting, on_chunk: Callable[[int, float], bool] | None = None) -> Score | None:
+        """A setting's score on the chunks in `order`; None when `on_chunk` said to stop.
 
         on_chunk: called with each chunk's number and its ln TPE; True ends the measurement
         """
+        base = self.base()
         known = self.measured.get(setting)
         chosen = self.apply(setting)
-        ratio = self.ratio(chosen)
-        model = self.loaded.model
-        model.set_thetas(chosen.layers)
-        model.set_gamma(setting.gamma)
-        order, parts = self.order(), []
-        for start in range(0, len(order), _GROUP):
-            group = order[start : start + _GROUP]
+        ratio = self.judge.ratio(chosen)
+        self.judge.put_on(chosen)
+        parts = []
+        for start in range(0, len(self.order), _GROUP):
+            group = slice(start, start + _GROUP)
             if known is None:
-                nll = score_chunks(model, self.chunks[group], batch=_GROUP)
+                nll = self.judge.passages.pick(group).score(self.judge.loaded.model, batch=_GROUP)
             else:
-                nll = known.nll[start : start + _GROUP]
+                nll = known.nll[group]
             parts.append(nll)
             if on_chunk is None:
                 continue
-            stop = [on_chunk(chunk, log_tpe(float(row.mean()), ratio)) for chunk, row in zip(group, nll, strict=True)]
-            if stop[-1] and start + _GROUP < len(order):
+            values = [log_tpe(float(row.mean()), ratio) for row in nll]
+            stop = [on_chunk(chunk, value) for chunk, value in zip(self.order[group], values, strict=True)]
+            if stop[-1] and start + _GROUP < len(self.order):
                 return None
-        self.measured[setting] = Perplexity(torch.cat(parts))
-        return self.measured[setting]
+        measured = self.measured[setting] = Perplexity(torch.cat(parts))
+        return Score(measured, paired(base.perplexity, measured), ratio)
 
     def apply(self, setting: Setting) -> ThetaSet:
         return apply_setting(self.theta_set, setting)
-
-    def ratio(self, chosen: ThetaSet) -> float:
-        """c: bytes read per token with Θ over without."""
-        return byte_ratio(self.loaded.tensors, chosen.nbytes)
-
-    def change(self, measured: Perplexity) -> PairedChange:
-        return paired(self.base(), measured)
 
 
 def make_pruner() -> optuna.pruners.BasePruner:
@@ -188,15 +172,17 @@ class OverheadLimit:
         return self.measured[key]
 
 
-def make_objective(judge: Judge, space: Space, limit: OverheadLimit | None = None) -> Callable[[optuna.Trial], float]:
+def make_objective(
+    judge: SettingJudge, space: Space, limit: OverheadLimit | None = None
+) -> Callable[[optuna.Trial], float]:
     """TPE of a trial's setting on the judge's chunks."""
 
     def objective(trial: optuna.Trial) -> float:
         base = judge.base()
         if trial.user_attrs.get(BASE):
-            for chunk, nll in zip(judge.order(), base.chunk_nll.tolist(), strict=True):
+            for chunk, nll in zip(judge.order, base.perplexity.chunk_nll.tolist(), strict=True):
                 trial.report(log_tpe(nll, 1.0), chunk)
-            return _record(trial, base, None, None, judge)
+            return _record(trial, summary(base))
         setting = space.suggest(trial)
         if limit is not None:
             cost = limit.cost(setting, judge.apply(setting).layers)
@@ -211,32 +197,22 @@ def make_objective(judge: Judge, space: Space, limit: OverheadLimit | None = Non
         measured = judge.measure(setting, on_chunk)
         if measured is None:
             raise optuna.TrialPruned
-        return _record(trial, measured, setting, judge.apply(setting), judge)
+        return _record(trial, summary(measured, setting, judge.apply(setting)))
 
     return objective
 
 
-def _record(
-    trial: optuna.Trial, measured: Perplexity, setting: Setting | None, chosen: ThetaSet | None, judge: Judge
-) -> float:
-    row = summary(judge, measured, setting, chosen)
+def _record(trial: optuna.Trial, row: Mapping[str, Any]) -> float:
     for key, value in row.items():
         trial.set_user_attr(key, value)
     return row["tpe"]
 
 
-def summary(judge: Judge, measured: Perplexity, setting: Setting | None, chosen: ThetaSet | None) -> dict[str, Any]:
+def summary(score: Score, setting: Setting | None = None, chosen: ThetaSet | None = None) -> dict[str, Any]:
     """What is reported of a measurement: perplexity ±, paired change ±, bytes and TPE."""
-    change = judge.change(measured)
-    ratio = 1.0 if chosen is None else judge.ratio(chosen)
     return {
-        "perplexity": measured.ppl,
-        "perplexity_stderr": measured.stderr,
-        "change_percent": change.percent,
-        "change_percent_stderr": change.percent_stderr,
-        "chunks": measured.chunks,
+        **score.record(),
+        "chunks": score.perplexity.chunks,
         "theta_bytes": 0 if chosen is None else chosen.nbytes,
-        "byte_ratio": ratio,
-        "tpe": tpe(measured.ppl, ratio),
         **({} if setting is None else {"setting": setting.parameters()}),
     }

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nkat.gguf.writer import MetadataValue
 from nkat.host.console import format_bytes, note
-from nkat.lm.load import load_model
+from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
 from nkat.measure.perplexity import DEFAULT_BATCH, text_chunks
 from nkat.measure.texts import load_text
@@ -28,7 +28,7 @@ FULL_MOMENTS_BYTES = 2 << 30
 
 
 def input_second_moments(
-    model_path: Path,
+    loaded: LoadedModel,
     text_path: Path,
     chunks: int = CALIBRATION_CHUNKS,
     names: Sequence[str] | None = None,
@@ -40,7 +40,6 @@ def input_second_moments(
     Raises NKATError for a text that is empty or shorter than one chunk.
     """
     text = load_text(text_path)
-    loaded = load_model(model_path)
     loaded.model.set_gamma(None)
     cut = text_chunks(loaded.tokenizer, text.content, chunks)
     names = adaptable_layers(loaded.tensors) if names is None else names

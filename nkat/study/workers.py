@@ -1,15 +1,14 @@
-"""What every search does around its study: its options, its worker processes, the files of its output folder."""
+"""What every search does around its study: its worker processes, the files of its output folder."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +16,15 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from nkat.errors import NKATError
-from nkat.host import commandline, hardware
+from nkat.host import hardware
 from nkat.host.console import note
+from nkat.host.files import make_folder
 from nkat.host.record import git_commit, write_json
-from nkat.study.study import JOURNAL_NAME, Objective, best_trials, open_storage, open_study, run_trials
+from nkat.study.options import StudyOptions
+from nkat.study.study import Objective, best_trials, open_storage, open_study, run_trials
 
 _HISTORY, _STUDY = "optimization_history.json", "optuna_study.json"
 PICTURE = "optimization_results.png"
-
-
-def add_options(parser: argparse.ArgumentParser, trials: Mapping[str, int]) -> None:
-    """The options that all searches share; `trials` says how many a mode has."""
-    add = parser.add_argument_group("study").add_argument
-    counts = ", ".join(f"{mode}: {count}" for mode, count in trials.items())
-    add("--mode", choices=(*trials, "custom"), default="quick", help=f"how many trials ({counts}, custom: --trials)")
-    add("--trials", type=commandline.positive_int, metavar="N", help="how many trials, with --mode custom")
-    add("--output-dir", type=Path, default=Path("output/optimized"), metavar="DIR", help="default output/optimized")
-    add(
-        "--storage",
-        metavar="WHERE",
-        help="any Optuna storage: a database URL, grpc://host:port or a journal file "
-        "(default: a journal file in --output-dir)",
-    )
-    add(
-        "--study-name",
-        metavar="NAME",
-        help="with --storage: join the study of this name, or start it (default: from what is searched)",
-    )
-    add("--resume", action="store_true", help="continue an existing study")
-    add(
-        "--workers", type=commandline.positive_int, default=1, metavar="N", help="processes on this machine (default 1)"
-    )
-    add("--timeout", type=float, metavar="SECONDS", help="start no further trial after so long")
-    add("--seed", type=commandline.non_negative_int, default=0, help="of everything random (default 0)")
-    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads of each worker")
-    add(
-        "--force",
-        action="store_true",
-        help="write the best setting even if it misses what it has to reach; replace --json",
-    )
-    add("--json", metavar="FILE", help='write the summary; "-" for stdout')
-    add("--join", action="store_true", help=argparse.SUPPRESS)  # a worker that --workers starts: trials, no report
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +55,20 @@ class Outcome:
     seconds: float
 
 
-def prepare(options: argparse.Namespace) -> None:
-    """Output folder, threads of this process, Optuna's messages."""
-    try:
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NKATError(f"{options.output_dir}: cannot be made a folder: {error.strerror}") from None
+def prepare(options: StudyOptions) -> StudyOptions:
+    """Output folder, threads of this process, Optuna's messages; returns the options with each worker's threads."""
+    make_folder(options.output_dir)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # its warnings are about features marked experimental
     threads = hardware.set_threads(options.threads)
     if options.workers > 1 and options.threads is None:
-        options.threads = hardware.set_threads(max(1, threads // options.workers))
+        return replace(options, threads=hardware.set_threads(max(1, threads // options.workers)))
+    return options
 
 
-def connect(options: argparse.Namespace, search: Search) -> optuna.Study:
+def connect(options: StudyOptions, search: Search) -> optuna.Study:
     """Creates or joins the study."""
     return open_study(
-        open_storage(storage_of(options)),
+        open_storage(options.storage_url),
         options.study_name or search.name,
         search.settings,
         search.first_trials,
@@ -115,7 +79,7 @@ def connect(options: argparse.Namespace, search: Search) -> optuna.Study:
     )
 
 
-def run(options: argparse.Namespace, search: Search, study: optuna.Study, objective: Objective) -> Outcome:
+def run(options: StudyOptions, search: Search, study: optuna.Study, objective: Objective) -> Outcome:
     """All trials, with as many processes as the user wants."""
     started = time.perf_counter()
     helpers = [_start_worker(options, study.study_name, number) for number in range(1, options.workers)]
@@ -132,12 +96,7 @@ def run(options: argparse.Namespace, search: Search, study: optuna.Study, object
     return Outcome(study, completed, time.perf_counter() - started)
 
 
-def storage_of(options: argparse.Namespace) -> str:
-    """Where the study is: what the user named, else a journal file in the output folder."""
-    return options.storage or str(options.output_dir / JOURNAL_NAME)
-
-
-def base_record(options: argparse.Namespace, outcome: Outcome, device: torch.device) -> dict[str, Any]:
+def base_record(options: StudyOptions, outcome: Outcome, device: torch.device) -> dict[str, Any]:
     """What the record of any search says."""
     study = outcome.study
     counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
@@ -145,7 +104,7 @@ def base_record(options: argparse.Namespace, outcome: Outcome, device: torch.dev
         "task": options.task,
         "mode": options.mode,
         "study": study.study_name,
-        "storage": storage_of(options),
+        "storage": options.storage_url,
         "sampler": type(study.sampler).__name__,
         "pruner": type(study.pruner).__name__,
         "seed": options.seed,
@@ -173,17 +132,17 @@ def counts_line(record: Mapping[str, Any]) -> str:
     )
 
 
-def _worker_log(options: argparse.Namespace, number: int) -> Path:
+def _worker_log(options: StudyOptions, number: int) -> Path:
     return options.output_dir / f"worker-{number}.log"
 
 
-def _start_worker(options: argparse.Namespace, study_name: str, number: int) -> subprocess.Popen:
+def _start_worker(options: StudyOptions, study_name: str, number: int) -> subprocess.Popen:
     """Another process of the same command that joins the study and runs trials; its messages go to a log.
 
     In a session of its own, so that Ctrl-C reaches it once, from here, and not twice.
     """
     command = [sys.executable, *sys.argv, "--join", "--workers", "1", "--study-name", study_name]
-    command += ["--storage", storage_of(options)]
+    command += ["--storage", options.storage_url]
     command += ["--threads", str(options.threads)] if options.threads else []
     with _worker_log(options, number).open("w") as log:
         return subprocess.Popen(

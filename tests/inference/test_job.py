@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from nkat.decode import EagerDecoder
 
+from nkat.engine.eager import EagerDecoder
 from nkat.gguf.writer import gguf_parts, write_gguf
 from nkat.host.record import git_commit
 from nkat.lm.load import load_model
 from nkat.measure import startup
-from nkat.measure.perplexity import measure
 from nkat.measure.startup import measure_startup
 from nkat.measure.texts import load_text
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
+from tests.support.perplexity import measure
 from tests.support.tiny_models import write_tiny_model
 
 ENGINE, CONVERTER = "nkat_inference_engine.py", "nkat_gguf_converter.py"
@@ -419,5 +419,5 @@ def test_too_little_gpu_memory_is_one_line(fails, tiny: Path, monkeypatch) -> No
     def full(model, capacity):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("nkat.engine.decoder.make_decoder", full)
+    monkeypatch.setattr("nkat.inference.job.make_decoder", full)
     assert "--no-cuda runs it on the processor" in fails(ENGINE, "--model", tiny, "--generate", "a")

@@ -9,9 +9,10 @@ from tqdm import tqdm
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure import perplexity
-from nkat.measure.perplexity import Perplexity, measure, paired, score_chunks, scored_tokens, text_chunks
+from nkat.measure.perplexity import Perplexity, paired, score_chunks, scored_tokens, text_chunks
 from nkat.theta.algebra import quantize_factors
 from tests.support.golden import read_golden
+from tests.support.perplexity import measure
 from tests.support.tiny_models import write_tiny_model
 
 TEXT = "the rain in a tin and the other one: 1, 2, 3.\n" * 30

@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from nkat.lm.load import load_model
-from nkat.measure.perplexity import paired, score_chunks, text_chunks
+from nkat.measure.judge import Judge
+from nkat.measure.perplexity import paired, score_chunks
+from nkat.measure.texts import Text
 from nkat.measure.tpe import byte_ratio, tpe
 from nkat.search.objective import (
     GUIDE_DEFAULT,
-    Judge,
     OverheadLimit,
     Setting,
+    SettingJudge,
     Space,
     apply_setting,
     log_tpe,
@@ -44,27 +46,27 @@ def make_set(path: Path, rank: int) -> ThetaSet:
 
 
 @pytest.fixture(scope="module")
-def judge(stories: Path) -> Judge:
+def judge(stories: Path) -> SettingJudge:
     loaded = load_model(stories)
     text = "Once upon a time there was a little dog. He liked to play with a red ball in the garden. " * 150
-    return Judge(loaded, make_set(stories, 8), text_chunks(loaded.tokenizer, text, 6))
+    return SettingJudge(Judge.open(loaded, Text("dogs", text, ""), 6), make_set(stories, 8))
 
 
-def test_a_trial_measures_what_the_written_model_would(judge: Judge) -> None:
+def test_a_trial_measures_what_the_written_model_would(judge: SettingJudge) -> None:
     setting = Setting(rank=4, gamma=0.93, layers="attention", depth_decay=True)
     measured = judge.measure(setting)
     chosen = apply_setting(judge.theta_set, setting)
     assert all("attn_" in name for name in chosen.layers)
     assert chosen.rank == 4
-    by_hand = load_model(judge.loaded.gguf.path, thetas=chosen.layers, gamma=0.93)
-    nll = score_chunks(by_hand.model, judge.chunks[judge.order()])
-    torch.testing.assert_close(measured.nll, nll, atol=1e-5, rtol=0)
+    by_hand = load_model(judge.judge.loaded.gguf.path, thetas=chosen.layers, gamma=0.93)
+    nll = score_chunks(by_hand.model, judge.judge.passages.chunks)
+    torch.testing.assert_close(measured.perplexity.nll, nll, atol=1e-5, rtol=0)
     other = judge.measure(Setting(4, 0.93, "attention", depth_decay=False))
-    assert not torch.allclose(other.nll, nll, atol=1e-5)  # control
-    assert judge.change(measured).percent == paired(judge.base(), measured).percent
+    assert not torch.allclose(other.perplexity.nll, nll, atol=1e-5)  # control
+    assert measured.change.percent == paired(judge.base().perplexity, measured.perplexity).percent
 
 
-def test_decay_scales_blocks_by_powers_of_gamma(judge: Judge) -> None:
+def test_decay_scales_blocks_by_powers_of_gamma(judge: SettingJudge) -> None:
     plain = apply_setting(judge.theta_set, Setting(8, 0.9, "both", False)).layers
     decayed = apply_setting(judge.theta_set, Setting(8, 0.9, "both", True))
     for name, theta in decayed.layers.items():
@@ -74,22 +76,22 @@ def test_decay_scales_blocks_by_powers_of_gamma(judge: Judge) -> None:
     assert decayed.notes["nkat.theta.depth_decay"] == 0.9
 
 
-def test_chunk_scores_average_to_the_trials_score(judge: Judge) -> None:
+def test_chunk_scores_average_to_the_trials_score(judge: SettingJudge) -> None:
     """What the pruner compares must be the objective: the mean of ln TPE over chunks is ln TPE."""
     reported = []
     setting = Setting(2, 0.95, "ffn", False)
     measured = judge.measure(setting, lambda chunk, value: reported.append((chunk, value)))
-    ratio = byte_ratio(judge.loaded.tensors, apply_setting(judge.theta_set, setting).nbytes)
+    ratio = byte_ratio(judge.judge.loaded.tensors, apply_setting(judge.theta_set, setting).nbytes)
     score = torch.tensor([value for _, value in reported], dtype=torch.float64).mean().exp()
-    assert float(score) == pytest.approx(tpe(measured.ppl, ratio), rel=1e-9)
-    assert [chunk for chunk, _ in reported] == judge.order()
-    assert sorted(judge.order()) == list(range(6)) != judge.order()
+    assert float(score) == pytest.approx(tpe(measured.perplexity.ppl, ratio), rel=1e-9)
+    assert [chunk for chunk, _ in reported] == judge.order
+    assert sorted(judge.order) == list(range(6)) != judge.order
     assert log_tpe(2.0, 1.0) == -2.0 > log_tpe(2.0, 1.1)
 
 
-def test_hopeless_trials_stop_early_and_good_ones_do_not(judge: Judge) -> None:
+def test_hopeless_trials_stop_early_and_good_ones_do_not(judge: SettingJudge) -> None:
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.WilcoxonPruner(n_startup_steps=3))
-    own = Judge(judge.loaded, judge.theta_set, judge.chunks)
+    own = SettingJudge(judge.judge, judge.theta_set)
     objective = make_objective(own, Space())
 
     def run_one(gamma: float, strength: float) -> optuna.trial.FrozenTrial:
@@ -105,13 +107,13 @@ def test_hopeless_trials_stop_early_and_good_ones_do_not(judge: Judge) -> None:
     assert run_one(0.97, 1.0).state.name == "COMPLETE"  # better than that
     hopeless = run_one(0.91, 40.0)
     assert hopeless.state.name == "PRUNED"
-    assert len(hopeless.intermediate_values) < len(judge.chunks)
+    assert len(hopeless.intermediate_values) < len(judge.order)
 
 
-def test_the_overhead_is_a_constraint(judge: Judge) -> None:
+def test_the_overhead_is_a_constraint(judge: SettingJudge) -> None:
     study = optuna.create_study(direction="maximize")
     study.enqueue_trial(GUIDE_DEFAULT)
-    limit = OverheadLimit(-99.0, judge.loaded.model, judge.chunks[0, :16])  # nobody can be so fast
+    limit = OverheadLimit(-99.0, judge.judge.loaded.model, judge.judge.passages.chunks[0, :16])  # nobody can be so fast
     study.optimize(make_objective(judge, Space(), limit), n_trials=1)
     trial = study.trials[0]
     assert trial.constraints["overhead"] == pytest.approx(trial.user_attrs["overhead_percent"] + 99)

@@ -15,7 +15,6 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.lm.load import load_model
-from nkat.measure.judge import Validation
 from nkat.measure.texts import default_text
 from nkat.sources.fit.data import FitText, fit_text, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, to_thetas, zero_start
@@ -52,7 +51,7 @@ class Fixture:
         text = default_text()
         text = type(text)(text.name, text.content[:6000], text.sha256)
         learned, validation = split_validation(fit_text(self.loaded.tokenizer, text), text.name, 32)
-        self.data = FitData(learned, Validation(validation.chunks[:1], validation.counted[:1]))
+        self.data = FitData(learned, validation.pick(slice(1)))
         self.names = adaptable_layers(self.loaded.tensors)
         self.shapes = [self.loaded.tensors[name].shape for name in self.names]
 
@@ -274,7 +273,7 @@ def test_the_converter_fits(model_path: Path, text_path: Path, tmp_path: Path, s
     assert result["fit"]["heldout_change_percent"] < -5
     assert result["fit"]["kept_step"] == result["metadata"]["nkat.fit.kept_step"]
     assert [row["gamma"] for row in result["report"]["gammas"]] == [round(0.9 + i / 100, 2) for i in range(10)] + [1.0]
-    assert not output.with_name("fitted.nkat.sources.fit.descent").exists()
+    assert not output.with_name("fitted.nkat.fit").exists()
     thetas = open_model_file(output).theta
     assert thetas.source == "fit"
     made_for = next(row for row in result["report"]["gammas"] if row["gamma"] == GAMMA)

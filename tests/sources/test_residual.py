@@ -244,8 +244,8 @@ def test_a_budget_turns_the_largest_into_diagonals(tmp_path: Path, capsys: pytes
 def test_only_named_layers_are_watched(tmp_path: Path, words: Path) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", "llama")
     names = ["blk.0.attn_v.weight", "blk.2.ffn_down.weight"]
-    some, notes = input_second_moments(path, words, 2, names)
-    every, _ = input_second_moments(path, words, 2)
+    some, notes = input_second_moments(load_model(path), words, 2, names)
+    every, _ = input_second_moments(load_model(path), words, 2)
     assert sorted(some) == names
     assert len(every) == 21
     assert torch.equal(some[names[1]], every[names[1]])

@@ -9,7 +9,7 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.lm.tokenizer import Tokenizer
-from nkat.measure.judge import Validation
+from nkat.measure.judge import Passages
 from nkat.measure.perplexity import CONTEXT, scored_tokens
 from nkat.measure.texts import Text
 
@@ -52,7 +52,7 @@ def fit_text(tokenizer: Tokenizer, text: Text, ignore: Sequence[str] = ()) -> Fi
     return FitText(tokens, ignored, tokenizer.bos_id if tokenizer.adds_bos else None)
 
 
-def split_validation(text: FitText, name: str, context: int) -> tuple[FitText, Validation]:
+def split_validation(text: FitText, name: str, context: int) -> tuple[FitText, Passages]:
     """The part to learn from, and the last tenth for validation.
 
     Raises NKATError for a text with too few tokens; `name` is what the error calls it.
@@ -72,7 +72,8 @@ def split_validation(text: FitText, name: str, context: int) -> tuple[FitText, V
     counted = ~text.ignored[-kept_back:].view(chunks, CONTEXT)[:, -scored_tokens(CONTEXT) :]
     if not bool(counted.any()):
         raise NKATError(f"{name}: nothing in the text's last {kept_back} tokens is left to validate on")
-    return FitText(text.tokens[:-kept_back], text.ignored[:-kept_back], text.bos), Validation(cut, counted)
+    kept = Passages(cut, counted, "the calibration text's validation slice")
+    return FitText(text.tokens[:-kept_back], text.ignored[:-kept_back], text.bos), kept
 
 
 def batch_at(text: FitText, first: int, count: int, context: int, seed: int) -> Batch:

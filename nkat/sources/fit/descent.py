@@ -21,7 +21,7 @@ from nkat.errors import NKATError
 from nkat.gguf.formats import dequantize
 from nkat.host.distributed import World
 from nkat.lm.transformer import Transformer
-from nkat.measure.judge import Validation
+from nkat.measure.judge import Passages
 from nkat.sources.fit.data import Batch, FitText, batch_at
 from nkat.sources.fit.layers import Factors, FittedLinear, ThetaMode, fitted_layers
 from nkat.sources.fit.loss import Teacher, vocabulary_loss
@@ -79,7 +79,7 @@ class FitData:
     """text: to learn from;  validation: a part of it, kept back;  keep: a text on which to change nothing."""
 
     text: FitText
-    validation: Validation
+    validation: Passages
     keep: FitText | None = None
 
 
@@ -284,7 +284,7 @@ class _Run:
         """Mean −ln p on the validation slice with the factors as INT8 will have them."""
         rounded, mode.rounded = mode.rounded, True
         mine = slice(self.world.rank, None, self.world.size)
-        part = Validation(self.data.validation.chunks[mine], self.data.validation.counted[mine])
+        part = self.data.validation.pick(mine)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         if len(part.chunks):
             nll = self.finite(part)
@@ -293,7 +293,7 @@ class _Run:
         mode.rounded = rounded
         return float(total[0] / total[1])
 
-    def finite(self, part: Validation) -> torch.Tensor:
+    def finite(self, part: Passages) -> torch.Tensor:
         try:
             return part.score(self.student.model)
         except NKATError:

@@ -18,18 +18,18 @@ from nkat.host.console import note
 from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
 from nkat.lm.load import DTYPES, LoadedModel, load_model
-from nkat.measure.judge import Validation
-from nkat.measure.perplexity import PairedChange, Perplexity, paired
+from nkat.measure.judge import Judge, Passages
+from nkat.measure.perplexity import PairedChange
 from nkat.measure.texts import Text, load_text
 from nkat.sources.fit.data import fit_text, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.sources.fit.layers import Factors
 from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
-from nkat.sources.make import make_thetas
+from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import Theta
-from nkat.theta.modelfile import ModelFile, base_hash, open_model_file
-from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY
+from nkat.theta.modelfile import base_hash
+from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ThetaSet
 
 _SAVE_SECONDS = 60.0
 
@@ -38,17 +38,18 @@ _SAVE_SECONDS = 60.0
 class FitRequest:
     """What is to be fitted, on what, and where an interrupted fit is kept.
 
-    names: the weights that get a Θ;  reference: the same model at a higher precision;  keep: where to change nothing
+    model: as the engine runs it, exact;  names: the weights that get a Θ
+    reference: the same model at a higher precision;  keep: where to change nothing
     start: "auto" or one of the starts;  precision: "auto", "float32" or "bfloat16"
     state: the file of an interrupted fit, `resume` goes on with it; see check_state
     """
 
-    model: ModelFile
+    model: LoadedModel
     base_sha256: str
     names: Sequence[str]
     settings: FitSettings
     calibrate: Path
-    reference: Path | None
+    reference: LoadedModel | None
     keep: Path | None
     ignore: Sequence[str]
     start: str
@@ -69,7 +70,7 @@ class FitResult:
     thetas: dict[str, Theta]
     notes: dict[str, MetadataValue]
     record: dict[str, Any]
-    validation: Validation
+    validation: Passages
     writes: bool
     finished: bool
 
@@ -82,17 +83,18 @@ def run_fit(request: FitRequest) -> FitResult:
         raise NKATError(f"{request.keep}: --keep and --calibrate are the same text")
     with join_world(request.allow_cuda) as world:
         dtype = _dtype(request.precision, world.device)
-        fast = request.settings.fast
-        loaded = load_model(request.model, device=world.device, dtype=dtype, keep_dense=fast)
-        loaded.model.set_gamma(None)
+        loaded = _working_copy(request, world.device, dtype)
         reference = None if request.reference is None else _load_reference(request.reference, loaded)
         data = _data(request, loaded, text, keep)
         identity, hashes = _identity(request, text, keep, dtype)
         state = _interrupted_state(request, identity)
         starts = _starts(request, loaded) if state is None else {}
         state, finished = _run(request, loaded, reference, data, starts, state, identity, world)
-    thetas = to_thetas(by_name(request.names, state.best_factors), request.settings.gamma)
-    change = _judge(request, thetas, data.validation, world.device) if world.first else None
+    settings = request.settings
+    thetas = to_thetas(by_name(request.names, state.best_factors), settings.gamma)
+    options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source="fit")
+    theta = describe_theta_set(request.model.file, thetas, options, request.base_sha256)
+    change = _judge(request, theta, data.validation, world.device) if world.first else None
     record = {
         "settings": asdict(request.settings),
         "start": state.start,
@@ -104,7 +106,7 @@ def run_fit(request: FitRequest) -> FitResult:
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / max(1, state.step),
         "peak_memory_bytes": memory().peak,
-        "validation_tokens": int(data.validation.counted.sum()),
+        "validation_tokens": data.validation.tokens,
         "history": state.history,
         **hashes,
     }
@@ -121,10 +123,9 @@ def run_fit(request: FitRequest) -> FitResult:
     if "reference_sha256" in hashes:
         notes["nkat.reference.sha256"] = hashes["reference_sha256"]
     if change is not None:
-        record |= {"heldout_change_percent": change.percent, "heldout_change_percent_stderr": change.percent_stderr}
-        notes[f"{HELDOUT_PREFIX}change_percent"] = change.percent
-        notes[f"{HELDOUT_PREFIX}change_percent_stderr"] = change.percent_stderr
-        notes[f"{HELDOUT_PREFIX}tokens"] = int(data.validation.counted.sum())
+        record |= change.record("heldout_")
+        notes |= change.record(HELDOUT_PREFIX)
+        notes[f"{HELDOUT_PREFIX}tokens"] = data.validation.tokens
     return FitResult(thetas, notes, record, data.validation, world.first, finished)
 
 
@@ -142,15 +143,23 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if hardware.computes_bfloat16(device) else torch.float32
 
 
-def _load_reference(path: Path, loaded: LoadedModel) -> LoadedModel:
-    reference = load_model(path, device=loaded.model.device, dtype=loaded.model.output.dtype)
-    reference.model.set_gamma(None)
+def _working_copy(request: FitRequest, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    """The model that is fitted, without Θ: the exact one itself where it computes as the fit does."""
+    exact, fast = request.model, request.settings.fast
+    if device.type == "cpu" and dtype == exact.model.output.dtype and not fast:
+        exact.model.set_gamma(None)
+        return exact
+    return load_model(exact, thetas={}, gamma=1.0, device=device, dtype=dtype, keep_dense=fast)
+
+
+def _load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
+    reference = load_model(exact, thetas={}, gamma=1.0, device=loaded.model.device, dtype=loaded.model.output.dtype)
     if reference.config != loaded.config:
         names = [f.name for f in fields(loaded.config)]
         name = next(n for n in names if getattr(reference.config, n) != getattr(loaded.config, n))
         raise NKATError(
-            f"{path}: is not the same model: {name} is {getattr(reference.config, name)}, in the input it is "
-            f"{getattr(loaded.config, name)}"
+            f"{exact.file.path}: is not the same model: {name} is {getattr(reference.config, name)}, "
+            f"in the input it is {getattr(loaded.config, name)}"
         )
     return reference
 
@@ -174,8 +183,8 @@ def _identity(
     if keep is not None:
         hashes["keep_sha256"] = keep.sha256
     if request.reference is not None:
-        with console.bar(request.reference.stat().st_size, "hashing the reference", "B") as bar:
-            hashes["reference_sha256"] = base_hash(open_model_file(request.reference), bar.update)
+        with console.bar(request.reference.file.base_size, "hashing the reference", "B") as bar:
+            hashes["reference_sha256"] = base_hash(request.reference.file, bar.update)
     settings = {**asdict(request.settings), "names": list(request.names), "ignore": list(request.ignore)}
     settings |= {"start": request.start, "precision": str(dtype)}
     return run_identity({**hashes, **settings, "base_sha256": request.base_sha256}), hashes
@@ -200,7 +209,7 @@ def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]
         if source == "zero":
             starts[source] = zero_start(shapes, settings.rank, settings.seed)
             continue
-        reference = open_model_file(request.reference).base.file if source == "residual" else None
+        reference = request.reference.gguf if request.reference and source == "residual" else None
         options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source=source, reference=reference)
         with console.bar(len(request.names), f"start {source}", "layer") as bar:
             thetas = make_thetas(loaded.gguf, request.names, options, bar.update)
@@ -252,14 +261,10 @@ def _validation(nll: float, unmodified: float) -> str:
     return f", validation perplexity {math.exp(nll):.2f} ({100.0 * math.expm1(nll - unmodified):+.2f} %)"
 
 
-def _judge(
-    request: FitRequest, thetas: Mapping[str, Theta], validation: Validation, device: torch.device
-) -> PairedChange:
+def _judge(request: FitRequest, theta: ThetaSet, validation: Passages, device: torch.device) -> PairedChange:
     """The INT8 Θ against none on the validation slice, in the engine's own precision."""
-    model = load_model(request.model, thetas=thetas, gamma=request.settings.gamma, device=device).model
-    fitted = Perplexity(validation.score(model, "validating")[None])
-    model.set_gamma(None)
-    change = paired(Perplexity(validation.score(model, "validating")[None]), fitted)
+    exact = request.model if device.type == "cpu" else load_model(request.model, thetas={}, gamma=1.0, device=device)
+    change = Judge(exact, validation).score(theta, progress="validating").change
     if change.log_ratio >= 0.0:
         raise NKATError(
             f"no step of the fit beats the model without Θ on the validation slice: the best changes its perplexity by "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 from nkat.errors import NKATError
 from nkat.host import commandline
@@ -70,31 +71,63 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_fit_flags(options: argparse.Namespace) -> list[str]:
-    """The flags of the group that were given."""
-    names = [f"fit_{name}" for name in (*_FLAGS, "reference_share", "start", "precision")] + ["calibrate_ignore"]
-    given = [name for name in names if getattr(options, name) is not None]
-    given += [name for name in ("fit_fast", "no_nested", "resume", "no_cuda") if getattr(options, name)]
-    return ["--" + name.replace("_", "-") for name in given]
+@dataclass(frozen=True, slots=True)
+class FitOptions:
+    """What the group of flags says.
+
+    given: the flags of the group that were given, as the user writes them
+    settings: fields of FitSettings that were given;  reference_share: None where it was not
+    start: one of STARTS;  precision: "auto", "float32" or "bfloat16";  nested: learn lower ranks in the first columns
+    ignore: parts of the text that are not to be learned
+    """
+
+    given: tuple[str, ...]
+    settings: Mapping[str, float]
+    reference_share: float | None
+    start: str
+    precision: str
+    fast: bool
+    nested: bool
+    resume: bool
+    allow_cuda: bool
+    ignore: tuple[str, ...]
+
+    def fit_settings(self, rank: int, gamma: float, seed: int, has_reference: bool) -> FitSettings:
+        """The settings of a fit. Raises NKATError for values that make no sense."""
+        share = self.reference_share
+        if share is None:
+            share = 1.0 if has_reference else 0.0
+        settings = FitSettings(
+            rank=rank,
+            gamma=gamma,
+            seed=seed,
+            nested=self.nested and rank > 1,
+            fast=self.fast,
+            reference_share=share,
+            **self.settings,
+        )
+        _check(settings)
+        return settings
 
 
-def fit_settings(options: argparse.Namespace, rank: int, gamma: float) -> FitSettings:
-    """The settings that the flags describe. Raises NKATError for values that make no sense."""
-    given = {name: getattr(options, f"fit_{name}") for name in _FLAGS}
-    share = options.fit_reference_share
-    if share is None:
-        share = 0.0 if options.reference is None else 1.0
-    settings = FitSettings(
-        rank=rank,
-        gamma=gamma,
-        seed=options.seed,
-        nested=not options.no_nested and rank > 1,
-        fast=options.fit_fast,
-        reference_share=share,
-        **{name: value for name, value in given.items() if value is not None},
+def fit_options(parsed: argparse.Namespace) -> FitOptions:
+    """The group's flags out of a parsed command line."""
+    settings = {name: getattr(parsed, f"fit_{name}") for name in _FLAGS}
+    names = [*(f"fit_{name}" for name in (*_FLAGS, "reference_share", "start", "precision")), "calibrate_ignore"]
+    given = [name for name in names if getattr(parsed, name) is not None]
+    given += [name for name in ("fit_fast", "no_nested", "resume", "no_cuda") if getattr(parsed, name)]
+    return FitOptions(
+        given=tuple("--" + name.replace("_", "-") for name in given),
+        settings={name: value for name, value in settings.items() if value is not None},
+        reference_share=parsed.fit_reference_share,
+        start=parsed.fit_start or "auto",
+        precision=parsed.fit_precision or "auto",
+        fast=parsed.fit_fast,
+        nested=not parsed.no_nested,
+        resume=parsed.resume,
+        allow_cuda=not parsed.no_cuda,
+        ignore=tuple(parsed.calibrate_ignore or ()),
     )
-    _check(settings)
-    return settings
 
 
 def _check(settings: FitSettings) -> None:

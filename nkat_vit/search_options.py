@@ -1,0 +1,96 @@
+"""The options of the search over the image model."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nkat.host import commandline
+from nkat.study.options import StudyOptions
+from nkat_vit.recipe import PRESETS
+from nkat_vit.search import OTHER_SETS
+
+DESCRIPTION = "Search the shape of the image model: Local TPE on CIFAR-10 first, then Global TPE over four sets."
+EXAMPLES = """\
+  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --output-dir output/round2
+  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --local-tpe 0.28
+  python nkat_auto_optimizer.py --task vit --mode full --data-root data --storage postgresql://host/db --study-name r2
+  python nkat_auto_optimizer.py --task vit --mode custom --trials 20 --epochs 18 --limit-train 10000 --data-root data
+  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --resume"""
+# By mode: epochs, pictures of each set to train on (0: all) and to judge on, tokens at most (0: any), batch.
+# The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work: too much
+# for a quick search. Its batches are smaller because its steps are few.
+BUDGETS = {"quick": (9, 1536, 1000, 20, 64), "full": (27, 0, 5000, 0, 128)}
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeOptions:
+    """What is searched: the flags of their names, None where one was not given. `study`: how the search is run."""
+
+    data_root: Path
+    local_tpe: float
+    sets: list[str]
+    epochs: int | None
+    limit_train: int | None
+    validation: int | None
+    lr: float
+    max_tokens: int | None
+    batch_size: int | None
+    amp: str
+    final_seeds: int | None
+    no_cuda: bool
+    study: StudyOptions
+
+
+CONFLICTS: tuple[tuple[Callable[[ShapeOptions], object], str], ...] = (
+    (
+        lambda o: not (math.isfinite(o.local_tpe) and o.local_tpe >= 0),
+        "--local-tpe must be at least 0, got {o.local_tpe}",
+    ),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this task alone."""
+    add = parser.add_argument_group("image model").add_argument
+    add("--data-root", type=Path, default=Path("data"), metavar="DIR", help="folder with the archives (data)")
+    add("--local-tpe", type=float, default=0.60, metavar="X", help="Local TPE on CIFAR-10 that opens stage 2 (0.60)")
+    add("--sets", nargs="+", choices=OTHER_SETS, default=list(OTHER_SETS), help="sets of stage 2 (all three)")
+    budgets = {mode: f"{epochs} / {limit or 'all'}" for mode, (epochs, limit, *_) in BUDGETS.items()}
+    chosen = ", ".join(f"{mode}: {budget}" for mode, budget in budgets.items())
+    add(
+        "--epochs",
+        type=commandline.positive_int,
+        metavar="N",
+        help=f"of a surviving trial (epochs / pictures: {chosen})",
+    )
+    add(
+        "--limit-train", type=commandline.non_negative_int, metavar="N", help="pictures of each set to train on, 0: all"
+    )
+    add("--validation", type=commandline.positive_int, metavar="N", help="pictures of each set to judge on")
+    add("--lr", type=float, default=PRESETS["stage2"]["lr"], metavar="X", help="peak learning rate (2e-4)")
+    add(
+        "--max-tokens",
+        type=commandline.non_negative_int,
+        metavar="N",
+        help="leave longer sequences out (quick 20, 0: any)",
+    )
+    add("--batch-size", type=commandline.positive_int, metavar="N", help="pictures a step (quick 64, full 128)")
+    add("--amp", choices=("off", "bf16", "auto"), default="auto", help="bfloat16 autocast (auto: where it is faster)")
+    add(
+        "--final-seeds",
+        type=commandline.positive_int,
+        metavar="N",
+        help="runs of the winner on the test sets (GPU 3, else 1)",
+    )
+    add("--no-cuda", action="store_true", help="the processor although there is a GPU")
+
+
+def shape_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace, study: StudyOptions) -> ShapeOptions:
+    """The whole of the command line; a mistake ends the program with one line and status 2."""
+    options = commandline.taken(ShapeOptions, parsed, sets=list(dict.fromkeys(parsed.sets)), study=study)
+    commandline.check_conflicts(parser, options, CONFLICTS)
+    return options
