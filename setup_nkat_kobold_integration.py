@@ -250,7 +250,7 @@ def check_model(path: Path | None, machine: Machine) -> tuple[int, list[Check]]:
     except NKATError as error:
         return 0, [Check("model", MISSING, str(error), "give another file with --model")]
     theta = f", theta of rank {model.theta.rank}" if model.theta else ""
-    found = f"{path}: {config.arch}, {config.block_count} blocks, {format_bytes(model.base_size)}{theta}"
+    found = f"{path}: {config.architecture.name}, {config.block_count} blocks, {format_bytes(model.base_size)}{theta}"
     checks = [Check("model", OK, found)]
     if model.base_size > machine.available:
         text = f"the model has {format_bytes(model.base_size)}, {format_bytes(machine.available)} are free"

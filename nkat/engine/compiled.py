@@ -53,7 +53,7 @@ class CompiledDecoder:
             config.head_dim,
             config.rope.dimensions,
             config.rope.interleaved,
-            config.qk_norm,
+            config.architecture.qk_norm,
             half=model.output.int8_activations,
         )
         self.cache = _Cache(config.block_count, self.heads, capacity)
@@ -201,7 +201,7 @@ class _ForwardPass:
 
     def _add(self, y: np.ndarray, block: Block, post_norm: str) -> None:
         """Residual stream += y, through a norm where the model has one there."""
-        normalise = self.decoder.model.config.post_norm
+        normalise = self.decoder.model.config.architecture.post_norm
         weight = _numpy(block.norms[post_norm]) if normalise else 0
         kernel = add_kernel(self.d, self.tokens, normalise)
         self.program.add(kernel, (self.x, y, y.strides[0], weight, self.epsilon, self.state))
@@ -224,7 +224,7 @@ class _ForwardPass:
         self._linears(program, {n: layers[n] for n in ("attn_q", "attn_k", "attn_v")}, self.normed, state)
         q, k, v = (y[n] for n in ("attn_q", "attn_k", "attn_v"))
         cosines, sines = decoder.angles[block.local]
-        q_norm, k_norm = (_numpy(norms[f"attn_{n}_norm"]) if config.qk_norm else 0 for n in "qk")
+        q_norm, k_norm = (_numpy(norms[f"attn_{n}_norm"]) if config.architecture.qk_norm else 0 for n in "qk")
         program.add(
             rope_kernel(heads),
             (
@@ -248,7 +248,7 @@ class _ForwardPass:
         self._norm(program, self.x, _numpy(norms["ffn_norm"]), self.normed, state)
         self._linears(program, {n: layers[n] for n in ("ffn_gate", "ffn_up")}, self.normed, state)
         gate, up = y["ffn_gate"], y["ffn_up"]
-        kernel = gate_kernel(config.feed_forward_length, self.tokens, config.gelu)
+        kernel = gate_kernel(config.feed_forward_length, self.tokens, config.architecture.gelu)
         program.add(kernel, (gate, up, gate.strides[0], state))
         self._linears(program, {"ffn_down": layers["ffn_down"]}, gate, state)
         self._add(y["ffn_down"], block, "post_ffw_norm")

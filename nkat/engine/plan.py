@@ -88,7 +88,7 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
     Takes the Θ that the layers have now, and their strength. A layer with a `device_weight` gets a part of the joint
     one in its place, so that the weight is in memory once.
     """
-    config = model.config
+    config, architecture = model.config, model.config.architecture
     kappas = strengths(model).to(model.device)
     place = {id(layer): i for i, layer in enumerate(_layers(model))}
 
@@ -110,8 +110,8 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
             window=config.sliding_window if block.local else 0,
             interleaved=config.rope.interleaved,
             epsilon=config.rms_epsilon,
-            q_norm=norms["attn_q_norm"].data if config.qk_norm else None,
-            k_norm=norms["attn_k_norm"].data if config.qk_norm else None,
+            q_norm=norms["attn_q_norm"].data if architecture.qk_norm else None,
+            k_norm=norms["attn_k_norm"].data if architecture.qk_norm else None,
             cos=cos,
             sin=sin,
             keys=cache.keys[block.index][0],
@@ -122,11 +122,11 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
             qkv=siblings(linears["attn_q"], linears["attn_k"], linears["attn_v"]),
             attention=attention,
             attention_output=siblings(linears["attn_output"]),
-            post_attention_norm=norms["post_attention_norm"].data if config.post_norm else None,
+            post_attention_norm=norms["post_attention_norm"].data if architecture.post_norm else None,
             feed_forward_norm=norms["ffn_norm"].data,
             gate_up=siblings(linears["ffn_gate"], linears["ffn_up"]),
             feed_forward_down=siblings(linears["ffn_down"]),
-            post_feed_forward_norm=norms["post_ffw_norm"].data if config.post_norm else None,
+            post_feed_forward_norm=norms["post_ffw_norm"].data if architecture.post_norm else None,
         )
 
     output = siblings(model.output)
@@ -137,7 +137,7 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
         output_norm=model.output_norm,
         output=output,
         epsilon=config.rms_epsilon,
-        gelu=config.gelu,
+        gelu=architecture.gelu,
         kappas=kappas,
     )
 

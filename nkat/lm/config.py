@@ -1,9 +1,9 @@
 """GGUF metadata and tensor shapes → a frozen `ModelConfig`. Nothing here touches a weight.
 
-Dense models of the architectures llama, qwen2, qwen3 and gemma3, with the meaning llama.cpp gives their keys
+Dense models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
 (https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
 another one than the file asks for is refused: mixtures of experts, soft-capped logits, RoPE scaling other than linear
-and YaRN, unknown tensors. Like llama.cpp, a sliding window is honoured for gemma3 only.
+and YaRN, unknown tensors.
 """
 
 from __future__ import annotations
@@ -11,30 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
-
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
-THETA_SUFFIXES = (".theta_p", ".theta_q", ".theta_scale")  # tensors that Θ adds to a file; not the model's own
-
-BLOCK_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-_BIASES = {  # linear layers of a block that may have one
-    "llama": BLOCK_LINEARS,
-    "qwen2": ("attn_q", "attn_k", "attn_v"),
-    "qwen3": ("attn_q", "attn_k", "attn_v"),
-    "gemma3": ("attn_q", "attn_k", "attn_v"),
-}
-
-_GEMMA3_SWA_BASE = 10000.0
-_GEMMA3_SWA_PERIOD = 6  # five blocks with a window, then one that sees everything
-_GEMMA3_27B_BLOCKS = 62  # the one size whose attention scale comes from embedding / heads, not from the head size
+from nkat.lm.architectures import ARCHITECTURES, BLOCK_LINEARS, QK_NORMS, Architecture, Sizes
+from nkat.theta.set import SUFFIXES
 
 # Keys that change the forward pass in a way this toolkit does not compute, and the values with which they do not.
-_REFUSED: dict[str, tuple[Any, ...]] = {
+_REFUSED: dict[str, tuple[bool | float, ...]] = {
     "nextn_predict_layers": (0,),
     "attention.causal": (True,),
     "attention.scale": (0.0,),
@@ -83,7 +69,7 @@ class Rope:
 class ModelConfig:
     """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens."""
 
-    arch: str
+    architecture: Architecture
     context_length: int
     vocab_size: int
     embedding_length: int
@@ -99,12 +85,9 @@ class ModelConfig:
     sliding_window: int  # 0: none
     attention_scale: float  # multiplies q·k
     embedding_scale: float
-    gelu: bool  # feed-forward activation: tanh GELU, else SiLU
-    qk_norm: bool
-    post_norm: bool  # RMS norms after attention and after the feed-forward network
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
+    def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
         """Reads and checks everything. Raises ConfigError naming the key or the tensor that is wrong."""
         config = _read(metadata, tensors)
         _check_tensors(config, tensors)
@@ -124,17 +107,21 @@ class ModelConfig:
             "ffn_down": (d, ff),
         }[linear]
 
+    def norm_shape(self, norm: str) -> tuple[int]:
+        """Of one of the architecture's block norms."""
+        return (self.head_dim,) if norm in QK_NORMS else (self.embedding_length,)
+
 
 class _Keys:
-    """Typed, checked look-ups of `{arch}.{key}`."""
+    """Typed, checked look-ups of `{architecture}.{key}`."""
 
-    def __init__(self, metadata: Mapping[str, Any], arch: str) -> None:
-        self.metadata, self.arch = metadata, arch
+    def __init__(self, metadata: Mapping[str, object], architecture: Architecture) -> None:
+        self.metadata, self.architecture = metadata, architecture
 
     def name(self, key: str) -> str:
-        return f"{self.arch}.{key}"
+        return f"{self.architecture.name}.{key}"
 
-    def get(self, key: str) -> Any:
+    def get(self, key: str) -> object:
         """The value or None; an array with one value for every block counts as that value."""
         value = self.metadata.get(self.name(key))
         if isinstance(value, np.ndarray):
@@ -166,7 +153,7 @@ class _Keys:
             raise ConfigError(f"metadata {self.name(key)} must be a string, got {value!r}")
         return value
 
-    def _required(self, key: str, default: Any) -> Any:
+    def _required(self, key: str, default: object) -> object:
         value = self.get(key)
         if value is None:
             value = default
@@ -175,13 +162,14 @@ class _Keys:
         return value
 
 
-def _read(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
+def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
     arch = metadata.get("general.architecture")
     if arch is None:
         raise ConfigError("metadata general.architecture is missing: this GGUF is not a language model")
-    if arch not in ARCHITECTURES:
+    architecture = ARCHITECTURES.get(arch) if isinstance(arch, str) else None
+    if architecture is None:
         raise ConfigError(f"architecture {arch!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}")
-    keys = _Keys(metadata, arch)
+    keys = _Keys(metadata, architecture)
     _refuse(keys)
 
     embedding = tensors.get("token_embd.weight")
@@ -210,11 +198,9 @@ def _read(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Mod
         raise ConfigError(f"metadata {arch}.block_count is {blocks}, but the file has only {len(tensors)} tensors")
     context = keys.integer("context_length")
     rope, local_rope = _read_rope(keys, head_dim, context)
-    gemma = arch == "gemma3"
-    window, local_blocks = _read_window(keys, blocks) if gemma else (0, (False,) * blocks)
-    scale_dim = d // heads if gemma and blocks == _GEMMA3_27B_BLOCKS else head_dim
+    window, local_blocks = _read_window(keys, blocks)
     return ModelConfig(
-        arch=arch,
+        architecture=architecture,
         context_length=context,
         vocab_size=vocab_size,
         embedding_length=d,
@@ -228,11 +214,8 @@ def _read(metadata: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Mod
         local_rope=local_rope,
         local_blocks=local_blocks,
         sliding_window=window,
-        attention_scale=scale_dim**-0.5,
-        embedding_scale=d**0.5 if gemma else 1.0,
-        gelu=gemma,
-        qk_norm=arch in ("qwen3", "gemma3"),
-        post_norm=gemma,
+        attention_scale=architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
+        embedding_scale=d**0.5 if architecture.scaled_embedding else 1.0,
     )
 
 
@@ -270,7 +253,7 @@ def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
         raise ConfigError(f"metadata {keys.name('rope.scaling.factor')} must be at least 1 for yarn, got {factor:g}")
     attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
     rope = Rope(
-        interleaved=keys.arch == "llama",
+        interleaved=keys.architecture.interleaved_rope,
         dimensions=dimensions,
         base=keys.number("rope.freq_base", 10000.0, above=1.0),
         scale=1.0 / factor,
@@ -279,45 +262,47 @@ def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
         # YaRN's attention temperature, folded into q and k as llama.cpp does it
         magnitude=attention_factor * (1.0 + 0.1 * math.log(factor) if kind == "yarn" else 1.0),
     )
-    local_base = keys.number("rope.freq_base_swa", _GEMMA3_SWA_BASE, above=1.0)
+    window = keys.architecture.window
+    local_base = keys.number("rope.freq_base_swa", rope.base if window is None else window.rope_base, above=1.0)
     return rope, replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
 
 
 def _read_window(keys: _Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
-    """Gemma 3: the window's length (0: none) and which blocks have it."""
-    window = keys.integer("attention.sliding_window", 0, minimum=0)
-    if window == 0:
-        return 0, (False,) * blocks
+    """The window's length (0: none) and which blocks have it."""
+    none = 0, (False,) * blocks
+    window = keys.architecture.window
+    if window is None:
+        return none
+    length = keys.integer("attention.sliding_window", 0, minimum=0)
+    if length == 0:
+        return none
     name = "attention.sliding_window_pattern"
     pattern = keys.metadata.get(keys.name(name))
     if isinstance(pattern, np.ndarray):
         if len(pattern) != blocks:
             raise ConfigError(f"metadata {keys.name(name)} has {len(pattern)} values for {blocks} blocks")
-        return window, tuple(bool(value) for value in pattern)
-    period = keys.integer(name, _GEMMA3_SWA_PERIOD, minimum=0)
-    return window, tuple(period == 0 or i % period < period - 1 for i in range(blocks))
+        return length, tuple(bool(value) for value in pattern)
+    period = keys.integer(name, window.period, minimum=0)
+    return length, tuple(period == 0 or i % period < period - 1 for i in range(blocks))
 
 
 def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
     """Every tensor that the model needs is there, has the shape it must have, and there is none besides."""
-    d, v = config.embedding_length, config.vocab_size
+    architecture, d, v = config.architecture, config.embedding_length, config.vocab_size
     required: dict[str, tuple[int, ...]] = {"token_embd.weight": (v, d), "output_norm.weight": (d,)}
     optional: dict[str, tuple[int, ...]] = {"output.weight": (v, d)}
-    if config.arch == "llama":
+    if architecture.rope_factors:
         optional["rope_freqs.weight"] = (config.rope.dimensions // 2,)
-    if config.arch == "qwen2":
+    if "output" in architecture.biases:
         optional["output.bias"] = (v,)
     for i in range(config.block_count):
         block = f"blk.{i}."
         for linear in BLOCK_LINEARS:
-            shape = config.linear_shape(linear)
-            required[f"{block}{linear}.weight"] = shape
-            if linear in _BIASES[config.arch]:
-                optional[f"{block}{linear}.bias"] = shape[:1]
-        norms = ["attn_norm", "ffn_norm"] + (["post_attention_norm", "post_ffw_norm"] if config.post_norm else [])
-        required |= {f"{block}{norm}.weight": (d,) for norm in norms}
-        if config.qk_norm:
-            required |= {f"{block}{norm}.weight": (config.head_dim,) for norm in ("attn_q_norm", "attn_k_norm")}
+            outputs, inputs = config.linear_shape(linear)
+            required[f"{block}{linear}.weight"] = (outputs, inputs)
+            if linear in architecture.biases:
+                optional[f"{block}{linear}.bias"] = (outputs,)
+        required |= {f"{block}{norm}.weight": config.norm_shape(norm) for norm in architecture.block_norms}
 
     for name, shape in (required | optional).items():
         info = tensors.get(name)
@@ -328,8 +313,8 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             raise ConfigError(f"tensor {name} has shape {info.shape}, expected {shape}")
     known = required.keys() | optional.keys()
     for name in tensors:
-        if name not in known and not name.endswith(THETA_SUFFIXES):
+        if name not in known and not name.endswith(SUFFIXES):
             raise ConfigError(
-                f"tensor {name} is unknown in a {config.arch} model of {config.block_count} blocks; "
+                f"tensor {name} is unknown in a {architecture.name} model of {config.block_count} blocks; "
                 "it would be left out of the computation"
             )

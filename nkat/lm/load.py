@@ -14,7 +14,8 @@ import torch
 
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantize, packed_tensor
-from nkat.lm.config import BLOCK_LINEARS, ConfigError, ModelConfig
+from nkat.lm.architectures import BLOCK_LINEARS
+from nkat.lm.config import ConfigError, ModelConfig
 from nkat.lm.linear import StarLinear
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Block, Embedding, Transformer
@@ -27,7 +28,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-_BLOCK_NORMS = ("attn_norm", "attn_q_norm", "attn_k_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class _Assembler:
 
     def block(self, config: ModelConfig, index: int) -> Block:
         prefix = f"blk.{index}."
-        norms = {n: self.vector(f"{prefix}{n}.weight") for n in _BLOCK_NORMS if f"{prefix}{n}.weight" in self.tensors}
+        norms = {norm: self.vector(f"{prefix}{norm}.weight") for norm in config.architecture.block_norms}
         return Block(config, index, {name: self.linear(prefix + name) for name in BLOCK_LINEARS}, norms)
 
     def linear(self, stem: str, packed: torch.Tensor | None = None) -> StarLinear:

@@ -1,4 +1,4 @@
-"""The forward pass of a dense llama, qwen2, qwen3 or gemma3 model, and its KV cache.
+"""The forward pass of a dense model of any of `nkat.lm.architectures`, and its KV cache.
 
 Shapes: B sequences, T new tokens, S tokens seen so far, H heads of D elements. The residual stream, norms and RoPE are
 computed in float32 (float64 in a float64 model), the linear layers and attention in the layers' dtype. The arithmetic
@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantize_rows
-from nkat.lm.config import BLOCK_LINEARS, ModelConfig, Rope
+from nkat.lm.architectures import BLOCK_LINEARS
+from nkat.lm.config import ModelConfig, Rope
 from nkat.lm.linear import StarLinear
 from nkat.theta.algebra import Theta
 
@@ -174,7 +175,7 @@ class Block(nn.Module):
     def __init__(
         self, config: ModelConfig, index: int, linears: Mapping[str, StarLinear], norms: Mapping[str, torch.Tensor]
     ) -> None:
-        """linears: by name, all of BLOCK_LINEARS; norms: RMS norm weights by GGUF name, those that the model has."""
+        """linears: by name, all of BLOCK_LINEARS; norms: RMS norm weights by GGUF name, its architecture's."""
         super().__init__()
         self.config, self.index = config, index
         self.local = config.local_blocks[index]
@@ -183,12 +184,13 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
         """Residual stream [B, T, d] → [B, T, d]."""
+        post_norm = self.config.architecture.post_norm
         attended = self._attention(self._norm(x, "attn_norm"), view, cache).to(x.dtype)
-        if self.config.post_norm:
+        if post_norm:
             attended = self._norm(attended, "post_attention_norm")
         x = x + attended
         fed = self._feed_forward(self._norm(x, "ffn_norm")).to(x.dtype)
-        if self.config.post_norm:
+        if post_norm:
             fed = self._norm(fed, "post_ffw_norm")
         return x + fed
 
@@ -202,7 +204,7 @@ class Block(nn.Module):
         q, k, v = (linears[name](x).view(heads) for name in ("attn_q", "attn_k", "attn_v"))
         compute_dtype = v.dtype
         q, k = q.to(x.dtype), k.to(x.dtype)
-        if config.qk_norm:
+        if config.architecture.qk_norm:
             q, k = self._norm(q, "attn_q_norm"), self._norm(k, "attn_k_norm")
         interleaved = config.rope.interleaved
         q, k = (rotate(t, view.cos, view.sin, interleaved).to(compute_dtype) for t in (q, k))
@@ -222,7 +224,7 @@ class Block(nn.Module):
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.linears["ffn_gate"](x), self.linears["ffn_up"](x)
-        active = F.gelu(gate, approximate="tanh") if self.config.gelu else F.silu(gate)
+        active = F.gelu(gate, approximate="tanh") if self.config.architecture.gelu else F.silu(gate)
         return self.linears["ffn_down"](active * up)
 
 

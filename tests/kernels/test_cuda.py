@@ -32,6 +32,7 @@ from nkat.kernels.cuda import planes, step_kernels
 from nkat.kernels.cuda import triton as optional_triton
 from nkat.kernels.cuda.planes import FORMATS
 from nkat.kernels.cuda.step import TritonOps
+from nkat.lm.architectures import ARCHITECTURES
 from nkat.lm.config import ModelConfig, Rope
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import LoadedModel, load_model
@@ -395,8 +396,8 @@ def seven_billion(blocks: int) -> Transformer:
     d, ff, heads, vocabulary = 4096, 11008, 32, 32000
     rope = Rope(True, 128, 1e4, 1.0, False, 4096, 1.0)
     config = ModelConfig(
-        "llama", 4096, vocabulary, d, ff, blocks, heads, heads, 128, 1e-5, rope, rope, (False,) * blocks, 0,
-        128**-0.5, 1.0, False, False, False,
+        ARCHITECTURES["llama"], 4096, vocabulary, d, ff, blocks, heads, heads, 128, 1e-5, rope, rope,
+        (False,) * blocks, 0, 128**-0.5, 1.0,
     )  # fmt: skip
     theta = Theta(*torch.ones(2, 32000, 4, dtype=torch.int8), torch.ones(2, 4))
 

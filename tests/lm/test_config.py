@@ -44,8 +44,8 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     assert config.attention_scale == head_dim**-0.5
     assert config.rope.interleaved == (arch == "llama")
     assert config.rope.dimensions == head_dim
-    assert config.qk_norm == (arch in ("qwen3", "gemma3"))
-    assert config.post_norm == config.gelu == (arch == "gemma3")
+    assert config.architecture.qk_norm == (arch in ("qwen3", "gemma3"))
+    assert config.architecture.post_norm == config.architecture.gelu == (arch == "gemma3")
     assert config.embedding_scale == (8.0 if arch == "gemma3" else 1.0)
     assert config.linear_shape("attn_k") == (2 * head_dim, 64)
     assert config.linear_shape("attn_output") == (64, 4 * head_dim)

@@ -2,21 +2,20 @@
 
 The weights are random, the shapes are not: grouped-query attention, QKV biases, q/k norms, RoPE scaling and sliding
 windows are as in the real architecture. A tensor's values depend on the seed, its name and its shape only, so variants
-of one seed share the tensors they have in common. Limits: dense llama, qwen2, qwen3, gemma3; quantised types are those
-gguf-py can quantise to (no K-quants).
+of one seed share the tensors they have in common. Limits: the dense architectures of `ARCHITECTURES`; quantised types
+are those gguf-py can quantise to (no K-quants).
 """
 
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 LOGIT_STD = 3.0  # a softmax over these is neither flat nor one-hot
 SCORE_GAIN = 1.5  # on q and on k: attention scores get a standard deviation of about 2
 
@@ -27,25 +26,38 @@ _LETTERS = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,'
 
 @dataclass(frozen=True, slots=True)
 class TinyOptions:
-    """What a tiny model may differ in. Lengths in elements; `None` stands for the architecture's usual choice."""
+    """What a tiny model may differ in. Lengths in elements."""
 
     blocks: int = 3
     embedding: int = 64
     heads: int = 4
     kv_heads: int = 2
-    head_dim: int | None = None  # embedding / heads for llama and qwen2, which know no other; 24 for qwen3 and gemma3
+    head_dim: int | None = None  # None: embedding / heads
     feed_forward: int = 96
     context: int = 2048
+    epsilon: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norm: bool = False
     qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every 2-D tensor
-    tied: bool | None = None  # True: no output.weight. None: tied for gemma3 only
+    tied: bool = False  # True: no output.weight
     freq_base: float = 10000.0
-    freq_base_swa: float | None = None  # gemma3.rope.freq_base_swa; left out when None (readers assume 10000)
+    freq_base_swa: float | None = None  # {arch}.rope.freq_base_swa; left out when None (readers assume 10000)
     rope_scaling: Mapping[str, str | int | float] | None = None  # keys under {arch}.rope.scaling
     rope_factors: bool = False  # rope_freqs.weight: one divisor for each rotated pair, as Llama 3.1 has
     sliding_window: int | None = None  # gemma3; with it, blocks 5, 11, ... see everything and the others the window
-    vocab: str | None = None  # "gpt2" or "spm"; None: spm for gemma3 only
-    pre: str | None = None  # tokenizer.ggml.pre of a gpt2 vocabulary
-    add_bos: bool | None = None  # None: gemma3 only
+    vocab: str = "gpt2"  # or "spm"
+    pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
+    add_bos: bool = False
+
+
+# An architecture's usual choices. On purpose not made from the toolkit's own rows: llama.cpp is the judge of both.
+ARCHITECTURES = {
+    "llama": TinyOptions(epsilon=1e-5, pre="llama-bpe"),
+    "qwen2": TinyOptions(qkv_bias=True),
+    "qwen3": TinyOptions(head_dim=24, qk_norm=True),
+    "gemma3": TinyOptions(head_dim=24, qk_norm=True, post_norm=True, vocab="spm", tied=True, add_bos=True),
+}
 
 
 def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Path:
@@ -56,18 +68,18 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"no tiny model for architecture {arch!r}: one of {', '.join(ARCHITECTURES)}")
-    opts = TinyOptions(**options)
+    opts = replace(ARCHITECTURES[arch], **options)
     writer = gguf.GGUFWriter(path, arch)
     _add_hyperparameters(writer, arch, opts)
-    vocab_size = _add_vocabulary(writer, arch, opts)
-    for name, shape, mean, std in _tensor_list(arch, opts, vocab_size):
+    vocab_size = _add_vocabulary(writer, opts)
+    for name, shape, mean, std in _tensor_list(opts, vocab_size):
         values = _random_tensor(seed, name, shape, mean, std)
         if len(shape) == 2 and opts.qtype != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, gguf.quants.quantize(values, opts.qtype), raw_dtype=opts.qtype)
         else:
             writer.add_tensor(name, values)
     if opts.rope_factors:
-        writer.add_tensor("rope_freqs.weight", np.linspace(1.0, 8.0, _head_dim(arch, opts) // 2, dtype=np.float32))
+        writer.add_tensor("rope_freqs.weight", np.linspace(1.0, 8.0, _head_dim(opts) // 2, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -75,14 +87,12 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
     return path
 
 
-def _head_dim(arch: str, opts: TinyOptions) -> int:
-    if opts.head_dim is not None:
-        return opts.head_dim
-    return opts.embedding // opts.heads if arch in ("llama", "qwen2") else 24
+def _head_dim(opts: TinyOptions) -> int:
+    return opts.embedding // opts.heads if opts.head_dim is None else opts.head_dim
 
 
 def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) -> None:
-    head_dim = _head_dim(arch, opts)
+    head_dim = _head_dim(opts)
     writer.add_name(f"tiny {arch}")
     writer.add_context_length(opts.context)
     writer.add_embedding_length(opts.embedding)
@@ -90,7 +100,7 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     writer.add_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
     writer.add_head_count_kv(opts.kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5 if arch == "llama" else 1e-6)
+    writer.add_layer_norm_rms_eps(opts.epsilon)
     writer.add_rope_freq_base(opts.freq_base)
     if head_dim * opts.heads == opts.embedding:
         writer.add_rope_dimension_count(head_dim)
@@ -114,23 +124,22 @@ def _add_value(writer: gguf.GGUFWriter, key: str, value: str | int | float) -> N
         writer.add_float32(key, value)
 
 
-def _tensor_list(arch: str, opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
     """(name, row-major shape, mean, standard deviation) of every weight, in file order."""
-    n, ff, head_dim = opts.embedding, opts.feed_forward, _head_dim(arch, opts)
+    n, ff, head_dim = opts.embedding, opts.feed_forward, _head_dim(opts)
     n_q, n_kv = opts.heads * head_dim, opts.kv_heads * head_dim
-    tied = arch == "gemma3" if opts.tied is None else opts.tied
 
     yield "token_embd.weight", (vocab_size, n), 0.0, LOGIT_STD / math.sqrt(n)
-    if not tied:
+    if not opts.tied:
         yield "output.weight", (vocab_size, n), 0.0, LOGIT_STD / math.sqrt(n)
     yield "output_norm.weight", (n,), 1.0, 0.2
     for block in (f"blk.{i}." for i in range(opts.blocks)):
         yield block + "attn_norm.weight", (n,), 1.0, 0.2
         for name, rows, gain in (("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)):
             yield f"{block}{name}.weight", (rows, n), 0.0, gain / math.sqrt(n)
-            if arch == "qwen2":
+            if opts.qkv_bias:
                 yield f"{block}{name}.bias", (rows,), 0.0, 0.5
-        if arch in ("qwen3", "gemma3"):
+        if opts.qk_norm:
             yield block + "attn_q_norm.weight", (head_dim,), SCORE_GAIN, 0.3
             yield block + "attn_k_norm.weight", (head_dim,), SCORE_GAIN, 0.3
         yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
@@ -138,7 +147,7 @@ def _tensor_list(arch: str, opts: TinyOptions, vocab_size: int) -> Iterator[tupl
         yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
         yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
         yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
-        if arch == "gemma3":  # large, or the scaled and tied embedding would make every token predict itself
+        if opts.post_norm:  # large, or the scaled and tied embedding would make every token predict itself
             yield block + "post_attention_norm.weight", (n,), 4.0, 0.8
             yield block + "post_ffw_norm.weight", (n,), 4.0, 0.8
 
@@ -149,16 +158,15 @@ def _random_tensor(seed: int, name: str, shape: tuple[int, ...], mean: float, st
     return (mean + std * math.sqrt(12) * (unit - 0.5)).astype(np.float32)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) -> int:
+def _add_vocabulary(writer: gguf.GGUFWriter, opts: TinyOptions) -> int:
     """Add the tokenizer's metadata; returns the number of tokens."""
-    kind = opts.vocab or ("spm" if arch == "gemma3" else "gpt2")
-    if kind == "gpt2":
-        size = _add_gpt2_vocabulary(writer, opts.pre or ("llama-bpe" if arch == "llama" else "qwen2"))
-    elif kind == "spm":
+    if opts.vocab == "gpt2":
+        size = _add_gpt2_vocabulary(writer, opts.pre)
+    elif opts.vocab == "spm":
         size = _add_spm_vocabulary(writer)
     else:
-        raise ValueError(f"no tiny vocabulary {kind!r}: gpt2 or spm")
-    writer.add_add_bos_token(arch == "gemma3" if opts.add_bos is None else opts.add_bos)
+        raise ValueError(f"no tiny vocabulary {opts.vocab!r}: gpt2 or spm")
+    writer.add_add_bos_token(opts.add_bos)
     writer.add_vocab_size(size)
     return size
 

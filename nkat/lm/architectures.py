@@ -1,0 +1,110 @@
+"""What each supported architecture has: a row each. Whoever needs to know asks the row, nobody compares a name.
+
+The meaning is llama.cpp's (https://github.com/ggml-org/llama.cpp): an architecture's graph, tensors and defaults are in
+src/models/{name}.cpp, its kind of RoPE in `llama_model_rope_type` of src/llama-model.cpp. One that differs from those
+here in these fields only is one more row; a further difference is a further field, whose default is what all others do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+QKV = ("attn_q", "attn_k", "attn_v")
+BLOCK_LINEARS = (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+QK_NORMS = ("attn_q_norm", "attn_k_norm")
+POST_NORMS = ("post_attention_norm", "post_ffw_norm")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """One model's, as its metadata give them; lengths in elements."""
+
+    block_count: int
+    embedding_length: int
+    head_count: int
+    head_dim: int
+
+
+def scale_by_head(sizes: Sizes) -> float:
+    """1/√(elements of a head)."""
+    return float(sizes.head_dim**-0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """In some blocks a token sees only the last `attention.sliding_window` tokens; 0, or no such key: it sees all.
+
+    period: the last of so many blocks sees everything, where the file has no `attention.sliding_window_pattern`
+    rope_base: of the blocks with a window, where the file has no `rope.freq_base_swa`; their positions are not scaled
+    """
+
+    period: int
+    rope_base: float
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """How the models of one architecture differ from those of others.
+
+    name: `general.architecture`, and the first part of its metadata's keys
+    biases: linear layers that may have a bias: of BLOCK_LINEARS in any block, or "output"; llama.cpp takes those of
+    q, k and v wherever it finds them (`create_tensor_qkv`)
+    interleaved_rope: RoPE turns the elements (2i, 2i+1) of a head ("norm"), else (i, i + dimensions/2) ("neox")
+    rope_factors: `rope_freqs.weight` may divide the frequencies, one factor a pair
+    qk_norm: RMS norms of every head's q and k, before RoPE
+    post_norm: RMS norms of what attention and the feed-forward network add to the residual stream
+    gelu: feed-forward activation: tanh GELU, else SiLU
+    scaled_embedding: a token's embedding is multiplied by √(its length)
+    attention_scale: what q·k is multiplied by
+    window: of blocks that do not see everything; None: every block does, whatever the file says
+    """
+
+    name: str
+    biases: tuple[str, ...] = QKV
+    interleaved_rope: bool = False
+    rope_factors: bool = False
+    qk_norm: bool = False
+    post_norm: bool = False
+    gelu: bool = False
+    scaled_embedding: bool = False
+    attention_scale: Callable[[Sizes], float] = scale_by_head
+    window: Window | None = None
+
+    @property
+    def block_norms(self) -> tuple[str, ...]:
+        """The RMS norms of every block, by their names in the file."""
+        post = POST_NORMS if self.post_norm else ()
+        return ("attn_norm", "ffn_norm", *post, *(QK_NORMS if self.qk_norm else ()))
+
+
+def _gemma3_scale(sizes: Sizes) -> float:
+    """The 27B model alone scales by embedding / heads, which is not its heads' length; llama.cpp, too, tells it by its
+    62 blocks (src/models/gemma3.cpp, after gemma_pytorch's query_pre_attn_scalar).
+    """
+    if sizes.block_count == 62:
+        return float((sizes.embedding_length // sizes.head_count) ** -0.5)
+    return scale_by_head(sizes)
+
+
+_ROWS = (
+    # src/models/llama.cpp: every bias is optional (models converted from other families have some), and Llama 3.1 and
+    # later bring RoPE factors
+    Architecture("llama", biases=BLOCK_LINEARS, interleaved_rope=True, rope_factors=True),
+    # src/models/qwen2.cpp
+    Architecture("qwen2", biases=(*QKV, "output")),
+    # src/models/qwen3.cpp
+    Architecture("qwen3", qk_norm=True),
+    # src/models/gemma3.cpp
+    Architecture(
+        "gemma3",
+        qk_norm=True,
+        post_norm=True,
+        gelu=True,
+        scaled_embedding=True,
+        attention_scale=_gemma3_scale,
+        window=Window(period=6, rope_base=10000.0),
+    ),
+)
+
+ARCHITECTURES: Mapping[str, Architecture] = {row.name: row for row in _ROWS}

@@ -1,0 +1,203 @@
+"""The rows of architectures: each is judged by llama.cpp, each field counts, and no other file knows a name."""
+
+import ast
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nkat.lm.architectures import ARCHITECTURES, BLOCK_LINEARS, QKV, Architecture, Sizes, Window, scale_by_head
+from nkat.lm.config import ConfigError
+from nkat.lm.load import load_model
+from tests.conftest import ROOT
+from tests.engine.test_compiled import FAMILIES as COMPILED_FAMILIES
+from tests.kernels.test_cuda import FAMILIES as CUDA_FAMILIES
+from tests.lm.test_transformer import FAMILIES
+from tests.support import tiny_models
+from tests.support.golden import read_golden
+from tests.support.tiny_models import write_tiny_model
+
+GOLDEN = read_golden("tiny_logits")
+PERMISSIONS = {"rope_factors"}  # flags that let a tensor be there: a file without it does not notice
+FLAGS = [field.name for field in fields(Architecture) if field.type == "bool" and field.name not in PERMISSIONS]
+
+Agrees = Callable[..., bool]
+
+
+def largest_error(path: Path, golden: dict[str, Any]) -> float:
+    model = load_model(path).model
+    with torch.inference_mode():
+        logits = model(torch.tensor([GOLDEN["ids"]]))[0, GOLDEN["positions"]]
+    return float((logits - torch.tensor(golden["logits"])).abs().max())
+
+
+@pytest.fixture
+def agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agrees:
+    """Whether a model of this variant computes llama.cpp's logits when its row is changed; a refusal is a no."""
+
+    def check(variant: str, **changes: Any) -> bool:
+        golden = GOLDEN["variants"][variant]
+        arch = golden["arch"]
+        path = write_tiny_model(tmp_path / f"{variant}.gguf", arch, golden["seed"], **golden["options"])
+        with monkeypatch.context() as patch:
+            patch.setitem(ARCHITECTURES, arch, replace(ARCHITECTURES[arch], **changes))
+            try:
+                return largest_error(path, golden) < 2e-4  # see test_transformer
+            except ConfigError:
+                return False
+
+    return check
+
+
+# --- every row, and every field of it, is judged
+
+
+def untested(rows: Iterable[str]) -> dict[str, set[str]]:
+    """The rows that lack a test, by kind of test."""
+    tested = {
+        "logits by llama.cpp": {variant["arch"] for variant in GOLDEN["variants"].values()},
+        "the model's forward pass": {arch for arch, _ in FAMILIES},
+        "the compiled CPU program": {arch for arch, _ in COMPILED_FAMILIES.values()},
+        "the GPU step": {arch for arch, _ in CUDA_FAMILIES},
+    }
+    return {kind: missing for kind, names in tested.items() if (missing := {*rows} - names)}
+
+
+def test_every_row_is_tested() -> None:
+    assert not untested(ARCHITECTURES)
+    assert ARCHITECTURES.keys() == tiny_models.ARCHITECTURES.keys()
+    assert all(name == row.name for name, row in ARCHITECTURES.items())
+
+
+def test_a_row_without_tests_would_be_found() -> None:
+    assert untested([*ARCHITECTURES, "mamba"]).keys() >= {"logits by llama.cpp", "the compiled CPU program"}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
+    """Against llama.cpp's logits the row as it is agrees, and with any flag turned it does not."""
+    assert len(FLAGS) >= 5
+    assert agrees(arch)
+    assert [flag for flag in FLAGS if agrees(arch, **{flag: not getattr(ARCHITECTURES[arch], flag)})] == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "field", "value"),
+    [
+        ("gemma3_swa", "window", None),
+        ("gemma3_swa", "window", Window(period=3, rope_base=10000.0)),
+        ("gemma3_swa", "window", Window(period=6, rope_base=500.0)),
+        ("gemma3", "attention_scale", lambda sizes: 1.1 * scale_by_head(sizes)),
+        ("qwen2", "biases", ()),
+        ("llama_rope_factors", "rope_factors", False),
+    ],
+)
+def test_each_other_field_counts(agrees: Agrees, variant: str, field: str, value: object) -> None:
+    assert agrees(variant)
+    assert not agrees(variant, **{field: value})
+
+
+def test_one_row_is_all_that_a_further_architecture_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    golden = GOLDEN["variants"]["qwen3"]
+    monkeypatch.setitem(tiny_models.ARCHITECTURES, "newcomer", tiny_models.ARCHITECTURES["qwen3"])
+    path = write_tiny_model(tmp_path / "newcomer.gguf", "newcomer", golden["seed"], **golden["options"])
+    with pytest.raises(ConfigError, match=r"architecture 'newcomer' is not supported; .* are llama, qwen2, .*gemma3$"):
+        load_model(path)
+    monkeypatch.setitem(ARCHITECTURES, "newcomer", Architecture("newcomer", qk_norm=True))
+    assert largest_error(path, golden) < 2e-4
+    (tmp_path / "mamba.gguf").write_bytes(path.read_bytes().replace(b"newcomer", b"neocomer"))
+    with pytest.raises(ConfigError, match=r"'neocomer' is not supported; .* gemma3, newcomer$"):
+        load_model(tmp_path / "mamba.gguf")
+
+
+def test_norms_and_biases_follow_from_the_row() -> None:
+    assert Architecture("plain").block_norms == ("attn_norm", "ffn_norm")
+    assert set(ARCHITECTURES["gemma3"].block_norms) == {
+        *("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"),
+        *("attn_q_norm", "attn_k_norm"),
+    }
+    assert all({*QKV} <= {*row.biases} <= {*BLOCK_LINEARS, "output"} for row in ARCHITECTURES.values())
+
+
+def test_only_gemma_27b_scales_attention_by_its_embedding() -> None:
+    sizes = Sizes(block_count=62, embedding_length=5376, head_count=32, head_dim=128)
+    assert ARCHITECTURES["gemma3"].attention_scale(sizes) == 168**-0.5
+    assert ARCHITECTURES["gemma3"].attention_scale(replace(sizes, block_count=61)) == 128**-0.5
+    assert ARCHITECTURES["qwen3"].attention_scale(sizes) == 128**-0.5
+
+
+# --- no other file knows a name
+
+OTHER_MEANINGS = {
+    ("nkat/lm/tokenizer.py", "llama"),  # a kind of vocabulary: SentencePiece
+    ("nkat/models.py", "gemma3"),  # a model to fetch
+}
+
+
+def names_in(tree: ast.AST) -> set[str]:
+    """Strings in the code that are an architecture's name."""
+    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)} & {
+        *ARCHITECTURES
+    }
+
+
+def comparisons_in(tree: ast.AST) -> list[str]:
+    """Comparisons, other than with None, and matches of something called arch or architecture, or of its name."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Match) and _is_architecture(node.subject):
+            found.append(ast.unparse(node.subject))
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            with_none = any(isinstance(side, ast.Constant) and side.value is None for side in sides)
+            if not with_none and any(map(_is_architecture, sides)):
+                found.append(ast.unparse(node))
+    return found
+
+
+def _is_architecture(node: ast.expr) -> bool:
+    if isinstance(node, ast.Attribute) and node.attr == "name":
+        node = node.value
+    called = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else None
+    return called in ("arch", "architecture")
+
+
+def test_no_other_file_compares_an_architecture() -> None:
+    names = set()
+    for path in sorted((ROOT / "nkat").rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if place != "nkat/lm/architectures.py":
+            names |= {(place, name) for name in names_in(tree)}
+            assert not comparisons_in(tree), place
+    assert names == OTHER_MEANINGS
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'gemma = arch == "gemma3"',
+        'qk_norm = arch in ("qwen3", "gemma3")',
+        'biases = {"qwen2": QKV}.get(arch)',
+        'match config.architecture.name:\n    case "llama": pass',
+        'rope = "llama"',
+    ],
+)
+def test_a_name_in_another_file_would_be_found(code: str) -> None:
+    assert names_in(ast.parse(code))
+
+
+@pytest.mark.parametrize(
+    "code", ["config.architecture is GEMMA", "keys.arch in GEMMAS", "config.architecture.name == other", "arch != NAME"]
+)
+def test_a_comparison_in_another_file_would_be_found(code: str) -> None:
+    assert comparisons_in(ast.parse(code))
+
+
+@pytest.mark.parametrize("code", ["arch is None", "architecture.window is not None", '"output" in architecture.biases'])
+def test_asking_the_row_is_no_comparison(code: str) -> None:
+    assert not comparisons_in(ast.parse(code))
+    assert not names_in(ast.parse(code))
