@@ -6,10 +6,10 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from nkat.decode import EagerDecoder
 
 from nkat.engine.compiled import PREFILL_TOKENS, CompiledDecoder
 from nkat.engine.decoder import make_decoder
+from nkat.engine.eager import EagerDecoder
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
 from nkat.theta.algebra import quantize_factors

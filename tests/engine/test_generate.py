@@ -10,9 +10,9 @@ from collections import Counter
 
 import pytest
 import torch
-from nkat.decode import EagerDecoder
 from scipy.stats import chisquare
 
+from nkat.engine.eager import EagerDecoder
 from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model

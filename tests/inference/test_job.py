@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from nkat.decode import EagerDecoder
 
+from nkat.engine.eager import EagerDecoder
 from nkat.gguf.writer import gguf_parts, write_gguf
 from nkat.host.record import git_commit
 from nkat.lm.load import load_model

@@ -1,7 +1,7 @@
 """The CUDA path where no GPU is: planes, the decode step in plain torch, the compiled kernels' code, and errors.
 
-The kernels' arithmetic is tested by `tests/interpreted_kernels.py`, which needs Triton's interpreter and so a process
-of its own; one test here runs it. Tests marked `gpu` need the real thing.
+The kernels' arithmetic is tested by `tests/support/interpreted_kernels.py`, which needs Triton's interpreter and so a
+process of its own; one test here runs it. Tests marked `gpu` need the real thing.
 """
 
 from __future__ import annotations
@@ -322,7 +322,7 @@ def test_gradients_come_from_the_dequantised_weight():
 def test_arithmetic_in_tritons_interpreter():
     """`TRITON_INTERPRET` counts when Triton is imported, and must not reach the other tests."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/interpreted_kernels.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/support/interpreted_kernels.py"],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=ROOT,
         capture_output=True,

@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from nkat.decode import EagerDecoder
 from scipy.stats import binom
 
+from nkat.engine.eager import EagerDecoder
 from nkat.errors import NKATError
 from nkat.lm.load import load_model
 from nkat.measure import speed
