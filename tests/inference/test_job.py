@@ -419,5 +419,5 @@ def test_too_little_gpu_memory_is_one_line(fails, tiny: Path, monkeypatch) -> No
     def full(model, capacity):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("nkat.engine.decoder.make_decoder", full)
+    monkeypatch.setattr("nkat.inference.job.make_decoder", full)
     assert "--no-cuda runs it on the processor" in fails(ENGINE, "--model", tiny, "--generate", "a")
