@@ -37,6 +37,7 @@ class TinyOptions:
     feed_forward: int = 96
     context: int = 2048
     qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every 2-D tensor
+    qtypes: Mapping[str, gguf.GGMLQuantizationType] | None = None  # of single ones, by name
     tied: bool | None = None  # True: no output.weight. None: tied for gemma3 only
     freq_base: float = 10000.0
     freq_base_swa: float | None = None  # gemma3.rope.freq_base_swa; left out when None (readers assume 10000)
@@ -62,8 +63,9 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
     vocab_size = _add_vocabulary(writer, arch, opts)
     for name, shape, mean, std in _tensor_list(arch, opts, vocab_size):
         values = _random_tensor(seed, name, shape, mean, std)
-        if len(shape) == 2 and opts.qtype != gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, gguf.quants.quantize(values, opts.qtype), raw_dtype=opts.qtype)
+        qtype = (opts.qtypes or {}).get(name, opts.qtype)
+        if len(shape) == 2 and qtype != gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(name, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
         else:
             writer.add_tensor(name, values)
     if opts.rope_factors:

@@ -1,9 +1,9 @@
 """Packed weight × x and the star term on a GPU, by Triton: `linear` for a layer, `rows` for an embedding.
 
 Up to 8 inputs go through a kernel that reads each weight once and computes in float32; more go through tensor cores,
-where weights and inputs are rounded to bfloat16 (float16 if x is that) and sums are float32. Formats without a kernel
-are dequantised on every call, which a note on stderr says once. Θ's strength may be a number in the GPU's memory, so
-that a recorded CUDA graph follows it.
+where weights and inputs are rounded to bfloat16 (float16 if x is that) and sums are float32. Types without a kernel are
+dequantised on every call; `nkat.kernels.registry` has the note that says so when a model is loaded. Θ's strength may be
+a number in the GPU's memory, so that a recorded CUDA graph follows it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from nkat.errors import NKATError
 from nkat.gguf import formats
-from nkat.host.console import note
 from nkat.kernels import reference
 from nkat.kernels.cuda import matmul as cuda_matmul
 from nkat.kernels.cuda import planes
@@ -212,8 +211,7 @@ def dequantised(
     inner: Tensor | None = None,
     kappa: Tensor | None = None,
 ) -> Tensor:
-    """The same for formats without a kernel, by torch; inner float32 [batch, R]. Says once that this is slow."""
-    _say_dequantised(weight.qtype)
+    """The same for types without a kernel, by torch; inner float32 [batch, R]."""
     y = reference.linear(weight.raw, weight.qtype, weight.shape, x, None if bias is None else bias.to(x.dtype))
     if up is None:
         return y
@@ -285,8 +283,3 @@ def _check_capability(device: torch.device) -> None:
 @functools.cache
 def _levels(device: torch.device) -> Tensor:
     return torch.tensor(formats.IQ4_LEVELS, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _say_dequantised(qtype: QType) -> None:
-    note(f"no CUDA kernel for {qtype.name}: these weights are unpacked anew at every use, which is slow")
