@@ -22,10 +22,9 @@ from nkat.gguf import formats
 from nkat.kernels import reference
 from nkat.kernels.cuda import matmul as cuda_matmul
 from nkat.kernels.cuda import planes
-from nkat.kernels.cuda.planes import CHUNK, FORMATS, Format, PackedWeight
+from nkat.kernels.cuda.planes import CHUNK, Format, PackedWeight
 from nkat.kernels.cuda.triton import require_triton
 
-SUPPORTED = frozenset(FORMATS)  # have a kernel of their own
 VECTOR_BATCH = 8  # most inputs for the kernel that reads each weight once
 MAX_BLOCK_ROWS = 8  # of that kernel; segments of a fused weight start at multiples of it
 _REGISTERS = 128  # a thread of the kernel for one input: four programs then fit a multiprocessor at once
@@ -95,7 +94,7 @@ def linear(
 
 
 def permute(x: Tensor) -> Tensor:
-    """x [batch, n] in the order that `vector` takes; see `cuda_blocks.permuted`."""
+    """x [batch, n] in the order that `vector` takes; see `nkat.kernels.cuda.matmul.permuted`."""
     batch, n = x.shape
     return x.view(batch, n // CHUNK, 2, 4, 4).permute(0, 2, 4, 1, 3).reshape(batch, n)
 
