@@ -40,7 +40,8 @@ class _Cache:
 
 
 class CompiledDecoder:
-    """`nkat.engine.decoder.Decoder` on the CPU kernels. The model's layers must have been repacked for them."""
+    """`nkat.engine.decoder.Decoder` on the CPU kernels. The model's layers must have been repacked for them, and its
+    embedding be of a type that they have; see `nkat.engine.decoder.make_decoder`."""
 
     def __init__(self, model: Transformer, capacity: int, threads: int) -> None:
         config = model.config

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from nkat.engine.eager import EagerDecoder
+from nkat.kernels.registry import kernel_types
 from nkat.lm.transformer import Transformer
 
 
@@ -42,8 +43,13 @@ class Decoder(Protocol):
 
 
 def make_decoder(model: Transformer, capacity: int) -> Decoder:
-    """The fastest decoder for this model as it was loaded, with room for `capacity` tokens."""
-    if all(layer.compiled is not None for layer in model.star_linears().values()):
+    """The fastest decoder for this model as it was loaded, with room for `capacity` tokens.
+
+    One tensor that has no CPU kernel is enough to leave the compiled program, which has no step for the reference: then
+    the model decodes an operation at a time, its other layers still by their kernels.
+    """
+    compiled = all(layer.compiled is not None for layer in model.star_linears().values())
+    if compiled and model.embedding.qtype in kernel_types("cpu"):
         from nkat.engine.compiled import CompiledDecoder  # LLVM is loaded only where it is used
 
         return CompiledDecoder(model, capacity, torch.get_num_threads())

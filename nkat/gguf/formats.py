@@ -1,9 +1,11 @@
 """Block formats of ggml: packed bytes → float32 weights, bit-identical to gguf-py's dequantisation and faster.
 
-A row of a quantised tensor is a chain of blocks. A block holds `block_size` weights in `type_size` bytes: integers q of
-2 to 8 bits and, per group of 16 to 32 of them, a scale d and in some formats an offset m, so that w = d·q + m. Each
-format is one class below with its bit layout drawn: bytes are numbered from the start of the block, bits from the least
-significant one, and q[a:b] is a half-open range.
+A row of a quantised tensor is a chain of blocks. A block holds `block_size` weights in `block_bytes` bytes: integers q
+of 2 to 8 bits and, per group of 16 to 32 of them, a scale d and in some formats an offset m, so that w = d·q + m.
+
+Each format is one `BlockFormat` below, and its docstring draws the bits: bytes are numbered from the start of the
+block, bits from the least significant one, and q[a:b] is a half-open range. These are the only drawings:
+`nkat.kernels.cpu.formats` and `nkat.kernels.cuda.planes`, which read the same bytes in their own ways, point here.
 
 The arithmetic keeps gguf-py's order of float32 roundings. NaN and infinite scales give NaN and infinity in the same
 places; only the sign and payload of a NaN may differ.
@@ -22,7 +24,8 @@ import functools
 import math
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,7 +46,6 @@ _FLOAT_TYPES = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 _WARNING_FILTERS = threading.Lock()
-_BLOCK_FORMATS: dict[GGMLQuantizationType, type[_BlockFormat]] = {}
 
 
 class QuantError(NKATError):
@@ -65,21 +67,53 @@ def packed_tensor(raw: np.ndarray) -> Tensor:
         return torch.from_numpy(raw)
 
 
-class _BlockFormat:
-    """One block format, registered under its type. `blocks` is always uint8 (n, type_size).
+class BlockFormat:
+    """One block format: a subclass, which is its type's entry in `BLOCK_FORMATS` and never instantiated.
 
-    scales(blocks): d and m of w = d·q + m, float32 (n, groups), for block_size / groups neighbouring weights each
-    quants(blocks): q in the order of the weights, contiguous uint8 or int8, n · block_size of them
+    The subclass's docstring says what a weight is, and draws where in a block each number lies.
+
+    qtype: the type that a file gives such a tensor
+    block_size: weights of a block, neighbours in a row
+    block_bytes: bytes of a block
     """
 
-    block_size: int
-    type_size: int
-    scales: Callable[[Tensor], tuple[Tensor, Tensor | None]]
-    quants: Callable[[Tensor], Tensor]
+    qtype: ClassVar[GGMLQuantizationType]
+    block_size: ClassVar[int]
+    block_bytes: ClassVar[int]
 
     def __init_subclass__(cls, qtype: GGMLQuantizationType) -> None:
-        cls.block_size, cls.type_size = GGML_QUANT_SIZES[qtype]
-        _BLOCK_FORMATS[qtype] = cls
+        cls.qtype = qtype
+        cls.block_size, cls.block_bytes = GGML_QUANT_SIZES[qtype]
+
+    @staticmethod
+    def scales(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """d and m of w = d·q + m for uint8 [n, block_bytes]; m is None where there is no offset.
+
+        float32 [n, groups]: each is that of block_size / groups neighbouring weights
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def quants(blocks: Tensor) -> Tensor:
+        """q of uint8 [n, block_bytes] in the order of the weights: contiguous uint8 or int8, n·block_size of them."""
+        raise NotImplementedError
+
+    @classmethod
+    def dequantize(cls, blocks: Tensor, out: Tensor) -> None:
+        """Writes the weights of uint8 [n, block_bytes] to `out`, contiguous float32 of n·block_size weights."""
+        scale, offset = cls.scales(blocks)
+        groups = scale.shape[1]
+        # one row a scale, so that scales broadcast along it
+        weights, scale = out.view(-1, cls.block_size // groups), scale.view(-1, 1)
+        offset = None if offset is None else offset.view(-1, 1)
+        tile = _CPU_TILE * torch.get_num_threads() if out.device.type == "cpu" else _GPU_TILE
+        step = tile // cls.block_size
+        for first in range(0, len(blocks), step):
+            part = slice(first * groups, (first + step) * groups)
+            tile_weights = weights[part]
+            tile_weights.copy_(cls.quants(blocks[first : first + step]).view_as(tile_weights)).mul_(scale[part])
+            if offset is not None:
+                tile_weights.add_(offset[part])
 
 
 def _half(blocks: Tensor, byte: int) -> Tensor:
@@ -130,7 +164,7 @@ def _signed(words: Tensor, zero: int) -> Tensor:
     return words.view(torch.int8).sub_(zero)
 
 
-class _Q4_0(_BlockFormat, qtype=GGMLQuantizationType.Q4_0):
+class Q4_0(BlockFormat, qtype=GGMLQuantizationType.Q4_0):
     """w = d·(q - 8): 32 weights in 18 bytes.
 
     bytes  0-1    float16 d
@@ -144,7 +178,7 @@ class _Q4_0(_BlockFormat, qtype=GGMLQuantizationType.Q4_0):
         return _signed(_nibbles(blocks[:, 2:], 16), 8)
 
 
-class _Q4_1(_BlockFormat, qtype=GGMLQuantizationType.Q4_1):
+class Q4_1(BlockFormat, qtype=GGMLQuantizationType.Q4_1):
     """w = d·q + m: 32 weights in 20 bytes.
 
     bytes  0-1    float16 d
@@ -174,7 +208,7 @@ def _with_fifth_bits(nibbles: Tensor, blocks: Tensor, byte: int) -> Tensor:
     return nibbles.bitwise_or_(_fifth_bits(blocks.device).index_select(0, word.to(torch.int32).view(-1)))
 
 
-class _Q5_0(_BlockFormat, qtype=GGMLQuantizationType.Q5_0):
+class Q5_0(BlockFormat, qtype=GGMLQuantizationType.Q5_0):
     """w = d·(q - 16): 32 weights in 22 bytes.
 
     bytes  0-1    float16 d
@@ -189,7 +223,7 @@ class _Q5_0(_BlockFormat, qtype=GGMLQuantizationType.Q5_0):
         return _signed(_with_fifth_bits(_nibbles(blocks[:, 6:], 16), blocks, 2), 16)
 
 
-class _Q5_1(_BlockFormat, qtype=GGMLQuantizationType.Q5_1):
+class Q5_1(BlockFormat, qtype=GGMLQuantizationType.Q5_1):
     """w = d·q + m: 32 weights in 24 bytes.
 
     bytes  0-1    float16 d
@@ -205,7 +239,7 @@ class _Q5_1(_BlockFormat, qtype=GGMLQuantizationType.Q5_1):
         return _unsigned(_with_fifth_bits(_nibbles(blocks[:, 8:], 16), blocks, 4))
 
 
-class _Q8_0(_BlockFormat, qtype=GGMLQuantizationType.Q8_0):
+class Q8_0(BlockFormat, qtype=GGMLQuantizationType.Q8_0):
     """w = d·q: 32 weights in 34 bytes.
 
     bytes  0-1    float16 d
@@ -219,7 +253,7 @@ class _Q8_0(_BlockFormat, qtype=GGMLQuantizationType.Q8_0):
         return _copy(blocks[:, 2:]).view(torch.int8)
 
 
-class _Q2_K(_BlockFormat, qtype=GGMLQuantizationType.Q2_K):
+class Q2_K(BlockFormat, qtype=GGMLQuantizationType.Q2_K):
     """w = d·s·q - dmin·t: 256 weights in 84 bytes, 4-bit s and t for each 16.
 
     bytes  0-15   byte g: s[g] in bits 0-3, t[g] in bits 4-7
@@ -239,7 +273,7 @@ class _Q2_K(_BlockFormat, qtype=GGMLQuantizationType.Q2_K):
         return _unsigned(_fields(blocks[:, 16:80], 32, (0, 2, 4, 6), 0x03))
 
 
-class _Q3_K(_BlockFormat, qtype=GGMLQuantizationType.Q3_K):
+class Q3_K(BlockFormat, qtype=GGMLQuantizationType.Q3_K):
     """w = d·(s - 32)·(q - 4): 256 weights in 110 bytes, a 6-bit s for each 16.
 
     bytes  0-31   byte i, bit j: bit 2 of q[32·j + i]
@@ -268,24 +302,21 @@ class _Q3_K(_BlockFormat, qtype=GGMLQuantizationType.Q3_K):
 
 
 def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """d·s and -dmin·t of Q4_K and Q5_K: 6-bit s and t for each 32 weights.
-
-    bytes  0-1    float16 d
-           2-3    float16 dmin
-           4-7    byte g: s[g] in bits 0-5, bits 4-5 of s[4 + g] in bits 6-7
-           8-11   byte g: t[g] in bits 0-5, bits 4-5 of t[4 + g] in bits 6-7
-          12-15   byte g: bits 0-3 of s[4 + g] in bits 0-3, of t[4 + g] in bits 4-7
-    """
+    """d·s and -dmin·t of Q4_K and Q5_K."""
     s, t, low = _copy(blocks[:, 4:16]).view(torch.int32).unbind(1)  # four bytes at once
     s = torch.stack([s & 0x3F3F3F3F, (low & 0x0F0F0F0F) | (s >> 2 & 0x30303030)], dim=1)
     t = torch.stack([t & 0x3F3F3F3F, (low >> 4 & 0x0F0F0F0F) | (t >> 2 & 0x30303030)], dim=1)
     return _half(blocks, 0) * _unsigned(s).float(), -_half(blocks, 2) * _unsigned(t).float()
 
 
-class _Q4_K(_BlockFormat, qtype=GGMLQuantizationType.Q4_K):
+class Q4_K(BlockFormat, qtype=GGMLQuantizationType.Q4_K):
     """w = d·s·q - dmin·t: 256 weights in 144 bytes, 6-bit s and t for each 32.
 
-    bytes  0-15   d, dmin, s and t as in `_k_scales`
+    bytes  0-1    float16 d
+           2-3    float16 dmin
+           4-7    byte g: s[g] in bits 0-5, bits 4-5 of s[4 + g] in bits 6-7
+           8-11   byte g: t[g] in bits 0-5, bits 4-5 of t[4 + g] in bits 6-7
+          12-15   byte g: bits 0-3 of s[4 + g] in bits 0-3, of t[4 + g] in bits 4-7
           16-47   byte i: q[i] in bits 0-3, q[32 + i] in bits 4-7
           48-143  the same for q[64:128], q[128:192] and q[192:256]
     """
@@ -297,10 +328,10 @@ class _Q4_K(_BlockFormat, qtype=GGMLQuantizationType.Q4_K):
         return _unsigned(_nibbles(blocks[:, 16:], 32))
 
 
-class _Q5_K(_BlockFormat, qtype=GGMLQuantizationType.Q5_K):
+class Q5_K(BlockFormat, qtype=GGMLQuantizationType.Q5_K):
     """w = d·s·q - dmin·t: 256 weights in 176 bytes, 6-bit s and t for each 32.
 
-    bytes  0-15   d, dmin, s and t as in `_k_scales`
+    bytes  0-15   d, dmin, s and t as in Q4_K
           16-47   byte i, bit j: bit 4 of q[32·j + i]
           48-79   byte i: bits 0-3 of q[i] in bits 0-3, of q[32 + i] in bits 4-7
           80-175  the same for q[64:128], q[128:192] and q[192:256]
@@ -314,7 +345,7 @@ class _Q5_K(_BlockFormat, qtype=GGMLQuantizationType.Q5_K):
         return _unsigned(low.bitwise_or_(_fields(blocks[:, 16:48], 32, (-4, -3, -2, -1, 0, 1, 2, 3), 0x10)))
 
 
-class _Q6_K(_BlockFormat, qtype=GGMLQuantizationType.Q6_K):
+class Q6_K(BlockFormat, qtype=GGMLQuantizationType.Q6_K):
     """w = d·s·(q - 32): 256 weights in 210 bytes, an 8-bit s for each 16.
 
     bytes  0-63   byte i: bits 0-3 of q[i] in bits 0-3, of q[64 + i] in bits 4-7
@@ -353,7 +384,7 @@ def _iq4_levels(nibbles: Tensor) -> Tensor:
     return _iq4_pairs(nibbles.device).index_select(0, pairs).view(torch.int8)
 
 
-class _IQ4_NL(_BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
+class IQ4_NL(BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
     """w = d·level[k], level = `IQ4_LEVELS`: 32 weights in 18 bytes.
 
     bytes  0-1    float16 d
@@ -367,7 +398,7 @@ class _IQ4_NL(_BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
         return _iq4_levels(_nibbles(blocks[:, 2:], 16))
 
 
-class _IQ4_XS(_BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
+class IQ4_XS(BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
     """w = d·(s - 32)·level[k], level = `IQ4_LEVELS`: 256 weights in 136 bytes, a 6-bit s for each 32.
 
     bytes  0-1    float16 d
@@ -389,7 +420,10 @@ class _IQ4_XS(_BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
         return _iq4_levels(_nibbles(blocks[:, 8:], 16))
 
 
-SUPPORTED_TYPES: frozenset[GGMLQuantizationType] = frozenset(_FLOAT_TYPES) | frozenset(_BLOCK_FORMATS)
+BLOCK_FORMATS: Mapping[GGMLQuantizationType, type[BlockFormat]] = {
+    block.qtype: block for block in BlockFormat.__subclasses__()
+}
+SUPPORTED_TYPES: frozenset[GGMLQuantizationType] = frozenset(_FLOAT_TYPES) | frozenset(BLOCK_FORMATS)
 
 
 def packed_nbytes(qtype: GGMLQuantizationType, shape: tuple[int, ...], *, name: str = "") -> int:
@@ -486,19 +520,6 @@ def _unpack(packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, ...])
     if qtype in _FLOAT_TYPES:
         out.view(-1).copy_(packed.view(_FLOAT_TYPES[qtype]))
         return out
-    block = _BLOCK_FORMATS[qtype]
-    blocks = packed.view(-1, block.type_size)
-    scale, offset = block.scales(blocks)
-    groups = scale.shape[1]
-    # one row a scale, so that scales broadcast along it
-    weights, scale = out.view(-1, block.block_size // groups), scale.view(-1, 1)
-    offset = None if offset is None else offset.view(-1, 1)
-    tile = _CPU_TILE * torch.get_num_threads() if out.device.type == "cpu" else _GPU_TILE
-    step = tile // block.block_size
-    for first in range(0, len(blocks), step):
-        part = slice(first * groups, (first + step) * groups)
-        tile_weights = weights[part]
-        tile_weights.copy_(block.quants(blocks[first : first + step]).view_as(tile_weights)).mul_(scale[part])
-        if offset is not None:
-            tile_weights.add_(offset[part])
+    block = BLOCK_FORMATS[qtype]
+    block.dequantize(packed.view(-1, block.block_bytes), out)
     return out

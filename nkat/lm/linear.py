@@ -16,6 +16,7 @@ from torch import nn
 
 from nkat.gguf.formats import dequantize
 from nkat.kernels import reference
+from nkat.kernels.registry import kernel_types
 from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class StarLinear(nn.Module):
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
         self.device = packed.device
-        self.compiled: CpuLinear | None = None  # what `repack` made, on the CPU
+        self.compiled: CpuLinear | None = None  # what `repack` made, on the CPU; None where its type has no kernel
         self.device_weight: PackedWeight | None = None  # and on a GPU
         self.set_theta(theta)
 
@@ -87,13 +88,16 @@ class StarLinear(nn.Module):
     def repack(self) -> None:
         """Makes W ready for the kernels of its device, which then do the multiplication.
 
-        On a GPU the file's bytes are let go, and 16-bit inputs are multiplied as they are, with sums in float32.
+        On a GPU the file's bytes are let go, and 16-bit inputs are multiplied as they are, with sums in float32. W of a
+        type without a kernel stays as the file has it and is multiplied by the reference.
         """
         if self.device.type == "cuda":
             from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
 
             self.device_weight = cuda.pack(self.packed, self.qtype, self.shape)
             self.packed = None
+            return
+        if self.qtype not in kernel_types("cpu"):
             return
         from nkat.kernels.cpu.linear import CpuLinear  # LLVM is loaded only where it is used
 

@@ -14,6 +14,7 @@ import torch
 
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantize, packed_tensor
+from nkat.kernels.registry import say_fallbacks
 from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.config import ConfigError, ModelConfig
 from nkat.lm.linear import StarLinear
@@ -67,7 +68,8 @@ def load_model(
     keep_dense: keep the weights dequantised in `dtype` as well: several times the memory, faster decoding
     int8_activations: round the linear layers' inputs as llama.cpp does: faster, and to compare with its figures
     repack: copy the weights into the layout of the device's kernels, on which `nkat.engine.decoder` then runs; the
-    file's pages are let go, so that memory stays about the file's size. On a GPU for 16-bit dtypes only
+    file's pages are let go, so that memory stays about the file's size. On a GPU for 16-bit dtypes only. Tensors of a
+    type that has no kernel stay as they are, and a note says so
     """
     known = source if isinstance(source, LoadedModel) else None
     source = source.file if isinstance(source, LoadedModel) else source
@@ -111,17 +113,22 @@ def _read(path: Path, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> tupl
 
 def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> None:
     tied = "output.weight" not in tensors
+    layers = model.star_linears()
+    if tied:
+        layers["token_embd.weight"] = layers.pop("output.weight")
+    say_fallbacks(model.device.type, [tensors[name].type for name in {"token_embd.weight", *layers}])
     if model.device.type == "cuda":
         from nkat.kernels.cuda.linear import out_of_memory_hint  # Triton is loaded only where it is used
 
         with out_of_memory_hint():
-            for layer in model.star_linears().values():
+            for layer in layers.values():
                 layer.repack()
             model.embedding.repack(model.output.device_weight if tied else None)
         return
-    for name, layer in model.star_linears().items():
+    for name, layer in layers.items():
         layer.repack()
-        gguf.release("token_embd.weight" if tied and name == "output.weight" else name)
+        if layer.compiled is not None:
+            gguf.release(name)
 
 
 @dataclass(frozen=True, slots=True)

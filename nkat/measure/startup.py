@@ -8,7 +8,9 @@ The file is in the system's page cache the second time, and usually the first.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -116,7 +118,10 @@ def fresh_startup(request: Request, prompt: str, threads: int) -> Startup:
 def _answer(sender: Connection, request: Request, prompt: str, threads: int) -> None:
     hardware.set_threads(threads)
     try:
-        sender.send(measure_startup(request, prompt))
+        # notes on the model are for the process that asked to give: it loads the same one
+        with contextlib.redirect_stderr(io.StringIO()):
+            answer = measure_startup(request, prompt)
+        sender.send(answer)
     except Exception as error:  # whatever it is, the process that asked reports it
         sender.send(error)
 

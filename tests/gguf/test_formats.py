@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from unittest import mock
 
 import gguf
@@ -19,7 +20,15 @@ from hypothesis import strategies as st
 from nkat.errors import NKATError
 from nkat.gguf import formats
 from nkat.gguf.file import GGUFFile
-from nkat.gguf.formats import QuantError, UnsupportedTypeError, dequantize, dequantize_rows, packed_nbytes
+from nkat.gguf.formats import (
+    BLOCK_FORMATS,
+    BlockFormat,
+    QuantError,
+    UnsupportedTypeError,
+    dequantize,
+    dequantize_rows,
+    packed_nbytes,
+)
 
 FLOATS = (QType.F32, QType.F16, QType.BF16)
 # type: the bytes at which a block's float16 numbers start
@@ -81,6 +90,20 @@ def row_length(qtype: QType, blocks: int) -> int:
 
 def test_the_supported_types_are_the_documented_ones():
     assert set(ALL) == formats.SUPPORTED_TYPES
+
+
+def drawn_bytes(block: type[BlockFormat]) -> list[int]:
+    """The bytes that a format's drawing speaks of, in its order."""
+    ranges = re.findall(r"^ +(?:bytes +)?(\d+)-(\d+) ", block.__doc__ or "", flags=re.MULTILINE)
+    return [byte for first, last in ranges for byte in range(int(first), int(last) + 1)]
+
+
+@every_block_type
+def test_the_drawing_has_every_byte_once(qtype):
+    block = BLOCK_FORMATS[qtype]
+    assert drawn_bytes(block) == list(range(block.block_bytes))
+    assert f"{block.block_size} weights in {block.block_bytes} bytes" in block.__doc__
+    assert (block.qtype, block.__name__) == (qtype, qtype.name)
 
 
 @every_type

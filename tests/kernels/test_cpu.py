@@ -42,7 +42,7 @@ ISAS = [
     pytest.param(
         isa,
         marks=pytest.mark.skipif(
-            not NEEDS.get(isa, set()) <= jit.cpu_features(), reason=f"this processor does not have {isa}"
+            not NEEDS.get(isa, set()) <= jit.llvm_host_features(), reason=f"this processor does not have {isa}"
         ),
     )
     for isa in ("avx512-vnni", "avx-vnni", "avx2", "generic")
@@ -344,7 +344,7 @@ def test_machine_code_is_kept_and_a_damaged_file_is_made_anew(tmp_path, monkeypa
 def test_another_processor_gets_code_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("NKAT_CACHE", str(tmp_path))
     jit.compile_kernel("add_one", add_one)
-    monkeypatch.setattr(jit, "cpu_features", lambda: frozenset({"sse2"}))
+    monkeypatch.setattr(jit, "llvm_host_features", lambda: frozenset({"sse2"}))
     jit.compile_kernel("add_one", add_one)
     assert len(list((tmp_path / "kernels").glob("*.o"))) == 2
 

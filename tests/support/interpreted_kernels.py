@@ -1,6 +1,6 @@
-"""The Triton kernels' arithmetic, run on the CPU by Triton's interpreter. `test_cuda_kernels.py` starts it:
+"""The Triton kernels' arithmetic, run on the CPU by Triton's interpreter. `tests/kernels/test_cuda.py` starts it:
 
-    TRITON_INTERPRET=1 python -m pytest tests/interpreted_kernels.py
+    TRITON_INTERPRET=1 python -m pytest tests/support/interpreted_kernels.py
 
 Tolerances are shares of Σ|w||x|. The interpreter multiplies bfloat16 matrices as the integers that it stores them in,
 so tensor-core kernels are run in float16 here.

@@ -40,6 +40,7 @@ class TinyOptions:
     qk_norm: bool = False
     post_norm: bool = False
     qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every 2-D tensor
+    qtypes: Mapping[str, gguf.GGMLQuantizationType] | None = None  # of single ones, by name
     tied: bool = False  # True: no output.weight
     freq_base: float = 10000.0
     freq_base_swa: float | None = None  # {arch}.rope.freq_base_swa; left out when None (readers assume 10000)
@@ -74,8 +75,9 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
     vocab_size = _add_vocabulary(writer, opts)
     for name, shape, mean, std in _tensor_list(opts, vocab_size):
         values = _random_tensor(seed, name, shape, mean, std)
-        if len(shape) == 2 and opts.qtype != gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, gguf.quants.quantize(values, opts.qtype), raw_dtype=opts.qtype)
+        qtype = (opts.qtypes or {}).get(name, opts.qtype)
+        if len(shape) == 2 and qtype != gguf.GGMLQuantizationType.F32:
+            writer.add_tensor(name, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
         else:
             writer.add_tensor(name, values)
     if opts.rope_factors:

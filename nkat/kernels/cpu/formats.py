@@ -6,7 +6,8 @@ load has the same four bytes of all 16 rows. The numbers themselves are the file
 the 6-bit scales of Q3_K, Q4_K, Q5_K and IQ4_XS take a byte each (at most 3.7 % more).
 
 Every block format comes out as w = s·q + m with an unsigned byte q, and float32 s and m for each group of columns:
-what stands for zero (8 in Q4_0, 32 in Q6_K, ...) goes into m. The bit layouts are drawn in `nkat.gguf.formats`.
+what stands for zero (8 in Q4_0, 32 in Q6_K, ...) goes into m. Where a block's bits are is drawn in `nkat.gguf.formats`;
+the byte numbers below are those of the drawing of a layout's `block`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from llvmlite import ir
 from torch import Tensor
 
-from nkat.gguf.formats import IQ4_LEVELS, packed_nbytes
+from nkat.gguf import formats
+from nkat.gguf.formats import BlockFormat, packed_nbytes
 from nkat.kernels.cpu.jit import compile_kernel
 from nkat.kernels.cpu.llvm import F16, I8, I16, I32, Builder, Operand, Value
 from nkat.kernels.cpu.program import aligned, pool
@@ -81,26 +83,27 @@ class Interleaver:
 
 
 class BlockLayout:
-    """One block format, registered under its type.
+    """How the kernels keep one block format and take it apart: the entry of its type in `BLOCK_LAYOUTS`.
 
-    columns:  of a unit
+    block: the format, with the drawing of its bits
+    columns:  of a unit, a block's weights
     group:    columns that share s and m
     seven_bit: no q is above 127
     wider: bytes that a block takes more than in the file
     interleave(rows): stores a unit's parts, in the order in which the next two look for them
     scales(k, unit, group): s and m of the tile's rows, float32 vectors
-    quads(k, unit, quad): q of the columns 4·quad to 4·quad + 3: four bytes a lane, as int32
+    quad(k, unit, quad): q of the columns 4·quad to 4·quad + 3: four bytes a lane, as int32
     """
 
+    block: type[BlockFormat]
     columns: int
     group = 32
     seven_bit = True
     wider = 0
 
-    def __init_subclass__(cls, qtype: GGMLQuantizationType | None = None) -> None:
-        if qtype is not None:
-            cls.columns = GGML_QUANT_SIZES[qtype][0]
-            BLOCK_LAYOUTS[qtype] = cls
+    def __init_subclass__(cls, block: type[BlockFormat]) -> None:
+        cls.block, cls.columns = block, block.block_size
+        BLOCK_LAYOUTS[block.qtype] = cls
 
     @staticmethod
     def interleave(rows: Interleaver) -> None:
@@ -152,7 +155,7 @@ def _nibble(k: Builder, unit: Value, quad: int, apart: int) -> Value:
     return _bits(word, 4 * (place // apart), 0x0F)
 
 
-class _Q4_0(BlockLayout, qtype=GGMLQuantizationType.Q4_0):
+class _Q4_0(BlockLayout, block=formats.Q4_0):
     @staticmethod
     def interleave(rows: Interleaver) -> None:
         rows.halves(0, 1)
@@ -168,7 +171,7 @@ class _Q4_0(BlockLayout, qtype=GGMLQuantizationType.Q4_0):
         return _nibble(k, unit + _HALF, quad, 4)
 
 
-class _Q4_1(BlockLayout, qtype=GGMLQuantizationType.Q4_1):
+class _Q4_1(BlockLayout, block=formats.Q4_1):
     @staticmethod
     def interleave(rows: Interleaver) -> None:
         rows.halves(0, 2)
@@ -183,7 +186,7 @@ class _Q4_1(BlockLayout, qtype=GGMLQuantizationType.Q4_1):
         return _nibble(k, unit + 2 * _HALF, quad, 4)
 
 
-class _Q5_0(BlockLayout, qtype=GGMLQuantizationType.Q5_0):
+class _Q5_0(BlockLayout, block=formats.Q5_0):
     @staticmethod
     def interleave(rows: Interleaver) -> None:
         rows.halves(0, 1)
@@ -201,7 +204,7 @@ class _Q5_0(BlockLayout, qtype=GGMLQuantizationType.Q5_0):
         return _nibble(k, unit + _HALF + _WORD, quad, 4) | high
 
 
-class _Q5_1(BlockLayout, qtype=GGMLQuantizationType.Q5_1):
+class _Q5_1(BlockLayout, block=formats.Q5_1):
     @staticmethod
     def interleave(rows: Interleaver) -> None:
         rows.halves(0, 2)
@@ -217,7 +220,7 @@ class _Q5_1(BlockLayout, qtype=GGMLQuantizationType.Q5_1):
         return _Q5_0.quad(k, unit + _HALF, quad)
 
 
-class _Q8_0(BlockLayout, qtype=GGMLQuantizationType.Q8_0):
+class _Q8_0(BlockLayout, block=formats.Q8_0):
     seven_bit = False
 
     @staticmethod
@@ -236,12 +239,12 @@ class _Q8_0(BlockLayout, qtype=GGMLQuantizationType.Q8_0):
 
 
 def _two_bits(k: Builder, unit: Value, quad: int) -> Value:
-    """Byte i of each 32 has q[i], q[32 + i], q[64 + i] and q[96 + i] of 128."""
+    """Four fields of two bits a lane, which Q2_K and Q3_K keep alike."""
     half, place = divmod(quad, 32)
     return _bits(_word(k, unit, _WORD * (8 * half + place % 8)), 2 * (place // 8), 0x03)
 
 
-class _Q2_K(BlockLayout, qtype=GGMLQuantizationType.Q2_K):
+class _Q2_K(BlockLayout, block=formats.Q2_K):
     group = 16
 
     @staticmethod
@@ -261,7 +264,7 @@ class _Q2_K(BlockLayout, qtype=GGMLQuantizationType.Q2_K):
         return _two_bits(k, unit + (2 * _HALF + 16 * _BYTE), quad)
 
 
-class _Q3_K(BlockLayout, qtype=GGMLQuantizationType.Q3_K):
+class _Q3_K(BlockLayout, block=formats.Q3_K):
     group = 16
     wider = 4
 
@@ -299,7 +302,7 @@ def _k_scales(rows: Interleaver) -> None:
     rows.four_bytes((low >> 4 & 0x0F0F0F0F) | (t >> 2 & 0x30303030))
 
 
-class _Q4_K(BlockLayout, qtype=GGMLQuantizationType.Q4_K):
+class _Q4_K(BlockLayout, block=formats.Q4_K):
     wider = 4
 
     @staticmethod
@@ -319,7 +322,7 @@ class _Q4_K(BlockLayout, qtype=GGMLQuantizationType.Q4_K):
         return _nibble(k, unit + (2 * _HALF + 16 * _BYTE), quad, 8)
 
 
-class _Q5_K(BlockLayout, qtype=GGMLQuantizationType.Q5_K):
+class _Q5_K(BlockLayout, block=formats.Q5_K):
     wider = 4
 
     @staticmethod
@@ -337,7 +340,7 @@ class _Q5_K(BlockLayout, qtype=GGMLQuantizationType.Q5_K):
         return _nibble(k, unit + 8 * _WORD, quad, 8) | high
 
 
-class _Q6_K(BlockLayout, qtype=GGMLQuantizationType.Q6_K):
+class _Q6_K(BlockLayout, block=formats.Q6_K):
     group = 16
 
     @staticmethod
@@ -361,11 +364,11 @@ class _Q6_K(BlockLayout, qtype=GGMLQuantizationType.Q6_K):
 
 def _levels(k: Builder, nibbles: Value) -> Value:
     """The IQ4 level of each nibble plus 128: a look-up in a table of 16 bytes."""
-    table = [level + 128 for level in IQ4_LEVELS]
+    table = [level + 128 for level in formats.IQ4_LEVELS]
     return k.look_up(table, nibbles)
 
 
-class _IQ4_NL(_Q4_0, qtype=GGMLQuantizationType.IQ4_NL):
+class _IQ4_NL(_Q4_0, block=formats.IQ4_NL):
     seven_bit = False
 
     @staticmethod
@@ -378,7 +381,7 @@ class _IQ4_NL(_Q4_0, qtype=GGMLQuantizationType.IQ4_NL):
         return _levels(k, _Q4_0.quad(k, unit, quad))
 
 
-class _IQ4_XS(BlockLayout, qtype=GGMLQuantizationType.IQ4_XS):
+class _IQ4_XS(BlockLayout, block=formats.IQ4_XS):
     seven_bit = False
     wider = 2
 
@@ -403,12 +406,14 @@ class _IQ4_XS(BlockLayout, qtype=GGMLQuantizationType.IQ4_XS):
 
 def unit_bytes(qtype: GGMLQuantizationType) -> int:
     """Bytes of one unit of a tile."""
-    return ROWS * (GGML_QUANT_SIZES[qtype][1] + BLOCK_LAYOUTS[qtype].wider)
+    layout = BLOCK_LAYOUTS[qtype]
+    return ROWS * (layout.block.block_bytes + layout.wider)
 
 
 @functools.cache
 def _repack_kernel(qtype: GGMLQuantizationType) -> int:
     """arguments: packed rows, bytes of a row, units, tiles, out. Each thread takes some of the tiles."""
+    layout = BLOCK_LAYOUTS[qtype]
 
     def emit(k: Builder) -> None:
         packed, row_bytes, units, tiles, out = (k.pointer(0), k.integer(1), k.integer(2), k.integer(3), k.pointer(4))
@@ -416,9 +421,9 @@ def _repack_kernel(qtype: GGMLQuantizationType) -> int:
             k.loop(tiles * k.thread // k.threads, tiles * (k.thread + 1) // k.threads) as tile,
             k.loop(0, units) as unit,
         ):
-            block = packed + (tile * row_bytes * ROWS + unit * GGML_QUANT_SIZES[qtype][1])
+            block = packed + (tile * row_bytes * ROWS + unit * layout.block.block_bytes)
             rows = Interleaver(k, block, row_bytes, out + (tile * units + unit) * unit_bytes(qtype))
-            BLOCK_LAYOUTS[qtype].interleave(rows)
+            layout.interleave(rows)
             assert rows.size == unit_bytes(qtype)
 
     return compile_kernel(f"repack_{qtype.name}", emit)
@@ -427,7 +432,7 @@ def _repack_kernel(qtype: GGMLQuantizationType) -> int:
 def repack(packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, int], threads: int = 1) -> np.ndarray:
     """A block-quantised weight [m, n] in tiles: uint8 [ceil(m / 16), bytes of a tile], rows beyond m zero."""
     m, n = shape
-    units, row_bytes = n // GGML_QUANT_SIZES[qtype][0], packed_nbytes(qtype, shape) // m
+    units, row_bytes = n // BLOCK_LAYOUTS[qtype].columns, packed_nbytes(qtype, shape) // m
     rows = packed.numpy()
     out = aligned((-(-m // ROWS), units * unit_bytes(qtype)), np.uint8)
     whole = m // ROWS

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import threading
 from collections.abc import Callable
-from time import perf_counter
 
 import llvmlite
 import llvmlite.binding as binding
@@ -39,20 +38,19 @@ def _new_target() -> binding.TargetMachine:
 
 
 @functools.cache
-def cpu_features() -> frozenset[str]:
-    """LLVM's names of what this processor can do."""
+def llvm_host_features() -> frozenset[str]:
+    """LLVM's names of what this processor can do; `nkat.host.hardware.cpu_features` are the system's."""
     return frozenset(name for name, there in binding.get_host_cpu_features().items() if there)
 
 
 _KEPT: list[binding.ExecutionEngine] = []  # code lives as long as its engine
 _LOCK = threading.Lock()
-compile_seconds = 0.0  # spent compiling so far in this process: reported apart from timings
 
 
 @functools.cache
 def best_isa() -> str:
     """The best of the instruction sets that the kernels know: avx512-vnni, avx-vnni, avx2 or generic."""
-    there = cpu_features()
+    there = llvm_host_features()
     if {"avx512vnni", "avx512bw"} <= there:
         return "avx512-vnni"
     if {"avxvnni", "avx2"} <= there:
@@ -65,8 +63,6 @@ def compile_kernel(name: str, emit: Callable[[Builder], None], isa: str | None =
 
     Its machine code comes from the cache folder if it was compiled before. Raises NKATError when LLVM rejects it.
     """
-    global compile_seconds
-    started = perf_counter()
     builder = Builder(name, isa or best_isa())
     emit(builder)
     builder.ir.ret_void()
@@ -75,14 +71,13 @@ def compile_kernel(name: str, emit: Callable[[Builder], None], isa: str | None =
         engine.add_object_file(binding.ObjectFileRef.from_data(_machine_code(str(builder.module))))
         engine.finalize_object()
         _KEPT.append(engine)
-        compile_seconds += perf_counter() - started
     return engine.get_function_address(name)
 
 
 def _machine_code(source: str) -> bytes:
     """An object file; in the cache it stands behind its SHA-256, so that a damaged one is noticed and made anew."""
     compiler = f"{llvmlite.__version__} {binding.llvm_version_info}"
-    key = "\n".join([compiler, target().triple, binding.get_host_cpu_name(), *sorted(cpu_features()), source])
+    key = "\n".join([compiler, target().triple, binding.get_host_cpu_name(), *sorted(llvm_host_features()), source])
     path = cache_folder() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()}.o"
     kept = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(kept[32:]).digest() == kept[:32]:

@@ -1,9 +1,9 @@
 """Packed weight × x and the star term on a GPU, by Triton: `linear` for a layer, `rows` for an embedding.
 
 Up to 8 inputs go through a kernel that reads each weight once and computes in float32; more go through tensor cores,
-where weights and inputs are rounded to bfloat16 (float16 if x is that) and sums are float32. Formats without a kernel
-are dequantised on every call, which a note on stderr says once. Θ's strength may be a number in the GPU's memory, so
-that a recorded CUDA graph follows it.
+where weights and inputs are rounded to bfloat16 (float16 if x is that) and sums are float32. Types without a kernel are
+dequantised on every call; `nkat.kernels.registry` has the note that says so when a model is loaded. Θ's strength may be
+a number in the GPU's memory, so that a recorded CUDA graph follows it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from torch import Tensor
 
 from nkat.errors import NKATError
 from nkat.gguf import formats
-from nkat.host.console import note
 from nkat.kernels import reference
 from nkat.kernels.cuda import matmul as cuda_matmul
 from nkat.kernels.cuda import planes
-from nkat.kernels.cuda.planes import CHUNK, FORMATS, Format, PackedWeight
+from nkat.kernels.cuda.planes import CHUNK, Format, PackedWeight
 from nkat.kernels.cuda.triton import require_triton
 
-SUPPORTED = frozenset(FORMATS)  # have a kernel of their own
 VECTOR_BATCH = 8  # most inputs for the kernel that reads each weight once
 MAX_BLOCK_ROWS = 8  # of that kernel; segments of a fused weight start at multiples of it
 _REGISTERS = 128  # a thread of the kernel for one input: four programs then fit a multiprocessor at once
@@ -96,7 +94,7 @@ def linear(
 
 
 def permute(x: Tensor) -> Tensor:
-    """x [batch, n] in the order that `vector` takes; see `cuda_blocks.permuted`."""
+    """x [batch, n] in the order that `vector` takes; see `nkat.kernels.cuda.matmul.permuted`."""
     batch, n = x.shape
     return x.view(batch, n // CHUNK, 2, 4, 4).permute(0, 2, 4, 1, 3).reshape(batch, n)
 
@@ -212,8 +210,7 @@ def dequantised(
     inner: Tensor | None = None,
     kappa: Tensor | None = None,
 ) -> Tensor:
-    """The same for formats without a kernel, by torch; inner float32 [batch, R]. Says once that this is slow."""
-    _say_dequantised(weight.qtype)
+    """The same for types without a kernel, by torch; inner float32 [batch, R]."""
     y = reference.linear(weight.raw, weight.qtype, weight.shape, x, None if bias is None else bias.to(x.dtype))
     if up is None:
         return y
@@ -285,8 +282,3 @@ def _check_capability(device: torch.device) -> None:
 @functools.cache
 def _levels(device: torch.device) -> Tensor:
     return torch.tensor(formats.IQ4_LEVELS, dtype=torch.float32, device=device)
-
-
-@functools.cache
-def _say_dequantised(qtype: QType) -> None:
-    note(f"no CUDA kernel for {qtype.name}: these weights are unpacked anew at every use, which is slow")

@@ -23,7 +23,8 @@ instruction moves the bits of four weights.
     s32      d of each 256           one byte, int8 s                       d·s       none
 
 Memory is the file's, plus 2.8 % (Q4_K), 2.3 % (Q5_K), 3.6 % (Q3_K) or 1.5 % (IQ4_XS): 6-bit scales become bytes.
-Pure torch, on any device. `nkat.kernels.cuda.matmul` has the kernels.
+Pure torch, on any device. Where the bits of a block are is drawn in `nkat.gguf.formats`, once for each format; the byte
+numbers below are those of the drawing of a `Format.block`. `nkat.kernels.cuda.matmul` has the kernels.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as QType
 from torch import Tensor
 
 from nkat.gguf import formats
+from nkat.gguf.formats import BlockFormat
 from nkat.kernels.reference import packed_rows
 
 CHUNK = 32  # weights
@@ -46,16 +47,18 @@ _TILE = 1 << 24  # weights repacked at a time: the integers on the way take seve
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One block format. `blocks` is uint8 [blocks, bytes of one].
+    """How planes are made of one block format. `blocks` is uint8 [blocks, bytes of one].
 
+    block: the format, with the drawing of its bits
     bits: of q; 3, 5 and 6 take two planes
     zero: the q that stands for 0
     scales: a line of the module's second table
     integers(blocks): q, uint8 [blocks, weights of one], in the order of the weights
     factors(blocks): the block's part of the planes d, float16, and s, bytes or None
-    levels: q is the number of an entry of quants.IQ4_LEVELS
+    levels: q is the number of an entry of `formats.IQ4_LEVELS`
     """
 
+    block: type[BlockFormat]
     bits: int
     zero: int
     scales: str
@@ -147,8 +150,9 @@ def pack(packed: Tensor, qtype: QType, shape: tuple[int, int]) -> PackedWeight:
         )
     if qtype not in FORMATS:
         return PackedWeight(qtype, shape, raw=packed)
-    layout, (block_size, block_bytes) = FORMATS[qtype], GGML_QUANT_SIZES[qtype]
-    parts = [_pack_blocks(blocks, layout) for blocks in packed.view(-1, block_bytes).split(_TILE // block_size)]
+    layout = FORMATS[qtype]
+    tiles = packed.view(-1, layout.block.block_bytes).split(_TILE // layout.block.block_size)
+    parts = [_pack_blocks(blocks, layout) for blocks in tiles]
     low, high, d, s = (None if plane[0] is None else torch.cat(plane) for plane in zip(*parts, strict=True))
     return PackedWeight(qtype, shape, low, high, d, s, plane_rows=shape[0])
 
@@ -237,7 +241,7 @@ def _half(blocks: Tensor, first: int, count: int = 1) -> Tensor:
 
 
 def _factors_k32(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Q4_K and Q5_K: 6 bits each of s[0:8] and t[0:8] in bytes 4-15; see nkat.quants."""
+    """d, dmin, and s and t side by side, of Q4_K and Q5_K."""
     s, t, low = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
     s = torch.cat([s & 63, low & 15 | s >> 6 << 4], dim=1)
     t = torch.cat([t & 63, low >> 4 | t >> 6 << 4], dim=1)
@@ -245,39 +249,40 @@ def _factors_k32(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factors_q3(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """6-bit s[0:16] in bytes 96-107, less 32."""
+    """d, and s less 32, of Q3_K."""
     s = _fields(blocks[:, 96:104], 8, 4) | _fields(blocks[:, 104:108], 4, 2) << 4
     return _half(blocks, 108), s - 32
 
 
 def _factors_iq4_xs(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """6-bit s[0:8]: bits 4-5 in bytes 2-3, bits 0-3 in bytes 4-7; less 32."""
+    """d, and s less 32, of IQ4_XS."""
     s = _fields(blocks[:, 4:8], 1, 4) | _fields(blocks[:, 2:4], 1, 2) << 4
     return _half(blocks, 0), s - 32
 
 
-# Where a block's bytes are is drawn in nkat.quants.
-FORMATS: dict[QType, Format] = {
-    QType.Q4_0: Format(4, 8, "half", lambda b: _fields(b[:, 2:], 16, 4), _halves(0, 1)),
-    QType.Q4_1: Format(4, 0, "pair", lambda b: _fields(b[:, 4:], 16, 4), _halves(0, 2)),
-    QType.Q5_0: Format(5, 16, "half", lambda b: _fields(b[:, 6:], 16, 4) | _bits(b[:, 2:6]) << 4, _halves(0, 1)),
-    QType.Q5_1: Format(5, 0, "pair", lambda b: _fields(b[:, 8:], 16, 4) | _bits(b[:, 4:8]) << 4, _halves(0, 2)),
-    QType.Q8_0: Format(8, 128, "half", lambda b: b[:, 2:] ^ 128, _halves(0, 1)),
-    QType.Q2_K: Format(2, 0, "k16", lambda b: _fields(b[:, 16:80], 32, 2), lambda b: (_half(b, 80, 2), b[:, :16])),
-    QType.Q3_K: Format(
-        3, 4, "s16", lambda b: _fields(b[:, 32:96], 32, 2) | _fields(b[:, :32], 32, 1) << 2, _factors_q3
+_FORMATS = (
+    Format(formats.Q4_0, 4, 8, "half", lambda b: _fields(b[:, 2:], 16, 4), _halves(0, 1)),
+    Format(formats.Q4_1, 4, 0, "pair", lambda b: _fields(b[:, 4:], 16, 4), _halves(0, 2)),
+    Format(formats.Q5_0, 5, 16, "half", lambda b: _fields(b[:, 6:], 16, 4) | _bits(b[:, 2:6]) << 4, _halves(0, 1)),
+    Format(formats.Q5_1, 5, 0, "pair", lambda b: _fields(b[:, 8:], 16, 4) | _bits(b[:, 4:8]) << 4, _halves(0, 2)),
+    Format(formats.Q8_0, 8, 128, "half", lambda b: b[:, 2:] ^ 128, _halves(0, 1)),
+    Format(formats.Q2_K, 2, 0, "k16", lambda b: _fields(b[:, 16:80], 32, 2), lambda b: (_half(b, 80, 2), b[:, :16])),
+    Format(
+        formats.Q3_K, 3, 4, "s16", lambda b: _fields(b[:, 32:96], 32, 2) | _fields(b[:, :32], 32, 1) << 2, _factors_q3
     ),
-    QType.Q4_K: Format(4, 0, "k32", lambda b: _fields(b[:, 16:], 32, 4), _factors_k32),
-    QType.Q5_K: Format(
-        5, 0, "k32", lambda b: _fields(b[:, 48:], 32, 4) | _fields(b[:, 16:48], 32, 1) << 4, _factors_k32
+    Format(formats.Q4_K, 4, 0, "k32", lambda b: _fields(b[:, 16:], 32, 4), _factors_k32),
+    Format(
+        formats.Q5_K, 5, 0, "k32", lambda b: _fields(b[:, 48:], 32, 4) | _fields(b[:, 16:48], 32, 1) << 4, _factors_k32
     ),
-    QType.Q6_K: Format(
+    Format(
+        formats.Q6_K,
         6,
         32,
         "s16",
         lambda b: _fields(b[:, :128], 64, 4) | _fields(b[:, 128:192], 32, 2) << 4,
         lambda b: (_half(b, 208), b[:, 192:208]),
     ),
-    QType.IQ4_NL: Format(4, 0, "half", lambda b: _fields(b[:, 2:], 16, 4), _halves(0, 1), levels=True),
-    QType.IQ4_XS: Format(4, 0, "s32", lambda b: _fields(b[:, 8:], 16, 4), _factors_iq4_xs, levels=True),
-}
+    Format(formats.IQ4_NL, 4, 0, "half", lambda b: _fields(b[:, 2:], 16, 4), _halves(0, 1), levels=True),
+    Format(formats.IQ4_XS, 4, 0, "s32", lambda b: _fields(b[:, 8:], 16, 4), _factors_iq4_xs, levels=True),
+)
+FORMATS: dict[QType, Format] = {layout.block.qtype: layout for layout in _FORMATS}
