@@ -11,7 +11,6 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.host.hardware import Gpu
-from nkat.kobold import choose as kobold_module
 from nkat.kobold.choose import Choice, Machine, advice, choices, free_bytes, look, prefer
 from nkat.kobold.command import Settings, check_extra, command, config, shell_line
 from nkat.kobold.files import RunFiles
@@ -185,7 +184,7 @@ def test_the_command_is_the_settings() -> None:
 def test_what_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["/home/me/my koboldcpp", "--model", "it's.gguf", "$HOME", "a&b"]
     assert shlex.split(shell_line(words)) == words
-    monkeypatch.setattr(kobold_module.sys, "platform", "win32")
+    monkeypatch.setattr("nkat.kobold.command.sys.platform", "win32")
     assert shell_line(["C:\\my k\\k.exe", "--model", "C:\\a b.gguf"]) == '"C:\\my k\\k.exe" --model "C:\\a b.gguf"'
 
 

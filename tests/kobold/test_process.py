@@ -261,9 +261,10 @@ def test_a_second_signal_ends_what_ignores_the_first(command, port: int) -> None
 
 PARENT = """
 import sys, time
-from nkat.kobold import guard as kobold_guard
-from nkat.kobold.process import running, wait_until_ready, base_url
-kobold_guard._GRACE_SECONDS = 1.0
+from nkat.kobold import guard
+from nkat.kobold.api import base_url
+from nkat.kobold.process import running, wait_until_ready
+guard._GRACE_SECONDS = 1.0
 with running(sys.argv[2:]) as process:
     wait_until_ready(process, base_url("127.0.0.1", int(sys.argv[1])), 120, lambda loaded: None)
     print("ready", flush=True)

@@ -1,6 +1,6 @@
 """`backend_selector.py` as a user runs it, with stand-ins for KoboldCpp and, where KOBOLDCPP names one, a real one.
 
-KOBOLDCPP=~/koboldcpp python -m pytest tests/test_backend_selector.py
+KOBOLDCPP=~/koboldcpp python -m pytest tests/kobold/test_session.py
 """
 
 from __future__ import annotations
