@@ -72,7 +72,7 @@ def remember(kobold: Kobold, files: RunFiles, choice: Choice, speed: Speed, valu
     path = record.with_suffix(".kcpps")
     write_config(path, values, force=True)
     found = {
-        "backend": choice.backend,
+        "backend": choice.backend.name,
         "layers": choice.layers or 0,
         "generation": speed.generation,
         "processing": speed.processing,

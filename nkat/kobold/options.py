@@ -29,7 +29,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--theta", type=Path, metavar="FILE", help="Θ in a file of its own, for --model")
     add("--base", type=Path, metavar="FILE", help="the base model, where it is not beside the .nkat")
     add("--kobold", type=Path, metavar="PATH", help="KoboldCpp: its program or its folder (default: $KOBOLDCPP, …)")
-    add("--backend", choices=("auto", *BACKENDS), default="auto", help="default auto: the best one that can run")
+    add(
+        "--backend",
+        choices=("auto", *(backend.name for backend in BACKENDS)),
+        default="auto",
+        help="default auto: the best one that can run",
+    )
     add("--contextsize", type=commandline.positive_int, default=4096, metavar="N", help="tokens (default 4096)")
     add("--gpulayers", type=_layers, metavar="N", help="layers on the GPU, or auto: as many as fit (default)")
     add("--threads", type=commandline.positive_int, metavar="N", help="default: the processor's physical cores")

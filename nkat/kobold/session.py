@@ -15,14 +15,14 @@ from nkat.host.console import format_bytes, format_table, note
 from nkat.host.files import check_output
 from nkat.host.record import check_record, write_json
 from nkat.kobold.api import base_url, check_port, is_private
-from nkat.kobold.backends import ON_GPU
 from nkat.kobold.benchmark import Speed, fastest, measure, splits
-from nkat.kobold.choose import Choice, Machine, advice, choices, free_bytes, look, memory_of, prefer
+from nkat.kobold.choose import Choice, advice, choices, memory_of, prefer
 from nkat.kobold.command import Settings, check_extra, command, config, shell_line
 from nkat.kobold.config import config_with_extra, recall, remember, write_config
 from nkat.kobold.files import RunFiles, prepare
 from nkat.kobold.find import Kobold, find, probe
 from nkat.kobold.layers import ModelMemory, gpu_bytes, layer_table
+from nkat.kobold.machine import Machine, free_bytes, look_at_machine
 from nkat.kobold.menu import ask_backend, ask_model, check_usable, choice_table, models_here
 from nkat.kobold.options import parse_arguments
 from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
@@ -40,7 +40,7 @@ def main() -> None:
     kobold = probe(find(options.kobold))
     if options.model is None and options.action is None:
         options.model = default_model(interactive)
-    machine = look()
+    machine = look_at_machine()
     session = Session(options, kobold, machine)
     record = session.run(interactive)
     if options.json:
@@ -98,7 +98,7 @@ class Session:
         self.print_layers(choice)
         values = self.config(choice)
         words = command(self.kobold, values, self.options.extra)
-        record |= {"chosen": asdict(choice), "config": values, "command": words}
+        record |= {"chosen": choice.record(), "config": values, "command": words}
         if self.options.save_config is not None:
             self.save(values, words)
         if self.options.action == "launch" or interactive:
@@ -124,7 +124,7 @@ class Session:
                 "available": self.machine.available,
                 "gpus": [asdict(gpu) for gpu in self.machine.gpus],
             },
-            "choices": [asdict(choice) for choice in self.choices],
+            "choices": [choice.record() for choice in self.choices],
         }
         if self.files is not None and self.memory is not None:
             found["files"] = {
@@ -168,7 +168,7 @@ class Session:
         if asked == "auto":
             check_usable(self.choices)
             return self.choices[0]
-        choice = next(choice for choice in self.choices if choice.backend == asked)
+        choice = next(choice for choice in self.choices if choice.backend.name == asked)
         if choice.lacks == "program":
             hint = advice(choice, self.kobold) if choice.libraries else "see --list"
             raise NKATError(f"--backend {asked}: {choice.reason}; {hint}")
@@ -183,7 +183,7 @@ class Session:
     def print_layers(self, choice: Choice) -> None:
         """The arithmetic behind the number of layers, and warnings about what will not go well."""
         assert self.memory is not None
-        if choice.backend in ON_GPU and choice.device is not None and choice.layers is not None:
+        if choice.backend.on_gpu and choice.device is not None and choice.layers is not None:
             free = free_bytes(choice.device)
             print(layer_table(self.memory, choice.layers, choice.device.name, free))
             print()
@@ -194,8 +194,8 @@ class Session:
                 f"warning: the model needs {format_bytes(self.memory.total)} but only "
                 f"{format_bytes(self.machine.available)} of memory are free"
             )
-        if choice.backend not in ON_GPU and self.options.gpulayers:
-            note(f"note: {choice.backend} runs on the processor, so --gpulayers has no meaning")
+        if not choice.backend.on_gpu and self.options.gpulayers:
+            note(f"note: {choice.backend.name} runs on the processor, so --gpulayers has no meaning")
         if not is_private(self.options.host):
             note(
                 f"warning: --host {self.options.host or '(empty)'}: everybody in your network can use this KoboldCpp; "
@@ -238,7 +238,7 @@ class Session:
         hint = advice(choice, self.kobold)
 
         def check(loaded: Loaded) -> None:
-            check_loaded(loaded, choice.libraries, choice.backend, hint)
+            check_loaded(loaded, choice.libraries, choice.backend.name, hint)
 
         return check
 
@@ -248,10 +248,10 @@ class Session:
         assert self.files is not None
         if self.files.lora is not None and not process.told(lambda loaded: loaded.adapter_tensors is not None):
             raise process.failure("KoboldCpp did not load the adapter: its log has no line about it")
-        told = choice.backend in ("cuda", "vulkan") and loaded.buffers
+        told = choice.backend.tells_buffers and loaded.buffers
         if told and choice.layers and not loaded.gpu_megabytes:
             raise NKATError(
-                f"asked for {choice.layers} layers by {choice.backend}, but KoboldCpp put all weights into main "
+                f"asked for {choice.layers} layers by {choice.backend.name}, but KoboldCpp put all weights into main "
                 "memory: it found no device it can use; update the graphics driver, or take --backend cpu"
             )
 
@@ -262,7 +262,7 @@ class Session:
         library = f"koboldcpp_{loaded.library} really loaded"
         if loaded.library is None:
             library = "KoboldCpp does not say which library it loaded"
-        print(f"backend    {choice.backend}: {library}; {where}{adapter}")
+        print(f"backend    {choice.backend.name}: {library}; {where}{adapter}")
         print(f"ready      {name} at {url}", flush=True)
         note("Ctrl-C ends it; what follows is KoboldCpp's own log")
         return {"url": url, "name": name, "pid": process.child.pid, "loaded": asdict(loaded)}
@@ -270,14 +270,14 @@ class Session:
     def benchmark(self) -> dict[str, Any]:
         """Every usable backend and split, with and without the adapter; the fastest with it becomes the default."""
         assert self.files is not None
-        wanted = [c for c in self.choices if c.lacks is None and self.options.backend in ("auto", c.backend)]
+        wanted = [c for c in self.choices if c.lacks is None and self.options.backend in ("auto", c.backend.name)]
         rows, results = [], []
         measured: list[tuple[Choice, Speed]] = []
         arms = {"": self.files}
         if self.files.lora is not None:
             arms = {"with Θ": self.files, "without": replace(self.files, lora=None)}
         for split in [split for choice in wanted or [self.pick()] for split in splits(choice)]:
-            label = split.backend if split.all_layers is None else f"{split.backend}, {split.layers} layers"
+            label = split.backend.name if split.all_layers is None else f"{split.backend.name}, {split.layers} layers"
             for arm, files in arms.items():
                 words = command(self.kobold, config(self.kobold, split, files, self.settings), self.options.extra)
                 try:
@@ -286,18 +286,18 @@ class Session:
                     note(f"warning: {label}: {error}")
                     break
                 rows.append([label, arm, f"{speed.processing:.1f}", f"{speed.generation:.1f}"])
-                results.append({"backend": split.backend, "layers": split.layers, "arm": arm} | asdict(speed))
+                results.append({"backend": split.backend.name, "layers": split.layers, "arm": arm} | asdict(speed))
                 if files is self.files:
                     measured.append((split, speed))
         choice, speed = fastest(measured)
         path = remember(self.kobold, self.files, choice, speed, self.config(choice))
         print(format_table(rows, ["backend", "Θ", "processing tok/s", "generation tok/s"]))
-        print(f"\nfastest: {choice.backend}, now this model's default at --contextsize {speed.context}")
+        print(f"\nfastest: {choice.backend.name}, now this model's default at --contextsize {speed.context}")
         print(f"load it with: {shell_line([*self.kobold.prefix(), '--config', str(path)])}")
         if self.options.save_config is not None:
             values = self.config(choice)
             self.save(values, command(self.kobold, values, self.options.extra))
-        return {"benchmark": results, "fastest": asdict(choice), "default_config": str(path)}
+        return {"benchmark": results, "fastest": choice.record(), "default_config": str(path)}
 
 
 def _memory_text(total: int, free: int | None) -> str:

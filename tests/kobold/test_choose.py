@@ -11,11 +11,12 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.host.hardware import Gpu
-from nkat.kobold.choose import Choice, Machine, advice, choices, free_bytes, look, prefer
+from nkat.kobold.choose import Choice, advice, choices, prefer
 from nkat.kobold.command import Settings, check_extra, command, config, shell_line
 from nkat.kobold.files import RunFiles
 from nkat.kobold.find import Kobold
 from nkat.kobold.layers import ModelMemory
+from nkat.kobold.machine import Machine, free_bytes, look_at_machine
 
 GIB = 1 << 30
 OLD = Kobold(
@@ -69,11 +70,11 @@ def machine(*gpus: Gpu, old_cpu: bool = False, features: tuple[str, ...] = ("avx
 
 
 def order(found: list[Choice]) -> list[str]:
-    return [choice.backend for choice in found if choice.lacks is None]
+    return [choice.backend.name for choice in found if choice.lacks is None]
 
 
 def pick(backend: str, found: list[Choice]) -> Choice:
-    return next(choice for choice in found if choice.backend == backend)
+    return next(choice for choice in found if choice.backend.name == backend)
 
 
 def test_best_first() -> None:
@@ -89,7 +90,7 @@ def test_best_first() -> None:
 
 def test_layers_come_from_free_memory() -> None:
     whole = choices(NEW, machine(RTX), SEVEN_B)[0]
-    assert (whole.backend, whole.layers, whole.all_layers) == ("cuda", 33, 33)
+    assert (whole.backend.name, whole.layers, whole.all_layers) == ("cuda", 33, 33)
     assert "9.7 GB free: holds all of it" in whole.reason
     part = choices(NEW, machine(replace(RTX, free=3 * GIB)), SEVEN_B)[0]
     assert 10 < part.layers < 20
@@ -98,6 +99,17 @@ def test_layers_come_from_free_memory() -> None:
     assert choices(NEW, machine(RTX), SEVEN_B, layers=99)[0].layers == 33
     assert choices(NEW, machine(RTX), None)[0].layers is None
     assert free_bytes(IRIS) == int(0.8 * 8 * GIB)
+
+
+def test_records_keep_their_keys_and_ranks() -> None:
+    """Rank: the GPUs' backends, the processor, a GPU without room, one that shares memory, and what is left."""
+    ranks = {choice.backend.name: choice.rank for choice in choices(NEW, machine(RTX, RADEON), SEVEN_B)}
+    assert ranks == {"cuda": 0, "vulkan": 1, "clblast": 2, "cpu": 3, "failsafe": 6}
+    assert pick("cuda", choices(NEW, machine(replace(RTX, free=GIB)), SEVEN_B)).rank == 4
+    shared = pick("vulkan", choices(NEW, machine(IRIS), SEVEN_B)).record()
+    keys = ["backend", "rank", "lacks", "reason", "libraries", "old_cpu", "device", "layers", "all_layers", "speed"]
+    assert (list(shared), shared["rank"], shared["device"]["name"]) == (keys, 5, "Intel Iris Xe")
+    assert json.loads(json.dumps(shared))["backend"] == "vulkan"
 
 
 def test_the_card_with_most_free_memory_is_taken() -> None:
@@ -198,7 +210,7 @@ def test_own_flags_are_refused_behind_the_dashes() -> None:
 def test_what_was_measured_comes_first() -> None:
     found = choices(NEW, machine(RTX, RADEON), SEVEN_B)
     first = prefer(found, "vulkan", 20, 44.4)[0]
-    assert (first.backend, first.layers, first.speed) == ("vulkan", 20, 44.4)
+    assert (first.backend.name, first.layers, first.speed) == ("vulkan", 20, 44.4)
     assert "44.4 tokens/s" in first.reason
     assert len(prefer(found, "vulkan", 20, 44.4)) == len(found)
     assert prefer(found, "clblast", 20, 44.4) == found  # no longer usable: the record is of no use
@@ -211,7 +223,7 @@ def test_advice() -> None:
 
 
 def test_this_machine() -> None:
-    found = look()
+    found = look_at_machine()
     assert found.cores >= 1
     assert bool([gpu for gpu in found.gpus if gpu.interface == "cuda"]) == (found.no_cuda is None)
     assert order(choices(replace(NEW, libraries=None), found, None))

@@ -17,6 +17,7 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.kobold.api import base_url, check_port, is_private, post
+from nkat.kobold.backends import CPU, VULKAN, Place
 from nkat.kobold.benchmark import Speed, fastest, measure, read_result, splits
 from nkat.kobold.choose import Choice
 from nkat.kobold.guard import Guard
@@ -327,8 +328,8 @@ def test_benchmark_that_fails(tmp_path: Path, command) -> None:
 
 
 def test_splits_and_the_fastest() -> None:
-    gpu = Choice("vulkan", 1, None, "", ("vulkan",), layers=31, all_layers=31)
-    cpu = Choice("cpu", 3, None, "", ("default",))
+    gpu = Choice(VULKAN, Place.GPU, None, "", ("vulkan",), layers=31, all_layers=31)
+    cpu = Choice(CPU, Place.CPU, None, "", ("default",))
     assert [choice.layers for choice in splits(gpu)] == [31, 15, 0]
     assert splits(cpu) == [cpu]
     measured = [

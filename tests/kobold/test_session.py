@@ -27,6 +27,7 @@ from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import dequantize, packed_tensor
 from nkat.kobold.api import base_url, post
+from nkat.kobold.backends import CPU, Place
 from nkat.kobold.choose import Choice
 from nkat.kobold.menu import ask_backend, ask_model
 from nkat.lm.load import load_model
@@ -318,7 +319,7 @@ def test_menu_enter_starts_the_first(user: Path, nkat: Path, port: int) -> None:
 
 
 def test_q_and_the_end_of_input_leave_the_menus(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    cpu = Choice("cpu", 3, None, "", ("default",))
+    cpu = Choice(CPU, Place.CPU, None, "", ("default",))
 
     def nothing_more(_: str) -> str:
         raise EOFError
