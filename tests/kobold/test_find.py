@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -76,6 +77,19 @@ def test_one_file_program(alone: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(NKATError, match="is not a KoboldCpp that runs here"):
         probe(path)
+
+
+@posix
+@pytest.mark.parametrize("answer", [5, {}, {"version": NEW, "flags": None, "libraries": None}])
+def test_a_damaged_memory_is_asked_again(alone: Path, tmp_path: Path, answer: object) -> None:
+    path = install_program(alone / "koboldcpp", NEW)
+    kobold = probe(path)
+    memory = tmp_path / "cache" / "kobold" / "programs.json"
+    (key,) = json.loads(memory.read_text())
+    memory.write_text(json.dumps({key: answer, "another": answer}))
+    assert probe(path) == kobold
+    assert json.loads(memory.read_text())[key]["version"] == NEW
+    assert json.loads(memory.read_text())["another"] == answer
 
 
 @posix
