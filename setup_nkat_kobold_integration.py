@@ -215,10 +215,10 @@ def check_kobold(options: argparse.Namespace, machine: Machine) -> list[Check]:
     from nkat.errors import NKATError
     from nkat.kobold.backends import CUDA
     from nkat.kobold.choose import choices
-    from nkat.kobold.find import download_command, find, probe
+    from nkat.kobold.find import download_command, find_kobold, probe_kobold
 
     try:
-        kobold = probe(find(options.kobold), remember=False)
+        kobold = probe_kobold(find_kobold(options.kobold), remember=False)
     except NKATError as error:
         return [Check("KoboldCpp", MISSING, str(error).partition("; download")[0], download_command())]
     found = choices(kobold, machine, None)

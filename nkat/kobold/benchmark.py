@@ -47,7 +47,7 @@ def read_result(lines: Iterable[str]) -> Speed | None:
     )
 
 
-def measure(command: Sequence[str], what: str, seconds: float, check: Callable[[Loaded], None]) -> Speed:
+def measure_speed(command: Sequence[str], what: str, seconds: float, check: Callable[[Loaded], None]) -> Speed:
     """Runs the benchmark of this command. Raises NKATError when KoboldCpp fails or loads something else."""
     started = time.monotonic()
     with (
@@ -69,7 +69,7 @@ def measure(command: Sequence[str], what: str, seconds: float, check: Callable[[
     return speed
 
 
-def splits(choice: Choice) -> list[Choice]:
+def layer_splits(choice: Choice) -> list[Choice]:
     """The layer splits worth measuring: what fits, half of it, and none (the GPU then only processes prompts)."""
     if not choice.backend.on_gpu or choice.layers is None:
         return [choice]

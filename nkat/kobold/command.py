@@ -38,7 +38,7 @@ class Settings:
     port: int
 
 
-def config(kobold: Kobold, choice: Choice, files: RunFiles, settings: Settings) -> dict[str, Any]:
+def kobold_settings(kobold: Kobold, choice: Choice, files: RunFiles, settings: Settings) -> dict[str, Any]:
     """KoboldCpp's settings by their names in a `.kcpps` file, which are those of the long flags."""
     values: dict[str, Any] = {"model_param": str(files.model)}
     if files.lora is not None:
@@ -49,7 +49,7 @@ def config(kobold: Kobold, choice: Choice, files: RunFiles, settings: Settings) 
     return values | {"host": settings.host, "port": settings.port}
 
 
-def command(kobold: Kobold, values: Mapping[str, Any], extra: Sequence[str] = ()) -> list[str]:
+def kobold_command(kobold: Kobold, values: Mapping[str, Any], extra: Sequence[str] = ()) -> list[str]:
     """The command that runs KoboldCpp with these settings, then the user's own flags."""
     words = kobold.prefix()
     for name, value in values.items():

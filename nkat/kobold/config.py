@@ -66,7 +66,7 @@ def config_with_extra(kobold: Kobold, command: Sequence[str]) -> dict[str, Any]:
         return json.loads(target.read_text(encoding="utf-8"))
 
 
-def remember(kobold: Kobold, files: RunFiles, choice: Choice, speed: Speed, values: Mapping[str, Any]) -> Path:
+def remember_fastest(kobold: Kobold, files: RunFiles, choice: Choice, speed: Speed, values: Mapping[str, Any]) -> Path:
     """Keeps the fastest as this model's default, with a `.kcpps` that KoboldCpp loads; returns that file."""
     memo = _memo_of(kobold, files, speed.context)
     path = memo.path.with_suffix(".kcpps")
@@ -85,8 +85,8 @@ def remember(kobold: Kobold, files: RunFiles, choice: Choice, speed: Speed, valu
     return path
 
 
-def recall(kobold: Kobold, files: RunFiles, context: int) -> Fastest | None:
-    """What `remember` kept for the same model, KoboldCpp and context."""
+def recall_fastest(kobold: Kobold, files: RunFiles, context: int) -> Fastest | None:
+    """What `remember_fastest` kept for the same model, KoboldCpp and context."""
     memo = _memo_of(kobold, files, context)
     return memo.get(lambda found: Fastest(str(found["backend"]), int(found["layers"]), float(found["generation"])))
 

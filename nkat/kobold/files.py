@@ -45,7 +45,7 @@ class RunFiles:
     gamma: float | None = None
 
 
-def prepare(model_path: Path, theta_path: Path | None, base_path: Path | None) -> RunFiles:
+def prepare_files(model_path: Path, theta_path: Path | None, base_path: Path | None) -> RunFiles:
     """Finds or makes both files. Raises NKATError when the base is not to be had, or is not the one Θ was made for."""
     asked = open_model_file(model_path)
     thetas = asked.thetas

@@ -76,7 +76,7 @@ def command_prefix(path: Path) -> list[str]:
     return [sys.executable, str(path)] if path.name == SOURCE else [str(path)]
 
 
-def find(given: Path | None) -> Path:
+def find_kobold(given: Path | None) -> Path:
     """The one-file program or the `koboldcpp.py` to use.
 
     What the user names (`given`, else the environment variable KOBOLDCPP), else the first in `places`. Raises NKATError
@@ -122,7 +122,7 @@ def download_command() -> str:
     return f"curl -fLo koboldcpp {DOWNLOAD}{name} && chmod +x koboldcpp"
 
 
-def probe(path: Path, remember: bool = True) -> Kobold:
+def probe_kobold(path: Path, remember: bool = True) -> Kobold:
     """Asks the KoboldCpp at `path` for its version and flags. Raises NKATError when it does not answer.
 
     The answer of a one-file program, which unpacks itself each time, is remembered in the cache until the file changes;

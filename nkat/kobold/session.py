@@ -15,12 +15,12 @@ from nkat.host.console import format_bytes, format_table, note
 from nkat.host.files import check_output
 from nkat.host.record import check_record, write_json
 from nkat.kobold.api import base_url, check_port, is_private
-from nkat.kobold.benchmark import Speed, fastest, measure, splits
+from nkat.kobold.benchmark import Speed, fastest, layer_splits, measure_speed
 from nkat.kobold.choose import Choice, advice, choices, memory_of, prefer
-from nkat.kobold.command import Settings, check_extra, command, config, shell_line
-from nkat.kobold.config import config_with_extra, recall, remember, write_config
-from nkat.kobold.files import RunFiles, prepare
-from nkat.kobold.find import Kobold, find, probe
+from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings, shell_line
+from nkat.kobold.config import config_with_extra, recall_fastest, remember_fastest, write_config
+from nkat.kobold.files import RunFiles, prepare_files
+from nkat.kobold.find import Kobold, find_kobold, probe_kobold
 from nkat.kobold.layers import ModelMemory, gpu_bytes, layer_table
 from nkat.kobold.machine import Machine, free_bytes, look_at_machine
 from nkat.kobold.menu import ask_backend, ask_model, check_usable, choice_table, models_here
@@ -37,7 +37,7 @@ def main() -> None:
     if options.save_config is not None:
         check_output(options.save_config, options.force)  # before a benchmark of minutes
     interactive = options.action is None and options.backend == "auto" and sys.stdin.isatty() and sys.stdout.isatty()
-    kobold = probe(find(options.kobold))
+    kobold = probe_kobold(find_kobold(options.kobold))
     if options.model is None and options.action is None:
         options.model = default_model(interactive)
     machine = look_at_machine()
@@ -73,11 +73,11 @@ class Session:
         self.memory: ModelMemory | None = None
         self.status = 0
         if options.model is not None:
-            self.files = prepare(options.model, options.theta, options.base)
+            self.files = prepare_files(options.model, options.theta, options.base)
             self.memory = memory_of(self.files, options.contextsize, kobold, options.extra)
         self.choices = choices(kobold, machine, self.memory, options.gpulayers)
         if self.files is not None and options.gpulayers is None:
-            best = recall(kobold, self.files, options.contextsize)
+            best = recall_fastest(kobold, self.files, options.contextsize)
             if best is not None:
                 self.choices = prefer(self.choices, best.backend, best.layers, best.generation)
 
@@ -97,7 +97,7 @@ class Session:
             return record
         self.print_layers(choice)
         values = self.config(choice)
-        words = command(self.kobold, values, self.options.extra)
+        words = kobold_command(self.kobold, values, self.options.extra)
         record |= {"chosen": choice.record(), "config": values, "command": words}
         if self.options.save_config is not None:
             self.save(values, words)
@@ -204,7 +204,7 @@ class Session:
 
     def config(self, choice: Choice) -> dict[str, Any]:
         assert self.files is not None
-        return config(self.kobold, choice, self.files, self.settings)
+        return kobold_settings(self.kobold, choice, self.files, self.settings)
 
     def save(self, values: dict[str, Any], words: list[str]) -> None:
         if self.options.extra:
@@ -276,12 +276,14 @@ class Session:
         arms = {"": self.files}
         if self.files.lora is not None:
             arms = {"with Θ": self.files, "without": replace(self.files, lora=None)}
-        for split in [split for choice in wanted or [self.pick()] for split in splits(choice)]:
+        for split in [split for choice in wanted or [self.pick()] for split in layer_splits(choice)]:
             label = split.backend.name if split.all_layers is None else f"{split.backend.name}, {split.layers} layers"
             for arm, files in arms.items():
-                words = command(self.kobold, config(self.kobold, split, files, self.settings), self.options.extra)
+                words = kobold_command(
+                    self.kobold, kobold_settings(self.kobold, split, files, self.settings), self.options.extra
+                )
                 try:
-                    speed = measure(words, f"{label} {arm}".strip(), self.options.timeout, self.checker(split))
+                    speed = measure_speed(words, f"{label} {arm}".strip(), self.options.timeout, self.checker(split))
                 except NKATError as error:
                     note(f"warning: {label}: {error}")
                     break
@@ -290,13 +292,13 @@ class Session:
                 if files is self.files:
                     measured.append((split, speed))
         choice, speed = fastest(measured)
-        path = remember(self.kobold, self.files, choice, speed, self.config(choice))
+        path = remember_fastest(self.kobold, self.files, choice, speed, self.config(choice))
         print(format_table(rows, ["backend", "Θ", "processing tok/s", "generation tok/s"]))
         print(f"\nfastest: {choice.backend.name}, now this model's default at --contextsize {speed.context}")
         print(f"load it with: {shell_line([*self.kobold.prefix(), '--config', str(path)])}")
         if self.options.save_config is not None:
             values = self.config(choice)
-            self.save(values, command(self.kobold, values, self.options.extra))
+            self.save(values, kobold_command(self.kobold, values, self.options.extra))
         return {"benchmark": results, "fastest": choice.record(), "default_config": str(path)}
 
 

@@ -10,11 +10,11 @@ import pytest
 from nkat.host.hardware import Gpu
 from nkat.kobold import choose, options
 from nkat.kobold.backends import BACKENDS, CPU, VULKAN, Backend, Device, Place
-from nkat.kobold.benchmark import splits
+from nkat.kobold.benchmark import layer_splits
 from nkat.kobold.choose import advice, choices
-from nkat.kobold.command import Settings, command, config
+from nkat.kobold.command import Settings, kobold_command, kobold_settings
 from nkat.kobold.files import RunFiles
-from nkat.kobold.find import Kobold, find, probe
+from nkat.kobold.find import Kobold, find_kobold, probe_kobold
 from nkat.kobold.layers import ModelMemory
 from nkat.kobold.machine import Machine
 from tests.support.fake_koboldcpp import NEW, OLD, install
@@ -60,8 +60,8 @@ def test_a_row_is_all_there_is_to_a_new_one(with_sycl: Kobold) -> None:
     assert first.reason == "Intel Arc B580, 11.8 GB free: holds all of it"
     assert [choice.backend.name for choice in others if choice.lacks is None] == ["cpu"]
     assert (first.rank, [choice.rank for choice in others if choice.backend is CPU]) == (1, [4])
-    assert [choice.layers for choice in splits(first)] == [33, 16, 0]
-    words = command(with_sycl, config(with_sycl, first, FILES, Settings(512, 1, "", 5001)))
+    assert [choice.layers for choice in layer_splits(first)] == [33, 16, 0]
+    words = kobold_command(with_sycl, kobold_settings(with_sycl, first, FILES, Settings(512, 1, "", 5001)))
     assert words[words.index("--usesycl") : words.index("--contextsize")] == ["--usesycl", "3", "--gpulayers", "33"]
     assert "make -C /k koboldcpp_sycl LLAMA_SYCL=1;" in advice(first, with_sycl).replace("\\", "/")
     assert options.parse_arguments(["--backend", "sycl"]).backend == "sycl"
@@ -88,7 +88,7 @@ def test_without_the_row_it_is_no_backend(capsys: pytest.CaptureFixture) -> None
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 def test_koboldcpp_accepts_the_settings(tmp_path: Path, version: str, backend: Backend) -> None:
     """The stand-in has each version's own flags: a setting that is no flag there would not be accepted."""
-    kobold = probe(find(install(tmp_path, version)))
+    kobold = probe_kobold(find_kobold(install(tmp_path, version)))
     if backend.flags and kobold.flag(*backend.flags) is None:
         assert (backend.name, version) == ("clblast", NEW)
         return

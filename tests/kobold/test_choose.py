@@ -12,7 +12,7 @@ import pytest
 from nkat.errors import NKATError
 from nkat.host.hardware import Gpu
 from nkat.kobold.choose import Choice, advice, choices, prefer
-from nkat.kobold.command import Settings, check_extra, command, config, shell_line
+from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings, shell_line
 from nkat.kobold.files import RunFiles
 from nkat.kobold.find import Kobold
 from nkat.kobold.layers import ModelMemory
@@ -147,11 +147,11 @@ def test_processors_without_avx2() -> None:
     assert pick("cpu", found).libraries == ("noavx2",)
     assert pick("vulkan", found).libraries == ("vulkan_noavx2",)
     assert pick("cuda", found).lacks == "program"
-    assert config(NEW, pick("cpu", found), FILES, SETTINGS)["noavx2"] is True
-    assert config(NEW, pick("vulkan", found), FILES, SETTINGS)["noavx2"] is True
+    assert kobold_settings(NEW, pick("cpu", found), FILES, SETTINGS)["noavx2"] is True
+    assert kobold_settings(NEW, pick("vulkan", found), FILES, SETTINGS)["noavx2"] is True
     oldpc = replace(NEW, libraries=frozenset({"noavx2", "cublas"}))
     assert order(choices(oldpc, old, SEVEN_B)) == ["cuda", "cpu"]
-    assert "noavx2" not in config(oldpc, choices(oldpc, old, SEVEN_B)[0], FILES, SETTINGS)
+    assert "noavx2" not in kobold_settings(oldpc, choices(oldpc, old, SEVEN_B)[0], FILES, SETTINGS)
     ancient = choices(NEW, machine(old_cpu=True, features=()), SEVEN_B)
     assert order(ancient) == ["failsafe"]
 
@@ -169,7 +169,7 @@ def test_processors_without_avx2() -> None:
     ],
 )
 def test_settings_by_version(kobold: Kobold, backend: str, expected: dict) -> None:
-    found = config(kobold, pick(backend, choices(kobold, machine(RTX, RADEON), SEVEN_B)), FILES, SETTINGS)
+    found = kobold_settings(kobold, pick(backend, choices(kobold, machine(RTX, RADEON), SEVEN_B)), FILES, SETTINGS)
     common = {"model_param": "/m/base model.gguf", "lora": ["/c/theta.gguf"], "contextsize": 2048, "threads": 8}
     assert {key: value if key not in ("model_param", "lora") else common[key] for key, value in found.items()} == {
         **common,
@@ -181,14 +181,14 @@ def test_settings_by_version(kobold: Kobold, backend: str, expected: dict) -> No
 
 
 def test_the_command_is_the_settings() -> None:
-    values = config(OLD, pick("cuda", choices(OLD, machine(RTX), SEVEN_B)), FILES, SETTINGS)
-    words = command(OLD, values, ["--quiet"])
+    values = kobold_settings(OLD, pick("cuda", choices(OLD, machine(RTX), SEVEN_B)), FILES, SETTINGS)
+    words = kobold_command(OLD, values, ["--quiet"])
     text = " ".join(words[2:])
     assert "--usecublas normal 1 mmq --gpulayers 33 --contextsize 2048 --threads 8" in text
     assert text.endswith("--host 127.0.0.1 --port 5001 --quiet")
     assert words[words.index("--model") + 1].endswith("base model.gguf")
-    cpu = config(NEW, pick("cpu", choices(NEW, machine(), None)), replace(FILES, lora=None), SETTINGS)
-    words = command(NEW, cpu)
+    cpu = kobold_settings(NEW, pick("cpu", choices(NEW, machine(), None)), replace(FILES, lora=None), SETTINGS)
+    words = kobold_command(NEW, cpu)
     assert "--lora" not in words
     assert words[words.index("--usecpu") + 1] == "--gpulayers"
 

@@ -18,7 +18,7 @@ import pytest
 from nkat.errors import NKATError
 from nkat.kobold.api import base_url, check_port, is_private, post
 from nkat.kobold.backends import CPU, VULKAN, Place
-from nkat.kobold.benchmark import Speed, fastest, measure, read_result, splits
+from nkat.kobold.benchmark import Speed, fastest, layer_splits, measure_speed, read_result
 from nkat.kobold.choose import Choice
 from nkat.kobold.guard import Guard
 from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
@@ -315,7 +315,7 @@ def test_the_guard_ends_with_its_block() -> None:
 
 
 def test_benchmark_is_read(command) -> None:
-    speed = measure(command(NEW, "--contextsize", "512"), "cpu", SECONDS, accept)
+    speed = measure_speed(command(NEW, "--contextsize", "512"), "cpu", SECONDS, accept)
     assert speed == Speed(processing=100.0, generation=20.0, seconds=pytest.approx(9.12), context=512, generated=100)
     assert read_result(["ProcessingSpeed: 30.50T/s", "GenerationSpeed: 49.88T/s"]) is None
 
@@ -324,14 +324,14 @@ def test_benchmark_that_fails(tmp_path: Path, command) -> None:
     words = command(OLD)
     write_tiny_model(tmp_path / "m.gguf", "gemma3")
     with pytest.raises(NKATError, match=r"gave no figures.*unknown model architecture"):
-        measure(words, "cpu", SECONDS, accept)
+        measure_speed(words, "cpu", SECONDS, accept)
 
 
 def test_splits_and_the_fastest() -> None:
     gpu = Choice(VULKAN, Place.GPU, None, "", ("vulkan",), layers=31, all_layers=31)
     cpu = Choice(CPU, Place.CPU, None, "", ("default",))
-    assert [choice.layers for choice in splits(gpu)] == [31, 15, 0]
-    assert splits(cpu) == [cpu]
+    assert [choice.layers for choice in layer_splits(gpu)] == [31, 15, 0]
+    assert layer_splits(cpu) == [cpu]
     measured = [
         (choice, Speed(processing, generation, 1.0, 512, 100))
         for choice, processing, generation in ((cpu, 900, 40.0), (gpu, 100, 49.0), (cpu, 200, 50.0), (gpu, 50, 50.1))
