@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from nkat.kobold.choose import Machine
+    from nkat.kobold.machine import Machine
 
 ROOT = Path(__file__).resolve().parent
 NEEDED_PYTHON = (3, 10)
@@ -154,12 +154,12 @@ def check_machine(options: argparse.Namespace) -> list[Check]:
 
     try:
         from nkat.host import hardware
-        from nkat.kobold.choose import look
+        from nkat.kobold.machine import look_at_machine
     except (ImportError, OSError) as error:  # OSError: a library that torch needs does not load
         command = f"{quote(sys.executable)} -m pip install --force-reinstall torch"
         return [Check("packages load", MISSING, str(error).splitlines()[0], command)]
 
-    machine = look()
+    machine = look_at_machine()
     checks = [check_processor(machine), check_gpu(machine)]
     checks += check_kobold(options, machine)
     size, model_checks = check_model(options.model, machine)
@@ -199,7 +199,7 @@ def oldpc_command() -> str:
 
 def check_gpu(machine: Machine) -> Check:
     from nkat.host.console import format_bytes
-    from nkat.kobold.choose import free_bytes
+    from nkat.kobold.machine import free_bytes
 
     real = [gpu for gpu in machine.gpus if gpu.kind != "software"]
     if real:
@@ -213,11 +213,12 @@ def check_gpu(machine: Machine) -> Check:
 
 def check_kobold(options: argparse.Namespace, machine: Machine) -> list[Check]:
     from nkat.errors import NKATError
+    from nkat.kobold.backends import CUDA
     from nkat.kobold.choose import choices
-    from nkat.kobold.find import download_command, find, probe
+    from nkat.kobold.find import download_command, find_kobold, probe_kobold
 
     try:
-        kobold = probe(find(options.kobold), remember=False)
+        kobold = probe_kobold(find_kobold(options.kobold), remember=False)
     except NKATError as error:
         return [Check("KoboldCpp", MISSING, str(error).partition("; download")[0], download_command())]
     found = choices(kobold, machine, None)
@@ -225,8 +226,8 @@ def check_kobold(options: argparse.Namespace, machine: Machine) -> list[Check]:
     text = f"{kobold.version or 'version unknown'}, {kobold.path}"
     if not usable:
         return [Check("KoboldCpp", MISSING, f"{text}; no backend runs here: {found[0].reason}", download_command())]
-    checks = [Check("KoboldCpp", OK, text), Check("backends", OK, ", ".join(choice.backend for choice in usable))]
-    cuda = next(choice for choice in found if choice.backend == "cuda")
+    checks = [Check("KoboldCpp", OK, text), Check("backends", OK, ", ".join(choice.backend.name for choice in usable))]
+    cuda = next(choice for choice in found if choice.backend is CUDA)
     if cuda.lacks == "program" and any(gpu.interface == "cuda" for gpu in machine.gpus):
         reason = f"an NVIDIA GPU is here, but {cuda.reason}"
         checks.append(Check("CUDA in KoboldCpp", WARNING, reason, download_command()))

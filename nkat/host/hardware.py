@@ -114,7 +114,7 @@ def physical_cores() -> int:
     return max(1, min(psutil.cpu_count(logical=False) or allowed, allowed))
 
 
-def memory() -> tuple[int, int]:
+def total_and_free_memory() -> tuple[int, int]:
     """Bytes of main memory: all of it, and what programs could still get."""
     found = psutil.virtual_memory()
     return found.total, found.available

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from nkat.errors import NKATError
-from nkat.kobold.backends import ON_GPU
 from nkat.kobold.choose import Choice
 from nkat.kobold.process import Loaded, running
 
@@ -48,7 +47,7 @@ def read_result(lines: Iterable[str]) -> Speed | None:
     )
 
 
-def measure(command: Sequence[str], what: str, seconds: float, check: Callable[[Loaded], None]) -> Speed:
+def measure_speed(command: Sequence[str], what: str, seconds: float, check: Callable[[Loaded], None]) -> Speed:
     """Runs the benchmark of this command. Raises NKATError when KoboldCpp fails or loads something else."""
     started = time.monotonic()
     with (
@@ -70,9 +69,9 @@ def measure(command: Sequence[str], what: str, seconds: float, check: Callable[[
     return speed
 
 
-def splits(choice: Choice) -> list[Choice]:
+def layer_splits(choice: Choice) -> list[Choice]:
     """The layer splits worth measuring: what fits, half of it, and none (the GPU then only processes prompts)."""
-    if choice.backend not in ON_GPU or choice.layers is None:
+    if not choice.backend.on_gpu or choice.layers is None:
         return [choice]
     counts = dict.fromkeys([choice.layers, choice.layers // 2, 0])
     return [replace(choice, layers=count) for count in counts]

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.kobold.backends import GPU_FLAGS
 from nkat.kobold.choose import Choice
 from nkat.kobold.files import RunFiles
 from nkat.kobold.find import Kobold
@@ -39,17 +38,18 @@ class Settings:
     port: int
 
 
-def config(kobold: Kobold, choice: Choice, files: RunFiles, settings: Settings) -> dict[str, Any]:
+def kobold_settings(kobold: Kobold, choice: Choice, files: RunFiles, settings: Settings) -> dict[str, Any]:
     """KoboldCpp's settings by their names in a `.kcpps` file, which are those of the long flags."""
     values: dict[str, Any] = {"model_param": str(files.model)}
     if files.lora is not None:
         values["lora"] = [str(files.lora)]
-    values |= _backend_config(kobold, choice)
+    index = choice.device.index if choice.device else 0
+    values |= choice.backend.settings_of(kobold, index, choice.old_cpu)
     values |= {"gpulayers": choice.layers or 0, "contextsize": settings.context, "threads": settings.threads}
     return values | {"host": settings.host, "port": settings.port}
 
 
-def command(kobold: Kobold, values: Mapping[str, Any], extra: Sequence[str] = ()) -> list[str]:
+def kobold_command(kobold: Kobold, values: Mapping[str, Any], extra: Sequence[str] = ()) -> list[str]:
     """The command that runs KoboldCpp with these settings, then the user's own flags."""
     words = kobold.prefix()
     for name, value in values.items():
@@ -69,21 +69,3 @@ def check_extra(extra: Sequence[str]) -> None:
     for word in extra:
         if word.partition("=")[0] in OWN_FLAGS:
             raise NKATError(f"{word}: is set by this script; give it before the -- (see --help)")
-
-
-def _backend_config(kobold: Kobold, choice: Choice) -> dict[str, Any]:
-    index = choice.device.index if choice.device else 0
-    old = {"noavx2": True} if choice.old_cpu else {}
-    if choice.backend == "cuda":
-        flag = kobold.flag(*GPU_FLAGS["cuda"])
-        assert flag is not None
-        return {flag.removeprefix("--"): ["normal", str(index), "mmq"]}  # with noavx2 it would take a CPU library
-    if choice.backend == "vulkan":
-        return {"usevulkan": [index], **old}
-    if choice.backend == "clblast":
-        return {"useclblast": [0, 0], **old}  # platform and device; others by `-- --useclblast P D`
-    if choice.backend == "failsafe" and "--failsafe" in kobold.flags:
-        return {"usecpu": True, "failsafe": True}
-    if choice.backend == "failsafe":  # versions without that flag: these three together
-        return {"usecpu": True, "noavx2": True, "nommap": True}
-    return {"usecpu": True, **old}

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
+from nkat.host.cache import Memo
 from nkat.host.files import atomic_output
 from nkat.kobold.benchmark import Speed
 from nkat.kobold.choose import Choice
-from nkat.kobold.files import RunFiles, kobold_cache, model_key
+from nkat.kobold.files import RunFiles, model_key
 from nkat.kobold.find import Kobold
 
 _EXPORT_SECONDS = 180
@@ -28,7 +29,6 @@ class Fastest:
     backend: str
     layers: int
     generation: float
-    config: Path
 
 
 def write_config(path: Path, values: Mapping[str, Any], force: bool) -> None:
@@ -66,36 +66,32 @@ def config_with_extra(kobold: Kobold, command: Sequence[str]) -> dict[str, Any]:
         return json.loads(target.read_text(encoding="utf-8"))
 
 
-def remember(kobold: Kobold, files: RunFiles, choice: Choice, speed: Speed, values: Mapping[str, Any]) -> Path:
+def remember_fastest(kobold: Kobold, files: RunFiles, choice: Choice, speed: Speed, values: Mapping[str, Any]) -> Path:
     """Keeps the fastest as this model's default, with a `.kcpps` that KoboldCpp loads; returns that file."""
-    record = _record_file(kobold, files, speed.context)
-    path = record.with_suffix(".kcpps")
+    memo = _memo_of(kobold, files, speed.context)
+    path = memo.path.with_suffix(".kcpps")
     write_config(path, values, force=True)
-    found = {
-        "backend": choice.backend,
-        "layers": choice.layers or 0,
-        "generation": speed.generation,
-        "processing": speed.processing,
-        "kobold": str(kobold.path),
-        "version": kobold.version,
-        "model": str(files.model),
-    }
-    data = json.dumps(found, indent=2).encode()
-    with atomic_output(record, len(data), force=True) as file:
-        file.write(data)
+    memo.set(
+        {
+            "backend": choice.backend.name,
+            "layers": choice.layers or 0,
+            "generation": speed.generation,
+            "processing": speed.processing,
+            "kobold": str(kobold.path),
+            "version": kobold.version,
+            "model": str(files.model),
+        }
+    )
     return path
 
 
-def recall(kobold: Kobold, files: RunFiles, context: int) -> Fastest | None:
-    """What `remember` kept for the same model, KoboldCpp and context."""
-    record = _record_file(kobold, files, context)
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        return Fastest(str(found["backend"]), int(found["layers"]), float(found["generation"]), record)
-    except (OSError, ValueError, KeyError, TypeError):  # none was measured, or the record is damaged: as if none
-        return None
+def recall_fastest(kobold: Kobold, files: RunFiles, context: int) -> Fastest | None:
+    """What `remember_fastest` kept for the same model, KoboldCpp and context."""
+    memo = _memo_of(kobold, files, context)
+    return memo.get(lambda found: Fastest(str(found["backend"]), int(found["layers"]), float(found["generation"])))
 
 
-def _record_file(kobold: Kobold, files: RunFiles, context: int) -> Path:
+def _memo_of(kobold: Kobold, files: RunFiles, context: int) -> Memo:
     key = f"{model_key(files)}|{kobold.path}|{kobold.version}|{context}"
-    return kobold_cache() / f"fastest-{files.asked.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    name = f"fastest-{files.asked.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    return Memo.open(f"kobold/{name}")

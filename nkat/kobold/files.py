@@ -17,9 +17,8 @@ from pathlib import Path
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, GGUFFile
 from nkat.gguf.writer import sha256_of_parts, write_gguf
-from nkat.host.cache import cache_folder
+from nkat.host.cache import Memo, cache_folder
 from nkat.host.console import bar, format_bytes, note
-from nkat.host.files import atomic_output
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, theta_for
 from nkat.theta.set import ThetaSet
@@ -46,7 +45,7 @@ class RunFiles:
     gamma: float | None = None
 
 
-def prepare(model_path: Path, theta_path: Path | None, base_path: Path | None) -> RunFiles:
+def prepare_files(model_path: Path, theta_path: Path | None, base_path: Path | None) -> RunFiles:
     """Finds or makes both files. Raises NKATError when the base is not to be had, or is not the one Θ was made for."""
     asked = open_model_file(model_path)
     thetas = asked.theta
@@ -175,18 +174,14 @@ def _sha256(model: ModelFile) -> str:
     """SHA-256 of the base in a file, remembered as long as the file keeps its size and time."""
     found = model.path.stat()
     key = f"{model.path.resolve()}|{found.st_size}|{found.st_mtime_ns}"
-    memory = kobold_cache() / "hashes.json"
-    try:
-        known = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or damaged: then it is computed again
-        known = {}
-    if key not in known:
-        with _hashing(model) as progress:
-            known[key] = sha256_of_parts(model.base_parts(), progress)
-        data = json.dumps(known).encode()
-        with atomic_output(memory, len(data), force=True) as file:
-            file.write(data)
-    return known[key]
+    memo = Memo.open("kobold/hashes.json")
+    known = memo.get(lambda hashes: str(hashes[key]))
+    if known is not None:
+        return known
+    with _hashing(model) as progress:
+        digest = sha256_of_parts(model.base_parts(), progress)
+    memo.set({key: digest})
+    return digest
 
 
 @contextlib.contextmanager

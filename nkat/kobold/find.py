@@ -7,20 +7,19 @@ read from its `--help`, the libraries from the folder or from the one file's own
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host.cache import cache_folder
-from nkat.host.files import atomic_output
+from nkat.host.cache import Memo
 
 ENVIRONMENT = "KOBOLDCPP"
 SOURCE = "koboldcpp.py"
@@ -77,7 +76,7 @@ def command_prefix(path: Path) -> list[str]:
     return [sys.executable, str(path)] if path.name == SOURCE else [str(path)]
 
 
-def find(given: Path | None) -> Path:
+def find_kobold(given: Path | None) -> Path:
     """The one-file program or the `koboldcpp.py` to use.
 
     What the user names (`given`, else the environment variable KOBOLDCPP), else the first in `places`. Raises NKATError
@@ -123,7 +122,7 @@ def download_command() -> str:
     return f"curl -fLo koboldcpp {DOWNLOAD}{name} && chmod +x koboldcpp"
 
 
-def probe(path: Path, remember: bool = True) -> Kobold:
+def probe_kobold(path: Path, remember: bool = True) -> Kobold:
     """Asks the KoboldCpp at `path` for its version and flags. Raises NKATError when it does not answer.
 
     The answer of a one-file program, which unpacks itself each time, is remembered in the cache until the file changes;
@@ -132,17 +131,14 @@ def probe(path: Path, remember: bool = True) -> Kobold:
     path = path.resolve()
     if path.name == SOURCE:
         return _ask(path, _libraries_of_folder(path.parent))
-    known = _read_memory()
-    key = _key(path)
-    if key in known:
-        answer = known[key]
-        libraries = None if answer["libraries"] is None else frozenset(answer["libraries"])
-        return Kobold(path, answer["version"], frozenset(answer["flags"]), libraries)
+    memo, key = Memo.open("kobold/programs.json"), _key(path)
+    known = memo.get(lambda programs: _remembered(path, programs[key]))
+    if known is not None:
+        return known
     kobold = _ask(path, libraries_in_program(path))
     if remember:
-        fields = asdict(kobold)
-        answer = {name: fields[name] for name in ("version", "flags", "libraries")}
-        _write_memory({**known, key: {k: sorted(v) if isinstance(v, frozenset) else v for k, v in answer.items()}})
+        libraries = None if kobold.libraries is None else sorted(kobold.libraries)
+        memo.set({key: {"version": kobold.version, "flags": sorted(kobold.flags), "libraries": libraries}})
     return kobold
 
 
@@ -253,20 +249,6 @@ def _key(path: Path) -> str:
     return f"{path}|{found.st_size}|{found.st_mtime_ns}"
 
 
-def _memory_file() -> Path:
-    return cache_folder() / "kobold" / "programs.json"
-
-
-def _read_memory() -> dict[str, dict]:
-    try:
-        known = json.loads(_memory_file().read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there yet, or damaged: then it is asked again
-        return {}
-    return known if isinstance(known, dict) else {}
-
-
-def _write_memory(known: dict[str, dict]) -> None:
-    data = json.dumps(known).encode()
-    _memory_file().parent.mkdir(parents=True, exist_ok=True)
-    with atomic_output(_memory_file(), len(data), force=True) as file:
-        file.write(data)
+def _remembered(path: Path, answer: Mapping[str, Any]) -> Kobold:
+    libraries = None if answer["libraries"] is None else frozenset(answer["libraries"])
+    return Kobold(path, answer["version"], frozenset(answer["flags"]), libraries)

@@ -18,7 +18,7 @@ def choice_table(found: Sequence[Choice]) -> str:
     rows = []
     for number, choice in enumerate(found, 1):
         layers = "" if choice.all_layers is None else f"{choice.layers} of {choice.all_layers}"
-        rows.append([f"{number}  {choice.backend}", "yes" if choice.lacks is None else "no", layers])
+        rows.append([f"{number}  {choice.backend.name}", "yes" if choice.lacks is None else "no", layers])
     lines = format_table(rows, ["backend", "runs", "GPU layers"]).splitlines()
     width = max(len(line) for line in lines)
     remarks = ["why", "---", *(choice.reason for choice in found)]
@@ -29,7 +29,7 @@ def ask_backend(found: Sequence[Choice]) -> Choice | None:
     """The menu: Enter takes the first, a number another; None: the user does not want any."""
     check_usable(found)
     usable = [choice for choice in found if choice.lacks is None]
-    number = _ask_number(f"Enter starts {usable[0].backend}, a number another, q ends: ", len(usable))
+    number = _ask_number(f"Enter starts {usable[0].backend.name}, a number another, q ends: ", len(usable))
     return None if number is None else usable[number]
 
 
@@ -55,8 +55,8 @@ def ask_model(found: Sequence[Path]) -> Path | None:
     """The model the user picks; None: the user does not want any."""
     for number, path in enumerate(found[:MODELS_SHOWN], 1):
         print(f"{number}  {path} ({format_bytes(path.stat().st_size)})")
-    number = _ask_number("Enter takes 1, a number another, q ends: ", min(len(found), MODELS_SHOWN))
-    return None if number is None else found[number]
+    picked = _ask_number("Enter takes 1, a number another, q ends: ", min(len(found), MODELS_SHOWN))
+    return None if picked is None else found[picked]
 
 
 def _ask_number(question: str, count: int) -> int | None:

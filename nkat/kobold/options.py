@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.host import commandline
@@ -18,18 +19,75 @@ EXAMPLES = """\
   python backend_selector.py --model model.nkat --save-config model.kcpps
   python backend_selector.py --model model.nkat --launch -- --quiet --flashattention
 """
+AUTO = "auto"
+_ACTIONS = ("list", "benchmark", "launch", "dry_run")
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+@dataclass(frozen=True, slots=True)
+class KoboldOptions:
+    """What the user asked for, as checked.
+
+    model: the file to run; theta: a Θ in a file of its own; base: the model Θ was made for; None: not named
+    kobold: KoboldCpp's program or folder; None: to be looked for
+    backend: a name, or "auto" for the best that can run
+    contextsize: tokens; threads: None for the processor's cores
+    gpulayers: layers on the GPU; None: as many as fit
+    host, port: where KoboldCpp listens
+    action: "list", "benchmark", "launch", "dry_run", "save" where only --save-config is given, else None
+    save_config: the `.kcpps` file to write
+    timeout: seconds, for loading or for one benchmark
+    force: replace what --save-config and --json name
+    json: the record's file, "-" for stdout, None for no record
+    extra: flags for KoboldCpp, from behind --
+    """
+
+    model: Path | None
+    theta: Path | None
+    base: Path | None
+    kobold: Path | None
+    backend: str
+    contextsize: int
+    gpulayers: int | None
+    threads: int | None
+    host: str
+    port: int
+    action: str | None
+    save_config: Path | None
+    timeout: int
+    force: bool
+    json: str | None
+    extra: tuple[str, ...]
+
+
+def parse_arguments(argv: Sequence[str]) -> KoboldOptions:
+    """The options of a command line; ends the process with one line on stderr for flags that do not go together."""
+    words: list[str] = list(argv)
+    extra: tuple[str, ...] = ()
+    if "--" in words:
+        at = words.index("--")
+        words, extra = words[:at], tuple(words[at + 1 :])
+    parser = _make_parser()
+    given = vars(parser.parse_args(words))
+    actions = [name for name in _ACTIONS if given.pop(name)]
+    action = actions[0] if actions else "save" if given["save_config"] else None
+    options = KoboldOptions(**given, action=action, extra=extra)
+    for wrong, message in _mistakes(options, actions):
+        if wrong:
+            parser.error(message)
+    return options
+
+
+def _make_parser() -> argparse.ArgumentParser:
     parser = commandline.parser(
         "Run a model with its Θ in KoboldCpp: the base model, and Θ as a LoRA adapter made from it.", EXAMPLES
     )
     add = parser.add_argument
+    backends = (AUTO, *(backend.name for backend in BACKENDS))
     add("--model", type=Path, metavar="FILE", help="a .nkat, or a .gguf (default in the menu: the newest .nkat here)")
     add("--theta", type=Path, metavar="FILE", help="Θ in a file of its own, for --model")
     add("--base", type=Path, metavar="FILE", help="the base model, where it is not beside the .nkat")
     add("--kobold", type=Path, metavar="PATH", help="KoboldCpp: its program or its folder (default: $KOBOLDCPP, …)")
-    add("--backend", choices=("auto", *BACKENDS), default="auto", help="default auto: the best one that can run")
+    add("--backend", choices=backends, default=AUTO, help="default auto: the best one that can run")
     add("--contextsize", type=commandline.positive_int, default=4096, metavar="N", help="tokens (default 4096)")
     add("--gpulayers", type=_layers, metavar="N", help="layers on the GPU, or auto: as many as fit (default)")
     add("--threads", type=commandline.positive_int, metavar="N", help="default: the processor's physical cores")
@@ -49,24 +107,26 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--force", action="store_true", help="replace --save-config's and --json's files")
     add("--json", nargs="?", const="-", metavar="FILE", help="a machine-readable record, to stdout's last line")
-    words, extra = list(argv), []
-    if "--" in words:
-        extra = words[words.index("--") + 1 :]
-        words = words[: words.index("--")]
-    options = parser.parse_args(words)
-    options.extra = extra
-    actions = [name for name in ("list", "benchmark", "launch", "dry_run") if getattr(options, name)]
-    if len(actions) > 1:
-        parser.error(f"--{actions[0].replace('_', '-')} and --{actions[1].replace('_', '-')} exclude each other")
-    options.action = actions[0] if actions else "save" if options.save_config else None
-    if options.model is None and (options.theta or options.base or options.action not in (None, "list")):
-        parser.error("--model FILE is needed")
-    if not 256 <= options.contextsize <= 262144:
-        parser.error(f"--contextsize must be from 256 to 262144, got {options.contextsize}")
-    if options.port > 65535:
-        parser.error(f"--port must be at most 65535, got {options.port}")
-    return options
+    return parser
+
+
+def _mistakes(options: KoboldOptions, actions: Sequence[str]) -> list[tuple[bool, str]]:
+    """(whether it is so, what to say): the first that is so is said. `actions`: all that were asked for."""
+    needs_model = options.theta or options.base or options.action not in (None, "list")
+    return [
+        (len(actions) > 1, f"{' and '.join(_flag(name) for name in actions[:2])} exclude each other"),
+        (options.model is None and bool(needs_model), "--model FILE is needed"),
+        (
+            not 256 <= options.contextsize <= 262144,
+            f"--contextsize must be from 256 to 262144, got {options.contextsize}",
+        ),
+        (options.port > 65535, f"--port must be at most 65535, got {options.port}"),
+    ]
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _layers(text: str) -> int | None:
-    return None if text == "auto" else commandline.non_negative_int(text)
+    return None if text == AUTO else commandline.non_negative_int(text)

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host.console import format_bytes, format_table, note
+from nkat.host.console import note
 from nkat.host.files import check_output
 from nkat.host.record import check_record, write_json
-from nkat.kobold.api import base_url, check_port, is_private
-from nkat.kobold.backends import ON_GPU
-from nkat.kobold.benchmark import Speed, fastest, measure, splits
-from nkat.kobold.choose import Choice, Machine, advice, choices, free_bytes, look, memory_of, prefer
-from nkat.kobold.command import Settings, check_extra, command, config, shell_line
-from nkat.kobold.config import config_with_extra, recall, remember, write_config
-from nkat.kobold.files import RunFiles, prepare
-from nkat.kobold.find import Kobold, find, probe
-from nkat.kobold.layers import ModelMemory, gpu_bytes, layer_table
-from nkat.kobold.menu import ask_backend, ask_model, check_usable, choice_table, models_here
-from nkat.kobold.options import parse_arguments
-from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
+from nkat.kobold.benchmark import fastest
+from nkat.kobold.choose import Choice, advice
+from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings, shell_line
+from nkat.kobold.compare import as_run, measure_choices, speed_table
+from nkat.kobold.config import config_with_extra, remember_fastest, write_config
+from nkat.kobold.describe import print_findings, print_layers
+from nkat.kobold.find import Kobold, find_kobold, probe_kobold
+from nkat.kobold.findings import Findings, Model, gather_findings
+from nkat.kobold.launch import launch_kobold
+from nkat.kobold.machine import look_at_machine
+from nkat.kobold.menu import ask_backend, ask_model, check_usable, models_here
+from nkat.kobold.options import AUTO, KoboldOptions, parse_arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a session leaves.
+
+    record: for --json; None when it was written already
+    status: to end with
+    """
+
+    record: dict[str, Any] | None
+    status: int = 0
 
 
 def main() -> None:
@@ -33,17 +44,17 @@ def main() -> None:
     check_record(options.json, options.force)
     if options.save_config is not None:
         check_output(options.save_config, options.force)  # before a benchmark of minutes
-    interactive = options.action is None and options.backend == "auto" and sys.stdin.isatty() and sys.stdout.isatty()
-    kobold = probe(find(options.kobold))
-    if options.model is None and options.action is None:
-        options.model = default_model(interactive)
-    machine = look()
-    session = Session(options, kobold, machine)
-    record = session.run(interactive)
-    if options.json:
-        write_json(record, options.json, options.force)
-    if session.status:
-        sys.exit(session.status)
+    interactive = options.action is None and options.backend == AUTO and sys.stdin.isatty() and sys.stdout.isatty()
+    kobold = probe_kobold(find_kobold(options.kobold))
+    model = options.model
+    if model is None and options.action is None:
+        model = default_model(interactive)
+    findings = gather_findings(options, model, kobold, look_at_machine())
+    outcome = run_session(options, findings, interactive)
+    if outcome.record is not None:
+        write_record(outcome.record, options)
+    if outcome.status:
+        sys.exit(outcome.status)
 
 
 def default_model(interactive: bool) -> Path | None:
@@ -60,242 +71,103 @@ def default_model(interactive: bool) -> Path | None:
     return found[0] if found else None
 
 
-class Session:
-    """One run of this script: what was found, and what is done with it."""
+def run_session(options: KoboldOptions, findings: Findings, interactive: bool) -> Outcome:
+    """Says what was found, and does with it what was asked for, or picked from the menu."""
+    record = findings.record()
+    print_findings(findings)
+    if findings.model is None:
+        if options.action is None:
+            note("no .nkat or .gguf here; name a model with --model FILE")
+        return Outcome(record)
+    if options.action == "list":
+        return Outcome(record)
+    if options.action == "benchmark":
+        return Outcome(record | run_benchmark(options, findings, findings.model))
+    choice = ask_backend(findings.choices) if interactive else pick_choice(findings, options.backend)
+    if choice is None:
+        return Outcome(record)
+    return run_choice(options, findings, findings.model, choice, launch=interactive or options.action == "launch")
 
-    def __init__(self, options: argparse.Namespace, kobold: Kobold, machine: Machine) -> None:
-        self.options, self.kobold, self.machine = options, kobold, machine
-        self.settings = Settings(options.contextsize, options.threads or machine.cores, options.host, options.port)
-        self.files: RunFiles | None = None
-        self.memory: ModelMemory | None = None
-        self.status = 0
-        if options.model is not None:
-            self.files = prepare(options.model, options.theta, options.base)
-            self.memory = memory_of(self.files, options.contextsize, kobold, options.extra)
-        self.choices = choices(kobold, machine, self.memory, options.gpulayers)
-        if self.files is not None and options.gpulayers is None:
-            best = recall(kobold, self.files, options.contextsize)
-            if best is not None:
-                self.choices = prefer(self.choices, best.backend, best.layers, best.generation)
 
-    def run(self, interactive: bool) -> dict[str, Any]:
-        record = self.describe()
-        self.print_findings()
-        if self.files is None:
-            if self.options.action is None:
-                note("no .nkat or .gguf here; name a model with --model FILE")
-            return record
-        if self.options.action == "list":
-            return record
-        if self.options.action == "benchmark":
-            return record | self.benchmark()
-        choice = ask_backend(self.choices) if interactive else self.pick()
-        if choice is None:
-            return record
-        self.print_layers(choice)
-        values = self.config(choice)
-        words = command(self.kobold, values, self.options.extra)
-        record |= {"chosen": asdict(choice), "config": values, "command": words}
-        if self.options.save_config is not None:
-            self.save(values, words)
-        if self.options.action == "launch" or interactive:
-            return record | self.launch(choice, words)
-        if self.options.action is None:
+def run_choice(options: KoboldOptions, findings: Findings, model: Model, choice: Choice, launch: bool) -> Outcome:
+    """Launches KoboldCpp with this choice, or prints the command that would."""
+    kobold = findings.kobold
+    print_layers(choice, model.memory, findings.machine, options)
+    values = kobold_settings(kobold, choice, model.files, settings_from(options, findings))
+    words = kobold_command(kobold, values, options.extra)
+    if options.save_config is not None:
+        save_config(options.save_config, values, words, kobold, options)
+    record = findings.record()
+    chosen = record | {"chosen": choice.record(), "config": values, "command": words}
+    if not launch:
+        if options.action is None:
             note("add --launch to start it, or paste this:")
         print(shell_line(words))
-        return record
+        return Outcome(chosen)
 
-    def describe(self) -> dict[str, Any]:
-        """What was found, for --json."""
-        found: dict[str, Any] = {
-            "kobold": {
-                "path": str(self.kobold.path),
-                "version": self.kobold.version,
-                "libraries": None if self.kobold.libraries is None else sorted(self.kobold.libraries),
-                "flags": sorted(self.kobold.flags),
-            },
-            "machine": {
-                "features": sorted(self.machine.features),
-                "cores": self.machine.cores,
-                "memory": self.machine.memory,
-                "available": self.machine.available,
-                "gpus": [asdict(gpu) for gpu in self.machine.gpus],
-            },
-            "choices": [asdict(choice) for choice in self.choices],
-        }
-        if self.files is not None and self.memory is not None:
-            found["files"] = {
-                "asked": str(self.files.asked),
-                "model": str(self.files.model),
-                "how": self.files.how,
-                "lora": str(self.files.lora) if self.files.lora else None,
-                "rank": self.files.rank,
-                "gamma": self.files.gamma,
-            }
-            found["memory"] = {
-                "blocks": list(self.memory.blocks),
-                "cache_per_block": self.memory.cache,
-                "output": self.memory.output,
-                "compute": self.memory.compute,
-                "total": self.memory.total,
-            }
-        return found
+    def on_ready(found: dict[str, Any]) -> None:  # now, not when the user has closed it
+        write_record(record | {"command": words} | found, options)
 
-    def print_findings(self) -> None:
-        carried = self.kobold.libraries
-        print(f"KoboldCpp  {self.kobold.version or 'of unknown version'}, {self.kobold.path}")
-        print(f"libraries  {'cannot be told' if carried is None else ', '.join(sorted(carried)) or 'none'}")
-        for gpu in self.machine.gpus:
-            print(f"GPU        {gpu.name} ({gpu.kind}, by {gpu.source}), {_memory_text(gpu.total, gpu.free)}")
-        print(f"memory     {_memory_text(self.machine.memory, self.machine.available)}")
-        if self.files is not None:
-            print(f"model      {self.files.model} ({self.files.how})")
-            if self.files.lora is None:
-                print("Θ          none: this is a plain model")
-            else:
-                size = format_bytes(sum(self.files.lora_bytes.values()))
-                print(f"Θ          {self.files.lora} ({size}, rank {self.files.rank}, gamma {self.files.gamma:g})")
-        print()
-        print(choice_table(self.choices))
-        print()
-
-    def pick(self) -> Choice:
-        """The best one, or the one asked for. Raises NKATError when that cannot be."""
-        asked = self.options.backend
-        if asked == "auto":
-            check_usable(self.choices)
-            return self.choices[0]
-        choice = next(choice for choice in self.choices if choice.backend == asked)
-        if choice.lacks == "program":
-            hint = advice(choice, self.kobold) if choice.libraries else "see --list"
-            raise NKATError(f"--backend {asked}: {choice.reason}; {hint}")
-        if choice.lacks == "device":
-            note(f"warning: {asked}: {choice.reason}; trying it because you asked for it")
-        if choice.layers is None:
-            raise NKATError(
-                f"--backend {asked}: how many layers fit cannot be told ({choice.reason}); give --gpulayers N"
-            )
-        return choice
-
-    def print_layers(self, choice: Choice) -> None:
-        """The arithmetic behind the number of layers, and warnings about what will not go well."""
-        assert self.memory is not None
-        if choice.backend in ON_GPU and choice.device is not None and choice.layers is not None:
-            free = free_bytes(choice.device)
-            print(layer_table(self.memory, choice.layers, choice.device.name, free))
-            print()
-            if choice.layers and gpu_bytes(self.memory, choice.layers) > free:
-                note(f"warning: {choice.layers} layers need more than is free on {choice.device.name}")
-        elif self.memory.total > self.machine.available:
-            note(
-                f"warning: the model needs {format_bytes(self.memory.total)} but only "
-                f"{format_bytes(self.machine.available)} of memory are free"
-            )
-        if choice.backend not in ON_GPU and self.options.gpulayers:
-            note(f"note: {choice.backend} runs on the processor, so --gpulayers has no meaning")
-        if not is_private(self.options.host):
-            note(
-                f"warning: --host {self.options.host or '(empty)'}: everybody in your network can use this KoboldCpp; "
-                "-- --password WORD asks them for a password"
-            )
-
-    def config(self, choice: Choice) -> dict[str, Any]:
-        assert self.files is not None
-        return config(self.kobold, choice, self.files, self.settings)
-
-    def save(self, values: dict[str, Any], words: list[str]) -> None:
-        if self.options.extra:
-            values = config_with_extra(self.kobold, words)
-        write_config(self.options.save_config, values, self.options.force)
-        line = shell_line([*self.kobold.prefix(), "--config", str(self.options.save_config)])
-        note(f"wrote {self.options.save_config}; load it with: {line}")
-
-    def launch(self, choice: Choice, words: list[str]) -> dict[str, Any]:
-        """Starts KoboldCpp, says where it is and what it loaded, and stays until it ends."""
-        options = self.options
-        url = base_url(options.host, options.port, "--ssl" in options.extra)
-        check_port(options.host, options.port)
-        with running(words) as process:
-            name = wait_until_ready(process, url, options.timeout, self.checker(choice))
-            if name:
-                self.check_devices(choice, process)
-                found = self.report_ready(choice, process, name, url)
-                if options.json:  # now, not when the user has closed it
-                    write_json(self.describe() | {"command": words} | found, options.json, options.force)
-                    options.json = None
-                process.on_line = note
-            status = process.wait()
-        if process.signalled is not None:
-            self.status = 128 + process.signalled
-        elif status != 0:
-            raise process.failure(f"KoboldCpp ended with status {status}")
-        return {}
-
-    def checker(self, choice: Choice) -> Callable[[Loaded], None]:
-        hint = advice(choice, self.kobold)
-
-        def check(loaded: Loaded) -> None:
-            check_loaded(loaded, choice.libraries, choice.backend, hint)
-
-        return check
-
-    def check_devices(self, choice: Choice, process: KoboldProcess) -> None:
-        """The library is the right one; did it find the GPU, and the adapter its way into the model?"""
-        loaded = process.loaded
-        assert self.files is not None
-        if self.files.lora is not None and not process.told(lambda loaded: loaded.adapter_tensors is not None):
-            raise process.failure("KoboldCpp did not load the adapter: its log has no line about it")
-        told = choice.backend in ("cuda", "vulkan") and loaded.buffers
-        if told and choice.layers and not loaded.gpu_megabytes:
-            raise NKATError(
-                f"asked for {choice.layers} layers by {choice.backend}, but KoboldCpp put all weights into main "
-                "memory: it found no device it can use; update the graphics driver, or take --backend cpu"
-            )
-
-    def report_ready(self, choice: Choice, process: KoboldProcess, name: str, url: str) -> dict[str, Any]:
-        loaded = process.loaded
-        where = ", ".join(f"{device} {size:.0f} MiB" for device, size in loaded.buffers.items())
-        adapter = f"; adapter of {loaded.adapter_tensors} tensors" if loaded.adapter_tensors is not None else ""
-        library = f"koboldcpp_{loaded.library} really loaded"
-        if loaded.library is None:
-            library = "KoboldCpp does not say which library it loaded"
-        print(f"backend    {choice.backend}: {library}; {where}{adapter}")
-        print(f"ready      {name} at {url}", flush=True)
-        note("Ctrl-C ends it; what follows is KoboldCpp's own log")
-        return {"url": url, "name": name, "pid": process.child.pid, "loaded": asdict(loaded)}
-
-    def benchmark(self) -> dict[str, Any]:
-        """Every usable backend and split, with and without the adapter; the fastest with it becomes the default."""
-        assert self.files is not None
-        wanted = [c for c in self.choices if c.lacks is None and self.options.backend in ("auto", c.backend)]
-        rows, results = [], []
-        measured: list[tuple[Choice, Speed]] = []
-        arms = {"": self.files}
-        if self.files.lora is not None:
-            arms = {"with Θ": self.files, "without": replace(self.files, lora=None)}
-        for split in [split for choice in wanted or [self.pick()] for split in splits(choice)]:
-            label = split.backend if split.all_layers is None else f"{split.backend}, {split.layers} layers"
-            for arm, files in arms.items():
-                words = command(self.kobold, config(self.kobold, split, files, self.settings), self.options.extra)
-                try:
-                    speed = measure(words, f"{label} {arm}".strip(), self.options.timeout, self.checker(split))
-                except NKATError as error:
-                    note(f"warning: {label}: {error}")
-                    break
-                rows.append([label, arm, f"{speed.processing:.1f}", f"{speed.generation:.1f}"])
-                results.append({"backend": split.backend, "layers": split.layers, "arm": arm} | asdict(speed))
-                if files is self.files:
-                    measured.append((split, speed))
-        choice, speed = fastest(measured)
-        path = remember(self.kobold, self.files, choice, speed, self.config(choice))
-        print(format_table(rows, ["backend", "Θ", "processing tok/s", "generation tok/s"]))
-        print(f"\nfastest: {choice.backend}, now this model's default at --contextsize {speed.context}")
-        print(f"load it with: {shell_line([*self.kobold.prefix(), '--config', str(path)])}")
-        if self.options.save_config is not None:
-            values = self.config(choice)
-            self.save(values, command(self.kobold, values, self.options.extra))
-        return {"benchmark": results, "fastest": asdict(choice), "default_config": str(path)}
+    ended = launch_kobold(words, choice, kobold, model.files.lora is not None, options, on_ready)
+    return Outcome(None if ended.was_ready else chosen, ended.status)
 
 
-def _memory_text(total: int, free: int | None) -> str:
-    return f"{format_bytes(total)}, {'free: not told' if free is None else f'{format_bytes(free)} free'}"
+def pick_choice(findings: Findings, asked: str) -> Choice:
+    """The best one, or the one asked for by its name. Raises NKATError when that cannot be."""
+    if asked == AUTO:
+        check_usable(findings.choices)
+        return findings.choices[0]
+    choice = next(choice for choice in findings.choices if choice.backend.name == asked)
+    if choice.lacks == "program":
+        hint = advice(choice, findings.kobold) if choice.libraries else "see --list"
+        raise NKATError(f"--backend {asked}: {choice.reason}; {hint}")
+    if choice.lacks == "device":
+        note(f"warning: {asked}: {choice.reason}; trying it because you asked for it")
+    if choice.layers is None:
+        raise NKATError(f"--backend {asked}: how many layers fit cannot be told ({choice.reason}); give --gpulayers N")
+    return choice
+
+
+def run_benchmark(options: KoboldOptions, findings: Findings, model: Model) -> dict[str, Any]:
+    """Every usable backend and split, with and without the adapter; the fastest with it becomes the default."""
+    kobold, settings = findings.kobold, settings_from(options, findings)
+    usable = [choice for choice in findings.choices if choice.lacks is None]
+    wanted = [choice for choice in usable if options.backend in (AUTO, choice.backend.name)]
+    wanted = wanted or [pick_choice(findings, options.backend)]
+    measured = measure_choices(wanted, model.files, kobold, settings, options.extra, options.timeout)
+    choice, speed = fastest(as_run(measured))
+    values = kobold_settings(kobold, choice, model.files, settings)
+    path = remember_fastest(kobold, model.files, choice, speed, values)
+    print(speed_table(measured))
+    print(f"\nfastest: {choice.backend.name}, now this model's default at --contextsize {speed.context}")
+    print(f"load it with: {config_line(kobold, path)}")
+    if options.save_config is not None:
+        save_config(options.save_config, values, kobold_command(kobold, values, options.extra), kobold, options)
+    records = [item.record() for item in measured]
+    return {"benchmark": records, "fastest": choice.record(), "default_config": str(path)}
+
+
+def settings_from(options: KoboldOptions, findings: Findings) -> Settings:
+    """KoboldCpp's settings that do not depend on the backend."""
+    return Settings(options.contextsize, options.threads or findings.machine.cores, options.host, options.port)
+
+
+def save_config(
+    path: Path, values: dict[str, Any], command: Sequence[str], kobold: Kobold, options: KoboldOptions
+) -> None:
+    """Writes the settings to a `.kcpps`, with the user's own flags among them."""
+    if options.extra:
+        values = config_with_extra(kobold, command)
+    write_config(path, values, options.force)
+    note(f"wrote {path}; load it with: {config_line(kobold, path)}")
+
+
+def config_line(kobold: Kobold, path: Path) -> str:
+    """The command that runs KoboldCpp with the settings of a file."""
+    return shell_line([*kobold.prefix(), "--config", str(path)])
+
+
+def write_record(record: dict[str, Any], options: KoboldOptions) -> None:
+    """Writes what --json asked for."""
+    if options.json:
+        write_json(record, options.json, options.force)

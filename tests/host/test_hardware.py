@@ -34,7 +34,7 @@ def test_features_agree_with_torch() -> None:
 
 def test_cores_and_memory_are_possible(tmp_path: Path) -> None:
     assert 1 <= hardware.physical_cores() <= (psutil.cpu_count() or 1)
-    total, available = hardware.memory()
+    total, available = hardware.total_and_free_memory()
     assert 0 < available <= total
     assert hardware.disk_free(tmp_path / "not" / "yet") == pytest.approx(psutil.disk_usage(str(tmp_path)).free, rel=0.1)
 

@@ -11,12 +11,12 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.host.hardware import Gpu
-from nkat.kobold import choose as kobold_module
-from nkat.kobold.choose import Choice, Machine, advice, choices, free_bytes, look, prefer
-from nkat.kobold.command import Settings, check_extra, command, config, shell_line
+from nkat.kobold.choose import Choice, advice, choices, prefer
+from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings, shell_line
 from nkat.kobold.files import RunFiles
 from nkat.kobold.find import Kobold
 from nkat.kobold.layers import ModelMemory
+from nkat.kobold.machine import Machine, free_bytes, look_at_machine
 
 GIB = 1 << 30
 OLD = Kobold(
@@ -70,11 +70,11 @@ def machine(*gpus: Gpu, old_cpu: bool = False, features: tuple[str, ...] = ("avx
 
 
 def order(found: list[Choice]) -> list[str]:
-    return [choice.backend for choice in found if choice.lacks is None]
+    return [choice.backend.name for choice in found if choice.lacks is None]
 
 
 def pick(backend: str, found: list[Choice]) -> Choice:
-    return next(choice for choice in found if choice.backend == backend)
+    return next(choice for choice in found if choice.backend.name == backend)
 
 
 def test_best_first() -> None:
@@ -90,7 +90,7 @@ def test_best_first() -> None:
 
 def test_layers_come_from_free_memory() -> None:
     whole = choices(NEW, machine(RTX), SEVEN_B)[0]
-    assert (whole.backend, whole.layers, whole.all_layers) == ("cuda", 33, 33)
+    assert (whole.backend.name, whole.layers, whole.all_layers) == ("cuda", 33, 33)
     assert "9.7 GB free: holds all of it" in whole.reason
     part = choices(NEW, machine(replace(RTX, free=3 * GIB)), SEVEN_B)[0]
     assert 10 < part.layers < 20
@@ -99,6 +99,17 @@ def test_layers_come_from_free_memory() -> None:
     assert choices(NEW, machine(RTX), SEVEN_B, layers=99)[0].layers == 33
     assert choices(NEW, machine(RTX), None)[0].layers is None
     assert free_bytes(IRIS) == int(0.8 * 8 * GIB)
+
+
+def test_records_keep_their_keys_and_ranks() -> None:
+    """Rank: the GPUs' backends, the processor, a GPU without room, one that shares memory, and what is left."""
+    ranks = {choice.backend.name: choice.rank for choice in choices(NEW, machine(RTX, RADEON), SEVEN_B)}
+    assert ranks == {"cuda": 0, "vulkan": 1, "clblast": 2, "cpu": 3, "failsafe": 6}
+    assert pick("cuda", choices(NEW, machine(replace(RTX, free=GIB)), SEVEN_B)).rank == 4
+    shared = pick("vulkan", choices(NEW, machine(IRIS), SEVEN_B)).record()
+    keys = ["backend", "rank", "lacks", "reason", "libraries", "old_cpu", "device", "layers", "all_layers", "speed"]
+    assert (list(shared), shared["rank"], shared["device"]["name"]) == (keys, 5, "Intel Iris Xe")
+    assert json.loads(json.dumps(shared))["backend"] == "vulkan"
 
 
 def test_the_card_with_most_free_memory_is_taken() -> None:
@@ -136,11 +147,11 @@ def test_processors_without_avx2() -> None:
     assert pick("cpu", found).libraries == ("noavx2",)
     assert pick("vulkan", found).libraries == ("vulkan_noavx2",)
     assert pick("cuda", found).lacks == "program"
-    assert config(NEW, pick("cpu", found), FILES, SETTINGS)["noavx2"] is True
-    assert config(NEW, pick("vulkan", found), FILES, SETTINGS)["noavx2"] is True
+    assert kobold_settings(NEW, pick("cpu", found), FILES, SETTINGS)["noavx2"] is True
+    assert kobold_settings(NEW, pick("vulkan", found), FILES, SETTINGS)["noavx2"] is True
     oldpc = replace(NEW, libraries=frozenset({"noavx2", "cublas"}))
     assert order(choices(oldpc, old, SEVEN_B)) == ["cuda", "cpu"]
-    assert "noavx2" not in config(oldpc, choices(oldpc, old, SEVEN_B)[0], FILES, SETTINGS)
+    assert "noavx2" not in kobold_settings(oldpc, choices(oldpc, old, SEVEN_B)[0], FILES, SETTINGS)
     ancient = choices(NEW, machine(old_cpu=True, features=()), SEVEN_B)
     assert order(ancient) == ["failsafe"]
 
@@ -158,7 +169,7 @@ def test_processors_without_avx2() -> None:
     ],
 )
 def test_settings_by_version(kobold: Kobold, backend: str, expected: dict) -> None:
-    found = config(kobold, pick(backend, choices(kobold, machine(RTX, RADEON), SEVEN_B)), FILES, SETTINGS)
+    found = kobold_settings(kobold, pick(backend, choices(kobold, machine(RTX, RADEON), SEVEN_B)), FILES, SETTINGS)
     common = {"model_param": "/m/base model.gguf", "lora": ["/c/theta.gguf"], "contextsize": 2048, "threads": 8}
     assert {key: value if key not in ("model_param", "lora") else common[key] for key, value in found.items()} == {
         **common,
@@ -170,14 +181,14 @@ def test_settings_by_version(kobold: Kobold, backend: str, expected: dict) -> No
 
 
 def test_the_command_is_the_settings() -> None:
-    values = config(OLD, pick("cuda", choices(OLD, machine(RTX), SEVEN_B)), FILES, SETTINGS)
-    words = command(OLD, values, ["--quiet"])
+    values = kobold_settings(OLD, pick("cuda", choices(OLD, machine(RTX), SEVEN_B)), FILES, SETTINGS)
+    words = kobold_command(OLD, values, ["--quiet"])
     text = " ".join(words[2:])
     assert "--usecublas normal 1 mmq --gpulayers 33 --contextsize 2048 --threads 8" in text
     assert text.endswith("--host 127.0.0.1 --port 5001 --quiet")
     assert words[words.index("--model") + 1].endswith("base model.gguf")
-    cpu = config(NEW, pick("cpu", choices(NEW, machine(), None)), replace(FILES, lora=None), SETTINGS)
-    words = command(NEW, cpu)
+    cpu = kobold_settings(NEW, pick("cpu", choices(NEW, machine(), None)), replace(FILES, lora=None), SETTINGS)
+    words = kobold_command(NEW, cpu)
     assert "--lora" not in words
     assert words[words.index("--usecpu") + 1] == "--gpulayers"
 
@@ -185,7 +196,7 @@ def test_the_command_is_the_settings() -> None:
 def test_what_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["/home/me/my koboldcpp", "--model", "it's.gguf", "$HOME", "a&b"]
     assert shlex.split(shell_line(words)) == words
-    monkeypatch.setattr(kobold_module.sys, "platform", "win32")
+    monkeypatch.setattr("nkat.kobold.command.sys.platform", "win32")
     assert shell_line(["C:\\my k\\k.exe", "--model", "C:\\a b.gguf"]) == '"C:\\my k\\k.exe" --model "C:\\a b.gguf"'
 
 
@@ -199,7 +210,7 @@ def test_own_flags_are_refused_behind_the_dashes() -> None:
 def test_what_was_measured_comes_first() -> None:
     found = choices(NEW, machine(RTX, RADEON), SEVEN_B)
     first = prefer(found, "vulkan", 20, 44.4)[0]
-    assert (first.backend, first.layers, first.speed) == ("vulkan", 20, 44.4)
+    assert (first.backend.name, first.layers, first.speed) == ("vulkan", 20, 44.4)
     assert "44.4 tokens/s" in first.reason
     assert len(prefer(found, "vulkan", 20, 44.4)) == len(found)
     assert prefer(found, "clblast", 20, 44.4) == found  # no longer usable: the record is of no use
@@ -212,7 +223,7 @@ def test_advice() -> None:
 
 
 def test_this_machine() -> None:
-    found = look()
+    found = look_at_machine()
     assert found.cores >= 1
     assert bool([gpu for gpu in found.gpus if gpu.interface == "cuda"]) == (found.no_cuda is None)
     assert order(choices(replace(NEW, libraries=None), found, None))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nkat.errors import NKATError
-from nkat.kobold.files import kobold_cache, model_key, prepare
+from nkat.kobold.files import kobold_cache, model_key, prepare_files
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
@@ -44,14 +44,14 @@ def test_a_base_beside_it_is_found_by_its_hash(script, base: Path, tmp_path: Pat
     other = write_tiny_model(base.parent / "a-other.gguf", "llama", seed=1, qtype=gguf.GGMLQuantizationType.Q8_0)
     assert other.stat().st_size == base.stat().st_size  # the size alone does not tell them apart
     (base.parent / "a-broken.gguf").write_bytes(b"GGUF")
-    files = prepare(nkat, None, None)
+    files = prepare_files(nkat, None, None)
     assert files.model == base
     assert "by its hash" in files.how
     assert (files.rank, files.gamma) == (4, 0.97)
     assert files.lora is not None
     assert written() == {files.lora.name}
     base.unlink()
-    assert prepare(nkat, None, None).how == "extracted"
+    assert prepare_files(nkat, None, None).how == "extracted"
 
 
 def test_the_optimisers_record_says_where(script, base: Path, tmp_path: Path) -> None:
@@ -59,52 +59,52 @@ def test_the_optimisers_record_says_where(script, base: Path, tmp_path: Path) ->
     record = tmp_path / "best.json"
     sha256 = open_model_file(nkat).theta.base_sha256
     record.write_text(json.dumps({"model": str(base), "model_sha256": sha256}))
-    assert prepare(nkat, None, None).model == base
+    assert prepare_files(nkat, None, None).model == base
     for text in (json.dumps({"model": str(base), "model_sha256": "other"}), "[1]", "no json"):
         record.write_text(text)
-        assert prepare(nkat, None, None).how == "extracted"
+        assert prepare_files(nkat, None, None).how == "extracted"
 
 
 def test_extraction_gives_the_base_back_and_happens_once(script, base: Path, tmp_path: Path) -> None:
     nkat = convert(script, base, tmp_path / "m.nkat")
-    files = prepare(nkat, None, None)
+    files = prepare_files(nkat, None, None)
     assert files.how == "extracted"
     assert files.model.parent == kobold_cache()
     assert files.model.read_bytes() == base.read_bytes()
     stamp = files.model.stat().st_mtime_ns
-    assert prepare(nkat, None, None) == files
+    assert prepare_files(nkat, None, None) == files
     assert files.model.stat().st_mtime_ns == stamp
     files.model.write_bytes(b"cut short")
-    assert prepare(nkat, None, None).model.read_bytes() == base.read_bytes()
+    assert prepare_files(nkat, None, None).model.read_bytes() == base.read_bytes()
 
 
 def test_appended_is_its_own_base(script, base: Path, tmp_path: Path) -> None:
     nkat = convert(script, base, tmp_path / "m.nkat", "--layout", "appended")
-    files = prepare(nkat, None, None)
+    files = prepare_files(nkat, None, None)
     assert files.model == nkat
     assert files.lora is not None
     # and a base for others: Θ behind a model does not change the model
     base.unlink()
     theta = convert(script, nkat, tmp_path / "theta.bin", "--theta-only")
-    assert prepare(theta, None, None).model == nkat
+    assert prepare_files(theta, None, None).model == nkat
 
 
 def test_base_and_theta_file(script, base: Path, tmp_path: Path) -> None:
     theta = convert(script, base, tmp_path / "theta_rank4.bin", "--theta-only")
-    files = prepare(base, theta, None)
+    files = prepare_files(base, theta, None)
     assert (files.model, files.how) == (base, "the file itself")
-    whole = prepare(convert(script, base, tmp_path / "m.nkat"), None, base)
+    whole = prepare_files(convert(script, base, tmp_path / "m.nkat"), None, base)
     assert files.lora == whole.lora  # the same Θ, the same adapter
     with pytest.raises(NKATError, match="name it with --base"):
-        prepare(theta, None, None)
-    assert prepare(theta, None, base).model == base
+        prepare_files(theta, None, None)
+    assert prepare_files(theta, None, base).model == base
     other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1)
     with pytest.raises(NKATError, match="was made for another model"):
-        prepare(other, theta, None)
+        prepare_files(other, theta, None)
 
 
 def test_plain_model_has_no_adapter(base: Path) -> None:
-    files = prepare(base, None, None)
+    files = prepare_files(base, None, None)
     assert (files.model, files.lora, files.lora_bytes) == (base, None, {})
     assert written() == set()
 
@@ -113,18 +113,18 @@ def test_the_wrong_base_is_refused(script, base: Path, tmp_path: Path) -> None:
     nkat = convert(script, base, tmp_path / "m.nkat")
     other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1, qtype=gguf.GGMLQuantizationType.Q8_0)
     with pytest.raises(NKATError, match="is not the model this Θ was made for"):
-        prepare(nkat, None, other)
+        prepare_files(nkat, None, other)
     with pytest.raises(NKATError, match="cannot load it"):
-        prepare(nkat, None, nkat)
+        prepare_files(nkat, None, nkat)
 
 
 def test_adapter_is_written_once_and_depends_on_theta(script, base: Path, tmp_path: Path) -> None:
-    first = prepare(convert(script, base, tmp_path / "a.nkat"), None, base)
+    first = prepare_files(convert(script, base, tmp_path / "a.nkat"), None, base)
     stamp = first.lora.stat().st_mtime_ns
-    assert prepare(convert(script, base, tmp_path / "again.nkat"), None, base).lora == first.lora
+    assert prepare_files(convert(script, base, tmp_path / "again.nkat"), None, base).lora == first.lora
     assert first.lora.stat().st_mtime_ns == stamp
     for number, change in enumerate((("--theta-gamma", 0.9), ("--theta-rank", 2), ("--target-size", 32))):
-        other = prepare(convert(script, base, tmp_path / f"b{number}.nkat", *change), None, base)
+        other = prepare_files(convert(script, base, tmp_path / f"b{number}.nkat", *change), None, base)
         assert other.lora != first.lora
     assert len(written()) == 4
     model = open_model_file(tmp_path / "a.nkat")
@@ -138,10 +138,10 @@ def test_adapter_is_written_once_and_depends_on_theta(script, base: Path, tmp_pa
 
 
 def test_results_belong_to_model_and_theta(script, base: Path, tmp_path: Path) -> None:
-    plain = prepare(base, None, None)
-    weak = prepare(convert(script, base, tmp_path / "a.nkat"), None, base)
-    strong = prepare(convert(script, base, tmp_path / "b.nkat", "--theta-gamma", 0.9), None, base)
+    plain = prepare_files(base, None, None)
+    weak = prepare_files(convert(script, base, tmp_path / "a.nkat"), None, base)
+    strong = prepare_files(convert(script, base, tmp_path / "b.nkat", "--theta-gamma", 0.9), None, base)
     moved = shutil.copy(tmp_path / "a.nkat", tmp_path / "c.nkat")
-    keys = [model_key(files) for files in (plain, weak, strong, prepare(Path(moved), None, base))]
+    keys = [model_key(files) for files in (plain, weak, strong, prepare_files(Path(moved), None, base))]
     assert len(set(keys)) == 3
     assert keys[1] == keys[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.kobold import find as kobold_find
-from nkat.kobold.find import find, libraries_in_program, parse_help, probe, programs_in
+from nkat.kobold.find import find_kobold, libraries_in_program, parse_help, probe_kobold, programs_in
 from tests.support.fake_koboldcpp import NEW, OLD, archive, install, install_program
 
 posix = pytest.mark.skipif(os.name == "nt", reason="the stand-in for a one-file program is a shell script")
@@ -56,7 +57,7 @@ def test_flags_are_those_of_option_lines_only() -> None:
 @pytest.mark.parametrize(("version", "cuda"), [(OLD, "--usecublas"), (NEW, "--usecuda")])
 def test_source_folder(tmp_path: Path, version: str, cuda: str) -> None:
     install(tmp_path, version, ("default", "cublas"))
-    kobold = probe(find(tmp_path))
+    kobold = probe_kobold(find_kobold(tmp_path))
     assert (kobold.version, kobold.is_source, kobold.libraries) == (version, True, {"default", "cublas"})
     assert kobold.flag("--usecuda", "--usecublas") == cuda
     assert ("--useclblast" in kobold.flags) == (version == OLD)
@@ -67,20 +68,33 @@ def test_source_folder(tmp_path: Path, version: str, cuda: str) -> None:
 @posix
 def test_one_file_program(alone: Path, tmp_path: Path) -> None:
     path = install_program(alone / "koboldcpp-linux-x64", NEW, ("default", "vulkan_noavx2"))
-    kobold = probe(find(None))
+    kobold = probe_kobold(find_kobold(None))
     assert (kobold.path, kobold.version, kobold.is_source) == (path.resolve(), NEW, False)
     assert kobold.libraries == {"default", "vulkan_noavx2"}
     # The answer is remembered until the file changes: this one can no longer answer.
     (alone / ".koboldcpp-linux-x64-unpacked" / "koboldcpp.py").unlink()
-    assert probe(path) == kobold
+    assert probe_kobold(path) == kobold
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(NKATError, match="is not a KoboldCpp that runs here"):
-        probe(path)
+        probe_kobold(path)
+
+
+@posix
+@pytest.mark.parametrize("answer", [5, {}, {"version": NEW, "flags": None, "libraries": None}])
+def test_a_damaged_memory_is_asked_again(alone: Path, tmp_path: Path, answer: object) -> None:
+    path = install_program(alone / "koboldcpp", NEW)
+    kobold = probe_kobold(path)
+    memory = tmp_path / "cache" / "kobold" / "programs.json"
+    (key,) = json.loads(memory.read_text())
+    memory.write_text(json.dumps({key: answer, "another": answer}))
+    assert probe_kobold(path) == kobold
+    assert json.loads(memory.read_text())[key]["version"] == NEW
+    assert json.loads(memory.read_text())["another"] == answer
 
 
 @posix
 def test_asking_without_remembering_leaves_the_cache_alone(alone: Path, tmp_path: Path) -> None:
-    probe(install_program(alone / "koboldcpp", NEW), remember=False)
+    probe_kobold(install_program(alone / "koboldcpp", NEW), remember=False)
     assert not (tmp_path / "cache").exists()
 
 
@@ -106,29 +120,29 @@ def test_table_of_contents(tmp_path: Path) -> None:
 
 def test_order_of_places(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NKATError, match=r"no KoboldCpp found .* download it with: curl"):
-        find(None)
+        find_kobold(None)
     at_home = install(tmp_path / "home" / "koboldcpp", OLD)
-    assert find(None) == at_home
+    assert find_kobold(None) == at_home
     here = install(alone / "koboldcpp", NEW)
-    assert find(None) == here
+    assert find_kobold(None) == here
     other = install(tmp_path / "other", NEW)
     monkeypatch.setenv("KOBOLDCPP", str(tmp_path / "other"))
-    assert find(None) == other
-    assert find(here) == here
+    assert find_kobold(None) == other
+    assert find_kobold(here) == here
 
 
 def test_what_was_named_must_be_one(alone: Path, tmp_path: Path) -> None:
     with pytest.raises(NKATError, match="no such file"):
-        find(tmp_path / "nowhere")
+        find_kobold(tmp_path / "nowhere")
     with pytest.raises(NKATError, match="no KoboldCpp in this folder"):
-        find(alone)
+        find_kobold(alone)
     text = alone / "koboldcpp.txt"
     text.write_text("not a program")
     assert list(programs_in(alone)) == []
     broken = tmp_path / "koboldcpp.py"
     broken.write_text("raise SystemExit('it is broken')")
     with pytest.raises(NKATError, match="status 1, it is broken"):
-        probe(find(broken))
+        probe_kobold(find_kobold(broken))
 
 
 @posix
@@ -137,4 +151,4 @@ def test_a_download_without_the_right_to_run(alone: Path) -> None:
     path.write_text("#!/bin/sh\n")
     path.chmod(0o644)
     with pytest.raises(NKATError, match=r"chmod \+x"):
-        find(path)
+        find_kobold(path)

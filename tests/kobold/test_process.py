@@ -17,7 +17,8 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.kobold.api import base_url, check_port, is_private, post
-from nkat.kobold.benchmark import Speed, fastest, measure, read_result, splits
+from nkat.kobold.backends import CPU, VULKAN, Place
+from nkat.kobold.benchmark import Speed, fastest, layer_splits, measure_speed, read_result
 from nkat.kobold.choose import Choice
 from nkat.kobold.guard import Guard
 from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
@@ -261,9 +262,10 @@ def test_a_second_signal_ends_what_ignores_the_first(command, port: int) -> None
 
 PARENT = """
 import sys, time
-from nkat.kobold import guard as kobold_guard
-from nkat.kobold.process import running, wait_until_ready, base_url
-kobold_guard._GRACE_SECONDS = 1.0
+from nkat.kobold import guard
+from nkat.kobold.api import base_url
+from nkat.kobold.process import running, wait_until_ready
+guard._GRACE_SECONDS = 1.0
 with running(sys.argv[2:]) as process:
     wait_until_ready(process, base_url("127.0.0.1", int(sys.argv[1])), 120, lambda loaded: None)
     print("ready", flush=True)
@@ -313,7 +315,7 @@ def test_the_guard_ends_with_its_block() -> None:
 
 
 def test_benchmark_is_read(command) -> None:
-    speed = measure(command(NEW, "--contextsize", "512"), "cpu", SECONDS, accept)
+    speed = measure_speed(command(NEW, "--contextsize", "512"), "cpu", SECONDS, accept)
     assert speed == Speed(processing=100.0, generation=20.0, seconds=pytest.approx(9.12), context=512, generated=100)
     assert read_result(["ProcessingSpeed: 30.50T/s", "GenerationSpeed: 49.88T/s"]) is None
 
@@ -322,14 +324,14 @@ def test_benchmark_that_fails(tmp_path: Path, command) -> None:
     words = command(OLD)
     write_tiny_model(tmp_path / "m.gguf", "gemma3")
     with pytest.raises(NKATError, match=r"gave no figures.*unknown model architecture"):
-        measure(words, "cpu", SECONDS, accept)
+        measure_speed(words, "cpu", SECONDS, accept)
 
 
 def test_splits_and_the_fastest() -> None:
-    gpu = Choice("vulkan", 1, None, "", ("vulkan",), layers=31, all_layers=31)
-    cpu = Choice("cpu", 3, None, "", ("default",))
-    assert [choice.layers for choice in splits(gpu)] == [31, 15, 0]
-    assert splits(cpu) == [cpu]
+    gpu = Choice(VULKAN, Place.GPU, None, "", ("vulkan",), layers=31, all_layers=31)
+    cpu = Choice(CPU, Place.CPU, None, "", ("default",))
+    assert [choice.layers for choice in layer_splits(gpu)] == [31, 15, 0]
+    assert layer_splits(cpu) == [cpu]
     measured = [
         (choice, Speed(processing, generation, 1.0, 512, 100))
         for choice, processing, generation in ((cpu, 900, 40.0), (gpu, 100, 49.0), (cpu, 200, 50.0), (gpu, 50, 50.1))

@@ -1,6 +1,6 @@
 """`backend_selector.py` as a user runs it, with stand-ins for KoboldCpp and, where KOBOLDCPP names one, a real one.
 
-KOBOLDCPP=~/koboldcpp python -m pytest tests/test_backend_selector.py
+KOBOLDCPP=~/koboldcpp python -m pytest tests/kobold/test_session.py
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import dequantize, packed_tensor
 from nkat.kobold.api import base_url, post
+from nkat.kobold.backends import CPU, Place
 from nkat.kobold.choose import Choice
 from nkat.kobold.menu import ask_backend, ask_model
 from nkat.lm.load import load_model
@@ -318,7 +319,7 @@ def test_menu_enter_starts_the_first(user: Path, nkat: Path, port: int) -> None:
 
 
 def test_q_and_the_end_of_input_leave_the_menus(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
-    cpu = Choice("cpu", 3, None, "", ("default",))
+    cpu = Choice(CPU, Place.CPU, None, "", ("default",))
 
     def nothing_more(_: str) -> str:
         raise EOFError
@@ -497,7 +498,7 @@ def check_greedy(script, launch, tmp_path: Path, model: Path, port: int, prompt:
 def our_greedy(model: Path, theta: Path | None, prompt: list[int], count: int) -> tuple[list[str], list[float]]:
     """The text after 1, 2, … tokens, and the distance between the two best logits at each."""
     thetas = open_model_file(theta).theta if theta else None
-    loaded = load_model(model, thetas=thetas.thetas if thetas else None, gamma=thetas.gamma if thetas else None)
+    loaded = load_model(model, thetas=thetas.layers if thetas else None, gamma=thetas.gamma if thetas else None)
     decoder = make_decoder(loaded.model, len(prompt) + count)
     ids, texts, margins = list(prompt), [], []
     start = loaded.tokenizer.decode(ids)

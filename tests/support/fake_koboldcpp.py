@@ -2,7 +2,7 @@
 
 Copied as `koboldcpp.py` into a folder it is the source form; `install` makes such folders, and one-file programs with
 PyInstaller's table of contents. What it does differently in each version is what the real ones do (1.76, and 1.115.1 of
-the fork esobold), seen in their sources and logs. `tests/test_backend_selector.py` runs the same tests against a real
+the fork esobold), seen in their sources and logs. `tests/kobold/test_session.py` runs the same tests against a real
 one. Limits: the flags that matter here, one request at a time.
 
 A file `fake.json` beside it says which version it is and how it shall behave:

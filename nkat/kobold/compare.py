@@ -1,0 +1,76 @@
+"""Every way to run a model, measured with and without its Θ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nkat.errors import NKATError
+from nkat.host.console import format_table, note
+from nkat.kobold.benchmark import Speed, layer_splits, measure_speed
+from nkat.kobold.choose import Choice
+from nkat.kobold.command import Settings, kobold_command, kobold_settings
+from nkat.kobold.files import RunFiles
+from nkat.kobold.find import Kobold
+from nkat.kobold.launch import library_check
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One run of KoboldCpp's benchmark; arm: "with Θ", "without", or "" for a model that has none."""
+
+    choice: Choice
+    arm: str
+    speed: Speed
+
+    def record(self) -> dict[str, Any]:
+        """For --json."""
+        how = {"backend": self.choice.backend.name, "layers": self.choice.layers, "arm": self.arm}
+        return how | asdict(self.speed)
+
+
+def measure_choices(
+    wanted: Sequence[Choice],
+    files: RunFiles,
+    kobold: Kobold,
+    settings: Settings,
+    extra: Sequence[str],
+    seconds: float,
+) -> list[Measured]:
+    """Each choice and split, first as it would be run; one that fails is left out with a warning.
+
+    seconds: the most that one run may take
+    """
+    arms = {"": files} if files.lora is None else {"with Θ": files, "without": replace(files, lora=None)}
+    measured = []
+    for split in [split for choice in wanted for split in layer_splits(choice)]:
+        for arm, loaded in arms.items():
+            command = kobold_command(kobold, kobold_settings(kobold, split, loaded, settings), extra)
+            what = f"{_label(split)} {arm}".strip()
+            try:
+                speed = measure_speed(command, what, seconds, library_check(split, kobold))
+            except NKATError as error:
+                note(f"warning: {_label(split)}: {error}")
+                break
+            measured.append(Measured(split, arm, speed))
+    return measured
+
+
+def as_run(measured: Sequence[Measured]) -> list[tuple[Choice, Speed]]:
+    """Those of a model as it is run: with its Θ, where it has one."""
+    return [(item.choice, item.speed) for item in measured if item.arm != "without"]
+
+
+def speed_table(measured: Sequence[Measured]) -> str:
+    """For people: a row a run."""
+    rows = [
+        [_label(item.choice), item.arm, f"{item.speed.processing:.1f}", f"{item.speed.generation:.1f}"]
+        for item in measured
+    ]
+    return format_table(rows, ["backend", "Θ", "processing tok/s", "generation tok/s"])
+
+
+def _label(choice: Choice) -> str:
+    name = choice.backend.name
+    return name if choice.all_layers is None else f"{name}, {choice.layers} layers"
