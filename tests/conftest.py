@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nkat.models import cached
+from tests.support.isa import ISA_VARIABLE, restrict_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = Path(os.environ.get("NKAT_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -25,6 +26,8 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 
 def pytest_configure() -> None:
     """Some tests press Ctrl-C; a shell's background job, and every process it starts, would ignore that."""
+    if isa := os.environ.get(ISA_VARIABLE):
+        restrict_kernels(isa)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -27,6 +27,9 @@ from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.lm.linear import StarLinear
 from nkat.theta.algebra import Theta, low_rank_form, quantize_factors
 from tests.gguf.test_formats import HALVES, finite, random_rows
+from tests.support.isa import NEEDS
+
+pytestmark = pytest.mark.isa
 
 M, N = 40, 512  # two and a half tiles; two blocks of 256
 KAPPA = 0.0475
@@ -37,15 +40,12 @@ KAPPA = 0.0475
 INT8_TOLERANCE = dict.fromkeys(BLOCK_LAYOUTS, 1e-6) | {QType.Q2_K: 2e-6, QType.Q3_K: 2e-6, QType.Q6_K: 2e-6}
 EXACT_TOLERANCE = dict.fromkeys((*BLOCK_LAYOUTS, *FLOAT_TYPES), 3e-6)
 
-NEEDS = {"avx512-vnni": {"avx512vnni", "avx512bw"}, "avx-vnni": {"avxvnni"}, "avx2": {"avx2", "fma", "f16c"}}
 ISAS = [
     pytest.param(
         isa,
-        marks=pytest.mark.skipif(
-            not NEEDS.get(isa, set()) <= jit.llvm_host_features(), reason=f"this processor does not have {isa}"
-        ),
+        marks=pytest.mark.skipif(not needs <= jit.llvm_host_features(), reason=f"this processor does not have {isa}"),
     )
-    for isa in ("avx512-vnni", "avx-vnni", "avx2", "generic")
+    for isa, needs in NEEDS.items()
 ]
 every_format = pytest.mark.parametrize("qtype", BLOCK_LAYOUTS, ids=lambda qtype: qtype.name)
 

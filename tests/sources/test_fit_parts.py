@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nkat.errors import NKATError
+from nkat.gguf.formats import dequantize
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import load_model
 from nkat.measure.texts import Text, default_text
@@ -68,11 +69,14 @@ def test_divergence_from_itself_is_zero_and_only_then() -> None:
     assert float(vocabulary_loss(hidden, weight, None, Teacher(hidden.roll(1, 0), weight))) > 0.1  # control
 
 
-def star_linear(m: int, n: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> StarLinear:
+def star_linear(
+    m: int, n: int, dtype: torch.dtype = torch.float64, bias: bool = True, keep_dense: bool = False
+) -> StarLinear:
     values = gguf.quants.quantize(torch.randn(m, n).numpy(), gguf.GGMLQuantizationType.Q8_0)
     packed = torch.from_numpy(values).flatten()
     b = torch.randn(m) if bias else None
-    return StarLinear(packed, gguf.GGMLQuantizationType.Q8_0, (m, n), dtype=dtype, bias=b)
+    qtype = gguf.GGMLQuantizationType.Q8_0
+    return StarLinear(packed, qtype, (m, n), dtype=dtype, bias=b, keep_dense=keep_dense)
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 96)])
@@ -86,9 +90,40 @@ def test_a_rounded_layer_is_the_star_layer(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(fitted(x), layer(x), rtol=1e-5, atol=1e-6)
     fitted.mode.rounded = False
     assert not torch.allclose(fitted(x), layer(x), rtol=1e-5, atol=1e-6)  # control: the rounding is felt
-    fitted.mode.active = False
-    layer.set_gamma(None)
-    assert torch.equal(fitted(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep_dense", [False, True])
+@pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 96), (576, 576)])
+def test_an_inactive_fit_changes_no_bit(shape: tuple[int, int], keep_dense: bool, dtype: torch.dtype) -> None:
+    """A bias added after the product would: on AMD at any size, on Intel where BLAS splits sums (576), in bfloat16."""
+    layer = star_linear(*shape, dtype=dtype, keep_dense=keep_dense)
+    factors = (torch.randn(max(shape), 3), torch.randn(max(shape), 3))
+    fitted = FittedLinear(layer, factors, ThetaMode(active=False))
+    for rows in [(2, 5), (1, 1), (1, 64)]:  # each may take another kernel
+        x = torch.randn(*rows, shape[1], dtype=dtype)
+        expected = layer(x)
+        assert torch.equal(fitted(x), expected)
+        fitted.mode.active = True
+        assert not torch.equal(fitted(x), expected)  # control: active, it is another layer
+        fitted.mode.active = False
+        if dtype == torch.bfloat16:  # control: the order is felt, in so few bits everywhere
+            weight = dequantize(layer.packed, layer.qtype, shape).to(dtype)
+            assert not torch.equal(F.linear(x, weight) + layer.bias, expected)
+
+
+def test_a_model_under_an_inactive_fit_changes_no_bit(tmp_path: Path) -> None:
+    model = load_model(write_tiny_model(tmp_path / "m.gguf", "qwen2")).model  # whose attention has biases
+    layers = model.star_linears()
+    assert layers["blk.0.attn_q.weight"].bias is not None
+    tokens = torch.randint(40, (2, 9))
+    expected = model(tokens)
+    factors = {name: (torch.randn(max(w.shape), 2), torch.randn(max(w.shape), 2)) for name, w in layers.items()}
+    with fitted_layers(model, factors) as (_, mode):
+        mode.active = False
+        assert torch.equal(model(tokens), expected)
+        mode.active = True
+        assert not torch.allclose(model(tokens), expected, atol=0.1)  # control
 
 
 def test_gradients_are_those_of_the_dense_formula() -> None:

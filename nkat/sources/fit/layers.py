@@ -48,8 +48,6 @@ class FittedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
         y = _FrozenProduct.apply(x, self.layer)
-        if self.layer.bias is not None:
-            y = y + self.layer.bias
         if not self.mode.active:
             return y
         p, q = (_round_straight_through(f) for f in (self.p, self.q)) if self.mode.rounded else (self.p, self.q)
@@ -80,12 +78,16 @@ def fitted_layers(
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x Wᵀ with W dequantised in each direction and kept in neither, unless the layer keeps it anyway."""
+    """x Wᵀ + bias with W dequantised in each direction and kept in neither, unless the layer keeps it anyway.
+
+    The bias goes into the product, as in StarLinear: some BLAS kernels start their sums from it, and added afterwards
+    it would be rounded otherwise than there.
+    """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, layer: StarLinear) -> torch.Tensor:
         ctx.layer = layer
-        return F.linear(x, _weight(layer))
+        return F.linear(x, _weight(layer), layer.bias)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
