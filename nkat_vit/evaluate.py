@@ -26,7 +26,7 @@ from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.host.console import format_table, note
 from nkat.host.hardware import describe, pick_device, set_threads
-from nkat.host.record import check_record, git_commit, write_json
+from nkat.host.record import check_record, toolkit_version, write_json
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
 from nkat_vit.data import DATASETS, find_dataset, load_images
@@ -245,7 +245,7 @@ def main() -> None:
             "targets": {"sets": {n: list(t) for n, t in TARGETS.items()}, **GLOBAL_TARGETS},
             "runs": [{name: getattr(run, name) for name in RunResult.__slots__} for run in runs],
             "machine": describe(device),
-            "git_commit": git_commit(),
+            **toolkit_version(),
         }
         write_json(record, options.json, options.force)
 

@@ -22,7 +22,7 @@ from nkat.host.distributed import World, join_world
 from nkat.host.figures import new_figure
 from nkat.host.files import atomic_output
 from nkat.host.hardware import describe, set_threads
-from nkat.host.record import git_commit, write_json
+from nkat.host.record import toolkit_version, write_json
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
@@ -253,7 +253,7 @@ def _finish(options: argparse.Namespace, folder: Path, trainer: Trainer) -> dict
         "history": trainer.history,
         "machine": describe(trainer.world.device),
         "processes": trainer.world.size,
-        "git_commit": git_commit(),
+        **toolkit_version(),
     }
     write_json(record, str(folder / "result.json"), force=True)
     return record

@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 TRUNK = ["errors", "host", "gguf", "theta", "kernels", "lm", "engine", "measure", "sources"]
 MAY = {room: set(TRUNK[:i]) for i, room in enumerate(TRUNK)} | {
     "models": {"errors", "host"},
+    "commands": {"host"},
     "study": {"errors", "host"},
     "kobold": {"errors", "host", "gguf", "theta"},
     "inference": {*TRUNK} - {"sources", "kernels"},

@@ -1,14 +1,19 @@
-"""What every script's command line shares: flags' types, and errors as one line."""
+"""What every command line shares: flags' types, `--version`, and errors as one line."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
+from nkat import __version__
 from nkat.errors import NKATError
+from nkat.host.record import git_commit
 
 Options = TypeVar("Options")
 
@@ -17,7 +22,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a script: a user's mistake is one line on stderr and status 2, Ctrl-C is status 130."""
+    """Runs a command: a user's mistake is one line on stderr and status 2, Ctrl-C is status 130."""
     try:
         main()
     except NKATError as error:
@@ -32,6 +37,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
+def start(module: str) -> NoReturn:
+    """Runs the `main` of a module that is imported only now, so that Ctrl-C while torch loads is no traceback."""
+    run(lambda: importlib.import_module(module).main())
+
+
 class Parser(argparse.ArgumentParser):
     """argparse's, but a mistake is one line and not the whole usage."""
 
@@ -39,15 +49,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"error: {message} (see --help)\n")
 
 
+class ShowVersion(argparse.Action):
+    """`--version`; git is asked only where the user asks."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        commit = git_commit()
+        print(f"nkat {__version__}" + (f", commit {commit[:7]}" if commit else ""))
+        parser.exit()
+
+
 def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentParser] = ()) -> Parser:
-    """A parser whose help ends with commands to copy."""
-    return Parser(
+    """A parser with `--version`, whose help ends with commands to copy."""
+    made = Parser(
         parents=list(parents),
         description=description,
-        epilog=f"examples:\n{examples}",
+        epilog=f"examples:\n{_as_called(examples)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    made.add_argument("--version", action=ShowVersion, nargs=0, help="show the toolkit's version and exit")
+    return made
+
+
+def _as_called(examples: str) -> str:
+    """Where a console script was called, which has no script beside it, the examples call that one."""
+    command = Path(sys.argv[0]).name.removesuffix(".exe")
+    if not command.startswith("nkat-"):
+        return examples
+    return re.sub(r"^  python (-m )?\S+", f"  {command}", examples, flags=re.MULTILINE)
 
 
 def taken(kind: type[Options], parsed: argparse.Namespace, **others: object) -> Options:

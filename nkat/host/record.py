@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nkat import __version__
 from nkat.host.files import atomic_output, check_output
 
 
@@ -28,11 +29,19 @@ def write_json(record: Mapping[str, Any], target: str, force: bool = False) -> N
         file.write(data)
 
 
+def toolkit_version() -> dict[str, str | None]:
+    """For a record: which toolkit made it."""
+    return {"nkat_version": __version__, "git_commit": git_commit()}
+
+
 def git_commit() -> str | None:
     """The toolkit's own commit, or None where it is not a git checkout or git is missing."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():  # installed: an environment often lies in a checkout of something else
+        return None
     try:
         out = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None

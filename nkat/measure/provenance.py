@@ -10,7 +10,7 @@ from nkat.engine.decoder import Decoder
 from nkat.gguf.writer import FileRange, sha256_of_parts
 from nkat.host import hardware
 from nkat.host.console import bar
-from nkat.host.record import git_commit
+from nkat.host.record import toolkit_version
 from nkat.lm.load import LoadedModel
 from nkat.measure.texts import Text
 from nkat.theta.set import ThetaSet
@@ -43,7 +43,7 @@ def provenance(
         "activations": "int8" if loaded.model.output.int8_activations else "float",
         "machine": machine,
         "versions": {name: _installed(name) for name in PACKAGES},
-        "git_commit": git_commit(),
+        **toolkit_version(),
     }
     if text is not None:
         record |= {"text": text.name, "text_sha256": text.sha256}

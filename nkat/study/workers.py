@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from nkat.host import hardware
 from nkat.host.console import note
 from nkat.host.files import make_folder
-from nkat.host.record import git_commit, write_json
+from nkat.host.record import toolkit_version, write_json
 from nkat.study.options import StudyOptions
 from nkat.study.study import Objective, best_trials, open_storage, open_study, run_trials
 
@@ -113,7 +113,7 @@ def base_record(options: StudyOptions, outcome: Outcome, device: torch.device) -
         "search_seconds": round(outcome.seconds, 1),
         "machine": hardware.describe(device),
         "versions": {"optuna": optuna.__version__},
-        "git_commit": git_commit(),
+        **toolkit_version(),
     }
 
 
@@ -136,12 +136,18 @@ def _worker_log(options: StudyOptions, number: int) -> Path:
     return options.output_dir / f"worker-{number}.log"
 
 
+def own_program() -> str:
+    """What this process runs. Windows' console scripts are NAME.exe, which Python can run, but call themselves NAME."""
+    name = sys.argv[0]
+    return name if Path(name).is_file() else f"{name}.exe"
+
+
 def _start_worker(options: StudyOptions, study_name: str, number: int) -> subprocess.Popen:
     """Another process of the same command that joins the study and runs trials; its messages go to a log.
 
     In a session of its own, so that Ctrl-C reaches it once, from here, and not twice.
     """
-    command = [sys.executable, *sys.argv, "--join", "--workers", "1", "--study-name", study_name]
+    command = [sys.executable, own_program(), *sys.argv[1:], "--join", "--workers", "1", "--study-name", study_name]
     command += ["--storage", options.storage_url]
     command += ["--threads", str(options.threads)] if options.threads else []
     with _worker_log(options, number).open("w") as log:

@@ -303,7 +303,7 @@ def test_two_processes_of_which_one_is_killed(root: Path, tmp_path: Path) -> Non
 def optimize(root: Path, out: Path, *more: object):
     small = ["--epochs", 3, "--limit-train", 128, "--validation", 32, "--amp", "off", "--threads", 1]
     return run_module(
-        "nkat_auto_optimizer",
+        "nkat.search.main",
         "--task",
         "vit",
         "--data-root",
