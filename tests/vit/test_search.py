@@ -237,7 +237,7 @@ WORKER = textwrap.dedent(
     from nkat_vit import data, search
     from nkat_vit.loop import Trainer
     from nkat_vit.search import Budget, Trials
-    from tests.test_vit_search import BUDGET, CPU, SMALL_BASELINE, SMALL_CHOICES, SMALL_RANGES
+    from tests.vit.test_search import BUDGET, CPU, SMALL_BASELINE, SMALL_CHOICES, SMALL_RANGES
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     torch.set_num_threads(1)
