@@ -138,5 +138,5 @@ _known: dict[tuple[Path, Path], Mapping[str, torch.Tensor]] = {}
 def _moments(model: Path, calibrate: Path) -> Mapping[str, torch.Tensor]:
     """Second moments, gathered once for all ranks."""
     if (model, calibrate) not in _known:
-        _known[model, calibrate] = input_second_moments(load_model(model), calibrate)[0]
+        _known[model, calibrate] = input_second_moments(load_model(model), load_text(calibrate))[0]
     return _known[model, calibrate]

@@ -24,6 +24,7 @@ from nkat.host.distributed import is_first
 from nkat.host.files import check_output
 from nkat.host.record import check_record, write_json
 from nkat.measure.judge import Judge, Passages
+from nkat.measure.texts import load_text
 from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
 from nkat.sources.make import check_options, describe_theta_set, make_thetas, residual_errors
 from nkat.sources.moments import input_second_moments
@@ -225,9 +226,9 @@ def _fit(
         base_sha256=base_sha256,
         names=names,
         settings=fit.fit_settings(made_as.rank, made_as.gamma, options.seed, has_reference),
-        calibrate=options.calibrate,
+        calibrate=load_text(options.calibrate),
         reference=inputs.loaded_reference,
-        keep=options.keep,
+        keep=None if options.keep is None else load_text(options.keep),
         ignore=fit.ignore,
         start=fit.start,
         precision=fit.precision,
@@ -251,7 +252,7 @@ def _theta_options(options: ConvertOptions, inputs: Inputs, names: Sequence[str]
     if options.theta_source == "residual" and inputs.reference is not None:
         reference = inputs.reference.require_base().file
         if options.calibrate:
-            input_weights, notes = input_second_moments(inputs.loaded, options.calibrate, names=names)
+            input_weights, notes = input_second_moments(inputs.loaded, load_text(options.calibrate), names=names)
     # with --optimize-rank the lower ranks are the first columns of the highest
     rank = max(rank_search.RANKS) if options.optimize_rank else options.theta_rank or DEFAULT_RANK
     return ThetaOptions(

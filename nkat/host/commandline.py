@@ -11,9 +11,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from nkat import __version__
 from nkat.errors import NKATError
 from nkat.host.record import git_commit
+from nkat.version import __version__
 
 Options = TypeVar("Options")
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nkat import __version__
 from nkat.host.files import atomic_output, check_output
+from nkat.version import __version__
 
 
 def check_record(target: str | None, force: bool) -> None:

@@ -123,7 +123,7 @@ def prepare(options: SearchOptions, space: Space) -> Prepared:
     moments: dict[str, torch.Tensor] | None = None
     notes: dict[str, MetadataValue] = {}
     if options.calibrate:
-        moments, notes = input_second_moments(loaded, options.calibrate)
+        moments, notes = input_second_moments(loaded, load_text(options.calibrate))
     made_as = ThetaOptions(
         rank=max(space.ranks),
         gamma=gamma,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -19,7 +18,7 @@ from nkat.host.console import format_bytes, note
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
 from nkat.measure.perplexity import DEFAULT_BATCH, text_chunks
-from nkat.measure.texts import load_text
+from nkat.measure.texts import Text
 from nkat.theta.layers import adaptable_layers
 from nkat.theta.set import CALIBRATION_KEY
 
@@ -29,7 +28,7 @@ FULL_MOMENTS_BYTES = 2 << 30
 
 def input_second_moments(
     loaded: LoadedModel,
-    text_path: Path,
+    text: Text,
     chunks: int = CALIBRATION_CHUNKS,
     names: Sequence[str] | None = None,
     full_bytes: int = FULL_MOMENTS_BYTES,
@@ -39,7 +38,6 @@ def input_second_moments(
     The model runs without Θ. names: None for all that Θ adapts by default; full_bytes: budget of the full matrices.
     Raises NKATError for a text that is empty or shorter than one chunk.
     """
-    text = load_text(text_path)
     loaded.model.set_gamma(None)
     cut = text_chunks(loaded.tokenizer, text.content, chunks)
     names = adaptable_layers(loaded.tensors) if names is None else names

@@ -12,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from nkat.lm.load import load_model
+from nkat.measure.texts import load_text
 from nkat.sources.moments import gather_moments, input_second_moments
 from nkat.sources.residual import (
     equal_bytes_rank,
@@ -244,8 +245,8 @@ def test_a_budget_turns_the_largest_into_diagonals(tmp_path: Path, capsys: pytes
 def test_only_named_layers_are_watched(tmp_path: Path, words: Path) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", "llama")
     names = ["blk.0.attn_v.weight", "blk.2.ffn_down.weight"]
-    some, notes = input_second_moments(load_model(path), words, 2, names)
-    every, _ = input_second_moments(load_model(path), words, 2)
+    some, notes = input_second_moments(load_model(path), load_text(words), 2, names)
+    every, _ = input_second_moments(load_model(path), load_text(words), 2)
     assert sorted(some) == names
     assert len(every) == 21
     assert torch.equal(some[names[1]], every[names[1]])

@@ -20,7 +20,7 @@ from nkat.host.memory import memory
 from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.perplexity import PairedChange
-from nkat.measure.texts import Text, load_text
+from nkat.measure.texts import Text
 from nkat.sources.fit.data import fit_text, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.sources.fit.layers import Factors
@@ -41,20 +41,20 @@ class FitRequest:
     model: as the engine runs it, exact;  names: the weights that get a Θ
     reference: the same model at a higher precision;  keep: where to change nothing
     start: "auto" or one of the starts;  precision: "auto", "float32" or "bfloat16"
-    state: the file of an interrupted fit, `resume` goes on with it; see check_state
+    state: the file of an interrupted fit, None to keep none; `resume` goes on with it; see check_state
     """
 
     model: LoadedModel
     base_sha256: str
     names: Sequence[str]
     settings: FitSettings
-    calibrate: Path
+    calibrate: Text
     reference: LoadedModel | None
-    keep: Path | None
+    keep: Text | None
     ignore: Sequence[str]
     start: str
     precision: str
-    state: Path
+    state: Path | None
     resume: bool
     allow_cuda: bool
 
@@ -77,10 +77,9 @@ class FitResult:
 
 def run_fit(request: FitRequest) -> FitResult:
     """Fits Θ. Raises NKATError for inputs that do not go together, and when no step beats Θ = 0 on validation."""
-    text = load_text(request.calibrate)
-    keep = None if request.keep is None else load_text(request.keep)
+    text, keep = request.calibrate, request.keep
     if keep is not None and keep.sha256 == text.sha256:
-        raise NKATError(f"{request.keep}: --keep and --calibrate are the same text")
+        raise NKATError(f"{keep.name}: the text to keep and the text to learn from are the same text")
     with join_world(request.allow_cuda) as world:
         dtype = _dtype(request.precision, world.device)
         loaded = _working_copy(request, world.device, dtype)
@@ -193,6 +192,8 @@ def _identity(
 def _interrupted_state(request: FitRequest, identity: str) -> FitState | None:
     if not request.resume:
         return None
+    if request.state is None:
+        raise NKATError("a fit that keeps no state cannot be resumed")
     state = load_state(request.state, identity)
     note(f"resuming {request.state} at step {state.step} of {request.settings.steps}")
     return state
@@ -242,7 +243,7 @@ def _run(
             best = "" if now is None or now.best_nll is None else _validation(now.best_nll, unmodified)
             bar.set_postfix_str(f"loss {loss:.3f}{best}", refresh=False)
             bar.update()
-            if world.first and now is not None and time.monotonic() - saved > _SAVE_SECONDS:
+            if world.first and request.state and now is not None and time.monotonic() - saved > _SAVE_SECONDS:
                 save_state(request.state, now, identity)
                 saved = time.monotonic()
 
@@ -252,7 +253,7 @@ def _run(
             loaded.model, request.names, starts, data, settings, progress, reference=teacher, state=state, world=world
         )
         stopped = bool(interrupted) and state.step < settings.steps
-        if world.first and stopped:
+        if world.first and stopped and request.state:
             save_state(request.state, state, identity)
     return state, not stopped
 

@@ -1,0 +1,53 @@
+"""The examples of the library do what they say, on a model of a few thousand weights."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+
+import nkat
+from nkat.measure.texts import default_text
+from tests.conftest import ROOT
+from tests.support.tiny_models import write_tiny_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write_tiny_model(tmp_path / "tiny.gguf", "llama", qtype=gguf.GGMLQuantizationType.Q8_0)
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *arguments: object
+) -> list[str]:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+    assert not ended.value.code
+    return capsys.readouterr().out.splitlines()
+
+
+def test_measure_theta(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text(default_text().content[:5000], encoding="utf-8")
+    lines = run(monkeypatch, capsys, "measure_theta", model, text, "--chunks", 1)
+    assert [line.partition(":")[0] for line in lines] == ["gamma 0.99", "gamma 0.97", "gamma 0.95"]
+    assert all(" % ± " in line for line in lines)
+
+
+def test_fit_save_export_and_write(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    learn, judge = tmp_path / "learn.txt", tmp_path / "judge.txt"
+    learn.write_text(default_text().content[:9000], encoding="utf-8")
+    judge.write_text(default_text().content[20000:26000], encoding="utf-8")
+    made, theta, lora = (tmp_path / name for name in ("tiny.nkat", "theta.bin", "lora.gguf"))
+    run(monkeypatch, capsys, "fit_and_save", model, learn, judge, made, "--steps", 40, "--rank", 2)
+    assert nkat.open_model(made).theta.source == "fit"
+    lines = run(monkeypatch, capsys, "export_adapter", made, theta, lora)
+    assert lines == [f"Θ of rank 2 at gamma 0.97 in {theta} and {lora}"]
+    text = "\n".join(run(monkeypatch, capsys, "write_text", made, "the hen", "--max-tokens", 8))
+    without, _, with_theta = text.partition("--- with Θ")
+    assert without.startswith("--- without Θ\n")
+    assert with_theta.strip()
