@@ -37,9 +37,6 @@ COMMANDS: dict[str, str] = PROJECT["scripts"]
 PACKAGES = ("nkat", "nkat_vit")
 VERSION = f"nkat {nkat.__version__}"
 
-NO_SETUP = not (ROOT / "nkat" / "kobold" / "setup_check.py").exists()  # until the setup check is in the package
-without_setup = pytest.mark.skipif(NO_SETUP, reason="the setup check is not in the package yet")
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -122,7 +119,7 @@ def test_a_user_without_the_checkout_converts_and_measures(installed: Path, tmp_
 
 def test_every_installed_command_is_the_wheels_own(installed: Path, tmp_path: Path) -> None:
     """And not this checkout's, which would hide what the wheel lacks. In one process, which loads torch once."""
-    names = [name for name in COMMANDS if not (NO_SETUP and name == "nkat-setup")]
+    names = list(COMMANDS)
     program = f"""
 import sys
 from importlib.metadata import distribution
@@ -142,21 +139,13 @@ print(*(module.__file__ for name, module in sys.modules.items() if name.partitio
     assert {path.stem for path in installed.glob("nkat-*")} == set(COMMANDS)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[without_setup] if name == "nkat-setup" else []) for name in COMMANDS]
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_and_a_version(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"usage: {name} " in call(name, "--help", monkeypatch=monkeypatch)
     assert call(name, "--version", monkeypatch=monkeypatch).startswith(VERSION)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(path.name, marks=[without_setup] if path.name.startswith("setup_") else [])
-        for path in sorted(ROOT.glob("*.py"))
-    ],
-)
+@pytest.mark.parametrize("name", [path.name for path in sorted(ROOT.glob("*.py"))])
 def test_scripts_of_the_checkout_have_a_version(script, name: str) -> None:
     done = script(name, "--version")
     assert (done.returncode, done.stderr) == (0, "")

@@ -20,6 +20,7 @@ MAY = {room: {"version", *TRUNK[:i]} for i, room in enumerate(TRUNK)} | {
     "api": {*TRUNK} - {"kernels"},
     "models": {"errors", "host"},
     "commands": {"host"},
+    "setup_check": {"version", "errors", "host", "gguf", "theta", "lm", "kobold"},
     "study": {"errors", "host"},
     "kobold": {"errors", "host", "gguf", "theta"},
     "inference": {*TRUNK} - {"sources", "kernels"},

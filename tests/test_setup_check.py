@@ -13,6 +13,7 @@ from pathlib import Path
 import gguf
 import pytest
 
+from nkat import setup_check
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install
 from tests.support.tiny_models import write_tiny_model
@@ -150,12 +151,34 @@ def test_versions_are_compared_as_numbers(script, tmp_path: Path, monkeypatch: p
 
 def test_old_pythons_can_read_it() -> None:
     """3.8 parses it and gets as far as saying that it is too old; the toolkit itself needs 3.10 (the control)."""
-    tree = ast.parse((ROOT / SETUP).read_text(encoding="utf-8"), feature_version=(3, 8))
-    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {getattr(node, "module", None) or node.names[0].name for node in top}
-    assert not [name for name in names if name.startswith("nkat")]
+    first = {"nkat/setup_check.py", "nkat/__init__.py", "nkat/errors.py", "nkat/version.py"}
+    for path in (SETUP, *first):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=(3, 8))
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {getattr(node, "module", None) or node.names[0].name for node in top}
+        assert {name for name in names if name.startswith("nkat")} <= {"nkat.errors", "nkat.version"}, path
     with pytest.raises(SyntaxError):
         ast.parse("match x:\n    case 1:\n        pass", feature_version=(3, 8))
+
+
+def test_the_script_alone_says_what_is_missing(tmp_path: Path) -> None:
+    shutil.copyfile(ROOT / SETUP, tmp_path / SETUP)
+    command = [sys.executable, "-S", "-E", str(tmp_path / SETUP)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "nkat is not beside this script" in done.stderr
+
+
+def test_an_installed_package_asks_its_own_metadata(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    wanted = ["torch>=2.6", "gguf>=99", 'onnx; extra == "onnx"']
+    monkeypatch.setattr(setup_check, "REQUIREMENTS", tmp_path / "none")
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    monkeypatch.setattr(sys, "argv", ["nkat-setup"])
+    with pytest.raises(SystemExit) as ended:
+        setup_check.main()
+    said = capsys.readouterr().out
+    assert (ended.value.code, "needs 99" in said, "onnx" in said) == (1, True, False)
+    assert "pip install --upgrade nkat" in said
 
 
 def test_mistakes_are_one_line(fails) -> None:

@@ -1,0 +1,318 @@
+"""Says what this machine has of all that the toolkit and KoboldCpp need, and the command that mends what is missing.
+
+`setup_nkat_kobold_integration.py` and `nkat-setup` run it. It changes nothing. Its first part runs with the standard
+library alone and on old Pythons, because a machine on which nothing is installed is exactly what it is for; hence no
+import from the toolkit up here but for the version, and no newer syntax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nkat.version import __version__
+
+if TYPE_CHECKING:
+    from nkat.kobold.machine import Machine
+
+ROOT = Path(__file__).resolve().parents[1]  # of a checkout; an installed package has neither scripts nor requirements
+REQUIREMENTS = ROOT / "requirements.txt"
+SCRIPT = "setup_nkat_kobold_integration.py"
+NEEDED_PYTHON = (3, 10)
+OK, WARNING, MISSING = "ok", "warning", "missing"
+SCRIPTS = ("nkat_gguf_converter.py", "nkat_inference_engine.py", "nkat_auto_optimizer.py", "backend_selector.py")
+LOW_DISK = 5_000_000_000  # bytes, when there is no model to count with
+EXAMPLES = """\
+examples:
+  python setup_nkat_kobold_integration.py
+  python setup_nkat_kobold_integration.py --model models/llama-7b-q4_k_m.gguf --kobold ~/koboldcpp
+  python setup_nkat_kobold_integration.py --json
+
+exit status: 0 when nothing is missing (warnings do not count), 1 when something is, 2 for a mistake on the command line
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table; mend: the command that puts it right, or what else to do, empty when nothing is wrong."""
+
+    name: str
+    state: str
+    found: str
+    mend: str = ""
+
+
+class Parser(argparse.ArgumentParser):
+    """As in nkat/host/commandline.py, which needs a newer Python: a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = Parser(
+        description="Check Python, packages, processor, GPU, disk, KoboldCpp and a model. Changes nothing.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", type=Path, metavar="FILE", help="a .gguf or .nkat to check as well")
+    parser.add_argument("--kobold", type=Path, metavar="PATH", help="KoboldCpp: its program or its folder")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="a machine-readable record, default stdout"
+    )
+    parser.add_argument("--force", action="store_true", help="replace --json's file")
+    parser.add_argument("--version", action="version", version=f"nkat {__version__}")
+    return parser.parse_args()
+
+
+def main() -> NoReturn:
+    """The command: its exit status says whether anything is missing."""
+    try:
+        sys.exit(check_everything())
+    except BrokenPipeError:  # `... | head` has read enough
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def check_everything() -> int:
+    options = parse_arguments()
+    checks = [check_python(), check_scripts(), *check_packages()]
+    if all(check.state != MISSING for check in checks):
+        checks += check_machine(options)
+    else:
+        checks.append(
+            Check("the rest", MISSING, "cannot be checked before the above is mended", "mend it, run this again")
+        )
+    print(table(checks))
+    ready = all(check.state != MISSING for check in checks)
+    print(f"\n{'ready: the workflow of the guide can run here' if ready else 'not ready: see what is missing above'}")
+    if options.json:
+        return write_record(options, checks, ready)
+    return 0 if ready else 1
+
+
+def check_python() -> Check:
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    found = f"{version}, {sys.executable}"
+    if sys.version_info[:2] >= NEEDED_PYTHON:
+        return Check("Python", OK, found)
+    commands = {"win32": "winget install Python.Python.3.12", "darwin": "brew install python@3.12"}
+    command = commands.get(sys.platform, "sudo apt install python3")
+    return Check("Python", MISSING, f"{found}; needs {'.'.join(map(str, NEEDED_PYTHON))} or newer", command)
+
+
+def check_scripts() -> Check:
+    if not REQUIREMENTS.is_file():
+        return Check("toolkit", OK, f"nkat {__version__}, {ROOT}")
+    absent = [name for name in SCRIPTS if not (ROOT / name).is_file()]
+    if absent:
+        return Check("toolkit", MISSING, f"no {', '.join(absent)} in {ROOT}", f"git -C {quote(ROOT)} checkout -- .")
+    return Check("toolkit", OK, str(ROOT))
+
+
+def check_packages() -> list[Check]:
+    """A line for the packages that are needed and there, and one for those that are not."""
+    present, problems = [], []
+    for name, wanted in needed_packages():
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"{name} (not installed)")
+            continue
+        if number(version) < number(wanted):
+            problems.append(f"{name} ({version}, needs {wanted})")
+        else:
+            present.append(f"{name} {version}")
+    checks = [Check("packages", OK, ", ".join(present))] if present else []
+    if problems:
+        checks.append(Check("packages", MISSING, ", ".join(problems), install_command()))
+    return checks
+
+
+def needed_packages() -> list[tuple[str, str]]:
+    """(name, lowest version): of requirements.txt, or, without a checkout, of what the installed package asks for."""
+    if REQUIREMENTS.is_file():
+        return read_requirements(REQUIREMENTS.read_text(encoding="utf-8"))
+    wanted = importlib.metadata.requires("nkat") or []
+    return read_requirements("\n".join(line for line in wanted if "extra ==" not in line))
+
+
+def install_command() -> str:
+    """pip in this Python, or in an environment of its own where the system's Python does not allow that (PEP 668)."""
+    if not REQUIREMENTS.is_file():
+        return f"{quote(sys.executable)} -m pip install --upgrade nkat"
+    requirements = REQUIREMENTS
+    managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
+    if sys.prefix != sys.base_prefix or not managed.exists():
+        return f"{quote(sys.executable)} -m pip install -r {quote(requirements)}"
+    folder = ROOT / ".venv"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    make = f"{quote(sys.executable)} -m venv {quote(folder)}"
+    check = f"{quote(python)} {quote(ROOT / SCRIPT)}"
+    return f"{make} && {quote(python)} -m pip install -r {quote(requirements)} && {check}"
+
+
+def read_requirements(text: str) -> list[tuple[str, str]]:
+    """(name, lowest version) of each line `name>=version`; other markers are left out."""
+    return re.findall(r"^([A-Za-z][\w.-]*)\s*>=\s*([\d.]+)", text, re.MULTILINE)
+
+
+def number(version: str) -> tuple[int, ...]:
+    """2.13.0+cpu → (2, 13, 0): enough to compare lowest versions with."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
+
+
+def check_machine(options: argparse.Namespace) -> list[Check]:
+    """Everything that needs the toolkit's own modules."""
+    from nkat.host.console import format_bytes
+
+    try:
+        from nkat.host import hardware
+        from nkat.kobold.machine import look_at_machine
+    except (ImportError, OSError) as error:  # OSError: a library that torch needs does not load
+        command = f"{quote(sys.executable)} -m pip install --force-reinstall torch"
+        return [Check("packages load", MISSING, str(error).splitlines()[0], command)]
+
+    machine = look_at_machine()
+    checks = [check_processor(machine), check_gpu(machine)]
+    checks += check_kobold(options, machine)
+    size, model_checks = check_model(options.model, machine)
+    checks += model_checks
+    free = hardware.disk_free(Path.cwd())
+    needed = int(2.1 * size) if size else LOW_DISK  # the .nkat, and the base extracted from it
+    found = f"{format_bytes(free)} free in {Path.cwd()}"
+    if free < needed:
+        state = MISSING if size else WARNING
+        checks.append(
+            Check("disk", state, f"{found}; {format_bytes(needed)} wanted", "delete something, or go elsewhere")
+        )
+    elif not os.access(Path.cwd(), os.W_OK):
+        checks.append(Check("disk", MISSING, f"{Path.cwd()} is not writable", f"cd {quote(ROOT)}"))
+    else:
+        checks.append(Check("disk", OK, found))
+    return checks
+
+
+def check_processor(machine: Machine) -> Check:
+    from nkat.host.console import format_bytes
+
+    names = {"avx512": "AVX-512", "avx2": "AVX2", "avx": "AVX"}
+    best = next((text for name, text in names.items() if name in machine.features), None)
+    found = f"{machine.cores} cores, {best or 'no AVX'}, {format_bytes(machine.available)} of memory free"
+    if machine.old_cpu:
+        return Check("processor", WARNING, f"{found}; KoboldCpp needs its build for old processors", oldpc_command())
+    return Check("processor", OK, found)
+
+
+def oldpc_command() -> str:
+    from nkat.kobold.find import DOWNLOAD
+
+    name = "koboldcpp-oldpc.exe" if os.name == "nt" else "koboldcpp-linux-x64-oldpc"
+    return f"curl -fLO {DOWNLOAD}{name}"
+
+
+def check_gpu(machine: Machine) -> Check:
+    from nkat.host.console import format_bytes
+    from nkat.kobold.machine import free_bytes
+
+    real = [gpu for gpu in machine.gpus if gpu.kind != "software"]
+    if real:
+        text = "; ".join(f"{g.name} ({g.source}), {format_bytes(free_bytes(g))} usable" for g in real)
+        return Check("GPU", OK, text)
+    linux = machine.no_vulkan is not None and sys.platform.startswith("linux")
+    hint = "sudo apt install libvulkan1 mesa-vulkan-drivers" if linux else "none needed; with a GPU: install its driver"
+    reason = machine.no_cuda if machine.gpus else f"{machine.no_cuda}; {machine.no_vulkan}"
+    return Check("GPU", WARNING, f"none, so everything runs on the processor ({reason})", hint)
+
+
+def check_kobold(options: argparse.Namespace, machine: Machine) -> list[Check]:
+    from nkat.errors import NKATError
+    from nkat.kobold.backends import CUDA
+    from nkat.kobold.choose import choices
+    from nkat.kobold.find import download_command, find_kobold, probe_kobold
+
+    try:
+        kobold = probe_kobold(find_kobold(options.kobold), remember=False)
+    except NKATError as error:
+        return [Check("KoboldCpp", MISSING, str(error).partition("; download")[0], download_command())]
+    found = choices(kobold, machine, None)
+    usable = [choice for choice in found if choice.lacks is None]
+    text = f"{kobold.version or 'version unknown'}, {kobold.path}"
+    if not usable:
+        return [Check("KoboldCpp", MISSING, f"{text}; no backend runs here: {found[0].reason}", download_command())]
+    checks = [Check("KoboldCpp", OK, text), Check("backends", OK, ", ".join(choice.backend.name for choice in usable))]
+    cuda = next(choice for choice in found if choice.backend is CUDA)
+    if cuda.lacks == "program" and any(gpu.interface == "cuda" for gpu in machine.gpus):
+        reason = f"an NVIDIA GPU is here, but {cuda.reason}"
+        checks.append(Check("CUDA in KoboldCpp", WARNING, reason, download_command()))
+    return checks
+
+
+def check_model(path: Path | None, machine: Machine) -> tuple[int, list[Check]]:
+    """Size of the base model in bytes, 0 when there is none, and the checks."""
+    if path is None:
+        return 0, [Check("model", OK, "none given; --model FILE checks yours")]
+    from nkat.errors import NKATError
+    from nkat.host.console import format_bytes
+    from nkat.lm.config import ModelConfig
+    from nkat.theta.modelfile import open_model_file
+
+    try:
+        model = open_model_file(path)
+        if model.base is None:
+            raise NKATError(f"{path}: holds only theta, not a model")
+        config = ModelConfig.from_gguf(model.base.file.metadata, model.base.tensors)
+    except NKATError as error:
+        return 0, [Check("model", MISSING, str(error), "give another file with --model")]
+    theta = f", theta of rank {model.theta.rank}" if model.theta else ""
+    found = f"{path}: {config.architecture.name}, {config.block_count} blocks, {format_bytes(model.base_size)}{theta}"
+    checks = [Check("model", OK, found)]
+    if model.base_size > machine.available:
+        text = f"the model has {format_bytes(model.base_size)}, {format_bytes(machine.available)} are free"
+        checks.append(Check("memory", WARNING, text, "close other programs, or take a smaller quantisation"))
+    return model.base_size, checks
+
+
+def table(checks: list[Check]) -> str:
+    """A line a check; where something is to be done, a second one with the command."""
+    width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.name.ljust(width)}  {check.state.ljust(len(MISSING))}  {check.found}")
+        if check.mend and check.state != OK:
+            lines.append(f"{' ' * width}  {' ' * len(MISSING)}  mend: {check.mend}")
+    return "\n".join(lines)
+
+
+def write_record(options: argparse.Namespace, checks: list[Check], ready: bool) -> int:
+    record: dict[str, Any] = {"ready": ready, "checks": [asdict(check) for check in checks]}
+    if options.json == "-":
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+        return 0 if ready else 1
+    target = Path(options.json)
+    if target.exists() and not options.force:
+        print(f"error: {target}: exists already; give --force to replace it", file=sys.stderr)
+        return 2
+    try:
+        target.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        print(f"error: {target}: cannot be written: {error.strerror or error}", file=sys.stderr)
+        return 2
+    return 0 if ready else 1
+
+
+def quote(path: Path | str) -> str:
+    """As it can be pasted into this system's shell."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
