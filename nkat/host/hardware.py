@@ -57,7 +57,7 @@ def pick_device(allow_cuda: bool) -> torch.device:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are computed as such, and not by way of float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     return not flags.isdisjoint({"avx512_bf16", "amx_bf16"})

@@ -69,7 +69,7 @@ class Guard:
         if self._child is not None:
             kill_group(self._child)
         if self._job is not None:
-            close = ctypes.windll.kernel32.CloseHandle
+            close = _kernel32().CloseHandle
             close.argtypes = [ctypes.c_void_p]
             close(self._job)
         if self._watcher is not None:
@@ -104,9 +104,18 @@ def kill_group(child: subprocess.Popen[bytes]) -> None:
         signal_group(child, signal.SIGKILL)
 
 
+def _kernel32() -> Any:
+    return ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore] # on Windows alone
+
+
+def _windows_error() -> OSError:
+    """The last one."""
+    return ctypes.WinError()  # type: ignore[attr-defined,unused-ignore,no-any-return] # on Windows alone
+
+
 def _new_job() -> int:
     """A Windows job that dies, with all in it, when its last handle is closed."""
-    kernel = ctypes.windll.kernel32
+    kernel = _kernel32()
     kernel.CreateJobObjectW.restype = ctypes.c_void_p
     job = kernel.CreateJobObjectW(None, None)
     # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: 144 bytes on 64-bit Windows; LimitFlags stands at byte 16.
@@ -114,15 +123,15 @@ def _new_job() -> int:
     ctypes.c_uint32.from_buffer(limits, 16).value = _KILL_ON_JOB_CLOSE
     kernel.SetInformationJobObject.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
     if not job or not kernel.SetInformationJobObject(job, _EXTENDED_LIMITS, limits, len(limits)):
-        raise ctypes.WinError()
+        raise _windows_error()
     return job
 
 
 def _add_to_job(job: int, child: subprocess.Popen[bytes]) -> None:
-    kernel = ctypes.windll.kernel32
+    kernel = _kernel32()
     kernel.AssignProcessToJobObject.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     if not kernel.AssignProcessToJobObject(job, int(child._handle)):  # type: ignore[attr-defined]
-        raise ctypes.WinError()
+        raise _windows_error()
 
 
 def _watch_pipe(grace: float) -> None:

@@ -170,23 +170,27 @@ def report(options: SearchOptions, prepared: Prepared, outcome: Outcome) -> dict
         bar.update()
         rows = []
         for number, setting in best:
-            rows.append({"trial": number, **summary(held_out.measure(setting), setting, held_out.apply(setting))})
+            rows.append({"trial": number, **summary(held_out.score(setting), setting, held_out.apply(setting))})
             bar.update()
     record = workers.base_record(options.study, outcome, torch.device("cpu")) | {
         "model": str(options.model),
         **prepared.described,
         "chunks": prepared.chunks,
-        "importances": importances((trial, trial.value) for trial in study.get_trials(states=(TrialState.COMPLETE,))),
+        "importances": importances(
+            (t, t.value) for t in study.get_trials(states=(TrialState.COMPLETE,)) if t.value is not None
+        ),
         "held_out": {"base": base_row, "best": rows},
         "optimal": None,
     }
     trials = history(study)
     base_trial = next((row for row in trials if not row["parameters"] and row["state"] == "COMPLETE"), None)
-    winner = rows[0] if rows else None
-    won = winner is not None and base_trial is not None and _value(trials, winner["trial"]) > base_trial["value"]
-    won = won and winner["tpe"] > base_row["tpe"]
-    if winner is not None and (won or options.study.force):
-        record["optimal"] = write_optimal(options, prepared, Setting(**winner["setting"]), won)
+    won = False
+    if rows:
+        winner = rows[0]
+        won = base_trial is not None and _value(trials, winner["trial"]) > base_trial["value"]
+        won = won and winner["tpe"] > base_row["tpe"]
+        if won or options.study.force:
+            record["optimal"] = write_optimal(options, prepared, Setting(**winner["setting"]), won)
     folder = options.study.output_dir
     workers.write_records(folder, trials, record)
     title = f"{options.model.name}: {len(trials)} trials on {prepared.chunks} chunks of {prepared.seen.passages.name}"
@@ -212,7 +216,7 @@ def write_optimal(options: SearchOptions, prepared: Prepared, setting: Setting, 
     made_as = replace(prepared.made_as, rank=setting.rank, gamma=setting.gamma)
     plain = describe_theta_set(model, make_thetas(base.file, names, made_as), made_as, prepared.theta_set.base_sha256)
     chosen = apply_setting(plain, setting)
-    score = SettingJudge(prepared.held_out, plain, options.study.seed).measure(setting)
+    score = SettingJudge(prepared.held_out, plain, options.study.seed).score(setting)
     stem = f"optimal_rank{setting.rank}_gamma{setting.gamma:.2f}"
     path = options.study.output_dir / f"{stem}.nkat"
     write_gguf(path, embedded_parts(chosen, base), force=True, inputs=[model.path])

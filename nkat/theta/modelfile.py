@@ -118,13 +118,11 @@ def open_model_file(path: str | Path) -> ModelFile:
 def appended_parts(theta_set: ThetaSet, base_end: int) -> list[Part]:
     """What layout `appended` puts behind a base of `base_end` bytes: marker, padding, Θ as a GGUF, footer."""
     theta = theta_only_parts(theta_set)
-    digest = hashlib.sha256()
-    for part in theta:
-        digest.update(part)
+    digest = bytes.fromhex(sha256_of_parts(theta))
     length = sum(part_size(part) for part in theta)
     head = _MARKER.pack(_MARKER_MAGIC, base_end)
     head += bytes(-(base_end + len(head)) % BOUNDARY)
-    footer = _FOOTER.pack(_FOOTER_MAGIC, FORMAT_VERSION, 0, base_end + len(head), length, digest.digest())
+    footer = _FOOTER.pack(_FOOTER_MAGIC, FORMAT_VERSION, 0, base_end + len(head), length, digest)
     return [head, *theta, footer]
 
 
