@@ -305,6 +305,9 @@ def write_record(options: argparse.Namespace, checks: list[Check], ready: bool) 
         print(json.dumps(record, ensure_ascii=not streams.is_unicode()), flush=True)
         return 0 if ready else 1
     target = Path(options.json)
+    if target.exists() and not target.is_file():
+        print(f"error: {target}: this is no file, and is not replaced by one", file=sys.stderr)
+        return 2
     if target.exists() and not options.force:
         print(f"error: {target}: exists already; give --force to replace it", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from nkat.errors import NKATError
 from nkat.host import streams
+from nkat.host.interrupts import Terminated, termination
 from nkat.host.record import git_commit
 from nkat.version import __version__
 
@@ -27,20 +28,25 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a command. What goes wrong is one line on stderr: a user's mistake or what the system refuses is status 2,
-    Ctrl-C is status 130. A stdout that breaks does not stop the work; one that loses text is an error at the end.
+    Ctrl-C is status 130, SIGTERM 143. A stdout that breaks does not stop the work; one that loses text is an error at
+    the end.
     """
     with streams.guarded():
         sys.exit(_status(main))
 
 
-def _status(main: Callable[[], None]) -> object:
+def _status(main: Callable[[], None]) -> str | int | None:
     try:
-        main()
+        with termination():
+            main()
     except NKATError as error:
         return _fail(str(error))
     except OSError as error:  # what nobody was prepared for
         place = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"{place}{error.strerror or error}")
+    except Terminated as request:
+        print("terminated; what was not finished is not there", file=sys.stderr)
+        return 128 + request.number
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
