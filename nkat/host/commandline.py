@@ -36,17 +36,22 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _status(main: Callable[[], None]) -> str | int | None:
+    with termination() as received:
+        status = _ending(main)
+    return 128 + received[0] if received else status
+
+
+def _ending(main: Callable[[], None]) -> str | int | None:
     try:
-        with termination():
-            main()
+        main()
     except NKATError as error:
         return _fail(str(error))
     except OSError as error:  # what nobody was prepared for
         place = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"{place}{error.strerror or error}")
-    except Terminated as request:
+    except Terminated:
         print("terminated; what was not finished is not there", file=sys.stderr)
-        return 128 + request.number
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED
