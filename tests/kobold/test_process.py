@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from nkat.errors import NKATError
-from nkat.kobold.api import base_url, check_port, is_private, post
+from nkat.kobold.api import base_url, check_port, is_private
 from nkat.kobold.backends import CPU, VULKAN, Place
 from nkat.kobold.benchmark import Speed, fastest, layer_splits, measure_speed, read_result
 from nkat.kobold.choose import Choice
@@ -24,6 +24,7 @@ from nkat.kobold.guard import Guard
 from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install
+from tests.support.kobold_api import post
 from tests.support.tiny_models import write_tiny_model
 
 posix = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals to another process")

@@ -26,7 +26,7 @@ from nkat.engine.decoder import make_decoder
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import dequantize, packed_tensor
-from nkat.kobold.api import base_url, post
+from nkat.kobold.api import base_url
 from nkat.kobold.backends import CPU, Place
 from nkat.kobold.choose import Choice
 from nkat.kobold.menu import ask_backend, ask_model
@@ -34,6 +34,7 @@ from nkat.lm.load import load_model
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install, install_program
+from tests.support.kobold_api import post
 from tests.support.tiny_models import write_tiny_model
 
 SELECTOR, CONVERTER = "backend_selector.py", "nkat_gguf_converter.py"
