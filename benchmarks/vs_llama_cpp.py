@@ -33,6 +33,7 @@ from nkat.errors import NKATError
 from nkat.gguf.writer import write_gguf
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_table, note
+from nkat.host.environment import users_environment
 from nkat.host.record import write_json
 from nkat.kernels import reference
 from nkat.lm.load import LoadedModel, load_model
@@ -183,7 +184,8 @@ def _tokens(loaded: LoadedModel) -> list[int]:
 
 def _run(command: list[Any]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+        words = [str(part) for part in command]
+        return subprocess.run(words, capture_output=True, text=True, check=True, env=users_environment())
     except OSError as error:
         raise NKATError(f"{command[0]}: cannot be run: {error.strerror}") from None
     except subprocess.CalledProcessError as error:
