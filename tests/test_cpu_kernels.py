@@ -1,5 +1,7 @@
 """The CPU kernels: every block format on every instruction set against float64, threads, Θ, and the code cache."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ from nkat.kernels.program import Program, aligned, pool
 from nkat.quants import dequantize
 from nkat.star import StarLinear
 from nkat.theta import Theta, low_rank_form, quantize_factors
-from tests.isa import NEEDS
+from tests.isa import ISA_VARIABLE, NEEDS
 from tests.test_quants import HALVES, finite, random_rows
 
 pytestmark = pytest.mark.isa
@@ -45,6 +47,7 @@ ISAS = [
         marks=pytest.mark.skipif(not needs <= jit.cpu_features(), reason=f"this processor does not have {isa}"),
     )
     for isa, needs in NEEDS.items()
+    if os.environ.get(ISA_VARIABLE, isa) == isa  # each setting of make test-isa tests its own
 ]
 every_format = pytest.mark.parametrize("qtype", BLOCK_LAYOUTS, ids=lambda qtype: qtype.name)
 

@@ -15,6 +15,8 @@ from nkat.load import LoadedModel, load_model
 from nkat.theta import quantize_factors
 from tests.tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.isa
+
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "models.json").read_text())
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
 FAMILIES = {

@@ -24,6 +24,8 @@ from nkat.theta import quantize_factors
 from nkat.theta_io import ThetaSet, truncate_rank
 from tests.tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.isa
+
 N, D, V = 7, 12, 50
 GAMMA = 0.97
 

@@ -21,6 +21,8 @@ from nkat.errors import NKATError
 from nkat.gguf_file import GGUFFile
 from nkat.quants import QuantError, UnsupportedTypeError, dequantize, dequantize_rows, packed_nbytes
 
+pytestmark = pytest.mark.isa
+
 FLOATS = (QType.F32, QType.F16, QType.BF16)
 # type: the bytes at which a block's float16 numbers start
 HALVES = {

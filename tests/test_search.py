@@ -39,6 +39,7 @@ def judge(stories: Path) -> Judge:
     return Judge(loaded, make_set(stories, 8), text_chunks(loaded.tokenizer, text, 6))
 
 
+@pytest.mark.isa
 def test_a_trial_measures_what_the_written_model_would(judge: Judge) -> None:
     setting = Setting(rank=4, gamma=0.93, layers="attention", depth_decay=True)
     measured = judge.measure(setting)

@@ -10,6 +10,8 @@ from nkat.kernels import reference
 from nkat.star import StarLinear
 from nkat.theta import Theta, ThetaError, coupling, quantize_factors, star_product
 
+pytestmark = pytest.mark.isa
+
 M, N = 48, 64
 
 

@@ -23,6 +23,8 @@ from nkat.tokenizer import Tokenizer
 from nkat.transformer import Transformer, rope_frequencies, rotate
 from tests.tiny_models import ARCHITECTURES, write_tiny_model
 
+pytestmark = pytest.mark.isa
+
 GOLDEN = Path(__file__).parent / "golden"
 TINY = json.loads((GOLDEN / "tiny_logits.json").read_text())
 SWA = {"blocks": 7, "sliding_window": 4}
