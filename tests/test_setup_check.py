@@ -19,6 +19,7 @@ from nkat import __version__, setup_check
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install
 from tests.support.tiny_models import write_tiny_model
+from tests.support.user import empty_home
 
 SETUP = "setup_nkat_kobold_integration.py"
 REAL = os.environ.get("KOBOLDCPP")
@@ -27,15 +28,8 @@ REAL = os.environ.get("KOBOLDCPP")
 @pytest.fixture(autouse=True)
 def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty home and nothing on the PATH; returns the working folder."""
-    for name in ("home", "work"):
-        (tmp_path / name).mkdir()
-    monkeypatch.delenv("KOBOLDCPP", raising=False)
-    monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+    return empty_home(monkeypatch, tmp_path)
 
 
 def check(script, *arguments: object) -> tuple[int, dict[str, dict]]:
