@@ -73,15 +73,14 @@ def model_key(files: RunFiles) -> str:
 
 
 def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
-    if asked.layout in _LOADABLE:
+    theta_set = asked.theta
+    if asked.layout in _LOADABLE or theta_set is None:
         if named is not None:
             note(f"note: {asked.path} is a model KoboldCpp loads as it is, so --base is not needed")
         return (
             asked.path.resolve(),
             "the file itself" if asked.layout == "plain" else "the file itself (Θ is behind it)",
         )
-    theta_set = asked.theta
-    assert theta_set is not None
     if named is not None:
         _check_base(named, theta_set)
         return named.absolute(), "named by --base"
@@ -149,9 +148,7 @@ def _adapter(thetas: ThetaSet, model: Path) -> tuple[Path, dict[str, int]]:
     """The adapter in the cache, written when it is not there, and its bytes by weight."""
     target = kobold_cache() / f"theta-{_theta_key(thetas)}.gguf"
     if not target.is_file():
-        base = open_model_file(model).base
-        assert base is not None
-        write_gguf(target, lora_parts(thetas, base), force=True)
+        write_gguf(target, lora_parts(thetas, open_model_file(model).require_base()), force=True)
     sizes: dict[str, int] = {}
     with GGUFFile.open(target) as file:
         for name, info in file.tensors.items():

@@ -36,6 +36,7 @@ from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install, install_program
 from tests.support.kobold_api import post
 from tests.support.tiny_models import write_tiny_model
+from tests.support.user import empty_home, free_port
 
 SELECTOR, CONVERTER = "backend_selector.py", "nkat_gguf_converter.py"
 REAL = os.environ.get("KOBOLDCPP")
@@ -46,15 +47,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals, shells o
 
 @pytest.fixture(autouse=True)
 def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache and home; returns the working folder."""
-    for name in ("home", "work"):
-        (tmp_path / name).mkdir()
-    monkeypatch.delenv("KOBOLDCPP", raising=False)
-    monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+    return empty_home(monkeypatch, tmp_path)
 
 
 @pytest.fixture(params=KINDS)
@@ -90,9 +83,7 @@ def nkat(script, base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def run(script, *arguments: object) -> dict:
