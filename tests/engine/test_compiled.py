@@ -16,6 +16,8 @@ from nkat.theta.algebra import quantize_factors
 from tests.support.golden import read_golden
 from tests.support.tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.isa
+
 GOLDEN = read_golden("models")
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
 FAMILIES = {

@@ -56,6 +56,7 @@ def test_measures_both_arms_on_the_same_chunks(script, nkat: Path, stories: Path
     assert record["baseline_tpe"] == pytest.approx(1 / record["baseline_perplexity"])
 
 
+@pytest.mark.isa
 def test_gamma_at_run_time(script, nkat: Path, shared_text) -> None:
     text = shared_text("alice29.txt")
     off = run(script, "--model", nkat, "--text", text, "--theta-gamma", 1)
@@ -70,6 +71,7 @@ def test_gamma_at_run_time(script, nkat: Path, shared_text) -> None:
     assert abs(stronger["perplexity_change_percent"]) > abs(same["perplexity_change_percent"]) > 0
 
 
+@pytest.mark.isa
 def test_theta_file_with_its_base_is_the_same_model(
     script, fails, tmp_path: Path, nkat: Path, stories: Path, shared_text
 ) -> None:
@@ -193,6 +195,7 @@ def test_benchmark_without_theta_has_one_arm(script, tiny: Path, base: Path) -> 
     assert "with Θ" in script(ENGINE, "--model", tiny, "--benchmark", *QUICK).stdout
 
 
+@pytest.mark.isa
 def test_cpu_kernels_run_unless_the_dtype_is_not_theirs(script, tiny: Path) -> None:
     """And the record says what ran."""
     usual = generate(script, "--model", tiny, "--generate", "the", "--temperature", 0)
@@ -200,7 +203,7 @@ def test_cpu_kernels_run_unless_the_dtype_is_not_theirs(script, tiny: Path) -> N
     assert usual["decoder"].startswith("compiled CPU program")
     assert other["decoder"] == EagerDecoder.name
     assert (usual["dtype"], other["dtype"]) == ("float32", "float64")
-    assert usual["tokens"] == other["tokens"]  # an F32 model whose best tokens lead by more than rounding
+    assert usual["tokens"] == other["tokens"]  # an F32 model whose best tokens lead by 0.09 or more; rounding is 1e-4
 
 
 @pytest.mark.usefixtures("one_process")
@@ -325,6 +328,7 @@ def test_a_seed_gives_the_same_text(script, tiny: Path) -> None:
     assert text(1, "--temperature", 0) == text(2, "--temperature", 0)  # nothing is drawn
 
 
+@pytest.mark.isa
 def test_theta_and_gamma_reach_generation(script, tiny: Path, base: Path) -> None:
     def tokens(model: Path, *more: object) -> list[int]:
         prompt = ("--generate", "the rain in a tin", "--temperature", 0)

@@ -52,6 +52,7 @@ def judge(stories: Path) -> SettingJudge:
     return SettingJudge(Judge.open(loaded, Text("dogs", text, ""), 6), make_set(stories, 8))
 
 
+@pytest.mark.isa
 def test_a_trial_measures_what_the_written_model_would(judge: SettingJudge) -> None:
     setting = Setting(rank=4, gamma=0.93, layers="attention", depth_decay=True)
     measured = judge.measure(setting)

@@ -24,6 +24,8 @@ from nkat.theta.algebra import quantize_factors
 from nkat.theta.set import ThetaSet, truncate_rank
 from tests.support.tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.isa
+
 N, D, V = 7, 12, 50
 GAMMA = 0.97
 
