@@ -194,7 +194,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         help=f"strength, 0 < G <= 1: lower is stronger, 1 is none (default {DEFAULT_GAMMA})",
     )
     add("--optimize-rank", action="store_true", help="measure ranks 2, 4, 6, 8 and keep the one with the highest TPE")
-    add("--text", type=Path, metavar="FILE", help="text for --optimize-rank (default: Python's own documentation)")
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text to judge on, for --optimize-rank, --merge and the report (default: Python's own documentation)",
+    )
     add(
         "--chunks",
         type=commandline.positive_int,
