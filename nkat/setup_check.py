@@ -2,7 +2,7 @@
 
 `setup_nkat_kobold_integration.py` and `nkat-setup` run it. It changes nothing. Its first part runs with the standard
 library alone and on old Pythons, because a machine on which nothing is installed is exactly what it is for; hence no
-import from the toolkit up here but for the version, and no newer syntax.
+import from the toolkit up here but for the version and the streams, and no newer syntax.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nkat.host import streams
 from nkat.version import __version__
 
 if TYPE_CHECKING:
@@ -78,11 +79,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> NoReturn:
     """The command: its exit status says whether anything is missing."""
-    try:
-        sys.exit(check_everything())
-    except BrokenPipeError:  # `... | head` has read enough
-        sys.stderr.close()
-        sys.exit(0)
+    with streams.guarded():
+        status = check_everything()
+        lost = streams.lost_output() if sys.stdout is not None else None
+        if lost is not None and not isinstance(lost, BrokenPipeError):  # that is `... | head`, which has read enough
+            print(f"error: stdout: cannot be written: {lost.strerror or lost}", file=sys.stderr)
+            status = 2
+        sys.exit(status)
 
 
 def check_everything() -> int:
@@ -314,14 +317,17 @@ def table(checks: list[Check]) -> str:
 def write_record(options: argparse.Namespace, checks: list[Check], ready: bool) -> int:
     record: dict[str, Any] = {"ready": ready, "checks": [asdict(check) for check in checks]}
     if options.json == "-":
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(json.dumps(record, ensure_ascii=not streams.is_unicode()), flush=True)
         return 0 if ready else 1
     target = Path(options.json)
+    if target.exists() and not target.is_file():
+        print(f"error: {target}: this is no file, and is not replaced by one", file=sys.stderr)
+        return 2
     if target.exists() and not options.force:
         print(f"error: {target}: exists already; give --force to replace it", file=sys.stderr)
         return 2
     try:
-        target.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
     except OSError as error:
         print(f"error: {target}: cannot be written: {error.strerror or error}", file=sys.stderr)
         return 2

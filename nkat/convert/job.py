@@ -50,6 +50,13 @@ def main() -> None:
 def run(options: ConvertOptions) -> None:
     check_record(options.json, options.force)
     hardware.set_threads(options.threads)
+    changes_input = options.in_place and not options.dry_run and is_first() and options.input.is_file()
+    # From before the file is read: what is put behind it must not be put in place of another process's.
+    with inplace.exclusive(options.input) if changes_input else contextlib.nullcontext():
+        _run(options)
+
+
+def _run(options: ConvertOptions) -> None:
     model = open_model_file(options.input)
     if model.unfinished:
         note(f"note: {options.input} ends in remains of a Θ that was not completely written; they are left out")

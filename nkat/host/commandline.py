@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from nkat.errors import NKATError
+from nkat.host import streams
+from nkat.host.interrupts import Terminated, termination
 from nkat.host.record import git_commit
 from nkat.version import __version__
 
@@ -25,19 +27,41 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a command: a user's mistake is one line on stderr and status 2, Ctrl-C is status 130."""
+    """Runs a command. What goes wrong is one line on stderr: a user's mistake or what the system refuses is status 2,
+    Ctrl-C is status 130, SIGTERM 143. A stdout that breaks does not stop the work; one that loses text is an error at
+    the end.
+    """
+    with streams.guarded():
+        sys.exit(_status(main))
+
+
+def _status(main: Callable[[], None]) -> str | int | None:
     try:
-        main()
+        with termination():
+            main()
     except NKATError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        return _fail(str(error))
+    except OSError as error:  # what nobody was prepared for
+        place = "" if error.filename is None else f"{error.filename}: "
+        return _fail(f"{place}{error.strerror or error}")
+    except Terminated as request:
+        print("terminated; what was not finished is not there", file=sys.stderr)
+        return 128 + request.number
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # `… | head` has read enough
-        sys.stderr.close()
-        sys.exit(0)
-    sys.exit(0)
+        return INTERRUPTED
+    except SystemExit as ended:
+        if ended.code not in (None, 0):
+            return ended.code
+    lost = streams.lost_output() if sys.stdout is not None else None
+    if lost is None or isinstance(lost, BrokenPipeError):  # `... | head` has read enough, and the work is done
+        return 0
+    return _fail(f"stdout: cannot be written: {lost.strerror or lost}")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {streams.printable(message)}", file=sys.stderr)
+    return USER_ERROR
 
 
 def start(module: str) -> NoReturn:
@@ -49,7 +73,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, but a mistake is one line and not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"error: {message} (see --help)\n")
+        self.exit(USER_ERROR, f"error: {streams.printable(message)} (see --help)\n")
 
 
 class ShowVersion(argparse.Action):

@@ -14,6 +14,7 @@ import torch
 
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
+from nkat.theta import inplace
 from nkat.theta.algebra import dense_theta
 from nkat.theta.modelfile import open_model_file
 from tests.gguf.test_file import build
@@ -155,6 +156,19 @@ def test_in_place(script, fails, tmp_path: Path, base: Path) -> None:
     assert target.read_bytes() == original
     target.write_bytes(original + b"somebody else's bytes behind it" * 3)
     assert "unknown origin" in fails(CONVERTER, "--input", target, "--in-place")
+
+
+def test_of_two_in_place_at_once_one_is_refused(fails, script, tmp_path: Path, base: Path) -> None:
+    with inplace.exclusive(base):  # flock binds another opening in this process too, once it is not known as held
+        held = inplace._held.copy()
+        inplace._held.clear()
+        said = fails(CONVERTER, "--input", base, "--in-place")
+        assert "another process is changing this file" in said
+        convert(script, "--input", base, "--output", tmp_path / "out.nkat")  # who only reads is not held up
+        inplace._held.update(held)
+    assert open_model_file(base).theta is None
+    convert(script, "--input", base, "--in-place")
+    assert open_model_file(base).theta is not None
 
 
 def test_theta_only_and_lora(script, fails, tmp_path: Path, base: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, GGUFFile
 from nkat.gguf.writer import BaseView, sha256_of_parts, write_gguf
 from nkat.theta import inplace
@@ -25,6 +29,7 @@ from nkat.theta.modelfile import (
     theta_only_parts,
 )
 from nkat.theta.set import ThetaSet
+from tests.conftest import ROOT
 from tests.support.tiny_models import write_tiny_model
 
 NAMES = ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.1.ffn_down.weight")
@@ -138,6 +143,77 @@ def test_an_append_cut_at_any_byte_opens_as_the_base_and_is_repaired(
         assert target.read_bytes() == complete
     inplace.truncate(target, open_model_file(target).base.data_end)
     assert target.read_bytes() == whole
+
+
+def after_a_power_cut(complete: bytes, size: int) -> dict[str, bytes]:
+    """What a disk may hold of an append: pages reach it in any order, and those that did not are zeros."""
+    end, boundary = len(complete), size + 16 + -(size + 16) % BOUNDARY
+    cases = {"the marker's page": (size, boundary), "the marker": (size, size + 16), "all": (size, end)}
+    cases |= {"all but the footer": (size, end - 64), "the footer": (end - 64, end), "Θ": (boundary, end - 64)}
+    cases |= {"from Θ on": (boundary, end), "behind the marker": (size + 16, end), "Θ's end": (end - 900, end - 64)}
+    found = {name: complete[:a] + bytes(b - a) + complete[b:] for name, (a, b) in cases.items()}
+    found["the marker's page and the footer"] = complete[:size] + bytes(boundary - size) + complete[boundary:-64]
+    found["only the marker's length"] = complete[:size] + bytes(16)
+    found["a marker and zeros"] = complete[: size + 16] + bytes(5000)
+    return found
+
+
+def test_an_append_that_a_power_cut_tore_opens_as_the_base_and_is_repaired(tmp_path: Path, base: Path) -> None:
+    whole = base.read_bytes()
+    theta_set = make_set(base)
+    target = tmp_path / "target.gguf"
+    target.write_bytes(whole)
+    inplace.append(target, len(whole), appended_parts(theta_set, len(whole)))
+    complete = target.read_bytes()
+    for name, content in after_a_power_cut(complete, len(whole)).items():
+        assert content != complete, name
+        target.write_bytes(content)
+        found = open_model_file(target)
+        assert (found.layout, found.theta, found.unfinished, found.foreign_tail) == ("plain", None, True, False), name
+        assert sha256_of_parts(found.base_parts()) == theta_set.base_sha256, name
+        inplace.truncate(target, found.base.data_end)
+        assert target.read_bytes() == whole, name
+
+
+def test_zeros_of_others_are_no_torn_append(base: Path) -> None:
+    """The control for the test above."""
+    raw = base.read_bytes()
+    boundary = -len(raw) % BOUNDARY
+    for tail in (bytes(15), bytes(17), bytes(boundary), bytes(boundary + 64) + b"1" + bytes(9000)):
+        base.write_bytes(raw + tail)
+        found = open_model_file(base)
+        assert not found.unfinished
+        assert sha256_of_parts(found.base_parts()) == hashlib.sha256(raw + tail).hexdigest()
+
+
+def test_the_marker_is_on_the_disk_before_the_rest(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, synced = base.stat().st_size, []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_size), real(handle)))
+    inplace.append(base, size, appended_parts(make_set(base), size))
+    assert synced == [size + 16, base.stat().st_size]
+
+
+def test_one_process_at_a_time_changes_a_file(base: Path) -> None:
+    content, size = base.read_bytes(), base.stat().st_size
+    program = (
+        "import sys, time; from pathlib import Path; from nkat.theta import inplace\n"
+        "with inplace.exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(base)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        parts = appended_parts(make_set(base), size)
+        for change in (lambda: inplace.append(base, size, parts), lambda: inplace.truncate(base, size - 1)):
+            with pytest.raises(NKATError, match="another process is changing this file"):
+                change()
+        assert base.read_bytes() == content
+        other.kill()  # the lock ends with its holder
+        other.wait()
+        with inplace.exclusive(base):  # and holds nobody up in the process that has it
+            inplace.append(base, size, parts)
+    assert open_model_file(base).layout == "appended"
 
 
 def test_bytes_of_others_behind_the_last_tensor_belong_to_the_base(tmp_path: Path, base: Path) -> None:
