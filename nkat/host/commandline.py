@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from nkat.errors import NKATError
 from nkat.host.record import git_commit
+from nkat.host.threads import most_threads
 from nkat.version import __version__
 
 if TYPE_CHECKING:
@@ -102,6 +103,14 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """For argparse: how many threads, as many as this machine can sensibly run."""
+    value = positive_int(text)
+    if value > most_threads():
+        raise argparse.ArgumentTypeError(f"must be at most {most_threads()} on this machine, got {value}")
     return value
 
 

@@ -40,6 +40,12 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
 }
 
 
+# Sizes that a file may ask for. Lengths, counts and positions are signed 32-bit integers in llama.cpp, too.
+MAX_SIZE = (1 << 31) - 1
+# Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
+MAX_HEAD = 4096
+
+
 class ConfigError(NKATError):
     """The metadata or the tensors do not describe a model this toolkit can run; the message names the key or tensor."""
 
@@ -131,12 +137,14 @@ class _Keys:
             return distinct[0].item()
         return value
 
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"metadata {self.name(key)} must be an integer, got {value!r}")
         if value < minimum:
             raise ConfigError(f"metadata {self.name(key)} must be at least {minimum}, got {value}")
+        if value > maximum:
+            raise ConfigError(f"metadata {self.name(key)} must be at most {maximum}, got {value}")
         return value
 
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
@@ -187,6 +195,8 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     if keys.get("attention.key_length") is None and d % heads:
         raise ConfigError(f"metadata {arch}.embedding_length {d} is no multiple of attention.head_count {heads}")
     head_dim = keys.integer("attention.key_length", d // heads)
+    if head_dim > MAX_HEAD:
+        raise ConfigError(f"metadata {arch}.attention.key_length: a head of {head_dim} elements, more than {MAX_HEAD}")
     for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
         if keys.integer(key, head_dim) != head_dim:
             raise ConfigError(

@@ -1,0 +1,39 @@
+"""What every command line shares: flags' types, and what an error looks like."""
+
+import argparse
+
+import pytest
+import torch
+
+from nkat.errors import NKATError
+from nkat.host import commandline, hardware
+from nkat.host.threads import most_threads
+
+
+def test_as_many_threads_as_the_machine_can_sensibly_run():
+    most = most_threads()
+    assert commandline.thread_count("1") == 1
+    assert commandline.thread_count(str(most)) == most
+    for wrong in (0, -1, most + 1, 100_000, 10**30):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be at"):
+            commandline.thread_count(str(wrong))
+
+
+def test_a_library_call_is_bounded_too():
+    before = torch.get_num_threads()
+    with pytest.raises(NKATError, match="within 1"):
+        hardware.set_threads(100_000)
+    assert torch.get_num_threads() == before == hardware.set_threads(None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("nkat_inference_engine.py", "--model", "x.gguf", "--generate", "x"),
+        ("nkat_gguf_converter.py", "--input", "x.gguf", "--output", "y.nkat"),
+        ("nkat_auto_optimizer.py", "--model", "x.gguf", "--output", "x"),
+        ("backend_selector.py", "--model", "x.gguf"),
+    ],
+)
+def test_no_command_takes_a_hundred_thousand_threads(fails, command):
+    assert "argument --threads" in fails(*command, "--threads", 100_000)
