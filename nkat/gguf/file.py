@@ -29,6 +29,7 @@ from nkat.errors import NKATError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 21  # the largest usual page of memory; padding is written, and searched for Θ's marker
 MAX_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 MAX_NAME_BYTES = 65535
 MAX_NESTING = 4
@@ -160,7 +161,7 @@ class GGUFFile:
     @property
     def data_end(self) -> int:
         """One past the last byte of the last tensor, absolute; the file may go on after it."""
-        return max((t.offset + t.nbytes for t in self.tensors.values()), default=self.data_start)
+        return max((t.offset + t.nbytes for t in self.tensors.values()), default=min(self.data_start, self.end))
 
     def raw(self, name: str) -> np.ndarray:
         """A tensor's packed bytes: uint8 [nbytes], memory-mapped, read-only, not copied."""
@@ -279,8 +280,15 @@ def _parse(file: GGUFFile, cursor: _Cursor) -> None:
     file.metadata = _parse_metadata(cursor, metadata_count)
     file.metadata_span = (start, cursor.pos)
     file.alignment = _alignment(file.metadata, cursor)
-    if file.metadata.get("split.count", 0) not in (0, 1):
-        raise GGUFError(f"{file.path}: split.count says this is one part of a split model; merge it first")
+    parts = file.metadata.get("split.count", 0)
+    if not isinstance(parts, int):
+        at = file.metadata.spans["split.count"][0]
+        raise cursor.error("split.count", f"must be an integer, got {parts!r:.80}", at)
+    if parts not in (0, 1):
+        raise GGUFError(
+            f"{file.path}: split.count says this is one part of a split model; merge it first "
+            "(llama-gguf-split --merge)"
+        )
 
     entries = [_parse_tensor_info(cursor) for _ in range(tensor_count)]
     header_bytes = cursor.pos - file.start
@@ -318,7 +326,10 @@ def _alignment(metadata: Metadata, cursor: _Cursor) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         at = metadata.spans["general.alignment"][0]
-        raise cursor.error("general.alignment", f"must be a positive integer, got {value!r}", at)
+        raise cursor.error("general.alignment", f"must be a positive integer, got {value!r:.80}", at)
+    if value > MAX_ALIGNMENT:
+        at = metadata.spans["general.alignment"][0]
+        raise cursor.error("general.alignment", f"{value} is more than the allowed {MAX_ALIGNMENT}", at)
     return value
 
 

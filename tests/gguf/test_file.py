@@ -338,3 +338,47 @@ def test_a_header_cut_at_any_byte_is_an_error(tmp_path: Path, seeds: list[bytes]
                 path.write_bytes(raw[:cut])
                 with pytest.raises(GGUFError):
                     GGUFFile.open(path)
+
+
+def test_a_file_without_tensors_and_one_without_its_last_padding_are_read(opened) -> None:
+    from nkat.theta.modelfile import open_model_file
+
+    for raw in (build(), build()[:24], build([entry("general.alignment", TYPES.UINT32, struct.pack("<I", 32))])[:57]):
+        file = opened(raw)
+        assert not file.tensors
+        assert file.data_end <= file.end
+        assert open_model_file(file.path).layout == "plain"
+    for elements in range(1, 17):  # of a last tensor that needs from 0 to 31 bytes of padding, with some or none there
+        size = 4 * elements
+        for padding in {0, -size % 32 // 2, -size % 32}:
+            raw = build(tensors=[tensor("t", (elements,), F32, 0)], data=b"\1" * size + bytes(padding))
+            model = open_model_file(opened(raw).path)
+            assert (model.layout, model.foreign_tail, model.unfinished) == ("plain", False, False)
+            assert model.base_size == len(raw)
+    with pytest.raises(GGUFError, match="truncated"):  # the control: the tensor itself is cut
+        opened(build(tensors=[tensor("t", (13,), F32, 0)], data=bytes(51)))
+
+
+@pytest.mark.parametrize("key", ["split.count", "general.alignment"])
+def test_the_readers_own_keys_as_arrays_and_texts(opened, key: str) -> None:
+    for kind, value in (
+        (TYPES.ARRAY, array(TYPES.UINT32, 2, bytes(8))),
+        (TYPES.ARRAY, array(TYPES.UINT32, 0, b"")),
+        (TYPES.ARRAY, array(TYPES.STRING, 1, string("x"))),
+        (TYPES.STRING, string("1")),
+        (TYPES.FLOAT32, struct.pack("<f", 1.0)),
+    ):
+        with pytest.raises(GGUFError, match=f"{key} at byte 24: must be a"):
+            opened(build([entry(key, kind, value)]))
+
+
+def test_an_enormous_alignment_of_a_sparse_file_costs_no_time(tmp_path: Path) -> None:
+    """Θ's marker is looked for at every byte of the last padding."""
+    for exponent in (22, 40):
+        raw = build([entry("general.alignment", TYPES.UINT64, struct.pack("<Q", 1 << exponent))])
+        path = tmp_path / f"{exponent}.gguf"
+        with path.open("wb") as file:
+            file.write(raw)
+            file.truncate(1 << exponent)
+        with pytest.raises(GGUFError, match="more than the allowed"):
+            GGUFFile.open(path)
