@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import re
 import sys
@@ -32,6 +33,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     except NKATError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)
+    except (MemoryError, RuntimeError, OSError) as error:
+        problem = out_of_memory(error)
+        if problem is None:
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -39,6 +46,35 @@ def run(main: Callable[[], None]) -> NoReturn:
         sys.stderr.close()
         sys.exit(0)
     sys.exit(0)
+
+
+# Flags whose value sets how much memory a command takes, in the order in which lowering one helps most.
+_SIZES = (
+    "--max-tokens", "--seq-len", "--contextsize", "--batch-size", "--batch", "--chunks", "--theta-rank", "--rank",
+    "--image-size", "--dim", "--depth", "--workers", "--threads",
+)  # fmt: skip
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|Storage size calculation overflowed"
+    r"|integer multiplication overflow",
+    re.IGNORECASE,
+)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to tell a user whose memory did not suffice; None: the error is another one.
+
+    numpy and Python raise MemoryError, torch a RuntimeError, and the system's calls an OSError.
+    """
+    if isinstance(error, OSError):
+        if error.errno != errno.ENOMEM:
+            return None
+    elif not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+        return None
+    given = [flag for flag in _SIZES if any(word.split("=")[0] == flag for word in sys.argv[1:])]
+    smaller = f"a smaller {' or '.join(given)}, or " if given else ""
+    size = re.search(r"Unable to allocate ([\d.]+ \w+)|tried to allocate ([\d.]+ \w+)", str(error))
+    wanted = f" ({size[1] or size[2]} more were wanted)" if size else ""
+    return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
 
 
 def start(module: str) -> NoReturn:

@@ -37,3 +37,43 @@ def test_a_library_call_is_bounded_too():
 )
 def test_no_command_takes_a_hundred_thousand_threads(fails, command):
     assert "argument --threads" in fails(*command, "--threads", 100_000)
+
+
+def _numpy() -> None:
+    import numpy as np
+
+    np.zeros(1 << 60, np.uint8)
+
+
+def _torch() -> None:
+    torch.zeros(1 << 60, dtype=torch.uint8)
+
+
+def _torch_beyond_counting() -> None:
+    torch.zeros(1 << 62, dtype=torch.float64)
+
+
+def _python() -> None:
+    bytearray(1 << 60)
+
+
+@pytest.mark.parametrize("allocate", [_numpy, _torch, _torch_beyond_counting, _python])
+def test_missing_memory_is_one_line_that_names_what_to_make_smaller(allocate, monkeypatch, capsys):
+    for command, named in ((["x", "--max-tokens", "5"], "--max-tokens"), (["x", "--rank=5"], "--rank"), (["x"], "")):
+        monkeypatch.setattr("sys.argv", command)
+        with pytest.raises(SystemExit) as ended:
+            commandline.run(allocate)
+        lines = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2
+        assert len(lines) == 1
+        assert lines[0].startswith("error: out of memory")
+        assert f"a smaller {named}" in lines[0]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), OSError(13, "Permission denied")])
+def test_a_fault_of_ours_keeps_its_traceback(error):
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        commandline.run(fail)
