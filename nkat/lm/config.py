@@ -181,9 +181,9 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     _refuse(keys)
 
     embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
+    if embedding is None or len(without_ones(embedding.shape, 2)) != 2:
         raise ConfigError("tensor token_embd.weight is missing or not 2-D: this GGUF is not a language model")
-    vocab_size = keys.integer("vocab_size", embedding.shape[0])
+    vocab_size = keys.integer("vocab_size", embedding.shape[-2])
 
     d = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
@@ -296,6 +296,12 @@ def _read_window(keys: _Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
     return length, tuple(period == 0 or i % period < period - 1 for i in range(blocks))
 
 
+def without_ones(shape: tuple[int, ...], dimensions: int) -> tuple[int, ...]:
+    """A shape without the ones before its last so many dimensions: ggml, which writes them last, ignores them."""
+    extra = len(shape) - dimensions
+    return shape[extra:] if extra > 0 and set(shape[:extra]) == {1} else shape
+
+
 def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
     """Every tensor that the model needs is there, has the shape it must have, and there is none besides."""
     architecture, d, v = config.architecture, config.embedding_length, config.vocab_size
@@ -319,7 +325,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
         if info is None:
             if name in required:
                 raise ConfigError(f"tensor {name} is missing, expected with shape {shape}")
-        elif info.shape != shape:
+        elif without_ones(info.shape, len(shape)) != shape:
             raise ConfigError(f"tensor {name} has shape {info.shape}, expected {shape}")
     known = required.keys() | optional.keys()
     for name in tensors:

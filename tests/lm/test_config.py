@@ -270,3 +270,40 @@ def test_the_largest_head_is_run(tmp_path):
     )
     with pytest.raises(ConfigError, match="more than 4096"):
         load_model(path)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("repack", [False, True])
+def test_ones_behind_a_shape_mean_nothing(tmp_path, arch, repack):
+    """Norms of shape [n, 1] and weights of shape [n, m, 1, 1]: the logits are those of the plain file."""
+    import gguf
+    import torch
+
+    from nkat.engine.decoder import make_decoder
+    from nkat.lm.load import load_model
+
+    plain = write_tiny_model(tmp_path / "plain.gguf", arch)
+    reader = gguf.GGUFReader(plain)
+    raw = bytearray(plain.read_bytes())
+    infos, header = [], bytearray()
+    for tensor_ in reader.tensors:
+        name = tensor_.name.encode()
+        dims = [*tensor_.shape.tolist(), 1, 1][: 4 if len(tensor_.shape) == 2 else 2]
+        header += len(name).to_bytes(8, "little") + name + len(dims).to_bytes(4, "little")
+        header += b"".join(int(d).to_bytes(8, "little") for d in dims) + int(tensor_.tensor_type).to_bytes(4, "little")
+        header += (tensor_.data_offset - reader.data_offset).to_bytes(8, "little")
+        infos.append(tensor_)
+    with GGUFFile.open(plain) as file:
+        start = file.metadata_span[1]
+        data = raw[file.data_start :]
+    changed = raw[:start] + header
+    changed += bytes(-len(changed) % 32) + data
+    other = tmp_path / "ones.gguf"
+    other.write_bytes(changed)
+    assert GGUFFile.open(other).tensors["output_norm.weight"].shape == (1, 64)
+    logits = [make_decoder(load_model(path, repack=repack).model, 8).prefill([1, 5, 9]) for path in (plain, other)]
+    assert torch.equal(*logits)
+    with pytest.raises(ConfigError, match="output_norm"):  # the control: twos mean something
+        metadata, tensors = read_tiny(tmp_path, arch)
+        tensors["output_norm.weight"] = tensor("output_norm.weight", 2, 32)
+        ModelConfig.from_gguf(metadata, tensors)
