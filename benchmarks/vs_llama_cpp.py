@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     parser.add_argument("--llama-bench", type=Path, required=True, metavar="PATH")
     parser.add_argument("--llama-completion", type=Path, metavar="PATH", help="to compare Θ with a LoRA there")
-    parser.add_argument("--threads", type=commandline.positive_int, metavar="N")
+    parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
     parser.add_argument("--turns", type=commandline.positive_int, default=5, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write the record to a file too")
     options = parser.parse_args()

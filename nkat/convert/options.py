@@ -232,7 +232,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         help="make no new Θ: keep the first R columns of the one the input has",
     )
     add("--seed", type=commandline.non_negative_int, default=0, help="of whatever is random in making Θ (default 0)")
-    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads (default: torch's choice)")
+    add("--threads", type=commandline.thread_count, metavar="N", help="processor threads (default: torch's choice)")
     add("--dry-run", action="store_true", help="do everything but write")
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')

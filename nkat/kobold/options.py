@@ -101,7 +101,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--backend", choices=backends, default=AUTO, help="default auto: the best one that can run")
     add("--contextsize", type=commandline.positive_int, default=4096, metavar="N", help="tokens (default 4096)")
     add("--gpulayers", type=_layers, metavar="N", help="layers on the GPU, or auto: as many as fit (default)")
-    add("--threads", type=commandline.positive_int, metavar="N", help="default: the processor's physical cores")
+    add("--threads", type=commandline.thread_count, metavar="N", help="default: the processor's physical cores")
     add("--port", type=commandline.positive_int, default=5001, metavar="N", help="default 5001")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine only")
     add("--list", action="store_true", help="show what there is and what can run, start nothing")

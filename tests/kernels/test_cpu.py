@@ -384,3 +384,10 @@ def test_another_processor_gets_code_of_its_own(tmp_path, monkeypatch):
 def test_kernels_are_compiled_once():
     assert matmul_kernel(QType.Q4_0, 1, False) == matmul_kernel(QType.Q4_0, 1, False)
     assert down_kernel(Rounding(32, 32), 1) != down_kernel(Rounding(256, 32), 1)
+
+
+def test_a_kernel_takes_little_of_a_threads_stack():
+    from nkat.kernels.cpu.blocks import Heads, rope_kernel
+
+    with pytest.raises(ValueError, match="stack"):
+        rope_kernel(Heads(1, 1, 1 << 20, 2, False, False, True))

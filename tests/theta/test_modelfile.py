@@ -286,3 +286,36 @@ def test_a_theta_file_is_only_used_with_its_own_model(tmp_path: Path, base: Path
         theta_for(open_model_file(other), tmp_path / "theta.bin")
     with pytest.raises(GGUFError, match="holds no Θ"):
         theta_for(open_model_file(base), other)
+
+
+def test_theta_goes_behind_a_base_without_its_last_padding(tmp_path: Path, base: Path) -> None:
+    file = GGUFFile.open(base)
+    base.write_bytes(base.read_bytes()[: file.data_end])
+    theta_set = make_set(base)
+    for layout in ("tensors", "appended"):
+        found = write_layout(base, tmp_path / f"{layout}.nkat", layout, theta_set)
+        assert same_set(found.theta, theta_set)
+        assert sha256_of_parts(found.base_parts()) == theta_set.base_sha256
+
+
+@pytest.mark.parametrize("layout", ["tensors", "appended"])
+def test_a_rank_beyond_the_layers_is_refused(tmp_path: Path, base: Path, layout: str) -> None:
+    """A corner of one row may not carry millions of columns, which every row of the weight would get."""
+    theta_set = make_set(base)
+    for size, rank in ((1, 10_000), (64, 33), (4, 5)):  # attn_k is 32 x 64
+        thetas = {**theta_set.layers, NAMES[1]: quantize_factors(*torch.randn(2, size, rank))}
+        with pytest.raises(GGUFError, match=f"theta of rank {rank} for 'blk.0.attn_k.weight': it must be from 1 to"):
+            write_layout(base, tmp_path / "a.nkat", layout, replace(theta_set, layers=thetas))
+        fits = quantize_factors(*torch.randn(2, size, min(32, size)))
+        assert write_layout(base, tmp_path / "b.nkat", layout, replace(theta_set, layers={NAMES[1]: fits})).theta
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("nkat.base.gguf_version", 1 << 32), ("nkat.base.gguf_version", 0), ("nkat.theta.gamma", float("nan"))],
+)
+def test_numbers_out_of_range_in_thetas_metadata(tmp_path: Path, base: Path, key: str, value: float) -> None:
+    from nkat.errors import NKATError
+
+    with pytest.raises(NKATError, match=key.rpartition(".")[2]):
+        write_layout(base, tmp_path / "a.nkat", "tensors", replace(make_set(base), notes={key: value}))

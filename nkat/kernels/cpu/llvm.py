@@ -24,6 +24,7 @@ from nkat.host.hardware import is_x86
 
 _POINTER = ir.PointerType()
 _BIT, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+MAX_LOCAL_BYTES = 1 << 16  # of a thread's stack, which has 8 MiB on Linux and 512 KiB on macOS
 Operand = "Value | int | float"
 
 
@@ -330,7 +331,9 @@ class Builder:
         return Value(self, self.ir.icmp_unsigned("!=", address.raw, ir.Constant(_POINTER, None)))
 
     def local(self, nbytes: int) -> Value:
-        """Memory of this call's own, on the stack."""
+        """Memory of this call's own, on the stack. Whoever calls it bounds what a model file has a say in."""
+        if nbytes > MAX_LOCAL_BYTES:
+            raise ValueError(f"{nbytes} bytes are too many for a thread's stack")
         with self.ir.goto_entry_block():
             slot = self.ir.alloca(_I8, nbytes)
             number = self.ir.ptrtoint(slot, _I64)  # alloca's pointer has a type, all others here have none
