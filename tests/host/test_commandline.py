@@ -70,10 +70,9 @@ def test_missing_memory_is_one_line_that_names_what_to_make_smaller(allocate, mo
         assert f"a smaller {named}" in lines[0]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), OSError(13, "Permission denied")])
-def test_a_fault_of_ours_keeps_its_traceback(error):
+def test_a_fault_of_ours_keeps_its_traceback():
     def fail() -> None:
-        raise error
+        raise RuntimeError("shapes do not fit")
 
-    with pytest.raises(type(error)):
+    with pytest.raises(RuntimeError, match="shapes"):
         commandline.run(fail)

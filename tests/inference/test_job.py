@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 from nkat.engine.eager import EagerDecoder
 from nkat.gguf.writer import gguf_parts, write_gguf
 from nkat.host.record import git_commit
+from nkat.host.streams import shown
 from nkat.lm.load import load_model
 from nkat.measure import startup
 from nkat.measure.startup import measure_startup
@@ -312,8 +313,8 @@ def test_generate_streams_and_reports(script, tiny: Path) -> None:
         ENGINE, "--model", tiny, "--generate", "the rain", "--max-tokens", 12, "--seed", 1, "--no-cuda", "--json", "-"
     )
     text, record = done.stdout.rsplit("\n", 2)[0], json.loads(done.stdout.splitlines()[-1])
-    assert record["text"] == text
-    assert load_model(tiny).tokenizer.decode_bytes(record["tokens"]).decode(errors="replace") == text
+    assert shown(record["text"]) == text
+    assert load_model(tiny).tokenizer.decode_bytes(record["tokens"]).decode(errors="replace") == record["text"]
     assert record["generated_tokens"] == len(record["tokens"]) <= 12
     assert record["stopped"] in ("length", "end of generation")
     assert re.search(r"prompt \d+ tokens, [\d.]+ tok/s; generated \d+ tokens, [\d.]+ tok/s", done.stderr)
@@ -379,7 +380,7 @@ def test_ctrl_c_ends_generation_and_keeps_the_text(base: Path, tmp_path: Path) -
     assert running.returncode == 130, notes
     assert "stopped by interrupted" in notes
     saved = json.loads(record.read_text())
-    assert (saved["stopped"], saved["text"]) == ("interrupted", (first + rest).removesuffix("\n"))
+    assert (saved["stopped"], shown(saved["text"])) == ("interrupted", (first + rest).removesuffix("\n"))
 
 
 def test_mistakes_of_the_other_commands(fails, tiny: Path, base: Path, tmp_path: Path) -> None:
