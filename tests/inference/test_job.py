@@ -368,9 +368,8 @@ def test_ctrl_c_ends_generation_and_keeps_the_text(base: Path, tmp_path: Path) -
     record, endless = tmp_path / "r.json", without_an_end(base, tmp_path / "endless.gguf")
     command = [sys.executable, ROOT / ENGINE, "--model", endless, "--generate", "the", "--max-tokens", "100000"]
     command += ["--temperature", "0", "--no-cuda", "--threads", "1", "--json", record]
-    running = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
-    )
+    # without a buffer, which `communicate` would pass by
+    running = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
     try:
         first = running.stdout.read(5)
         running.send_signal(signal.SIGINT)
@@ -378,9 +377,9 @@ def test_ctrl_c_ends_generation_and_keeps_the_text(base: Path, tmp_path: Path) -
     finally:
         running.kill()
     assert running.returncode == 130, notes
-    assert "stopped by interrupted" in notes
+    assert b"stopped by interrupted" in notes
     saved = json.loads(record.read_text())
-    assert (saved["stopped"], shown(saved["text"])) == ("interrupted", (first + rest).removesuffix("\n"))
+    assert (saved["stopped"], shown(saved["text"])) == ("interrupted", (first + rest).decode().removesuffix("\n"))
 
 
 def test_mistakes_of_the_other_commands(fails, tiny: Path, base: Path, tmp_path: Path) -> None:
