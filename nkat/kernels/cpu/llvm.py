@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from llvmlite import ir
 
 _POINTER = ir.PointerType()
 _BIT, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
-Operand = "Value | int | float"
+Operand: TypeAlias = "Value | int | float"
 
 
 def _lanes_of(element: ir.Type, lanes: int) -> ir.Type:
