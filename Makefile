@@ -1,5 +1,5 @@
 # make demo   set up, fetch a real 135 M-parameter model, convert it, measure it with and without Θ
-# make test   set up, pass all tests          make lint   style          make bench   side-by-side benchmarks
+# make test   set up, pass all tests          make lint   style, types   make bench   side-by-side benchmarks
 # make test-isa   the tests that compare floats, once more as on other processors
 #
 # PYTHON=python3.12 picks the interpreter; TORCH=torch picks the newest torch (with CUDA on Linux);
@@ -26,6 +26,7 @@ test-isa: $(VENV)/.developer
 lint: $(VENV)/.developer
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 bench: $(VENV)/.user
 	$(PY) -m nkat.models smollm2
@@ -36,7 +37,7 @@ bench: $(VENV)/.user
 	$(PY) -m benchmarks.convert_7b
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/.user: requirements.txt
 	$(PYTHON) -m venv $(VENV)

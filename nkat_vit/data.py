@@ -243,8 +243,9 @@ def _from_tar(archive: Path, wanted: set[str]) -> dict[str, bytes]:
         with tarfile.open(archive) as opened:
             for member in opened:
                 name = Path(member.name).name
-                if member.isfile() and name in wanted:
-                    found[name] = opened.extractfile(member).read()
+                content = opened.extractfile(member) if member.isfile() and name in wanted else None
+                if content is not None:
+                    found[name] = content.read()
     except (OSError, EOFError, tarfile.TarError) as error:
         raise NKATError(f"{archive}: damaged, delete it and fetch it again: {error}") from None
     if set(found) != wanted:

@@ -103,7 +103,9 @@ class Trainer:
         self.average = Average(self.model, config.ema) if config.ema else None
         self.judge = deepcopy(self.model).eval()
         self.optimizers = make_optimizers(self.model, config)
-        self.forward: nn.Module = torch.compile(self.model) if compiled else self.model
+        self.forward: nn.Module = self.model
+        if compiled:
+            self.forward = torch.compile(self.model)  # type: ignore[assignment]  # of a module it makes a module
         if world.size > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.step = 0

@@ -155,12 +155,17 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         given["tta"] = "flip" if spec.mirrored else "none"
     if "randaugment" in given:
         given["randaugment"] = _pair(given["randaugment"])
-    facts = {"image_size": spec.size, "channels": spec.channels, "classes": len(spec.classes)}
-    facts |= {"mean": spec.mean, "std": spec.std}
     _check_types(given)
     return Recipe(
         values["dataset"],
-        ViTConfig(**facts, **_pick(given, MODEL_NAMES)),
+        ViTConfig(
+            image_size=spec.size,
+            channels=spec.channels,
+            classes=len(spec.classes),
+            mean=spec.mean,
+            std=spec.std,
+            **_pick(given, MODEL_NAMES),
+        ),
         AugmentConfig(**_pick(given, AUGMENT_NAMES)),
         TrainConfig(**_pick(given, TRAIN_NAMES)),
     )

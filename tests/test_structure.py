@@ -1,4 +1,4 @@
-"""The shape of the code: no import cycles, scripts as leaves, optional packages optional."""
+"""The shape of the code: no import cycles, scripts as leaves, optional packages optional, types for all."""
 
 from __future__ import annotations
 
@@ -154,6 +154,14 @@ except ModuleNotFoundError:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "refused"
+
+
+def test_no_module_is_exempt_from_types_without_a_reason() -> None:
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    overrides = [i for i, line in enumerate(lines) if line == "[[tool.mypy.overrides]]"]
+    assert overrides
+    for i in overrides:
+        assert lines[i - 1].startswith("# "), f"pyproject.toml, line {i + 1}: a comment above says why"
 
 
 def longer_than(paths: Iterable[Path], limit: int) -> dict[str, int]:

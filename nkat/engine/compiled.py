@@ -18,6 +18,7 @@ from nkat.kernels.cpu.blocks import KEYS, Heads, add_kernel, attention_kernel, g
 from nkat.kernels.cpu.linear import CpuLinear, Panels
 from nkat.kernels.cpu.matmul import embedding_kernel, panel_tokens
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import FIRST_ROOM, Block, Transformer, cache_memory, next_room
 
@@ -165,8 +166,8 @@ class _ForwardPass:
         self.head = self.program if self.capacity == 1 else Program()
         self._embedding()
 
-        linears = {name: _compiled(layer) for name, layer in model.blocks[0].linears.items()}
-        self.y = {name: self._rows(linear.padded_rows) for name, linear in linears.items()}
+        first = model.blocks[0]
+        self.y = {name: self._rows(first.linear(name).require_compiled().padded_rows) for name in BLOCK_LINEARS}
         self.mixed = self._rows(config.head_count * config.head_dim)
         self.rows = 8 if tokens > 1 else max(r for r in (1, 2, 4) if r == 1 or r < 2 * config.head_count)
         self.ropes: list[np.ndarray] = []  # arguments of each block's kernels that read the cache
@@ -216,7 +217,7 @@ class _ForwardPass:
             return
         self.strength = self.decoder.model.gamma
         for layer, down, matmul in self.stars:
-            star = _compiled(layer).star
+            star = layer.require_compiled().star
             assert star is not None
             star.set_kappa(layer.kappa)
             down[2] = matmul[11] = star.terms if layer.kappa else 0
@@ -233,7 +234,7 @@ class _ForwardPass:
         filled: set[int] = set()
         steps = []
         for name, layer in layers.items():
-            linear = _compiled(layer)
+            linear = layer.require_compiled()
             panels = self._panels(linear, state, len(x), tokens)
             if id(panels) not in filled:
                 panels.fill(program, x, x.strides[0])
@@ -270,14 +271,14 @@ class _ForwardPass:
         table = self.decoder.model.embedding
         factor = np.array([self.decoder.model.config.embedding_scale], np.float32)
         units = self.d // GGML_QUANT_SIZES[table.qtype][0]
-        packed, row_bytes = table.packed.numpy(), packed_nbytes(table.qtype, (self.d,))
+        packed, row_bytes = table.file_bytes.numpy(), packed_nbytes(table.qtype, (self.d,))
         kernel = embedding_kernel(table.qtype, self.tokens)
         self.program.add(kernel, (packed, row_bytes, units, self.ids, factor, self.x, self.x.strides[0], self.state))
 
     def _block(self, block: Block) -> None:
         program, y, state, norms = self.program, self.y, self.state, block.norms
         heads, config = self.decoder.heads, self.decoder.model.config
-        layers = dict(block.linears.items())
+        layers = {name: block.linear(name) for name in BLOCK_LINEARS}
         self._norm(program, self.x, _numpy(norms["attn_norm"]), self.normed, state)
         self._linears(program, {n: layers[n] for n in ("attn_q", "attn_k", "attn_v")}, self.normed, state)
         q, k, v = (y[n] for n in ("attn_q", "attn_k", "attn_v"))
@@ -315,7 +316,7 @@ class _ForwardPass:
 
     def _output(self) -> None:
         model = self.decoder.model
-        linear = _compiled(model.output)
+        linear = model.output.require_compiled()
         self.logits = aligned((1, linear.padded_rows), np.float32)
         normed = aligned((1, self.d), np.float32)
         self.last_row = self.x if self.head is self.program else aligned((1, self.d), np.float32)
@@ -327,11 +328,6 @@ def _rotation_tables(frequencies: torch.Tensor, magnitude: float, capacity: int)
     """Cosines, then sines, of every position's angles: float32 [2, capacity, rotated / 2]."""
     angles = torch.arange(capacity, dtype=torch.float64)[:, None] * frequencies
     return (magnitude * torch.stack((angles.cos(), angles.sin()))).float().numpy()
-
-
-def _compiled(layer: StarLinear) -> CpuLinear:
-    assert layer.compiled is not None
-    return layer.compiled
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

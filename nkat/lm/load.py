@@ -148,25 +148,27 @@ class _Assembler:
         packed_table = self.packed(table.name)
         tied = "output.weight" not in self.tensors
         factors = "rope_freqs.weight"
+        shape = (config.vocab_size, config.embedding_length)
         return Transformer(
             config,
-            Embedding(packed_table, table.type, table.shape[-2:]),
+            Embedding(packed_table, table.type, shape),
             [self.block(config, i) for i in range(config.block_count)],
             self.vector("output_norm.weight"),
-            self.linear("token_embd", packed_table) if tied else self.linear("output"),
+            self.linear("token_embd", shape, packed_table) if tied else self.linear("output", shape),
             self.vector(factors) if factors in self.tensors else None,
         )
 
     def block(self, config: ModelConfig, index: int) -> Block:
         prefix = f"blk.{index}."
         norms = {norm: self.vector(f"{prefix}{norm}.weight") for norm in config.architecture.block_norms}
-        return Block(config, index, {name: self.linear(prefix + name) for name in BLOCK_LINEARS}, norms)
+        linears = {name: self.linear(prefix + name, config.linear_shape(name)) for name in BLOCK_LINEARS}
+        return Block(config, index, linears, norms)
 
-    def linear(self, stem: str, packed: torch.Tensor | None = None) -> StarLinear:
+    def linear(self, stem: str, shape: tuple[int, int], packed: torch.Tensor | None = None) -> StarLinear:
         info = self.tensors[stem + ".weight"]
         bias = self.vector(stem + ".bias") if stem + ".bias" in self.tensors else None
         packed = self.packed(info.name) if packed is None else packed
-        return StarLinear(packed, info.type, info.shape[-2:], dtype=self.dtype, bias=bias, keep_dense=self.keep_dense)
+        return StarLinear(packed, info.type, shape, dtype=self.dtype, bias=bias, keep_dense=self.keep_dense)
 
     def vector(self, name: str) -> torch.Tensor:
         """A norm's weight, a bias or RoPE factors: dequantised, in the residual stream's dtype."""

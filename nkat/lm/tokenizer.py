@@ -117,7 +117,6 @@ class _ByteLevelBPE:
     """A `gpt2` vocabulary."""
 
     def __init__(self, token_ids: dict[str, int], merges: list[str], pre: PreTokenizer) -> None:
-        pairs = [tuple(merge.split(" ")) for merge in dict.fromkeys(merges)]  # of a repeated merge the first rank holds
         # The library skips a character without a token and then merges its neighbours across the gap; as an unknown
         # token the gap stays, and `encode` drops it.
         gap = "\0"
@@ -126,15 +125,19 @@ class _ByteLevelBPE:
         self._gap_id = len(token_ids)
         model = tokenizers.models.BPE
         try:
+            unique = dict.fromkeys(merges)  # of a repeated merge the first rank holds
+            pairs = [(left, right) for merge in unique for left, right in (merge.split(" "),)]
             bpe = model(token_ids | {gap: self._gap_id}, pairs, unk_token=gap, ignore_merges=pre.ignore_merges)
-        except Exception as error:  # the library raises bare Exception for unknown tokens
+        except Exception as error:  # a merge is not a pair, or has unknown tokens: a bare Exception of the library
             problem = _bad_merge(merges, token_ids)
             if problem is None:
                 raise
             raise problem from error
         split, byte_level = tokenizers.pre_tokenizers.Split, tokenizers.pre_tokenizers.ByteLevel
-        steps = [split(tokenizers.Regex(pattern), behavior="isolated") for pattern in pre.patterns]
-        steps.append(byte_level(add_prefix_space=False, use_regex=False))
+        steps: list[tokenizers.pre_tokenizers.PreTokenizer] = [
+            *(split(tokenizers.Regex(pattern), behavior="isolated") for pattern in pre.patterns),
+            byte_level(add_prefix_space=False, use_regex=False),
+        ]
         self._tokenizer = tokenizers.Tokenizer(bpe)
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
         self._missing = {byte for byte, char in enumerate(_BYTE_TO_CHAR) if char not in token_ids}
@@ -275,10 +278,8 @@ class Tokenizer:
         self.bos_id = self._id(metadata, "bos_token_id", default_bos)
         self.eos_id = self._id(metadata, "eos_token_id", default_eos)
         self.adds_bos = _flag(metadata, "add_bos_token", adds_bos)
-        self._adds_eos = _flag(metadata, "add_eos_token", False)
-        for adds, name, token in ((self.adds_bos, "bos", self.bos_id), (self._adds_eos, "eos", self.eos_id)):
-            if adds and token is None:
-                raise TokenizerError(f"{_KEY}{name}_token_id is missing, but the vocabulary adds that token to texts")
+        self._before = _added("bos", self.bos_id, self.adds_bos)
+        self._after = _added("eos", self.eos_id, _flag(metadata, "add_eos_token", False))
         self._set_special_tokens(metadata, token_ids)
         self._pieces: dict[int, bytes] = {}
 
@@ -314,7 +315,7 @@ class Tokenizer:
                 token = known_by_text[0] if known_by_text else None
             if name in _FIM_ENDS:
                 ends.add(token)
-        self.eog_ids: frozenset[int] = frozenset(ends - {None})
+        self.eog_ids = frozenset(token for token in ends if token is not None)
 
         user_defined = (of_type(TokenType.USER_DEFINED) - control).union(of_text(_USER_DEFINED_TEXTS))
         self._special_ids = {self._tokens[token]: token for token in user_defined | control}
@@ -347,11 +348,11 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
-        ids = [self.bos_id] if add_special and self.adds_bos else []
+        ids = list(self._before) if add_special else []
         for fragment in self._fragments(text, parse_special):
             ids += (fragment,) if isinstance(fragment, int) else self._model.encode(fragment)
-        if add_special and self._adds_eos:
-            ids.append(self.eos_id)
+        if add_special:
+            ids += self._after
         return ids
 
     def _fragments(self, text: str, parse_special: bool) -> list[str | int]:
@@ -361,8 +362,10 @@ class Tokenizer:
         for special in sorted(found, key=lambda word: (-len(word.encode()), self._special_ids[word])):
             cut: list[str | int] = []
             for fragment in fragments:
-                pieces = [fragment] if isinstance(fragment, int) else fragment.split(special)
-                for at, piece in enumerate(pieces):
+                if isinstance(fragment, int):
+                    cut.append(fragment)
+                    continue
+                for at, piece in enumerate(fragment.split(special)):
                     if at:
                         cut.append(self._special_ids[special])
                         piece = piece.lstrip(" \t\n\v\f\r") if special in self._strips else piece
@@ -418,6 +421,15 @@ class Tokenizer:
             )
             return usual
         return value
+
+
+def _added(name: str, token: int | None, wanted: bool) -> tuple[int, ...]:
+    """What the vocabulary adds to texts in this place."""
+    if not wanted:
+        return ()
+    if token is None:
+        raise TokenizerError(f"{_KEY}{name}_token_id is missing, but the vocabulary adds that token to texts")
+    return (token,)
 
 
 def _occurring(text: str, words: list[str]) -> Iterator[str]:

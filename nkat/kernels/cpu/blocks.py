@@ -68,11 +68,8 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
     """x += y, or its RMS norm, which then replaces y. arguments: x, y, bytes of a row of y, weight, epsilon, state"""
 
     def emit(k: Builder) -> None:
-        x, y, stride, weight, epsilon, state = (
-            *(k.pointer(i) for i in range(2)),
-            k.integer(2),
-            *map(k.pointer, (3, 4, 5)),
-        )
+        x, y, stride = k.pointer(0), k.pointer(1), k.integer(2)
+        weight, epsilon, state = (k.pointer(i) for i in (3, 4, 5))
         lanes = _width(columns)
         with _own_tokens(k, state, tokens) as token:
             to, row = x + token * (4 * columns), y + token * stride

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 from llvmlite import ir
 
@@ -25,7 +26,7 @@ from nkat.host.hardware import is_x86
 _POINTER = ir.PointerType()
 _BIT, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 MAX_LOCAL_BYTES = 1 << 16  # of a thread's stack, which has 8 MiB on Linux and 512 KiB on macOS
-Operand = "Value | int | float"
+Operand: TypeAlias = "Value | int | float"
 
 
 def _lanes_of(element: ir.Type, lanes: int) -> ir.Type:

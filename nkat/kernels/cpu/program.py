@@ -10,7 +10,7 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -120,7 +120,7 @@ def pool(count: int) -> Threads:
 
 
 @functools.cache
-def _call(kernel: int) -> ctypes._CFuncPtr:
+def _call(kernel: int) -> Callable[[int, int, int], None]:
     return KERNEL(kernel)
 
 

@@ -166,8 +166,10 @@ def _load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
 def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> FitData:
     context = request.settings.context
     learned, validation = split_validation(fit_text(loaded.tokenizer, text, request.ignore), text.name, context)
-    kept = None if keep is None else fit_text(loaded.tokenizer, keep)
-    if kept is not None and len(kept.tokens) < context:
+    if keep is None:
+        return FitData(learned, validation)
+    kept = fit_text(loaded.tokenizer, keep)
+    if len(kept.tokens) < context:
         raise NKATError(
             f"{keep.name}: the text is too short: it has {len(kept.tokens)} tokens, one sequence needs {context}"
         )
@@ -201,7 +203,8 @@ def _interrupted_state(request: FitRequest, identity: str) -> FitState | None:
 
 def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]]:
     settings = request.settings
-    shapes = [loaded.tensors[name].shape for name in request.names]
+    layers = loaded.model.star_linears()
+    shapes = [layers[name].shape for name in request.names]
     wanted = [request.start]
     if request.start == "auto":
         wanted = ["zero", "weight"] + ["residual"] * (request.reference is not None)
