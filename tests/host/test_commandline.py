@@ -77,3 +77,9 @@ def test_a_fault_of_ours_keeps_its_traceback(error):
 
     with pytest.raises(type(error)):
         commandline.run(fail)
+
+
+def test_a_path_longer_than_the_system_takes_is_one_line(fails):
+    for name in ("x" * 5000, "/".join(["x" * 200] * 30)):
+        assert "long" in fails("nkat_inference_engine.py", "--model", f"{name}.gguf", "--generate", "x")
+        assert "long" in fails("nkat_gguf_converter.py", "--input", f"{name}.gguf", "--output", "y.nkat", "--dry-run")
