@@ -28,7 +28,7 @@ def main() -> None:
         result = attack(options.count, first=options.first, processes=options.processes, on_case=progress.update)
     for fault in result.faults:
         print(fault)
-    print(format_table(["outcome", "cases"], [[kind, f"{result.counts[kind]:,}"] for kind in OUTCOMES]))
+    print(format_table([[kind, f"{result.counts[kind]:,}"] for kind in OUTCOMES], ["outcome", "cases"]))
     seconds = perf_counter() - started
     print(json.dumps({"count": options.count, "first": options.first, "seconds": seconds, **result.record()}))
     if not result.clean:

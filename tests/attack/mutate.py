@@ -50,7 +50,7 @@ class Seed:
 
 def make_seeds(folder: Path) -> list[Seed]:
     """Models of two vocabularies, both layouts of a .nkat, Θ alone, and an adapter."""
-    small = {"blocks": 1, "embedding": 32, "heads": 2, "kv_heads": 1, "feed_forward": 32, "context": 64}
+    small = {"blocks": 1, "embedding": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "feed_forward": 32, "context": 64}
     quantised = {"qtype": gguf.GGMLQuantizationType.Q8_0}
     llama = write_tiny_model(folder / "llama.gguf", "llama", **small)
     paths = [

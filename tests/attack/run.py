@@ -12,6 +12,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,11 +64,8 @@ def attack(
         while start < first + count:
             start = _until_it_ends(start, first + count, processes, fault, seconds, add)
 
-    threads = [threading.Thread(target=share, args=(first + i,)) for i in range(processes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(share, range(first, first + processes)))
     return result
 
 
@@ -88,7 +86,7 @@ def _until_it_ends(
         lines.put("")
 
     threading.Thread(target=read, daemon=True).start()
-    case = start
+    case, begun = start, False
     try:
         while True:
             try:
@@ -96,12 +94,14 @@ def _until_it_ends(
             except queue.Empty:
                 add(case, "hang")
                 return case + step
+            if not line and not begun:
+                raise RuntimeError(f"{' '.join(command)} ended with status {process.wait()} before its first case")
             if not line:  # the process has ended: after its last case, or within one
                 if process.wait() != 0 or case < stop:
                     add(case, f"crash status {process.returncode}")
                 return case + step
             if line.startswith("case "):
-                case = int(line.split()[1])
+                case, begun = int(line.split()[1]), True
             else:
                 add(case, line)
                 case += step
