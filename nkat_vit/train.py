@@ -174,6 +174,7 @@ def begin_run(options: argparse.Namespace, world: World) -> tuple[Recipe, Path, 
     folder = Path(options.resume) if options.resume else _folder(options, make_recipe(PRESETS["stage2"] | given))
     folder = folder.parent if folder.suffix == ".pt" else folder
     content = checkpoint.load(folder / "last.pt", "run")
+    checkpoint.recipe_of(content, folder / "last.pt")
     saved = content["recipe"]
     wanted = make_recipe(saved | given).values()
     for name, value in given.items():

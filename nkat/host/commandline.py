@@ -44,7 +44,7 @@ def _status(main: Callable[[], None]) -> str | int | None:
     except NKATError as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError, OSError) as error:
-        problem = out_of_memory(error)
+        problem = system_limit(error)
         if problem is None and isinstance(error, OSError):  # what nobody was prepared for
             place = "" if error.filename is None else f"{error.filename}: "
             problem = f"{place}{error.strerror or error}"
@@ -83,11 +83,13 @@ _NO_MEMORY = re.compile(
 )
 
 
-def out_of_memory(error: BaseException) -> str | None:
-    """What to tell a user whose memory did not suffice; None: the error is another one.
+def system_limit(error: BaseException) -> str | None:
+    """What to tell a user whose memory, or whose system's paths, did not suffice; None: the error is another one.
 
     numpy and Python raise MemoryError, torch a RuntimeError, and the system's calls an OSError.
     """
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}…: the path is too long for this system"
     if isinstance(error, OSError):
         if error.errno != errno.ENOMEM:
             return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,12 +168,18 @@ def _theta_key(thetas: ThetaSet) -> str:
     return digest.hexdigest()[:16]
 
 
+def _checked_sha256(found: object) -> str:
+    if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
+        raise ValueError("not a SHA-256")
+    return found
+
+
 def _sha256(model: ModelFile) -> str:
     """SHA-256 of the base in a file, remembered as long as the file keeps its size and time."""
     found = model.path.stat()
     key = f"{model.path.resolve()}|{found.st_size}|{found.st_mtime_ns}"
     memo = Memo.open("kobold/hashes.json")
-    known = memo.get(lambda hashes: str(hashes[key]))
+    known = memo.get(lambda hashes: _checked_sha256(hashes[key]))
     if known is not None:
         return known
     with _hashing(model) as progress:

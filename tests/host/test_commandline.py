@@ -76,3 +76,18 @@ def test_a_fault_of_ours_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="shapes"):
         commandline.run(fail)
+
+
+def test_a_path_longer_than_the_system_takes_is_one_line(fails):
+    for name in ("x" * 5000, "/".join(["x" * 200] * 30)):
+        assert "long" in fails("nkat_inference_engine.py", "--model", f"{name}.gguf", "--generate", "x")
+        assert "long" in fails("nkat_gguf_converter.py", "--input", f"{name}.gguf", "--output", "y.nkat", "--dry-run")
+
+
+def test_a_message_is_one_line_whatever_it_quotes(capsys):
+    def fail() -> None:
+        raise NKATError("Θ: key 'a\nb\x1b[2Jc\udce9' is wrong")
+
+    with pytest.raises(SystemExit):
+        commandline.run(fail)
+    assert capsys.readouterr().err == "error: Θ: key 'a\\nb\\x1b[2Jc\\udce9' is wrong\n"
