@@ -29,6 +29,8 @@ class Attention(nn.Module):
         keys and values, the features of red, green, blue, and the mean of the three
     """
 
+    sees: Tensor
+
     def __init__(
         self,
         dim: int,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +56,9 @@ def corrupt(images: np.ndarray, name: str, severity: int, seed: int, frost: Fros
     """Pictures uint8 [n, 32, 32, 3] with one corruption; the same seed, name and severity give the same pictures."""
     if images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
         raise NKATError(f"corruptions are defined for 32x32 colour pictures, not for {images.dtype} {images.shape[1:]}")
-    random = np.random.default_rng([seed, list(CORRUPTIONS).index(name), severity])
-    if name == "frost":
-        result = _frost(images / 255, severity, random, frost)
-    else:
-        result = CORRUPTIONS[name](images / 255, severity, random)
+    table = CORRUPTIONS | {"frost": partial(_frost, frost=frost)}
+    random = np.random.default_rng([seed, list(table).index(name), severity])
+    result = table[name](images / 255, severity, random)
     return (np.clip(result, 0, 1) * 255).astype(np.uint8)
 
 
@@ -127,11 +126,13 @@ def _snow(x: np.ndarray, severity: int, random: Random) -> np.ndarray:
     return keep * x + (1 - keep) * pale + layer + layer[:, ::-1, ::-1]
 
 
-def _frost(x: np.ndarray, severity: int, random: Random, frost: Frost) -> np.ndarray:
+def _frost(x: np.ndarray, severity: int, random: Random, frost: Frost | None = None) -> np.ndarray:
+    """frost: None for procedural textures."""
+    textures = load_frost(None).textures if frost is None else frost.textures
     share, ice = ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45))[severity - 1]
     layers = np.empty_like(x)
-    for layer, which in zip(layers, random.integers(len(frost.textures), size=len(x)), strict=True):
-        texture = frost.textures[which]
+    for layer, which in zip(layers, random.integers(len(textures), size=len(x)), strict=True):
+        texture = textures[which]
         row, column = (random.integers(0, length - SIDE) for length in texture.shape[:2])
         layer[:] = texture[row : row + SIDE, column : column + SIDE] / 255
     return share * x + ice * layers
@@ -199,6 +200,7 @@ def _jpeg(x: np.ndarray, severity: int, random: Random) -> np.ndarray:
 
 
 Corruption = Callable[[np.ndarray, int, Random], np.ndarray]
+# New ones go to the end: what a corruption draws follows from its position here.
 CORRUPTIONS: dict[str, Corruption] = {
     "gaussian noise": _gaussian_noise,
     "shot noise": _shot_noise,

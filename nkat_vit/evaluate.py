@@ -31,7 +31,7 @@ from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
 from nkat_vit.data import DATASETS, find_dataset, load_images
 from nkat_vit.metrics import consistency, global_tpe, lambda_theory, measure_robustness, tpe
-from nkat_vit.predict import accuracy, predict_logits
+from nkat_vit.predict import judged_facts, predict_logits
 from nkat_vit.recipe import PRESETS
 
 # STAGE2's targets: accuracy, TPE.
@@ -74,16 +74,11 @@ class Spread:
         return {"mean": self.mean, "sd": self.sd, "n": self.n}
 
 
-def judge(trained: TrainedModel, data_root: Path, device: torch.device) -> RunResult:
+def run_result(trained: TrainedModel, data_root: Path, device: torch.device) -> RunResult:
     """The run's test accuracy: the one found at its end, or measured now when the run left the test set alone."""
-    recipe, facts = trained.recipe, trained.facts
+    recipe, facts = trained.recipe, judged_facts(trained, data_root, device)
     lam = lambda_theory(sum(p.numel() for p in trained.model.parameters()))
-    if "test" in facts:
-        result, images = facts["test"], facts["test_images"]
-    else:
-        test = load_images(recipe.dataset, data_root, train=False).to(device)
-        result, images = accuracy(trained.model, test, recipe.train.tta, recipe.train.amp), len(test)
-    return RunResult(recipe.dataset, recipe.train.seed, result, images, lam, str(trained.path))
+    return RunResult(recipe.dataset, recipe.train.seed, facts["test"], facts["test_images"], lam, str(trained.path))
 
 
 def summarise(runs: Sequence[RunResult]) -> dict[str, Any]:
@@ -94,9 +89,10 @@ def summarise(runs: Sequence[RunResult]) -> dict[str, Any]:
     for name, group in by_set.items():
         if len({run.seed for run in group}) < len(group):
             raise NKATError(f"{name}: two runs have the same seed; they are no independent measurements")
+    accuracies = {name: Spread.of([run.accuracy for run in group]) for name, group in by_set.items()}
     sets = {
         name: {
-            "accuracy": Spread.of([run.accuracy for run in group]),
+            "accuracy": accuracies[name],
             "tpe": Spread.of([tpe(run.accuracy, run.lam) for run in group]),
             "images": group[0].images,
         }
@@ -108,7 +104,7 @@ def summarise(runs: Sequence[RunResult]) -> dict[str, Any]:
         rows = [[next(r for r in group if r.seed == seed) for group in by_set.values()] for seed in sorted(common)]
     else:
         # A stand-in run of mean accuracy for each set: one value, no spread.
-        rows = [[RunResult(n, -1, sets[n]["accuracy"].mean, 0, g[0].lam, "") for n, g in by_set.items()]]
+        rows = [[RunResult(n, -1, accuracies[n].mean, 0, g[0].lam, "") for n, g in by_set.items()]]
     return {
         "sets": sets,
         "lambda": lam,
@@ -202,7 +198,7 @@ def main() -> None:
     parser.add_argument("--frost", type=Path, help="folder with CIFAR-10-C's frost textures (else procedural ones)")
     parser.add_argument("--seed", type=int, default=0, help="of the corruptions (0)")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--threads", type=commandline.positive_int, help="processor threads")
+    parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
     parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
     parser.add_argument("--force", action="store_true", help="replace an existing record")
     options = parser.parse_args()
@@ -215,7 +211,7 @@ def main() -> None:
     runs, robust = [], []
     for path in paths:
         trained = load_model(path, device)
-        runs.append(judge(trained, options.data_root, device))
+        runs.append(run_result(trained, options.data_root, device))
         model = trained.recipe.model
         if not options.no_robustness and (model.channels, model.image_size) == (3, SIDE):
             robust.append(

@@ -182,7 +182,8 @@ def interpret(trained: TrainedModel, held: ImageSet, folder: Path, stamp: str, p
     }
     if trained.recipe.model.nkat_strength > 0:
         path = folder / f"nkat_gauge_parameter_analysis_{stamp}.png"
-        plot_gauges(path, [block.attention.gauge for block in model.blocks])
+        gauges = (block.attention.gauge for block in model.blocks)
+        plot_gauges(path, [gauge for gauge in gauges if gauge is not None])
         files.append(path.name)
     else:
         note("this model has no gauge terms: no picture of them")

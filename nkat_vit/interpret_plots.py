@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nkat.host.figures import new_figure
+from nkat.host.figures import new_figure, save_figure
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.gauge import Gauge
 from nkat_vit.model import ViTConfig
-from nkat_vit.pictures import as_picture, save_figure
+from nkat_vit.pictures import DPI, as_picture
 
 _GROUPS = ("red", "green", "blue", "shared")
 
@@ -38,7 +38,7 @@ def plot_sample(
         _overlay(panels[1][layer], image, _map(_received(weights.mean(0), config), config), f"layer {layer}")
     for head, weights in enumerate(attention[-1]):
         _overlay(panels[2][head], image, _map(_received(weights, config), config), _head_name(head, config))
-    save_figure(figure, path, force=False)
+    save_figure(figure, path, force=False, dpi=DPI)
 
 
 def plot_gauges(path: Path, gauges: Sequence[Gauge]) -> None:
@@ -65,7 +65,7 @@ def plot_gauges(path: Path, gauges: Sequence[Gauge]) -> None:
     shown = example.imshow(thetas[0, 0].numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
     example.set(title="θ of layer 0, head 0")
     figure.colorbar(shown, ax=example)
-    save_figure(figure, path, force=False)
+    save_figure(figure, path, force=False, dpi=DPI)
 
 
 def plot_summary(path: Path, record: Mapping[str, Any], title: str) -> None:
@@ -83,7 +83,7 @@ def plot_summary(path: Path, record: Mapping[str, Any], title: str) -> None:
         axes.plot(values, ".", color="#bbbbbb")
         axes.plot(values.mean(axis=1), "o-", color="#1f77b4", label="mean of heads")
         axes.set(title=text, xlabel="layer", ylim=(0, 1.05 * values.max() or 1))
-    save_figure(figure, path, force=False)
+    save_figure(figure, path, force=False, dpi=DPI)
 
 
 def _head_name(head: int, config: ViTConfig) -> str:

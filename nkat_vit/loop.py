@@ -103,7 +103,9 @@ class Trainer:
         self.average = Average(self.model, config.ema) if config.ema else None
         self.judge = deepcopy(self.model).eval()
         self.optimizers = make_optimizers(self.model, config)
-        self.forward: nn.Module = torch.compile(self.model) if compiled else self.model
+        self.forward: nn.Module = self.model
+        if compiled:
+            self.forward = torch.compile(self.model)  # type: ignore[assignment]  # of a module it makes a module
         if world.size > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.step = 0
@@ -242,8 +244,8 @@ class Trainer:
     def restore(self, content: dict[str, Any]) -> None:
         """Goes on from a `last.pt`; raises NKATError when it belongs to another run."""
         for name, mine in (("data_sha256", self.train_set.sha256), ("processes", self.world.size)):
-            if content[name] != mine:
-                raise NKATError(f"this checkpoint was made with another {name}: {content[name]}, here it is {mine}")
+            if content.get(name) != mine:
+                raise NKATError(f"this checkpoint was made with another {name}: {content.get(name)}, here it is {mine}")
         self.model.load_state_dict(content["model"])
         for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -264,7 +266,8 @@ def open_run(recipe: Recipe, whole: ImageSet, world: World, folder: Path, label:
     saved = folder / "last.pt"
     content = checkpoint.load(saved, "run") if saved.exists() else None
     if content is not None:
-        recipe = with_amp(recipe, content["recipe"]["amp"])
+        kept = checkpoint.recipe_of(content, saved)
+        recipe = with_amp(recipe, kept.train.amp)
         if content["recipe"] != recipe.values():
             raise NKATError(f"{folder}: holds a run with other settings")
     config = recipe.train
@@ -272,5 +275,6 @@ def open_run(recipe: Recipe, whole: ImageSet, world: World, folder: Path, label:
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, train, held, world, folder, label=label, judge_last=False)
     if content is not None:
-        trainer.restore(content)
+        with checkpoint.damage(saved):
+            trainer.restore(content)
     return trainer

@@ -7,6 +7,7 @@ multiple of stem stride × patch are padded with black. Grey pictures have one c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from typing import Any
@@ -134,7 +135,8 @@ class ViTConfig:
         """The inverse of `to_dict`; raises NKATError for a name it does not know."""
         unknown = set(values) - {field.name for field in fields(cls)}
         _check(not unknown, f"this model config has settings unknown to this version: {', '.join(sorted(unknown))}")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**given)
 
 
 class Block(nn.Module):
@@ -201,6 +203,7 @@ class NKATViT(nn.Module):
 
     mean: Tensor
     std: Tensor
+    blocks: Sequence[Block]  # an nn.ModuleList, whose own type does not say what is in it
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -225,7 +228,7 @@ class NKATViT(nn.Module):
             self.cls = nn.Parameter(torch.zeros(1, 1, dim))
         elif config.pool == "seq":
             self.pool_score = nn.Linear(dim, 1)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
+        self.add_module("blocks", nn.ModuleList(Block(config, layer) for layer in range(config.depth)))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, config.classes)
         self._initialise()

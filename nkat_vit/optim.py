@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -48,9 +48,19 @@ class Muon(Optimizer):
     def __init__(self, params: Iterable[Any], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "parts": 1})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """One step; takes no closure."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step. closure: makes the gradients, and returns the loss, as torch's optimisers have it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
@@ -69,6 +79,7 @@ class Muon(Optimizer):
                 scale = max(1.0, shape[0] / shape[1]) ** 0.5
                 for (part, _), direction in zip(items, directions, strict=True):
                     part.mul_(1 - lr * group["weight_decay"]).add_(direction, alpha=-lr * scale)
+        return loss
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:

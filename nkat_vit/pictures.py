@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from nkat.host import figures
-from nkat.host.figures import new_figure
+from nkat.host.figures import new_figure, save_figure
 
-
-def save_figure(figure: Any, path: Path, force: bool) -> None:
-    """Writes it as PNG, whole or not at all."""
-    figures.save_figure(figure, path, force, dpi=120)
+DPI = 120  # of what is drawn of a run or a model
 
 
 def as_picture(image: Tensor) -> np.ndarray:
@@ -30,4 +25,4 @@ def save_grid(path: Path, images: Tensor, title: str, force: bool) -> None:
     for axes, image in zip(figure.subplots(rows, columns, squeeze=False).flat, images.flatten(0, 1), strict=True):
         axes.imshow(as_picture(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.axis("off")
-    save_figure(figure, path, force)
+    save_figure(figure, path, force, dpi=DPI)

@@ -1,14 +1,22 @@
-"""Logits and accuracy of a model on uint8 pictures: batches, mixed precision, test-time augmentation."""
+"""Logits and accuracy of a model on uint8 pictures: batches, mixed precision, test-time augmentation.
+
+The test set is touched once: a model's result on it is kept in the model's checkpoint.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nkat_vit.data import ImageSet
+from nkat_vit import checkpoint
+from nkat_vit.checkpoint import TrainedModel
+from nkat_vit.data import ImageSet, load_images
 
 _BATCH = 500
 
@@ -44,6 +52,26 @@ def accuracy(model: nn.Module, images: ImageSet, tta: str = "none", amp: str = "
     finally:
         model.train(training)
     return float((guess == images.labels).double().mean())
+
+
+def judged_facts(trained: TrainedModel, data_root: Path, device: torch.device) -> dict[str, Any]:
+    """The model's facts with "test", "test_images" and "test_sha256": those of its `best.pt`, or measured now."""
+    if "test" in trained.facts:
+        return trained.facts
+    config = trained.recipe.train
+    test = load_images(trained.recipe.dataset, data_root, train=False).to(device)
+    result = accuracy(trained.model, test, config.tta, config.amp)
+    return trained.facts | {"test": result, "test_images": len(test), "test_sha256": test.sha256}
+
+
+def judge_once(trained: TrainedModel, data_root: Path, device: torch.device) -> TrainedModel:
+    """The model with its `judged_facts`, which its `best.pt` keeps from now on."""
+    if "test" in trained.facts:
+        return trained
+    facts = judged_facts(trained, data_root, device)
+    content = {"recipe": trained.recipe.values(), "weights": trained.model.state_dict()}
+    checkpoint.save(trained.path, facts | content)
+    return replace(trained, facts=facts)
 
 
 def _chunks(images: Tensor) -> Iterator[Tensor]:

@@ -24,9 +24,9 @@ from nkat.study.task import Task
 from nkat.study.workers import Outcome, Search
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import load_images
-from nkat_vit.evaluate import judge, summarise, table
-from nkat_vit.judge import judge_once
+from nkat_vit.evaluate import run_result, summarise, table
 from nkat_vit.loop import measure_amp
+from nkat_vit.predict import judge_once
 from nkat_vit.search import BASELINE, FIRST_SET, Budget, Trials, model_values, recipe_of
 from nkat_vit.search_options import BUDGETS, DESCRIPTION, EXAMPLES, ShapeOptions, add_options, shape_options
 from nkat_vit.search_plots import plot_image_search
@@ -57,7 +57,10 @@ def make_budget(options: ShapeOptions, world: World) -> Budget:
     given = (options.epochs, options.limit_train, options.validation, options.max_tokens, options.batch_size)
     usual = BUDGETS.get(options.study.mode, BUDGETS["full"])
     chosen = [default if value is None else value for value, default in zip(given, usual, strict=True)]
-    budget = Budget(*chosen, lr=options.lr, amp=options.amp, seed=options.study.seed)
+    epochs, limit_train, validation, max_tokens, batch_size = chosen
+    budget = Budget(
+        epochs, limit_train, validation, max_tokens, batch_size, options.lr, options.amp, options.study.seed
+    )
     if options.amp != "auto":
         return budget
     some = load_images(FIRST_SET, options.data_root, train=True).take(torch.arange(AMP_IMAGES)).to(world.device)
@@ -136,9 +139,8 @@ def judge_winner(options: ShapeOptions, trials: Trials, winner: FrozenTrial) -> 
                 recipe = recipe_of(winner.user_attrs["setting"], name, budget)
                 trials.trainer(recipe, best.parent, f"winner, seed {seed}, {name}, ").run()
                 (best.parent / "last.pt").unlink()
-            results.append(
-                judge(judge_once(load_model(best, device), options.data_root, device), options.data_root, device)
-            )
+            judged = judge_once(load_model(best, device), options.data_root, device)
+            results.append(run_result(judged, options.data_root, device))
     summary = summarise(results)
     return {
         "seeds": seeds,
@@ -185,8 +187,9 @@ def print_report(record: dict[str, Any], trials: Trials, folder: Path) -> None:
 
 def _rank(trial: FrozenTrial) -> tuple[bool, float]:
     """Trials that passed by Global TPE, then the others by Local TPE, however long they were trained."""
-    passed = feasible(trial)
-    return passed, trial.value if passed else trial.user_attrs["local_tpe"]
+    if feasible(trial) and trial.value is not None:
+        return True, trial.value
+    return False, trial.user_attrs["local_tpe"]
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:

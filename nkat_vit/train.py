@@ -19,7 +19,7 @@ from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.host.console import note
 from nkat.host.distributed import World, join_world
-from nkat.host.figures import new_figure
+from nkat.host.figures import new_figure, save_figure
 from nkat.host.files import atomic_output
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import toolkit_version, write_json
@@ -27,11 +27,11 @@ from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import DATASETS, load_images, split
-from nkat_vit.judge import judge_once
 from nkat_vit.loop import Trainer, measure_amp
 from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import COLOR_NORMS, POOLS, STEMS
-from nkat_vit.pictures import save_figure
+from nkat_vit.pictures import DPI
+from nkat_vit.predict import judge_once
 from nkat_vit.recipe import AMP, OPTIMIZERS, PRESETS, TTA_CHOICES, Recipe, make_recipe, read_config, with_amp
 
 _EXAMPLES = """\
@@ -113,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard (needs tensorboard)")
     parser.add_argument("--no-test", action="store_true", help="leave the test set alone")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--threads", type=commandline.positive_int, help="processor threads")
+    parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
     parser.add_argument("--json", metavar="FILE", help='record of the run; "-": last line of stdout')
     for title, flags in (("model", _MODEL_FLAGS), ("augmentation", _AUGMENT_FLAGS), ("training", _TRAIN_FLAGS)):
         group = parser.add_argument_group(f"{title} (defaults: the preset's)")
@@ -155,7 +155,7 @@ def given_values(options: argparse.Namespace) -> dict[str, Any]:
     return values
 
 
-def open_run(options: argparse.Namespace, world: World) -> tuple[Recipe, Path, dict[str, Any] | None]:
+def begin_run(options: argparse.Namespace, world: World) -> tuple[Recipe, Path, dict[str, Any] | None]:
     """The recipe, the folder, and the checkpoint to go on from."""
     given = given_values(options)
     if options.resume is None:
@@ -174,6 +174,7 @@ def open_run(options: argparse.Namespace, world: World) -> tuple[Recipe, Path, d
     folder = Path(options.resume) if options.resume else _folder(options, make_recipe(PRESETS["stage2"] | given))
     folder = folder.parent if folder.suffix == ".pt" else folder
     content = checkpoint.load(folder / "last.pt", "run")
+    checkpoint.recipe_of(content, folder / "last.pt")
     saved = content["recipe"]
     wanted = make_recipe(saved | given).values()
     for name, value in given.items():
@@ -184,7 +185,7 @@ def open_run(options: argparse.Namespace, world: World) -> tuple[Recipe, Path, d
 
 def train(options: argparse.Namespace, world: World) -> dict[str, Any] | None:
     """The whole run; returns its record on rank 0."""
-    recipe, folder, content = open_run(options, world)
+    recipe, folder, content = begin_run(options, world)
     whole = load_images(recipe.dataset, options.data_root, train=True)
     config = recipe.train
     train_set, held = split(whole, config.validation, config.seed, config.limit_train or None)
@@ -284,7 +285,7 @@ def _plot_curves(path: Path, history: list[dict[str, float]], recipe: Recipe) ->
     right.plot(epochs, [100 * row["validation_last"] for row in history], ".-", label="last weights")
     right.set(title="validation accuracy, %", xlabel="epoch")
     right.legend()
-    save_figure(figure, path, force=True)
+    save_figure(figure, path, force=True, dpi=DPI)
 
 
 def _tensorboard(folder: Path) -> Any:

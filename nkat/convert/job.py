@@ -34,7 +34,7 @@ from nkat.theta import inplace
 from nkat.theta.algebra import Theta, coupling
 from nkat.theta.layers import select_layers
 from nkat.theta.lora import lora_parts
-from nkat.theta.modelfile import ModelFile, base_hash, open_model_file
+from nkat.theta.modelfile import ModelFile, architecture_of, base_hash, open_model_file
 from nkat.theta.set import UNFINISHED_KEY, ThetaSet, scale_by_depth, truncate_rank
 
 
@@ -318,7 +318,7 @@ def _announce(options: ConvertOptions, model: ModelFile, names: Sequence[str], m
     target = options.output or (model.path if options.in_place else options.merge)
     how = "theta-only" if options.theta_only else options.final_layout if target != options.merge else "Θ merged"
     rank = "2, 4, 6 or 8, whichever measures best" if options.optimize_rank else str(made.rank)
-    architecture = model.require_base().file.metadata["general.architecture"]
+    architecture = architecture_of(model.require_base().file)
     print(f"input   {model.path} ({format_bytes(model.base_size)}, {architecture})")
     print(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
     print(

@@ -24,10 +24,16 @@ class Decoder(Protocol):
     cache_nbytes: bytes of the KV cache
     """
 
-    name: str
     length: int
-    capacity: int
-    cache_nbytes: int
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def cache_nbytes(self) -> int: ...
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         """Adds tokens, at least one, to the cache; returns the logits after the last, float32 [V]."""

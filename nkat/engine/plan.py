@@ -17,9 +17,9 @@ from torch import Tensor
 
 from nkat.kernels.cuda import linear as cuda
 from nkat.kernels.cuda import planes
-from nkat.kernels.cuda.planes import PackedWeight
+from nkat.kernels.cuda.planes import PackedWeight, PlaneWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings
-from nkat.lm.linear import StarLinear
+from nkat.lm.linear import PackedModule, StarLinear
 from nkat.lm.transformer import Block, Embedding, KVCache, Transformer, rotate
 
 
@@ -102,7 +102,7 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
     }
 
     def plan_block(block: Block) -> BlockPlan:
-        linears, norms = block.linears, block.norms
+        norms = block.norms
         cos, sin = tables[block.local]
         attention = Attention(
             heads=config.head_count,
@@ -119,13 +119,13 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
         )
         return BlockPlan(
             attention_norm=norms["attn_norm"].data,
-            qkv=siblings(linears["attn_q"], linears["attn_k"], linears["attn_v"]),
+            qkv=siblings(*(block.linear(name) for name in ("attn_q", "attn_k", "attn_v"))),
             attention=attention,
-            attention_output=siblings(linears["attn_output"]),
+            attention_output=siblings(block.linear("attn_output")),
             post_attention_norm=norms["post_attention_norm"].data if architecture.post_norm else None,
             feed_forward_norm=norms["ffn_norm"].data,
-            gate_up=siblings(linears["ffn_gate"], linears["ffn_up"]),
-            feed_forward_down=siblings(linears["ffn_down"]),
+            gate_up=siblings(block.linear("ffn_gate"), block.linear("ffn_up")),
+            feed_forward_down=siblings(block.linear("ffn_down")),
             post_feed_forward_norm=norms["post_ffw_norm"].data if architecture.post_norm else None,
         )
 
@@ -177,7 +177,7 @@ class TorchOps:
         epsilon: float,
         readers: Siblings,
     ) -> tuple[Tensor, Input]:
-        if branch_weight is not None:
+        if branch is not None and branch_weight is not None:
             branch = F.rms_norm(branch, branch.shape, branch_weight, epsilon)
         x = x.to(weight.dtype) if branch is None else x + branch
         return x, self._input(F.rms_norm(x, x.shape, weight, epsilon), readers)
@@ -187,7 +187,7 @@ class TorchOps:
         for group in siblings.groups:
             bias = None if group.bias is None else group.bias.to(x.natural.dtype)
             y = F.linear(x.natural, group.weight.dequantize().to(x.natural.dtype), bias)
-            if self.star and group.up is not None:
+            if self.star and group.up is not None and x.inner is not None:
                 ends = (0, *group.segments, len(y))
                 for i, (start, stop) in enumerate(pairwise(ends)):
                     segment = group.first_segment + i
@@ -237,7 +237,7 @@ def strengths(model: Transformer) -> Tensor:
 
 
 def _layers(model: Transformer) -> list[StarLinear]:
-    return [*(layer for block in model.blocks for layer in block.linears.values()), model.output]
+    return list(model.star_linears().values())
 
 
 def _rope_tables(frequencies: Tensor, magnitude: float, cache: KVCache) -> tuple[Tensor, Tensor]:
@@ -247,19 +247,16 @@ def _rope_tables(frequencies: Tensor, magnitude: float, cache: KVCache) -> tuple
     return (magnitude * angles.cos()).to(dtype), (magnitude * angles.sin()).to(dtype)
 
 
-def _weight(layer: StarLinear) -> PackedWeight:
-    on_device = getattr(layer, "device_weight", None)
-    return cuda.pack(layer.packed, layer.qtype, layer.shape) if on_device is None else on_device
+def _weight(module: PackedModule) -> PackedWeight:
+    on_device = module.device_weight
+    return cuda.pack(module.file_bytes, module.qtype, module.shape) if on_device is None else on_device
 
 
 def _embedding(embedding: Embedding, output: StarLinear, packed_output: Siblings) -> PackedWeight:
     """The output layer's weight where the embedding is the same."""
-    on_device = getattr(embedding, "device_weight", None)
-    if on_device is not None:
-        return on_device
-    if embedding.packed.data_ptr() == output.packed.data_ptr():
+    if embedding.device_weight is None and embedding.file_bytes.data_ptr() == output.file_bytes.data_ptr():
         return packed_output.groups[0].weight
-    return cuda.pack(embedding.packed, embedding.qtype, embedding.shape)
+    return _weight(embedding)
 
 
 def _siblings(layers: Sequence[StarLinear], kappas: Tensor) -> Siblings:
@@ -267,11 +264,9 @@ def _siblings(layers: Sequence[StarLinear], kappas: Tensor) -> Siblings:
     rank = max((layer.down.shape[0] for layer in layers if layer.down is not None), default=0)
     groups, first = [], 0
     while first < len(layers):
-        last = first + 1
-        while last < len(layers) and _can_join(weights[first:last], weights[last]):
-            last += 1
-        groups.append(_group(layers[first:last], weights[first:last], rank, first))
-        first = last
+        count, joint = _joined(weights[first:])
+        groups.append(_group(layers[first : first + count], joint, rank, first))
+        first += count
     return Siblings(
         groups=tuple(groups),
         inputs=layers[0].shape[1],
@@ -282,18 +277,23 @@ def _siblings(layers: Sequence[StarLinear], kappas: Tensor) -> Siblings:
     )
 
 
-def _can_join(before: Sequence[PackedWeight], weight: PackedWeight) -> bool:
-    """Whether the kernel can do `weight` as one more segment of those before it."""
-    rows = sum(w.shape[0] for w in before)
-    return weight.format is not None and weight.qtype == before[0].qtype and rows % cuda.MAX_BLOCK_ROWS == 0
+def _joined(weights: Sequence[PackedWeight]) -> tuple[int, PackedWeight]:
+    """How many of the weights, from the first on, the kernel can do as segments of one; and that one."""
+    together: list[PlaneWeight] = []
+    rows = 0
+    for weight in weights:
+        if not isinstance(weight, PlaneWeight) or weight.qtype != weights[0].qtype or rows % cuda.MAX_BLOCK_ROWS:
+            break
+        together.append(weight)
+        rows += weight.shape[0]
+    return (len(together), planes.concatenate(together)) if len(together) > 1 else (1, weights[0])
 
 
-def _group(layers: Sequence[StarLinear], weights: Sequence[PackedWeight], rank: int, first: int) -> Group:
+def _group(layers: Sequence[StarLinear], joint: PackedWeight, rank: int, first: int) -> Group:
     rows = [layer.shape[0] for layer in layers]
     ends = [sum(rows[: i + 1]) for i in range(len(rows))]
-    joint = weights[0] if len(weights) == 1 else planes.concatenate(weights)
     for layer, start, stop in zip(layers, [0, *ends], ends, strict=False):
-        if getattr(layer, "device_weight", None) is not None:
+        if layer.device_weight is not None:
             layer.device_weight = joint.rows(start, stop)
     device = joint.device
     bias = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import re
 import sys
@@ -15,6 +16,7 @@ from nkat.errors import NKATError
 from nkat.host import streams
 from nkat.host.interrupts import Terminated, termination
 from nkat.host.record import git_commit
+from nkat.host.threads import most_threads
 from nkat.version import __version__
 
 if TYPE_CHECKING:
@@ -46,9 +48,14 @@ def _ending(main: Callable[[], None]) -> str | int | None:
         main()
     except NKATError as error:
         return _fail(str(error))
-    except OSError as error:  # what nobody was prepared for
-        place = "" if error.filename is None else f"{error.filename}: "
-        return _fail(f"{place}{error.strerror or error}")
+    except (MemoryError, RuntimeError, OSError) as error:
+        problem = system_limit(error)
+        if problem is None and isinstance(error, OSError):  # what nobody was prepared for
+            place = "" if error.filename is None else f"{error.filename}: "
+            problem = f"{place}{error.strerror or error}"
+        if problem is None:
+            raise
+        return _fail(problem)
     except Terminated:
         print("terminated; what was not finished is not there", file=sys.stderr)
         return INTERRUPTED
@@ -67,6 +74,37 @@ def _ending(main: Callable[[], None]) -> str | int | None:
 def _fail(message: str) -> int:
     print(f"error: {streams.printable(message)}", file=sys.stderr)
     return USER_ERROR
+
+
+# Flags whose value sets how much memory a command takes, in the order in which lowering one helps most.
+_SIZES = (
+    "--max-tokens", "--seq-len", "--contextsize", "--batch-size", "--batch", "--chunks", "--theta-rank", "--rank",
+    "--image-size", "--dim", "--depth", "--workers", "--threads",
+)  # fmt: skip
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|Storage size calculation overflowed"
+    r"|integer multiplication overflow",
+    re.IGNORECASE,
+)
+
+
+def system_limit(error: BaseException) -> str | None:
+    """What to tell a user whose memory, or whose system's paths, did not suffice; None: the error is another one.
+
+    numpy and Python raise MemoryError, torch a RuntimeError, and the system's calls an OSError.
+    """
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}…: the path is too long for this system"
+    if isinstance(error, OSError):
+        if error.errno != errno.ENOMEM:
+            return None
+    elif not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+        return None
+    given = [flag for flag in _SIZES if any(word.split("=")[0] == flag for word in sys.argv[1:])]
+    smaller = f"a smaller {' or '.join(given)}, or " if given else ""
+    size = re.search(r"Unable to allocate ([\d.]+ \w+)|tried to allocate ([\d.]+ \w+)", str(error))
+    wanted = f" ({size[1] or size[2]} more were wanted)" if size else ""
+    return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
 
 
 def start(module: str) -> NoReturn:
@@ -131,6 +169,14 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """For argparse: how many threads, as many as this machine can sensibly run."""
+    value = positive_int(text)
+    if value > most_threads():
+        raise argparse.ArgumentTypeError(f"must be at most {most_threads()} on this machine, got {value}")
     return value
 
 

@@ -30,6 +30,11 @@ def printable(text: str) -> str:
     return re.sub(_CONTROLS + "|[\n\t\u2028\u2029]", lambda found: _LINE_BREAKS.get(found[0]) or _escape(found), text)
 
 
+def shown(text: str) -> str:
+    """The text as stdout shows it: line breaks and tabs are text, other control characters escapes."""
+    return _HOSTILE.sub(_escape, text)
+
+
 def _escape(found: re.Match[str]) -> str:
     return f"\\u{ord(found[0]):04x}"  # as in JSON, of which it may be a part
 

@@ -142,7 +142,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "--perplexity and on CUDA)",
     )
     add("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
-    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads (default: torch's choice)")
+    add("--threads", type=commandline.thread_count, metavar="N", help="processor threads (default: torch's choice)")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
     add(
         "--output-dir",

@@ -43,7 +43,7 @@ def linear(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def star_term(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, kappa: float) -> torch.Tensor:
+def star_term(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, kappa: float | torch.Tensor) -> torch.Tensor:
     """κ Θ x for x [..., n], with Θ = up @ down of `nkat.theta.algebra.low_rank_form`: down [2r, n], up [m, 2r]."""
     return kappa * F.linear(F.linear(x, down), up)
 

@@ -24,7 +24,33 @@ if TYPE_CHECKING:
     from nkat.kernels.cuda.planes import PackedWeight
 
 
-class StarLinear(nn.Module):
+class PackedModule(nn.Module):
+    """A weight [m, n] = `shape` of type `qtype`: the file's bytes, or in their place what the kernels of a GPU read.
+
+    packed: uint8 [nbytes], the file's bytes; None where `device_weight` has taken their place
+    """
+
+    packed: torch.Tensor | None
+
+    def __init__(self, packed: torch.Tensor, qtype: gguf.GGMLQuantizationType, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.qtype, self.shape = qtype, shape
+        self.register_buffer("packed", packed, persistent=False)
+        self.device_weight: PackedWeight | None = None
+
+    @property
+    def file_bytes(self) -> torch.Tensor:
+        """`packed` of a weight that no GPU's kernels have taken over; raises RuntimeError for others."""
+        if self.packed is None:
+            raise RuntimeError("this weight was repacked for the GPU, and the file's bytes were let go")
+        return self.packed
+
+    def move_to_kernels(self, weight: PackedWeight) -> None:
+        """Puts the weight as the GPU's kernels read it in place of the file's bytes."""
+        self.device_weight, self.packed = weight, None
+
+
+class StarLinear(PackedModule):
     """y = W x + κ Θ x + bias for x [..., n]; y is [..., m] in the layer's dtype.
 
     packed: uint8 [nbytes] of W [m, n] = `shape`, in block format `qtype`
@@ -33,7 +59,6 @@ class StarLinear(nn.Module):
     keep_dense: also keep W dequantised in `dtype`, for models small enough that repeated decoding gains from it
     """
 
-    packed: torch.Tensor | None
     bias: torch.Tensor | None
     dense: torch.Tensor | None
     down: torch.Tensor | None
@@ -50,11 +75,10 @@ class StarLinear(nn.Module):
         theta: Theta | None = None,
         keep_dense: bool = False,
     ) -> None:
-        super().__init__()
-        self.qtype, self.shape, self.dtype = qtype, shape, dtype
+        super().__init__(packed, qtype, shape)
+        self.dtype = dtype
         self.kappa = 0.0
         self.int8_activations = False  # round W's inputs as llama.cpp does: to compare with its figures
-        self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.to(packed.device, dtype), persistent=False)
         dense = dequantize(packed, qtype, shape).to(dtype) if keep_dense else None
         self.register_buffer("dense", dense, persistent=False)
@@ -62,7 +86,6 @@ class StarLinear(nn.Module):
         self.register_buffer("up", None, persistent=False)
         self.device = packed.device
         self.compiled: CpuLinear | None = None  # what `repack` made, on the CPU; None where its type has no kernel
-        self.device_weight: PackedWeight | None = None  # and on a GPU
         self.set_theta(theta)
 
     def set_theta(self, theta: Theta | None) -> None:
@@ -94,15 +117,26 @@ class StarLinear(nn.Module):
         if self.device.type == "cuda":
             from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
 
-            self.device_weight = cuda.pack(self.packed, self.qtype, self.shape)
-            self.packed = None
+            self.move_to_kernels(cuda.pack(self.file_bytes, self.qtype, self.shape))
             return
         if self.qtype not in kernel_types("cpu"):
             return
         from nkat.kernels.cpu.linear import CpuLinear  # LLVM is loaded only where it is used
 
-        self.compiled = CpuLinear(self.packed, self.qtype, self.shape, self.bias, exact=not self.int8_activations)
+        self.compiled = CpuLinear(self.file_bytes, self.qtype, self.shape, self.bias, exact=not self.int8_activations)
         self.compiled.set_theta(self.theta)
+
+    def require_compiled(self) -> CpuLinear:
+        """What `repack` made on the CPU; raises RuntimeError where it made nothing."""
+        if self.compiled is None:
+            raise RuntimeError("this layer was not repacked for the CPU's kernels")
+        return self.compiled
+
+    def weight(self) -> torch.Tensor:
+        """W [m, n] in the layer's dtype: the one that is kept, or dequantised anew from the file's bytes."""
+        if self.dense is not None:
+            return self.dense
+        return dequantize(self.file_bytes, self.qtype, self.shape).to(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.rows(x, 0, self.shape[0])
@@ -129,11 +163,12 @@ class StarLinear(nn.Module):
         elif self.dense is not None:
             y = F.linear(inputs, self.dense[start:stop], bias)
         else:
-            packed = reference.packed_rows(self.packed, self.shape[0], start, stop)
+            packed = reference.packed_rows(self.file_bytes, self.shape[0], start, stop)
             y = reference.linear(packed, self.qtype, (stop - start, self.shape[1]), inputs, bias)
-        if self.kappa == 0.0 or self.down is None:
+        down, up = self.down, self.up
+        if self.kappa == 0.0 or down is None or up is None:
             return y
-        return y + reference.star_term(x, self.down, self.up[start:stop], self.kappa)
+        return y + reference.star_term(x, down, up[start:stop], self.kappa)
 
     def extra_repr(self) -> str:
         rank = 0 if self.down is None else self.down.shape[0] // 2

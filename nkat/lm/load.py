@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from nkat.kernels.registry import say_fallbacks
 from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.config import ConfigError, ModelConfig
 from nkat.lm.linear import StarLinear
-from nkat.lm.tokenizer import Tokenizer
+from nkat.lm.tokenizer import Tokenizer, TokenizerError
 from nkat.lm.transformer import Block, Embedding, Transformer
 from nkat.theta.algebra import Theta
 from nkat.theta.modelfile import ModelFile, open_model_file
@@ -103,7 +104,10 @@ def _read(path: Path, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> tupl
         config = ModelConfig.from_gguf(gguf.metadata, tensors)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    tokenizer = Tokenizer.from_metadata(gguf.metadata)
+    try:
+        tokenizer = Tokenizer.from_metadata(gguf.metadata)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
     if tokenizer.vocab_size != config.vocab_size:
         raise ConfigError(
             f"{path}: the vocabulary has {tokenizer.vocab_size} tokens but token_embd.weight {config.vocab_size} rows"
@@ -144,31 +148,33 @@ class _Assembler:
         packed_table = self.packed(table.name)
         tied = "output.weight" not in self.tensors
         factors = "rope_freqs.weight"
+        shape = (config.vocab_size, config.embedding_length)
         return Transformer(
             config,
-            Embedding(packed_table, table.type, table.shape),
+            Embedding(packed_table, table.type, shape),
             [self.block(config, i) for i in range(config.block_count)],
             self.vector("output_norm.weight"),
-            self.linear("token_embd", packed_table) if tied else self.linear("output"),
+            self.linear("token_embd", shape, packed_table) if tied else self.linear("output", shape),
             self.vector(factors) if factors in self.tensors else None,
         )
 
     def block(self, config: ModelConfig, index: int) -> Block:
         prefix = f"blk.{index}."
         norms = {norm: self.vector(f"{prefix}{norm}.weight") for norm in config.architecture.block_norms}
-        return Block(config, index, {name: self.linear(prefix + name) for name in BLOCK_LINEARS}, norms)
+        linears = {name: self.linear(prefix + name, config.linear_shape(name)) for name in BLOCK_LINEARS}
+        return Block(config, index, linears, norms)
 
-    def linear(self, stem: str, packed: torch.Tensor | None = None) -> StarLinear:
+    def linear(self, stem: str, shape: tuple[int, int], packed: torch.Tensor | None = None) -> StarLinear:
         info = self.tensors[stem + ".weight"]
         bias = self.vector(stem + ".bias") if stem + ".bias" in self.tensors else None
         packed = self.packed(info.name) if packed is None else packed
-        return StarLinear(packed, info.type, info.shape, dtype=self.dtype, bias=bias, keep_dense=self.keep_dense)
+        return StarLinear(packed, info.type, shape, dtype=self.dtype, bias=bias, keep_dense=self.keep_dense)
 
     def vector(self, name: str) -> torch.Tensor:
         """A norm's weight, a bias or RoPE factors: dequantised, in the residual stream's dtype."""
         info = self.tensors[name]
         stream = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return dequantize(self.packed(name), info.type, info.shape).to(stream, copy=True)
+        return dequantize(self.packed(name), info.type, (prod(info.shape),)).to(stream, copy=True)
 
     def packed(self, name: str) -> torch.Tensor:
         info = self.tensors[name]

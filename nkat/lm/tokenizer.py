@@ -117,7 +117,6 @@ class _ByteLevelBPE:
     """A `gpt2` vocabulary."""
 
     def __init__(self, token_ids: dict[str, int], merges: list[str], pre: PreTokenizer) -> None:
-        pairs = [tuple(merge.split(" ")) for merge in dict.fromkeys(merges)]  # of a repeated merge the first rank holds
         # The library skips a character without a token and then merges its neighbours across the gap; as an unknown
         # token the gap stays, and `encode` drops it.
         gap = "\0"
@@ -126,15 +125,19 @@ class _ByteLevelBPE:
         self._gap_id = len(token_ids)
         model = tokenizers.models.BPE
         try:
+            unique = dict.fromkeys(merges)  # of a repeated merge the first rank holds
+            pairs = [(left, right) for merge in unique for left, right in (merge.split(" "),)]
             bpe = model(token_ids | {gap: self._gap_id}, pairs, unk_token=gap, ignore_merges=pre.ignore_merges)
-        except Exception as error:  # the library raises bare Exception for unknown tokens
+        except Exception as error:  # a merge is not a pair, or has unknown tokens: a bare Exception of the library
             problem = _bad_merge(merges, token_ids)
             if problem is None:
                 raise
             raise problem from error
         split, byte_level = tokenizers.pre_tokenizers.Split, tokenizers.pre_tokenizers.ByteLevel
-        steps = [split(tokenizers.Regex(pattern), behavior="isolated") for pattern in pre.patterns]
-        steps.append(byte_level(add_prefix_space=False, use_regex=False))
+        steps: list[tokenizers.pre_tokenizers.PreTokenizer] = [
+            *(split(tokenizers.Regex(pattern), behavior="isolated") for pattern in pre.patterns),
+            byte_level(add_prefix_space=False, use_regex=False),
+        ]
         self._tokenizer = tokenizers.Tokenizer(bpe)
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
         self._missing = {byte for byte, char in enumerate(_BYTE_TO_CHAR) if char not in token_ids}
@@ -251,7 +254,7 @@ class Tokenizer:
         kind = _string(metadata, "model")
         if kind not in ("gpt2", "llama"):
             raise TokenizerError(f"{_KEY}model is {kind[:80]!r}; supported are 'gpt2' and 'llama'")
-        self._tokens = _tokens(metadata)
+        self._tokens, self._broken = _tokens(metadata)
         self.vocab_size = len(self._tokens)
         token_ids = {text: token for token, text in enumerate(self._tokens)}
         if len(token_ids) != self.vocab_size:
@@ -262,19 +265,21 @@ class Tokenizer:
         if kind == "gpt2":
             pre = _pre_tokenizer(metadata)
             default_bos, default_eos, adds_bos = 11, 11, pre.adds_bos
-            self._model = _ByteLevelBPE(token_ids, _strings(metadata, "merges"), pre)
+            self._model = _ByteLevelBPE(token_ids, _merges(metadata), pre)
         else:
             default_bos, default_eos, adds_bos = 1, 2, True
-            scores = _numbers(metadata, "scores", self.vocab_size)
+            if f"{_KEY}scores" in metadata:
+                scores = _numbers(metadata, "scores", self.vocab_size)
+            else:
+                warnings.warn(f"{_KEY}scores is missing; all are 0, as in llama.cpp", stacklevel=3)
+                scores = np.zeros(self.vocab_size, np.float32)
             self._model = _SentencePiece(token_ids, scores, _flag(metadata, "add_space_prefix", True))
 
         self.bos_id = self._id(metadata, "bos_token_id", default_bos)
         self.eos_id = self._id(metadata, "eos_token_id", default_eos)
         self.adds_bos = _flag(metadata, "add_bos_token", adds_bos)
-        self._adds_eos = _flag(metadata, "add_eos_token", False)
-        for adds, name, token in ((self.adds_bos, "bos", self.bos_id), (self._adds_eos, "eos", self.eos_id)):
-            if adds and token is None:
-                raise TokenizerError(f"{_KEY}{name}_token_id is missing, but the vocabulary adds that token to texts")
+        self._before = _added("bos", self.bos_id, self.adds_bos)
+        self._after = _added("eos", self.eos_id, _flag(metadata, "add_eos_token", False))
         self._set_special_tokens(metadata, token_ids)
         self._pieces: dict[int, bytes] = {}
 
@@ -310,7 +315,7 @@ class Tokenizer:
                 token = known_by_text[0] if known_by_text else None
             if name in _FIM_ENDS:
                 ends.add(token)
-        self.eog_ids: frozenset[int] = frozenset(ends - {None})
+        self.eog_ids = frozenset(token for token in ends if token is not None)
 
         user_defined = (of_type(TokenType.USER_DEFINED) - control).union(of_text(_USER_DEFINED_TEXTS))
         self._special_ids = {self._tokens[token]: token for token in user_defined | control}
@@ -343,11 +348,11 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"the text is not valid Unicode at character {error.start}: {error.reason}") from None
-        ids = [self.bos_id] if add_special and self.adds_bos else []
+        ids = list(self._before) if add_special else []
         for fragment in self._fragments(text, parse_special):
             ids += (fragment,) if isinstance(fragment, int) else self._model.encode(fragment)
-        if add_special and self._adds_eos:
-            ids.append(self.eos_id)
+        if add_special:
+            ids += self._after
         return ids
 
     def _fragments(self, text: str, parse_special: bool) -> list[str | int]:
@@ -357,8 +362,10 @@ class Tokenizer:
         for special in sorted(found, key=lambda word: (-len(word.encode()), self._special_ids[word])):
             cut: list[str | int] = []
             for fragment in fragments:
-                pieces = [fragment] if isinstance(fragment, int) else fragment.split(special)
-                for at, piece in enumerate(pieces):
+                if isinstance(fragment, int):
+                    cut.append(fragment)
+                    continue
+                for at, piece in enumerate(fragment.split(special)):
                     if at:
                         cut.append(self._special_ids[special])
                         piece = piece.lstrip(" \t\n\v\f\r") if special in self._strips else piece
@@ -390,7 +397,9 @@ class Tokenizer:
         if not 0 <= token < self.vocab_size:
             raise TokenizerError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
         text = self._tokens[token]
-        if token in self._bytes:
+        if token in self._broken:
+            piece = self._broken[token]
+        elif token in self._bytes:
             piece = self._bytes[token]
         else:
             piece = text.encode() if text in self._special_ids else self._model.piece(text)
@@ -404,8 +413,23 @@ class Tokenizer:
         if value == _ID_UNSET:
             return default if default is not None and default < self.vocab_size else None
         if not 0 <= value < self.vocab_size:
-            raise TokenizerError(f"{_KEY}{name} is {value}, outside the vocabulary of {self.vocab_size}")
+            usual = default if default is not None and default < self.vocab_size else None
+            warnings.warn(
+                f"{_KEY}{name} is {value}, outside the vocabulary of {self.vocab_size}; "
+                f"{'none' if usual is None else usual} is used, as by llama.cpp",
+                stacklevel=4,
+            )
+            return usual
         return value
+
+
+def _added(name: str, token: int | None, wanted: bool) -> tuple[int, ...]:
+    """What the vocabulary adds to texts in this place."""
+    if not wanted:
+        return ()
+    if token is None:
+        raise TokenizerError(f"{_KEY}{name}_token_id is missing, but the vocabulary adds that token to texts")
+    return (token,)
 
 
 def _occurring(text: str, words: list[str]) -> Iterator[str]:
@@ -444,6 +468,12 @@ def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     return value
 
 
+def _merges(metadata: Mapping[str, Any]) -> list[str]:
+    """Those of texts: others would make tokens that are none (see `_tokens`)."""
+    merges = _strings(metadata, "merges")
+    return merges if _is_text("".join(merges)) else [merge for merge in merges if _is_text(merge)]
+
+
 def _numbers(metadata: Mapping[str, Any], name: str, length: int) -> np.ndarray:
     value = _required(metadata, name)
     try:
@@ -452,9 +482,13 @@ def _numbers(metadata: Mapping[str, Any], name: str, length: int) -> np.ndarray:
         numbers = np.empty((0, 0))
     if numbers.ndim != 1 or numbers.dtype.kind not in "iuf" or np.isnan(numbers).any():
         raise TokenizerError(f"{_KEY}{name} is not an array of numbers")
-    if len(numbers) != length:
+    if len(numbers) < length:
         raise TokenizerError(f"{_KEY}{name} has {len(numbers)} entries for {length} tokens")
-    return numbers
+    if len(numbers) > length:
+        warnings.warn(
+            f"{_KEY}{name} has {len(numbers)} entries for {length} tokens; the others are not used", stacklevel=4
+        )
+    return numbers[:length]
 
 
 def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
@@ -464,16 +498,36 @@ def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], dict[int, bytes]]:
+    """The tokens' texts, and the bytes of those that are no text (`nkat.gguf.file` keeps them as surrogates).
+
+    Text never becomes such a token, so that it only needs a name that occurs nowhere: U+FFFF is no character.
+    """
     tokens = _strings(metadata, "tokens")
     if not tokens:
         raise TokenizerError(f"{_KEY}tokens is empty")
-    try:
-        "".join(tokens).encode()
-    except UnicodeEncodeError:
-        raise TokenizerError(f"{_KEY}tokens holds text that is not valid Unicode") from None
+    broken: dict[int, bytes] = {}
+    if not _is_text("".join(tokens)):
+        try:
+            broken = {
+                token: text.encode("utf-8", "surrogateescape")
+                for token, text in enumerate(tokens)
+                if not _is_text(text)
+            }
+        except UnicodeEncodeError:
+            raise TokenizerError(f"{_KEY}tokens holds text that is not valid Unicode") from None
+        warnings.warn(f"{_KEY}tokens: {len(broken)} are not valid UTF-8; they only appear in output", stacklevel=4)
+        tokens = [f"\uffff{token}\uffff" if token in broken else text for token, text in enumerate(tokens)]
     # llama.cpp's name for a token without text, which could match anywhere.
-    return [text or f"[EMPTY_{token}]" for token, text in enumerate(tokens)]
+    return [text or f"[EMPTY_{token}]" for token, text in enumerate(tokens)], broken
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:

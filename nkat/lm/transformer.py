@@ -9,11 +9,11 @@ turns gradients off: callers that only evaluate use `torch.inference_mode()`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import gguf
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,7 +23,7 @@ from nkat.errors import NKATError
 from nkat.gguf.formats import dequantize_rows
 from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.config import ModelConfig, Rope
-from nkat.lm.linear import StarLinear
+from nkat.lm.linear import PackedModule, StarLinear
 from nkat.theta.algebra import Theta
 
 if TYPE_CHECKING:
@@ -32,20 +32,52 @@ if TYPE_CHECKING:
 _TILE_ELEMENTS = 1 << 22  # logits, or weights, of one vocabulary tile: 16 MB in float32
 
 
+FIRST_ROOM = 2048  # tokens: most prompts and answers together, so that most caches never grow
+
+
+def next_room(room: int, needed: int, capacity: int) -> int:
+    """Tokens that a cache grows to: twice as many, so that a token is moved once on average."""
+    return min(capacity, max(needed, 2 * room))
+
+
+@contextmanager
+def cache_memory(tokens: int) -> Iterator[None]:
+    """Says in one line that the memory for so many tokens is not there."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise NKATError(
+            f"the KV cache for {tokens} tokens does not fit into the GPU's memory: give fewer (--max-tokens, --seq-len)"
+        ) from None
+    except (MemoryError, OverflowError, RuntimeError, ValueError):  # no memory, or more bytes than can be counted
+        raise NKATError(
+            f"there is no memory for a KV cache of {tokens} tokens: give fewer (--max-tokens, --seq-len)"
+        ) from None
+
+
 class KVCache:
-    """Keys (after RoPE) and values of every block, preallocated: [B, H_kv, capacity, D] each.
+    """Keys (after RoPE) and values of every block: [B, H_kv, room, D] each.
 
     `length` tokens of it are filled. Setting `length` to a smaller value forgets the tokens after it.
+    room: tokens that there is memory for: `capacity`, or with `growing` as many as were needed so far, or some more
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        growing: bool = False,
     ) -> None:
-        shape = (batch, config.kv_head_count, capacity, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
         self.batch, self.capacity = batch, capacity
+        self.room = min(capacity, FIRST_ROOM) if growing else capacity
         self.length = 0
+        shape = (batch, config.kv_head_count, self.room, config.head_dim)
+        with cache_memory(self.room):
+            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
 
     def check_room(self, batch: int, tokens: int) -> None:
         if batch != self.batch:
@@ -54,6 +86,17 @@ class KVCache:
             raise NKATError(
                 f"the KV cache holds {self.capacity} tokens; {self.length} are in it and {tokens} more do not fit"
             )
+        if self.length + tokens > self.room:
+            self._grow(next_room(self.room, self.length + tokens, self.capacity))
+
+    def _grow(self, room: int) -> None:
+        """Memory for more tokens, an array at a time, so that no more than one is there twice."""
+        with cache_memory(room):
+            for arrays in (self.keys, self.values):
+                for i, old in enumerate(arrays):
+                    arrays[i] = old.new_zeros(*old.shape[:2], room, old.shape[3])
+                    arrays[i][:, :, : self.length] = old[:, :, : self.length]
+        self.room = room
 
     def extend(self, block: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes one block's new keys and values behind `length`; returns all of that block's, [B, H_kv, S, D]."""
@@ -67,23 +110,14 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
 
-class Embedding(nn.Module):
+class Embedding(PackedModule):
     """Rows of a packed [V, d] table, unpacked one look-up at a time."""
-
-    packed: torch.Tensor | None
-
-    def __init__(self, packed: torch.Tensor, qtype: gguf.GGMLQuantizationType, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.qtype, self.shape = qtype, shape
-        self.register_buffer("packed", packed, persistent=False)
-        self.device_weight: PackedWeight | None = None
 
     def repack(self, shared: PackedWeight | None) -> None:
         """Into the layout of the GPU kernels; `shared`: it is the output layer's weight, which is there already."""
         from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
 
-        self.device_weight = cuda.pack(self.packed, self.qtype, self.shape) if shared is None else shared
-        self.packed = None
+        self.move_to_kernels(cuda.pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] → float32 [B, T, d]."""
@@ -91,7 +125,7 @@ class Embedding(nn.Module):
             from nkat.kernels.cuda import linear as cuda
 
             return cuda.rows(self.device_weight, tokens.reshape(-1)).view(*tokens.shape, self.shape[1]).float()
-        rows = dequantize_rows(self.packed, self.qtype, self.shape, tokens.reshape(-1))
+        rows = dequantize_rows(self.file_bytes, self.qtype, self.shape, tokens.reshape(-1))
         return rows.view(*tokens.shape, self.shape[1])
 
 
@@ -179,8 +213,15 @@ class Block(nn.Module):
         super().__init__()
         self.config, self.index = config, index
         self.local = config.local_blocks[index]
-        self.linears = nn.ModuleDict({name: linears[name] for name in BLOCK_LINEARS})
+        self.linears = nn.ModuleDict({name: linears[name] for name in BLOCK_LINEARS})  # or what stands in for them
         self.norms = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in norms.items()})
+
+    def linear(self, name: str) -> StarLinear:
+        """One of BLOCK_LINEARS, not to be asked for while another module stands in for it (`nkat.sources.fit`)."""
+        layer = self.linears[name]
+        if not isinstance(layer, StarLinear):
+            raise TypeError(f"{name} of block {self.index} is a {type(layer).__name__} just now")
+        return layer
 
     def forward(self, x: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
         """Residual stream [B, T, d] → [B, T, d]."""
@@ -231,6 +272,11 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token ids → logits. Made by `nkat.lm.load`."""
 
+    blocks: Sequence[Block]  # an nn.ModuleList, whose own type does not say what is in it
+    output_norm: torch.Tensor
+    frequencies: torch.Tensor
+    local_frequencies: torch.Tensor
+
     def __init__(
         self,
         config: ModelConfig,
@@ -246,8 +292,7 @@ class Transformer(nn.Module):
         self.gamma: float | None = None
         self.theta_changes = 0  # how often Θ was replaced: what was made from the old one is then stale
         self.embedding, self.output = embedding, output
-        self.blocks = nn.ModuleList(blocks)
-        self.output_norm: torch.Tensor
+        self.add_module("blocks", nn.ModuleList(blocks))
         self.register_buffer("output_norm", output_norm, persistent=False)
         self.register_buffer("frequencies", rope_frequencies(config.rope, rope_factors).to(output_norm.device), False)
         self.register_buffer("local_frequencies", rope_frequencies(config.local_rope).to(output_norm.device), False)
@@ -259,7 +304,7 @@ class Transformer(nn.Module):
     def star_linears(self) -> dict[str, StarLinear]:
         """Every layer that can carry a Θ, by the name of its weight in the file."""
         layers = {
-            f"blk.{block.index}.{name}.weight": layer for block in self.blocks for name, layer in block.linears.items()
+            f"blk.{block.index}.{name}.weight": block.linear(name) for block in self.blocks for name in BLOCK_LINEARS
         }
         return {**layers, "output.weight": self.output}
 
@@ -279,9 +324,12 @@ class Transformer(nn.Module):
         for name, layer in layers.items():
             layer.set_theta(thetas.get(name))
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty KV cache for `batch` sequences of up to `capacity` tokens, on the model's device."""
-        return KVCache(self.config, batch, capacity, self.output.dtype, self.device)
+    def new_cache(self, batch: int, capacity: int, growing: bool = False) -> KVCache:
+        """An empty KV cache for `batch` sequences of up to `capacity` tokens, on the model's device.
+
+        growing: it takes memory as the tokens come, and is at another place then
+        """
+        return KVCache(self.config, batch, capacity, self.output.dtype, self.device, growing)
 
     def forward(
         self,

@@ -239,7 +239,8 @@ def _held_bytes(layer: StarLinear) -> tuple[int, int]:
         star = 0 if layer.compiled.star is None else layer.compiled.star.nbytes
         return layer.compiled.nbytes - star, star
     star = 0 if layer.down is None or layer.up is None else layer.down.nbytes + layer.up.nbytes
-    return (layer.packed if layer.device_weight is None else layer.device_weight).nbytes, star
+    weight = layer.file_bytes if layer.device_weight is None else layer.device_weight
+    return weight.nbytes, star
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:

@@ -7,7 +7,7 @@ largest n get the diagonal alone, and a note says which.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,7 +87,7 @@ class _Sum:
         self.value = self.value + (x.T @ x if self.full else x.square().sum(dim=0, dtype=torch.float64).float())
 
 
-def _owners(model: Transformer, tokens: torch.Tensor, layers: dict[str, torch.nn.Module]) -> dict[str, str]:
+def _owners(model: Transformer, tokens: torch.Tensor, layers: Mapping[str, torch.nn.Module]) -> dict[str, str]:
     """For each layer the name of the first that receives the same tensor, found by running one token."""
     first: list[tuple[torch.Tensor, str]] = []  # held, so that no later tensor can take an earlier one's place
     owners: dict[str, str] = {}

@@ -232,7 +232,8 @@ def _refine(residual: torch.Tensor, moments: torch.Tensor, metric: _Metric, star
 
     def closure() -> float:
         optimizer.zero_grad()
-        down, up = low_rank_form(*metric.leave(z).chunk(2, dim=1), m, n)
+        p, q = metric.leave(z).chunk(2, dim=1)
+        down, up = low_rank_form(p, q, m, n)
         linear = (((up.T @ weighted) * down).sum(dim=1) * linear_weights).sum()
         square = ((up.T @ up) * (_times(down, moments) @ down.T) * square_weights).sum()
         value = constant - 2.0 * linear + square

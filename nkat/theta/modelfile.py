@@ -26,7 +26,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from nkat.errors import NKATError
-from nkat.gguf.file import GGUFError, GGUFFile
+from nkat.gguf.file import VERSIONS, GGUFError, GGUFFile
 from nkat.gguf.writer import (
     BaseView,
     FileRange,
@@ -215,8 +215,13 @@ def _read_theta_set(file: GGUFFile) -> ThetaSet:
         base_size=_entry(file, "nkat.base.size", int),
         base_gguf_version=_entry(file, "nkat.base.gguf_version", int),
     )
+    if theta_set.base_gguf_version not in VERSIONS:
+        raise GGUFError(f"{file.path}: nkat.base.gguf_version is {theta_set.base_gguf_version}, not 2 or 3")
     known = theta_set.metadata()
     notes = {k: file.metadata[k] for k in file.metadata if k.startswith(KEY_PREFIX) and k not in known}
+    for key, value in notes.items():
+        if not isinstance(value, bool | int | float | str) or (isinstance(value, int) and value < 0):
+            raise GGUFError(f"{file.path}: metadata {key} is {value!r:.80}, not a number from 0 on or a text")
     return replace(theta_set, notes=notes)
 
 
@@ -251,7 +256,7 @@ def _aligned(file: GGUFFile, position: int) -> int:
 
 def _find_marker(file: GGUFFile, positions: range) -> int | None:
     """The first of `positions` where a marker stands, or the part of one that the end of the file left."""
-    for position in positions:
+    for position in positions[: max(0, file.end - positions.start)]:  # a file may end before its last padding does
         found = file.read(position, min(position + _MARKER.size, file.end)).tobytes()
         if found and _MARKER.pack(_MARKER_MAGIC, position).startswith(found):
             return position
@@ -312,6 +317,16 @@ def _read_footer(file: GGUFFile) -> tuple[int, int, bytes] | None:
             f"{file.path}: theta footer at byte {start}: offset {offset} and length {length} are impossible"
         )
     return offset, length, digest
+
+
+def architecture_of(file: GGUFFile) -> str:
+    """What kind of model a file says it is. Raises GGUFError where it does not say."""
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise GGUFError(
+            f"{file.path}: metadata general.architecture is missing or is no text: this GGUF is not a language model"
+        )
+    return name
 
 
 def base_name(model: ModelFile) -> str:

@@ -57,6 +57,7 @@ def test_guide_basic_conversion(script, tmp_path: Path, base: Path) -> None:
             assert float((found_dense + expected).norm()) > float(expected.norm())  # control
 
 
+@pytest.mark.isa
 def test_same_seed_same_bytes(script, tmp_path: Path, base: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         convert(script, "--input", base, "--output", tmp_path / name, "--seed", seed)
@@ -111,6 +112,7 @@ def test_remove_refuses_a_damaged_base(script, fails, tmp_path: Path, base: Path
     assert not (tmp_path / "x.gguf").exists()
 
 
+@pytest.mark.isa
 def test_converting_again_replaces_theta(script, tmp_path: Path, base: Path) -> None:
     first, second, direct = tmp_path / "1.nkat", tmp_path / "2.nkat", tmp_path / "3.nkat"
     convert(script, "--input", base, "--output", first, "--layout", "appended")
@@ -122,6 +124,7 @@ def test_converting_again_replaces_theta(script, tmp_path: Path, base: Path) -> 
     assert first.read_bytes() == direct.read_bytes()
 
 
+@pytest.mark.isa
 def test_a_file_with_theta_among_its_tensors_is_converted_again(script, tmp_path: Path, base: Path) -> None:
     whole, cut, direct, again = (tmp_path / name for name in ("8.nkat", "cut.nkat", "3.nkat", "again.gguf"))
     convert(script, "--input", base, "--output", whole, "--theta-rank", 8)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nkat.engine.plan import TorchOps, decode_step, make_plan
 from nkat.kernels.cuda import linear as cuda
-from nkat.kernels.cuda.planes import FORMATS
+from nkat.kernels.cuda.planes import FORMATS, PackedWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings, TritonOps
 from tests.kernels.test_cuda import FAMILIES, IDS, packed_weight, row_length, tiny, whole
 
@@ -51,7 +51,7 @@ def error(found: Tensor, x: Tensor, values: Tensor, expected: Tensor | None = No
     return float(((found.double() - expected).abs() / (x.double().abs() @ values.abs().T)).max())
 
 
-def make(qtype: QType, m: int = 9, chunks: int = 5, seed: int = 0) -> tuple[cuda.PackedWeight, Tensor]:
+def make(qtype: QType, m: int = 9, chunks: int = 5, seed: int = 0) -> tuple[PackedWeight, Tensor]:
     packed, values = packed_weight(qtype, m, row_length(qtype, chunks), seed)
     return cuda.pack(packed, qtype, tuple(values.shape)), values
 
@@ -144,7 +144,7 @@ def test_segments_have_their_own_strength_and_parts_add_up():
     weight, values = make(QType.Q4_0, m=32)
     x, up = torch.randn(1, values.shape[1]), torch.randn(32, 3)
     inner, kappas = torch.randn(3, 1, 5, 3), torch.tensor([0.5, 0.0, -2.0])
-    found = cuda.vector(weight, cuda.permute(x), None, up, inner, kappas, segments=(8, 24))
+    found = cuda.vector(weight, cuda.permute(x), None, cuda.Star(up, inner, kappas), segments=(8, 24))
     plain = cuda.vector(weight, cuda.permute(x))
     whole_inner = inner.sum(dim=2)[:, 0]
     for segment, rows in enumerate((slice(0, 8), slice(8, 24), slice(24, 32))):

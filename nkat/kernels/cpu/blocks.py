@@ -68,11 +68,8 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
     """x += y, or its RMS norm, which then replaces y. arguments: x, y, bytes of a row of y, weight, epsilon, state"""
 
     def emit(k: Builder) -> None:
-        x, y, stride, weight, epsilon, state = (
-            *(k.pointer(i) for i in range(2)),
-            k.integer(2),
-            *map(k.pointer, (3, 4, 5)),
-        )
+        x, y, stride = k.pointer(0), k.pointer(1), k.integer(2)
+        weight, epsilon, state = (k.pointer(i) for i in (3, 4, 5))
         lanes = _width(columns)
         with _own_tokens(k, state, tokens) as token:
             to, row = x + token * (4 * columns), y + token * stride
@@ -177,7 +174,7 @@ def rope_kernel(heads: Heads) -> int:
         cosines, sines, q_norm, k_norm, epsilon, scale, keys, values = (k.pointer(i) for i in range(6, 14))
         head_bytes, state = k.integer(14), k.pointer(15)
         epsilon, scale = k.load(F32(), epsilon), k.load(F32(), scale)
-        turned = k.local(4 * size)
+        turned = k.local(4 * size)  # `nkat.lm.config.MAX_HEAD` bounds it
         count, start = k.load(I64(), state), k.load(I64(), state + 8)
         every = heads.queries + heads.kv
         with k.loop(k.thread, count * every, k.threads) as item:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from nkat.gguf import formats
 from nkat.kernels import reference
 from nkat.kernels.cuda import matmul as cuda_matmul
 from nkat.kernels.cuda import planes
-from nkat.kernels.cuda.planes import CHUNK, Format, PackedWeight
+from nkat.kernels.cuda.planes import CHUNK, FileWeight, Format, PackedWeight, PlaneWeight
 from nkat.kernels.cuda.triton import require_triton
 
 VECTOR_BATCH = 8  # most inputs for the kernel that reads each weight once
@@ -30,6 +31,19 @@ MAX_BLOCK_ROWS = 8  # of that kernel; segments of a fused weight start at multip
 _REGISTERS = 128  # a thread of the kernel for one input: four programs then fit a multiprocessor at once
 _CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores
 _PROGRAMS = 256  # about two for each of an H100's 132 multiprocessors
+
+
+class Star(NamedTuple):
+    """The star term κ up inner of a product whose inputs have met `down` already.
+
+    up: [m, R]; R is any number
+    inner: float32, down @ x; how it lies is up to each function
+    kappa: float32 [1], or [segments] for `vector`
+    """
+
+    up: Tensor
+    inner: Tensor
+    kappa: Tensor
 
 
 @contextmanager
@@ -77,19 +91,19 @@ def linear(
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up)):
         y = F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return y if down is None else y + reference.star_term(x, down, up, kappa)
+        return y if down is None or up is None else y + reference.star_term(x, down, up, kappa)
     flat = x.reshape(-1, x.shape[-1])
-    if down is None or (not isinstance(kappa, Tensor) and kappa == 0.0):
-        inner = up = strength = None
-    else:
-        inner = F.linear(flat.to(down.dtype), down).float()[:, None]  # one part
+    star = None
+    if down is not None and up is not None and (isinstance(kappa, Tensor) or kappa != 0.0):
         strength = kappa if isinstance(kappa, Tensor) else torch.full((1,), kappa, dtype=torch.float32, device=x.device)
-    if weight.format is None:
-        y = dequantised(weight, flat, bias, up, None if inner is None else inner[:, 0], strength)
+        star = Star(up, F.linear(flat.to(down.dtype), down).float(), strength)
+    if isinstance(weight, FileWeight):
+        y = dequantised(weight, flat, bias, star)
     elif len(flat) <= VECTOR_BATCH:
-        y = vector(weight, permute(flat.float()), bias, up, inner, strength).to(x.dtype)
+        parts = None if star is None else Star(star.up, star.inner[:, None], star.kappa)  # one part
+        y = vector(weight, permute(flat.float()), bias, parts).to(x.dtype)
     else:
-        y = matrix(weight, flat, bias, up, None if inner is None else inner[:, 0], strength)
+        y = matrix(weight, flat, bias, star)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -100,21 +114,17 @@ def permute(x: Tensor) -> Tensor:
 
 
 def vector(
-    weight: PackedWeight,
+    weight: PlaneWeight,
     x: Tensor,
     bias: Tensor | None = None,
-    up: Tensor | None = None,
-    inner: Tensor | None = None,
-    kappa: Tensor | None = None,
+    star: Star | None = None,
     *,
     segments: Sequence[int] = (),
     out: Tensor | None = None,
 ) -> Tensor:
     """W x + bias + κ up inner for up to 8 permuted x, float32 [batch, n] → float32 [batch, m].
 
-    up: [m, R], or None for no star term; R is any number
-    inner: float32 [(segments,) batch, parts, R]: down @ x, in parts to be added up
-    kappa: float32 [segments]
+    star: its inner is [(segments,) batch, parts, R], in parts to be added up
     segments: first rows of the second and the third segment, each with its own inner and κ; multiples of MAX_BLOCK_ROWS
     out: where to write y
     """
@@ -122,9 +132,10 @@ def vector(
     padded = 1 << (batch - 1).bit_length()
     if padded != batch:
         x = F.pad(x, (0, 0, 0, padded - batch))
-        inner = None if inner is None else F.pad(inner, (0, 0, 0, 0, 0, padded - batch))
+        if star is not None:
+            star = star._replace(inner=F.pad(star.inner, (0, 0, 0, 0, 0, padded - batch)))
     y = torch.empty(padded, m, device=x.device) if out is None or padded != batch else out
-    rank, parts = (0, 0) if up is None else (up.shape[1], inner.shape[-2])
+    rank, parts = (0, 0) if star is None else (star.up.shape[1], star.inner.shape[-2])
     block_rows = _block_rows(m, padded)
     block_chunks = min(128, 1 << (chunks - 1).bit_length())
     bounds = (*segments, m, m)
@@ -134,9 +145,7 @@ def vector(
         x,
         *_planes(weight),
         bias if bias is not None else y,
-        up if up is not None else y,
-        inner if inner is not None else y,
-        kappa if kappa is not None else y,
+        *((y, y, y) if star is None else star),  # without one, any memory will do
         m,
         chunks,
         weight.first_row,
@@ -160,19 +169,12 @@ def vector(
     return y[:batch] if out is None else out.copy_(y[:batch])
 
 
-def matrix(
-    weight: PackedWeight,
-    x: Tensor,
-    bias: Tensor | None = None,
-    up: Tensor | None = None,
-    inner: Tensor | None = None,
-    kappa: Tensor | None = None,
-) -> Tensor:
-    """W x + bias + κ up inner for many x [tokens, n] → [tokens, m] in the dtype of x; inner float32 [tokens, R]."""
+def matrix(weight: PlaneWeight, x: Tensor, bias: Tensor | None = None, star: Star | None = None) -> Tensor:
+    """W x + bias + κ up inner for many x [tokens, n] → [tokens, m] in the dtype of x; inner is [tokens, R]."""
     layout, m, chunks, tokens = weight.format, weight.shape[0], weight.shape[1] // CHUNK, len(x)
     half = (x if x.dtype == torch.float16 else x.bfloat16()).contiguous()
     y = torch.empty(tokens, m, dtype=x.dtype, device=x.device)
-    rank = 0 if up is None else up.shape[1]
+    rank = 0 if star is None else star.up.shape[1]
     block_rows, block_tokens, block_chunks = 128, 128 if tokens > 64 else 64 if tokens > 32 else 32, 4
     require_triton()
     cuda_matmul.matrix_kernel[(-(-m // block_rows), -(-tokens // block_tokens))](
@@ -180,9 +182,7 @@ def matrix(
         half,
         *_planes(weight),
         bias if bias is not None else y,
-        up if up is not None else y,
-        inner if inner is not None else y,
-        kappa if kappa is not None else y,
+        *((y, y, y) if star is None else star),  # without one, any memory will do
         m,
         chunks,
         weight.first_row,
@@ -202,25 +202,19 @@ def matrix(
     return y
 
 
-def dequantised(
-    weight: PackedWeight,
-    x: Tensor,
-    bias: Tensor | None = None,
-    up: Tensor | None = None,
-    inner: Tensor | None = None,
-    kappa: Tensor | None = None,
-) -> Tensor:
-    """The same for types without a kernel, by torch; inner float32 [batch, R]."""
+def dequantised(weight: FileWeight, x: Tensor, bias: Tensor | None = None, star: Star | None = None) -> Tensor:
+    """The same for types without a kernel, by torch; inner is [batch, R]."""
     y = reference.linear(weight.raw, weight.qtype, weight.shape, x, None if bias is None else bias.to(x.dtype))
-    if up is None:
+    if star is None:
         return y
-    return torch.where(kappa == 0.0, y, (y + kappa * F.linear(inner, up.float())).to(x.dtype))
+    term = star.kappa * F.linear(star.inner, star.up.float())
+    return torch.where(star.kappa == 0.0, y, (y + term).to(x.dtype))
 
 
 def rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     """Rows of the weight, float32 [ids, n], for int64 ids [ids]. Ids out of range read other memory: check before."""
     m, n = weight.shape
-    if weight.format is None:
+    if isinstance(weight, FileWeight):
         picked = weight.raw.view(m, -1).index_select(0, ids).view(-1)
         return formats.dequantize(picked, weight.qtype, (len(ids), n))
     chunks, block_chunks = n // CHUNK, 32
@@ -240,7 +234,7 @@ def rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     return out
 
 
-def _planes(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _planes(weight: PlaneWeight) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """low, high, d, s and IQ4's table, as the kernels take them; a plane that the format lacks is some other one.
 
     What a chunk has two words or two float16 of is one number, so that it is loaded at once.

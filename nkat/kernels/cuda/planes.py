@@ -2,7 +2,7 @@
 
 A file's blocks are 18 to 210 bytes long, so neighbouring threads would read misaligned bytes. Here every format becomes
 *chunks* of 32 weights, numbered row after row, and what belongs together lies together: w = scale·q + offset. Nothing
-is rounded: the planes hold the file's integers and float16 numbers, and `PackedWeight.dequantize` gives the file's
+is rounded: the planes hold the file's integers and float16 numbers, and `PlaneWeight.dequantize` gives the file's
 weights back bit by bit.
 
 Weight k of a chunk is k = 16·f + 4·j + b, f of 2, j and b of 4. b is always a byte of a 32-bit word, so that one
@@ -32,6 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 from gguf.constants import GGMLQuantizationType as QType
@@ -73,68 +74,96 @@ class Format:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PackedWeight:
-    """Rows of a weight on a device: in planes where its format is one of `FORMATS`, else as the file has them.
+class PlaneWeight:
+    """Rows of a weight on a device, in planes: its format is one of `FORMATS`.
 
     shape: (m, n); row 0 is row `first_row` of the `plane_rows` in the planes
     low, high: int32, the planes of q; high is None where one holds all bits
     d, s: float16 and int16 (int8 for "s32") planes of the scales; s is None for the kinds without
-    raw: uint8 [nbytes], the file's bytes of these rows, in place of planes
     """
 
     qtype: QType
     shape: tuple[int, int]
-    low: Tensor | None = None
-    high: Tensor | None = None
-    d: Tensor | None = None
-    s: Tensor | None = None
-    raw: Tensor | None = None
+    low: Tensor
+    high: Tensor | None
+    d: Tensor
+    s: Tensor | None
+    plane_rows: int
     first_row: int = 0
-    plane_rows: int = 0
 
     @property
-    def format(self) -> Format | None:
-        """None: there are no planes, only `raw`."""
-        return None if self.low is None else FORMATS[self.qtype]
+    def format(self) -> Format:
+        return FORMATS[self.qtype]
 
     @property
     def device(self) -> torch.device:
-        return (self.raw if self.low is None else self.low).device
+        return self.low.device
 
     @property
     def nbytes(self) -> int:
         """Bytes of these rows."""
-        if self.low is None:
-            return self.raw.nbytes
-        return sum(self.own_rows(plane).nbytes for plane in (self.low, self.high, self.d, self.s) if plane is not None)
+        return sum(plane.nbytes for plane in self.own_planes() if plane is not None)
 
-    def own_rows(self, plane: Tensor) -> Tensor:
-        """These rows' part of one of the planes."""
+    def own_planes(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """These rows' part of low, high, d and s."""
+        high, s = (None if plane is None else self._own_rows(plane) for plane in (self.high, self.s))
+        return self._own_rows(self.low), high, self._own_rows(self.d), s
+
+    def _own_rows(self, plane: Tensor) -> Tensor:
         a_row = plane.numel() // self.plane_rows
         return plane[self.first_row * a_row : (self.first_row + self.shape[0]) * a_row]
 
-    def rows(self, start: int, stop: int) -> PackedWeight:
+    def rows(self, start: int, stop: int) -> PlaneWeight:
         """Rows [start, stop), sharing memory."""
-        shape = (stop - start, self.shape[1])
-        if self.low is None:
-            return replace(self, shape=shape, raw=packed_rows(self.raw, self.shape[0], start, stop))
-        return replace(self, shape=shape, first_row=self.first_row + start)
+        return replace(self, shape=(stop - start, self.shape[1]), first_row=self.first_row + start)
 
     def dequantize(self) -> Tensor:
         """The weights, float32 [m, n], equal to `nkat.gguf.formats.dequantize` of the file's bytes."""
-        if self.low is None:
-            return formats.dequantize(self.raw, self.qtype, self.shape)
         layout, widths = self.format, self.format.planes
-        q = _unplane(self.own_rows(self.low), widths[0])
-        if len(widths) == 2:
-            q |= _unplane(self.own_rows(self.high), widths[1]) << widths[0]
+        low, high, d, s = self.own_planes()
+        q = _unplane(low, widths[0])
+        if high is not None:
+            q |= _unplane(high, widths[1]) << widths[0]
         if layout.levels:
             q = torch.tensor(formats.IQ4_LEVELS, device=q.device)[q.long()]
         else:
             q = q.to(torch.int16) - layout.zero
-        scale, offset = _scales(layout.scales, self.own_rows(self.d), None if self.s is None else self.own_rows(self.s))
+        scale, offset = _scales(layout.scales, d, s)
         weights = q.float().view(*scale.shape, -1) * scale[..., None]
         return (weights if offset is None else weights + offset[..., None]).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileWeight:
+    """Rows of a weight on a device as the file has them: its format has no planes.
+
+    raw: uint8 [nbytes], the bytes of the rows
+    """
+
+    qtype: QType
+    shape: tuple[int, int]
+    raw: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.raw.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these rows."""
+        return self.raw.nbytes
+
+    def rows(self, start: int, stop: int) -> FileWeight:
+        """Rows [start, stop), sharing memory."""
+        part = packed_rows(self.raw, self.shape[0], start, stop)
+        return replace(self, shape=(stop - start, self.shape[1]), raw=part)
+
+    def dequantize(self) -> Tensor:
+        """The weights, float32 [m, n]."""
+        return formats.dequantize(self.raw, self.qtype, self.shape)
+
+
+PackedWeight: TypeAlias = PlaneWeight | FileWeight
 
 
 def pack(packed: Tensor, qtype: QType, shape: tuple[int, int]) -> PackedWeight:
@@ -149,16 +178,16 @@ def pack(packed: Tensor, qtype: QType, shape: tuple[int, int]) -> PackedWeight:
             f"not {packed.dtype} of shape {tuple(packed.shape)}"
         )
     if qtype not in FORMATS:
-        return PackedWeight(qtype, shape, raw=packed)
+        return FileWeight(qtype, shape, packed)
     layout = FORMATS[qtype]
     tiles = packed.view(-1, layout.block.block_bytes).split(_TILE // layout.block.block_size)
     parts = [_pack_blocks(blocks, layout) for blocks in tiles]
-    low, high, d, s = (None if plane[0] is None else torch.cat(plane) for plane in zip(*parts, strict=True))
-    return PackedWeight(qtype, shape, low, high, d, s, plane_rows=shape[0])
+    low, high, d, s = zip(*parts, strict=True)
+    return PlaneWeight(qtype, shape, torch.cat(low), _joined(high), torch.cat(d), _joined(s), plane_rows=shape[0])
 
 
-def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
-    """One weight with the rows of all, which are in planes, of one format and one row length.
+def concatenate(weights: Sequence[PlaneWeight]) -> PlaneWeight:
+    """One weight with the rows of all, which are of one format and one row length.
 
     In new memory, except when they follow each other in the same planes already.
     """
@@ -168,12 +197,14 @@ def concatenate(weights: Sequence[PackedWeight]) -> PackedWeight:
     places = [first.first_row, *(first.first_row + end for end in ends[:-1])]
     if all(w.low is first.low and w.first_row == place for w, place in zip(weights, places, strict=True)):
         return replace(first, shape=shape)
-    planes = {
-        name: torch.cat([weight.own_rows(getattr(weight, name)) for weight in weights])
-        for name in ("low", "high", "d", "s")
-        if getattr(first, name) is not None
-    }
-    return PackedWeight(first.qtype, shape, **planes, plane_rows=shape[0])
+    low, high, d, s = zip(*(weight.own_planes() for weight in weights), strict=True)
+    return PlaneWeight(first.qtype, shape, torch.cat(low), _joined(high), torch.cat(d), _joined(s), plane_rows=shape[0])
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The parts of a plane as one; None where the format does not have that plane, and so no part is there."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None
 
 
 def _pack_blocks(blocks: Tensor, layout: Format) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -206,9 +237,9 @@ def _unplane(plane: Tensor, width: int) -> Tensor:
 
 def _scales(kind: str, d: Tensor, s: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Scale and offset, float32 [chunks, 1 or 2]: one for each 32 or each 16 weights."""
-    if kind == "half":
-        return d.float().view(-1, 1), None
-    if kind == "pair":
+    if s is None:  # half, pair
+        if kind == "half":
+            return d.float().view(-1, 1), None
         return d.view(-1, 2)[:, :1].float(), d.view(-1, 2)[:, 1:].float()
     d = d.view(-1, 2 if kind in ("k32", "k16") else 1).float().repeat_interleave(8, dim=0)
     if kind in ("s16", "s32"):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nkat.kernels.cuda import linear as cuda
 from nkat.kernels.cuda import step_kernels
-from nkat.kernels.cuda.planes import PackedWeight
+from nkat.kernels.cuda.planes import FileWeight, PackedWeight
 from nkat.kernels.cuda.triton import require_triton
 
 _MOST_KEYS = 64  # of a tile, whose keys, like its values, take at most so many bytes of shared memory:
@@ -133,17 +133,16 @@ class TritonOps:
         start = 0
         for group in siblings.groups:
             stop = start + group.weight.shape[0]
-            up = group.up if self.star else None
-            inner = kappas = None
-            if up is not None:
-                last = group.first_segment + len(group.segments) + 1
-                inner, kappas = x.inner[group.first_segment : last], siblings.kappas[group.first_segment : last]
+            star = None
+            if self.star and group.up is not None and x.inner is not None:
+                own = slice(group.first_segment, group.first_segment + len(group.segments) + 1)
+                star = cuda.Star(group.up, x.inner[own], siblings.kappas[own])
             out = y[:, start:stop]
-            if group.weight.format is None:
-                reduced = None if inner is None else inner[0].sum(dim=1)
-                out.copy_(cuda.dequantised(group.weight, x.natural[None], group.bias, up, reduced, kappas))
+            if isinstance(group.weight, FileWeight):
+                whole = None if star is None else star._replace(inner=star.inner[0].sum(dim=1))
+                out.copy_(cuda.dequantised(group.weight, x.natural[None], group.bias, whole))
             else:
-                cuda.vector(group.weight, x.permuted, group.bias, up, inner, kappas, segments=group.segments, out=out)
+                cuda.vector(group.weight, x.permuted, group.bias, star, segments=group.segments, out=out)
             start = stop
         return y[0]
 
@@ -225,25 +224,18 @@ class TritonOps:
     def _target(self, readers: Siblings, parts: int) -> Input:
         natural, permuted = torch.empty(2, readers.inputs, device=readers.kappas.device)
         inner = None
-        if self._has_star(readers):
+        if self.star and readers.down is not None:
             inner = torch.empty(len(readers.kappas), 1, parts, readers.rank, device=natural.device)
         return Input(natural, permuted[None], inner)
 
     def _pointers(self, target: Input, readers: Siblings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        star = self._has_star(readers)
-        return (
-            target.natural,
-            target.permuted,
-            readers.down if star else target.natural,
-            target.inner if star else target.natural,
-        )
+        if readers.down is None or target.inner is None:  # any memory will do
+            return target.natural, target.permuted, target.natural, target.natural
+        return target.natural, target.permuted, readers.down, target.inner
 
     def _columns(self, readers: Siblings) -> dict[str, int]:
-        columns = len(readers.down) if self._has_star(readers) else 0
+        columns = len(readers.down) if self.star and readers.down is not None else 0
         return {"columns": columns, "padded_columns": _power(max(1, columns)), "rank": max(1, readers.rank)}
-
-    def _has_star(self, readers: Siblings) -> bool:
-        return self.star and readers.down is not None
 
 
 def _power(count: int) -> int:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 
 from nkat.errors import NKATError
-from nkat.gguf.formats import dequantize
 from nkat.host.distributed import World
 from nkat.lm.transformer import Transformer
 from nkat.measure.judge import Passages
@@ -109,8 +108,11 @@ def theta_start(thetas: Sequence[Theta], shapes: Sequence[tuple[int, int]], gamm
     def padded(factor: torch.Tensor, rows: int) -> torch.Tensor:
         return root * torch.cat([factor, factor.new_zeros(rows - len(factor), factor.shape[1])])
 
-    pairs = zip(thetas, shapes, strict=True)
-    return [tuple(padded(factor, max(shape)) for factor in theta.factors()) for theta, shape in pairs]
+    starts = []
+    for theta, shape in zip(thetas, shapes, strict=True):
+        p, q = theta.factors()
+        starts.append((padded(p, max(shape)), padded(q, max(shape))))
+    return starts
 
 
 def by_name(names: Sequence[str], factors: Sequence[torch.Tensor]) -> dict[str, Factors]:
@@ -144,10 +146,10 @@ def fit(
     kind: what is learned; benchmarks compare Θ with other low-rank terms
     Returns the state after the last step; its best_* are the result. Raises NKATError when the loss is not finite.
     """
-    teacher = None if reference is None else _Model(reference, _output_weight(reference))
+    teacher = None if reference is None else _Model(reference, reference.output.weight())
     run = _Run(
         names,
-        _Model(model, _output_weight(model)),
+        _Model(model, model.output.weight()),
         teacher,
         data,
         settings,
@@ -198,7 +200,12 @@ class _Run:
             parameters = [factor for layer in layers.values() for factor in (layer.p, layer.q)]
             optimizer = self.optimizer(parameters)
             if state.optimizer:
-                optimizer.load_state_dict(state.optimizer)
+                try:
+                    optimizer.load_state_dict(state.optimizer)
+                except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                    raise NKATError(
+                        f"the state of the fit is damaged (optimizer: {error}); --force starts anew"
+                    ) from None
             began = time.monotonic() - state.seconds
             without_gain = sum(row["step"] > (state.best_step or 0) for row in state.history)
             for step in range(state.step, until):
@@ -233,7 +240,7 @@ class _Run:
         if data.keep is not None:
             loss += self.hold(self.batch(data.keep, step, settings.keep_batch, mode), mode)
         mode.columns = None
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # all of them have one
         self.world.sum_(gradients)
         self.world.sum_([loss])
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
@@ -325,8 +332,3 @@ def visible_columns(first: int, count: int, rank: int, seed: int) -> torch.Tenso
         seen = rank if number % 2 == 0 else int(torch.randint(1, rank + 1, (1,), generator=generator))
         columns[i] = torch.arange(rank) < seen
     return columns
-
-
-def _output_weight(model: Transformer) -> torch.Tensor:
-    output = model.output
-    return dequantize(output.packed, output.qtype, output.shape).to(output.dtype)

@@ -166,8 +166,10 @@ def _load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
 def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> FitData:
     context = request.settings.context
     learned, validation = split_validation(fit_text(loaded.tokenizer, text, request.ignore), text.name, context)
-    kept = None if keep is None else fit_text(loaded.tokenizer, keep)
-    if kept is not None and len(kept.tokens) < context:
+    if keep is None:
+        return FitData(learned, validation)
+    kept = fit_text(loaded.tokenizer, keep)
+    if len(kept.tokens) < context:
         raise NKATError(
             f"{keep.name}: the text is too short: it has {len(kept.tokens)} tokens, one sequence needs {context}"
         )
@@ -195,13 +197,16 @@ def _interrupted_state(request: FitRequest, identity: str) -> FitState | None:
     if request.state is None:
         raise NKATError("a fit that keeps no state cannot be resumed")
     state = load_state(request.state, identity)
+    if len(state.factors) != 2 * len(request.names):
+        raise NKATError(f"{request.state}: the state of the fit is damaged (factors); --force starts anew")
     note(f"resuming {request.state} at step {state.step} of {request.settings.steps}")
     return state
 
 
 def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]]:
     settings = request.settings
-    shapes = [loaded.tensors[name].shape for name in request.names]
+    layers = loaded.model.star_linears()
+    shapes = [layers[name].shape for name in request.names]
     wanted = [request.start]
     if request.start == "auto":
         wanted = ["zero", "weight"] + ["residual"] * (request.reference is not None)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nkat.gguf.formats import dequantize
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 from nkat.theta.algebra import low_rank_form
@@ -77,6 +77,12 @@ def fitted_layers(
         _replace(model, layers)
 
 
+class _Context(Protocol):
+    """What the two directions of `_FrozenProduct` share; torch's own class takes any attribute."""
+
+    layer: StarLinear
+
+
 class _FrozenProduct(torch.autograd.Function):
     """x Wᵀ + bias with W dequantised in each direction and kept in neither, unless the layer keeps it anyway.
 
@@ -85,19 +91,13 @@ class _FrozenProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, layer: StarLinear) -> torch.Tensor:
+    def forward(ctx: _Context, x: torch.Tensor, layer: StarLinear) -> torch.Tensor:
         ctx.layer = layer
-        return F.linear(x, _weight(layer), layer.bias)
+        return F.linear(x, layer.weight(), layer.bias)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ _weight(ctx.layer), None
-
-
-def _weight(layer: StarLinear) -> torch.Tensor:
-    if layer.dense is not None:
-        return layer.dense
-    return dequantize(layer.packed, layer.qtype, layer.shape).to(layer.dtype)
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.layer.weight(), None
 
 
 def _round_straight_through(factor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ arXiv 2410.10989); the output layer's weight is frozen.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +40,19 @@ def vocabulary_loss(
     return _VocabularyLoss.apply(hidden, weight, targets, teacher)
 
 
+class _Context(Protocol):
+    """What `_VocabularyLoss` uses of torch's class, whose stub lacks the second."""
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None: ...
+
+    @property
+    def saved_tensors(self) -> tuple[torch.Tensor, ...]: ...
+
+
 class _VocabularyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: _Context,
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor | None,
@@ -70,9 +80,7 @@ class _VocabularyLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, factor: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: _Context, factor: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * factor.to(gradient.dtype), None, None, None
 

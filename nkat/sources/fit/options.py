@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.sources.fit.descent import FitSettings
 
 _DEFAULTS = {field.name: field.default for field in fields(FitSettings)}
-_FLAGS = {  # field of FitSettings: (type, help)
+_FLAGS: dict[str, tuple[Callable[[str], float], str]] = {  # field of FitSettings: (type, help)
     "steps": (commandline.positive_int, "steps of gradient descent"),
     "batch": (commandline.positive_int, "sequences a step, in each process"),
     "context": (commandline.positive_int, "tokens of a sequence"),
@@ -76,13 +77,13 @@ class FitOptions:
     """What the group of flags says.
 
     given: the flags of the group that were given, as the user writes them
-    settings: fields of FitSettings that were given;  reference_share: None where it was not
+    settings: fields of FitSettings that were given, each of its field's type;  reference_share: None where it was not
     start: one of STARTS;  precision: "auto", "float32" or "bfloat16";  nested: learn lower ranks in the first columns
     ignore: parts of the text that are not to be learned
     """
 
     given: tuple[str, ...]
-    settings: Mapping[str, float]
+    settings: Mapping[str, Any]
     reference_share: float | None
     start: str
     precision: str
