@@ -117,6 +117,23 @@ def test_a_killed_trial_is_tried_again_with_its_parameters(tmp_path: Path) -> No
     assert study.trials[1].user_attrs["base"] is True
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no zombies")
+def test_a_killed_worker_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
+    where = tmp_path / "study.journal"
+    new_study(where, first=[({"x": 0.25}, {})])
+    worker = start_worker(where, 3, 60)
+    try:
+        worker.stdout.readline()
+        living = new_study(where, resume=True)
+        assert [t.state for t in living.trials] == [TrialState.RUNNING]  # control
+        worker.kill()
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+        assert [t.state for t in new_study(where, resume=True).trials] == [TrialState.FAIL, TrialState.WAITING]
+    finally:
+        worker.kill()
+        worker.wait()
+
+
 def test_a_seed_gives_the_same_trials(tmp_path: Path) -> None:
     def run(name: str, seed: int) -> list[tuple]:
         study = new_study(tmp_path / name, seed=seed)
