@@ -14,13 +14,13 @@ from time import monotonic
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.host import interrupts
 from nkat.host.processes import identity, is_alive
+from nkat.study.journal import Journal
 
 JOURNAL_NAME = "study.journal"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -43,8 +43,9 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
             return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
         if "://" in where:
             return optuna.storages.RDBStorage(where, heartbeat_interval=60, grace_period=180)
-        lock = JournalFileOpenLock(where)
-        return optuna.storages.JournalStorage(JournalFileBackend(where, lock_obj=lock))
+        return optuna.storages.JournalStorage(Journal(where))
+    except NKATError:
+        raise
     except Exception as error:  # each database driver has exceptions of its own
         raise NKATError(f"storage {where}: {str(error).strip().splitlines()[0]}") from error
 
