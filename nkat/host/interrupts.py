@@ -15,26 +15,26 @@ from tqdm import tqdm
 class Terminated(KeyboardInterrupt):
     """SIGTERM, or that the terminal is gone: what cleans up after Ctrl-C does so after this."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
 
 @contextmanager
-def termination() -> Iterator[None]:
+def termination() -> Iterator[list[int]]:
     """SIGTERM and SIGHUP in the block raise `Terminated`, in this process alone: those forked from it just end.
+
+    Gives a list that holds the signal once it came, for where the block ends in another way nevertheless.
 
     Outside the main thread, and for a signal that is ignored (nohup) or handled already, this does nothing.
     """
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield received
         return
     owner = os.getpid()
 
     def end(number: int, _: object) -> None:
         if os.getpid() == owner:
             signal.signal(number, signal.SIG_IGN)  # the second one must not disturb the cleaning up
-            raise Terminated(number)
+            received.append(number)
+            raise Terminated
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
@@ -43,7 +43,7 @@ def termination() -> Iterator[None]:
     for number in mine:
         signal.signal(number, end)
     try:
-        yield
+        yield received
     finally:
         for number in mine:
             signal.signal(number, signal.SIG_DFL)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host.cache import Memo
+from nkat.host.cache import Memo, own_folder
 from nkat.host.files import atomic_output
 from nkat.kobold.benchmark import Speed
 from nkat.kobold.choose import Choice
@@ -66,9 +66,16 @@ def config_with_extra(kobold: Kobold, command: Sequence[str]) -> dict[str, Any]:
         return json.loads(target.read_text(encoding="utf-8"))
 
 
-def remember_fastest(kobold: Kobold, files: RunFiles, choice: Choice, speed: Speed, values: Mapping[str, Any]) -> Path:
-    """Keeps the fastest as this model's default, with a `.kcpps` that KoboldCpp loads; returns that file."""
+def remember_fastest(
+    kobold: Kobold, files: RunFiles, choice: Choice, speed: Speed, values: Mapping[str, Any]
+) -> Path | None:
+    """Keeps the fastest as this model's default, with a `.kcpps` that KoboldCpp loads; returns that file.
+
+    None where there is no cache to keep it in, which is said.
+    """
     memo = _memo_of(kobold, files, speed.context)
+    if own_folder("kobold") is None or memo.path is None:
+        return None
     path = memo.path.with_suffix(".kcpps")
     write_config(path, values, force=True)
     memo.set(

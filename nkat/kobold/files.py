@@ -17,8 +17,8 @@ from pathlib import Path
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, GGUFFile
-from nkat.gguf.writer import sha256_of_parts, write_gguf
-from nkat.host.cache import Memo, cache_folder
+from nkat.gguf.writer import FileRange, part_size, sha256_of_parts, write_gguf
+from nkat.host.cache import Memo, own_folder
 from nkat.host.console import bar, format_bytes, note
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, theta_for
@@ -61,9 +61,12 @@ def prepare_files(model_path: Path, theta_path: Path | None, base_path: Path | N
 
 
 def kobold_cache() -> Path:
-    """Where adapters, extracted models and benchmark results are kept; made when it is not there."""
-    folder = cache_folder() / "kobold"
-    folder.mkdir(parents=True, exist_ok=True)
+    """Where adapters, extracted models and benchmark results are kept; made when it is not there. Raises NKATError."""
+    folder = own_folder("kobold")
+    if folder is None:
+        raise NKATError(
+            "KoboldCpp takes Θ from a file in the cache folder, and there is none; set NKAT_CACHE to another"
+        )
     return folder
 
 
@@ -133,7 +136,9 @@ def _check_base(path: Path, theta_set: ThetaSet) -> None:
 def _extract(asked: ModelFile, theta_set: ThetaSet) -> Path:
     target = kobold_cache() / f"{asked.path.stem}-{theta_set.base_sha256[:12]}.gguf"
     if target.is_file() and target.stat().st_size == theta_set.base_size:
-        return target
+        with contextlib.suppress(GGUFError):  # damaged: extracted again
+            if _sha256(open_model_file(target)) == theta_set.base_sha256:
+                return target
     note(
         f"the base model is not beside {asked.path}: extracting it to {target} "
         f"({format_bytes(theta_set.base_size)}); --base FILE would use yours"
@@ -146,10 +151,13 @@ def _extract(asked: ModelFile, theta_set: ThetaSet) -> Path:
 
 
 def _adapter(thetas: ThetaSet, model: Path) -> tuple[Path, dict[str, int]]:
-    """The adapter in the cache, written when it is not there, and its bytes by weight."""
+    """The adapter in the cache, written when it is not there or not as it was written, and its bytes by weight."""
     target = kobold_cache() / f"theta-{_theta_key(thetas)}.gguf"
-    if not target.is_file():
-        write_gguf(target, lora_parts(thetas, open_model_file(model).require_base()), force=True)
+    parts = lora_parts(thetas, open_model_file(model).require_base())
+    size = sum(part_size(part) for part in parts)
+    there = target.is_file() and target.stat().st_size == size
+    if not there or sha256_of_parts([FileRange(target, 0, size)]) != sha256_of_parts(parts):
+        write_gguf(target, parts, force=True)
     sizes: dict[str, int] = {}
     with GGUFFile.open(target) as file:
         for name, info in file.tensors.items():

@@ -139,12 +139,14 @@ def run_benchmark(options: KoboldOptions, findings: Findings, model: Model) -> d
     values = kobold_settings(kobold, choice, model.files, settings)
     path = remember_fastest(kobold, model.files, choice, speed, values)
     print(speed_table(measured))
-    print(f"\nfastest: {choice.backend.name}, now this model's default at --contextsize {speed.context}")
-    print(f"load it with: {config_line(kobold, path)}")
+    kept = "" if path is None else f", now this model's default at --contextsize {speed.context}"
+    print(f"\nfastest: {choice.backend.name}{kept}")
+    if path is not None:
+        print(f"load it with: {config_line(kobold, path)}")
     if options.save_config is not None:
         save_config(options.save_config, values, kobold_command(kobold, values, options.extra), kobold, options)
     records = [item.record() for item in measured]
-    return {"benchmark": records, "fastest": choice.record(), "default_config": str(path)}
+    return {"benchmark": records, "fastest": choice.record(), "default_config": path and str(path)}
 
 
 def settings_from(options: KoboldOptions, findings: Findings) -> Settings:

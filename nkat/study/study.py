@@ -7,7 +7,6 @@ file in the output folder; any other Optuna storage is named by its URL.
 from __future__ import annotations
 
 import math
-import os
 import socket
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -15,13 +14,13 @@ from time import monotonic
 from typing import Any
 
 import optuna
-import psutil
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.host import interrupts
+from nkat.host.processes import identity, is_alive
+from nkat.study.journal import Journal
 
 JOURNAL_NAME = "study.journal"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -44,8 +43,9 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
             return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
         if "://" in where:
             return optuna.storages.RDBStorage(where, heartbeat_interval=60, grace_period=180)
-        lock = JournalFileOpenLock(where)
-        return optuna.storages.JournalStorage(JournalFileBackend(where, lock_obj=lock))
+        return optuna.storages.JournalStorage(Journal(where))
+    except NKATError:
+        raise
     except Exception as error:  # each database driver has exceptions of its own
         raise NKATError(f"storage {where}: {str(error).strip().splitlines()[0]}") from error
 
@@ -117,7 +117,7 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
                 bar.set_postfix_str(f"best {best[0].value:.6f} (trial {best[0].number})")
 
         def marked(trial: optuna.Trial) -> float:
-            trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{os.getpid()}")
+            trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{identity()}")
             return objective(trial)
 
         update()
@@ -197,7 +197,7 @@ def _retry_dead_trials(study: optuna.Study) -> None:
     """Fails the trials of processes that died on this machine, and queues their parameters again."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         host, _, process = trial.user_attrs.get(_WORKER, "").partition(":")
-        if host != socket.gethostname() or psutil.pid_exists(int(process)):
+        if host != socket.gethostname() or is_alive(process):
             continue
         try:
             study.tell(trial.number, state=TrialState.FAIL)

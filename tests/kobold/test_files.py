@@ -145,3 +145,20 @@ def test_results_belong_to_model_and_theta(script, base: Path, tmp_path: Path) -
     keys = [model_key(files) for files in (plain, weak, strong, prepare_files(Path(moved), None, base))]
     assert len(set(keys)) == 3
     assert keys[1] == keys[3]
+
+
+def test_a_forged_file_in_the_cache_is_written_anew(script, base: Path) -> None:
+    nkat = convert(script, base, base.parent / "m.nkat")
+    base.unlink()
+    files = prepare_files(nkat, None, None)
+    assert files.lora is not None
+    for path in (files.lora, files.model):
+        good = path.read_bytes()
+        assert path.parent == kobold_cache()
+        for content in (bytes(len(good)), good[:-20] + bytes([good[-20] ^ 1]) + good[-19:], b""):
+            path.write_bytes(content)
+            assert prepare_files(nkat, None, None) == files
+            assert path.read_bytes() == good
+        before = path.stat().st_mtime_ns  # control: what is right is left alone
+        assert prepare_files(nkat, None, None) == files
+        assert path.stat().st_mtime_ns == before

@@ -117,6 +117,54 @@ def test_a_killed_trial_is_tried_again_with_its_parameters(tmp_path: Path) -> No
     assert study.trials[1].user_attrs["base"] is True
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no zombies")
+def test_a_killed_worker_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
+    where = tmp_path / "study.journal"
+    new_study(where, first=[({"x": 0.25}, {})])
+    worker = start_worker(where, 3, 60)
+    try:
+        worker.stdout.readline()
+        living = new_study(where, resume=True)
+        assert [t.state for t in living.trials] == [TrialState.RUNNING]  # control
+        worker.kill()
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays a zombie
+        assert [t.state for t in new_study(where, resume=True).trials] == [TrialState.FAIL, TrialState.WAITING]
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+def test_a_torn_journal_is_resumed_from_its_last_whole_record(tmp_path: Path, capsys) -> None:
+    where = tmp_path / "study.journal"
+    run_trials(new_study(where), objective, 4, None, "test")
+    whole = where.read_bytes()
+    last = whole[:-1].rindex(b"\n") + 1
+    ends = {
+        "half a record": (whole[:-10], whole[:last], 1),
+        "no line break": (whole[:-1], whole, 0),
+        "zeros": (whole + bytes(300), whole, 1),
+        "garbage": (whole + b"\xff{]\n[1]\n", whole, 1),
+        "torn and written on": (whole[:-10] + whole[last:] * 3, whole[:last], 1),
+        "whole": (whole, whole, 0),
+    }
+    for name, (content, good, notes) in ends.items():
+        where.write_bytes(content)
+        capsys.readouterr()
+        open_storage(str(where))
+        assert where.read_bytes() == good, name
+        assert capsys.readouterr().err.count("note: ") == notes, name
+        cut = sorted(tmp_path.glob("study.journal.cut-*"))
+        assert len(cut) == notes, name
+        for path in cut:
+            assert path.read_bytes() == content[len(good) :], name
+            path.unlink()
+        study = new_study(where, resume=True)
+        run_trials(study, objective, 6, None, "test")
+        # where the last record of a trial is lost it counts as running, as long as this process is there
+        assert len(new_study(where, resume=True).get_trials(states=FINISHED)) == (6 if good == whole else 5), name
+    assert not list(tmp_path.glob("*.lock"))
+
+
 def test_a_seed_gives_the_same_trials(tmp_path: Path) -> None:
     def run(name: str, seed: int) -> list[tuple]:
         study = new_study(tmp_path / name, seed=seed)

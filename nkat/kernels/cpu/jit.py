@@ -16,8 +16,7 @@ import llvmlite
 import llvmlite.binding as binding
 
 from nkat.errors import NKATError
-from nkat.host.cache import cache_folder
-from nkat.host.files import atomic_output
+from nkat.host.cache import keep_sealed, load_sealed
 from nkat.kernels.cpu.llvm import Builder
 
 KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
@@ -75,13 +74,13 @@ def compile_kernel(name: str, emit: Callable[[Builder], None], isa: str | None =
 
 
 def _machine_code(source: str) -> bytes:
-    """An object file; in the cache it stands behind its SHA-256, so that a damaged one is noticed and made anew."""
+    """An object file, from the cache only with this user's seal: it is going to be run."""
     compiler = f"{llvmlite.__version__} {binding.llvm_version_info}"
     key = "\n".join([compiler, target().triple, binding.get_host_cpu_name(), *sorted(llvm_host_features()), source])
-    path = cache_folder() / "kernels" / f"{hashlib.sha256(key.encode()).hexdigest()}.o"
-    kept = path.read_bytes() if path.is_file() else b""
-    if hashlib.sha256(kept[32:]).digest() == kept[:32]:
-        return kept[32:]
+    name = f"kernels/{hashlib.sha256(key.encode()).hexdigest()}.o"
+    kept = load_sealed(name)
+    if kept is not None:
+        return kept
     try:
         module = binding.parse_assembly(source)
         module.verify()
@@ -92,8 +91,6 @@ def _machine_code(source: str) -> bytes:
     options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
     passes = binding.create_pass_builder(target(), options)
     passes.getModulePassManager().run(module, passes)
-    code = target().emit_object(module)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_output(path, len(code) + 32, force=True) as file:
-        file.write(hashlib.sha256(code).digest() + code)
+    code: bytes = target().emit_object(module)
+    keep_sealed(name, code)
     return code
