@@ -219,7 +219,7 @@ def _gunzip(packed: IO[bytes], most: int) -> bytes:
         return _at_most(unpacked, most)
 
 
-def _at_most(file: IO[bytes], most: int) -> bytes:
+def _at_most(file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
     """All of a file, which may not be longer than the longest published one: a small archive can hold terabytes."""
     data = file.read(most + 1)
     if len(data) > most:
