@@ -27,6 +27,27 @@ _INTERESTING = (
     1 << 32, 1 << 40, 1 << 60, (1 << 63) - 1, 1 << 63, (1 << 64) - 1,
 )  # fmt: skip
 _FLOATS = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-38, 1e38, 1e308, float("inf"), float("-inf"), float("nan"))
+_STRINGS = (
+    b"", b"x", b"a b", b"\0", b"\xff\xfe", b"caf\xe9", b"a\nb\x1b[2J", "Θ▁é世".encode(),
+    b"llama", b"gemma3", b"qwen2", b"gpt2",
+    b"default", b"yarn", b"none", b"<0x0A>", b"0" * 64, b"{{ messages }}", b"x" * 5000,
+)  # fmt: skip
+_ARCHITECTURES = ("llama", "gemma3", "qwen3")
+_MODEL_KEYS = (
+    "vocab_size", "expert_count", "nextn_predict_layers", "attention.sliding_window",
+    "attention.sliding_window_pattern", "attention.key_length",
+    "attention.value_length", "attention.causal", "attention.scale", "rope.dimension_count", "rope.scaling.type",
+    "rope.scaling.factor", "rope.scale_linear", "rope.scaling.original_context_length", "rope.scaling.attn_factor",
+    "rope.freq_base", "rope.freq_base_swa", "attn_logit_softcapping", "logit_scale", "attention.head_count_kv",
+)  # fmt: skip
+_KEYS = (
+    "split.count", "split.no", "general.alignment", "general.name", "general.type", "nkat.version", "nkat.base.size",
+    "nkat.base.gguf_version", "nkat.theta.count", "nkat.theta.gamma", "nkat.theta.rank", "nkat.calibration.sha256",
+    "nkat.fit.unfinished", "nkat.other", "tokenizer.chat_template", "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix", "tokenizer.ggml.eot_token_id",
+    "tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
+    "tokenizer.ggml.pre", "adapter.type",
+)  # fmt: skip
 _TYPES = (*range(14), 255, 1 << 31)
 _TENSOR_TYPES = (*range(45), 133, 144, 200, 1 << 31)
 
@@ -37,6 +58,7 @@ class Seed:
 
     numbers: (position, bytes) of lengths, counts, types, dimensions, offsets and whole-number values
     floats: of float32 values; texts: (position, length) of strings
+    entries: (start, end, key) of metadata; header_end: where the padding before the data begins
     header: where the first tensor's data begin
     """
 
@@ -45,6 +67,8 @@ class Seed:
     numbers: tuple[tuple[int, int], ...]
     floats: tuple[int, ...]
     texts: tuple[tuple[int, int], ...]
+    entries: tuple[tuple[int, int, str], ...]
+    header_end: int
     header: int
 
 
@@ -107,17 +131,72 @@ def _seed(path: Path) -> Seed:
     if model.layout == "appended":  # marker and footer, and the header of Θ behind the base
         numbers += [(model.base_size + 8, 8), *((len(raw) - 64 + place, 8) for place in (8, 16, 24))]
         texts += [(model.base_size, 8), (len(raw) - 64, 8)]
-    return Seed(path.name, raw, tuple(numbers), tuple(floats), tuple(texts), file.data_start)
+    entries = tuple((start, end, key) for key, (start, end) in file.metadata.spans.items())
+    header_end = max((info.info_span[1] for info in file.tensors.values()), default=file.metadata_span[1])
+    return Seed(path.name, raw, tuple(numbers), tuple(floats), tuple(texts), entries, header_end, file.data_start)
 
 
 def mutated(seeds: list[Seed], case: int) -> tuple[Seed, bytes]:
     """The file of a case, and what it was made from."""
     chance = random.Random(case)
     seed = seeds[case % len(seeds)]
-    raw = bytearray(seed.raw)
-    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+    if chance.random() < 0.5:
+        raw = bytearray(_with_another_value(seed, chance))
+        changes = chance.choice((0, 0, 0, 1))
+    else:
+        raw = bytearray(seed.raw)
+        changes = chance.choice((1, 1, 1, 2, 4))
+    for _ in range(changes):
         chance.choice(_CHANGES)(raw, seed, chance)
     return seed, bytes(raw)
+
+
+def _with_another_value(seed: Seed, chance: random.Random) -> bytes:
+    """A file whose every length is right: one value is of another type or size, or there is one more, or one less."""
+    start, end, key = chance.choice(seed.entries)
+    raw, count = seed.raw, len(seed.entries)
+    what = chance.random()
+    if what < 0.1:
+        new, count = b"", count - 1
+    elif what < 0.4:  # one more, in front, that readers look at
+        missing = sorted({*_KEYS, *(f"{arch}.{name}" for arch in _ARCHITECTURES for name in _MODEL_KEYS)})
+        key = chance.choice([name for name in missing if name not in {k for _, _, k in seed.entries}])
+        new, count = _entry(key, chance) + raw[start:end], count + 1
+    else:
+        new = _entry(key, chance)
+    header = raw[:16] + struct.pack("<Q", count) + raw[24:start] + new + raw[end : seed.header_end]
+    return header + bytes(-len(header) % 32) + raw[seed.header :]
+
+
+def _entry(key: str, chance: random.Random) -> bytes:
+    name = key.encode()
+    return struct.pack("<Q", len(name)) + name + _value(chance, 0)
+
+
+def _value(chance: random.Random, depth: int) -> bytes:
+    kind = chance.choice((*range(13), 4, 4, 6, 8, 9))
+    if kind != 9:
+        return struct.pack("<I", kind) + _scalar(kind, chance)
+    element = 9 if depth < 2 and chance.random() < 0.1 else chance.choice([k for k in range(13) if k != 9])
+    count = chance.choice((0, 1, 1, 2, 3, 400))
+    head = struct.pack("<IIQ", 9, element, count)
+    if element == 9:
+        return head[:-8] + struct.pack("<Q", 1) + struct.pack("<IQ", 4, 1) + bytes(4)
+    return head + b"".join(_scalar(element, chance) for _ in range(count))
+
+
+def _scalar(kind: int, chance: random.Random) -> bytes:
+    if kind == 8:
+        text = chance.choice(_STRINGS)
+        return struct.pack("<Q", len(text)) + text
+    if kind in (6, 12):
+        value = chance.choice(_FLOATS)
+        return (
+            struct.pack("<d", value) if kind == 12 else struct.pack("<f", value if abs(value) < 3e38 else float("inf"))
+        )
+    width = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 7: 1, 10: 8, 11: 8}[kind]
+    value = chance.choice(_INTERESTING) if kind != 7 else chance.choice((0, 1, 1, 2))
+    return (value % (1 << 8 * width)).to_bytes(width, "little")
 
 
 def _place(raw: bytearray, seed: Seed, chance: random.Random) -> int:

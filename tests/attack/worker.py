@@ -20,7 +20,10 @@ import torch
 from nkat.engine.decoder import make_decoder
 from nkat.errors import NKATError
 from nkat.gguf import file as gguf_file
+from nkat.kobold.layers import model_memory
+from nkat.lm.chat import chat_template
 from nkat.lm.load import load_model
+from nkat.theta.layers import select_layers
 from nkat.theta.modelfile import open_model_file
 from tests.attack.mutate import make_seeds, mutated
 
@@ -38,6 +41,14 @@ def try_file(path: Path, compiled: bool) -> None:
     if model.base is None:
         model.require_theta()
         return
+    looks = (
+        lambda: select_layers(file.tensors, None),
+        lambda: chat_template(file.metadata),
+        lambda: model_memory(file.metadata, file.tensors, 64),
+    )
+    for look in looks:
+        with contextlib.suppress(NKATError):  # what is refused here may still be run
+            look()
     loaded = load_model(model, repack=compiled, int8_activations=compiled)
     ids = loaded.tokenizer.encode("The an 1 é", add_special=True, parse_special=True)
     loaded.tokenizer.decode(ids)
