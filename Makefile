@@ -1,5 +1,6 @@
 # make demo   set up, fetch a real 135 M-parameter model, convert it, measure it with and without Θ
 # make test   set up, pass all tests          make lint   style, types   make bench   side-by-side benchmarks
+# make test-isa   the tests that compare floats, once more as on other processors
 #
 # PYTHON=python3.12 picks the interpreter; TORCH=torch picks the newest torch (with CUDA on Linux);
 # TEXT=some.txt makes the demo measure on that text too.
@@ -10,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-isa lint bench clean
 
 demo: $(VENV)/.user
 	$(PY) -m examples.demo $(if $(TEXT),--text "$(TEXT)")
@@ -18,6 +19,9 @@ demo: $(VENV)/.user
 test: $(VENV)/.developer
 	-$(PY) -m nkat.models smollm2
 	$(PY) -m pytest -rs --durations=20
+
+test-isa: $(VENV)/.developer
+	$(PY) -m tests.support.isa
 
 lint: $(VENV)/.developer
 	$(PY) -m ruff check .

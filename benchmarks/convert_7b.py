@@ -80,7 +80,7 @@ def main() -> None:
     parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.convert_7b --blocks 4")
     parser.add_argument("--blocks", type=commandline.positive_int, default=32)
     parser.add_argument("--rank", type=commandline.positive_int, default=4)
-    parser.add_argument("--threads", type=commandline.positive_int)
+    parser.add_argument("--threads", type=commandline.thread_count)
     parser.add_argument("--folder", type=Path, help="where the two files of 4 GB go (default: a temporary folder)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:

@@ -112,7 +112,7 @@ def main() -> None:
         "--megabytes", type=commandline.positive_int, default=200, metavar="N", help="of a weight (default 200)"
     )
     parser.add_argument("--rounds", type=commandline.positive_int, default=9, metavar="N")
-    parser.add_argument("--threads", type=commandline.positive_int, metavar="N")
+    parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
     options = parser.parse_args()
     threads = hardware.set_threads(options.threads)
     known = {q.name: q for q in BLOCK_LAYOUTS}

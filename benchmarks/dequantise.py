@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import SUPPORTED_TYPES, dequantize, packed_nbytes
-from nkat.host.commandline import parser, positive_int, run
+from nkat.host.commandline import parser, positive_int, run, thread_count
 from nkat.host.console import format_table
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import write_json
@@ -77,7 +77,7 @@ def main() -> None:
     options.add_argument("--rows", type=positive_int, default=4096, metavar="M")
     options.add_argument("--columns", type=positive_int, default=4096, metavar="N")
     options.add_argument("--rounds", type=positive_int, default=7, metavar="N")
-    options.add_argument("--threads", type=positive_int, metavar="N")
+    options.add_argument("--threads", type=thread_count, metavar="N")
     names = [qtype.name for qtype in TYPES]
     options.add_argument("--types", nargs="+", choices=names, default=names, metavar="TYPE", help=", ".join(names))
     args = options.parse_args()

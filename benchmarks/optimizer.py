@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--chunks", type=commandline.positive_int, default=2)
     parser.add_argument("--seeds", type=commandline.positive_int, default=20)
-    parser.add_argument("--threads", type=commandline.positive_int)
+    parser.add_argument("--threads", type=commandline.thread_count)
     options = parser.parse_args()
     set_threads(options.threads)
     optuna.logging.set_verbosity(optuna.logging.ERROR)

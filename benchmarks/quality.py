@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="cases whose names match")
     parser.add_argument("--list", action="store_true", help="name the cases, and which are there")
     parser.add_argument("--steps", type=commandline.positive_int, default=STEPS, help=f"of each fit (default {STEPS})")
-    parser.add_argument("--threads", type=commandline.positive_int)
+    parser.add_argument("--threads", type=commandline.thread_count)
     options = parser.parse_args()
     hardware.set_threads(options.threads)
     options.output_dir.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--size", type=commandline.positive_int, default=4096)
     parser.add_argument("--rank", type=commandline.positive_int, default=4)
     parser.add_argument("--rounds", type=commandline.positive_int, default=3)
-    parser.add_argument("--threads", type=commandline.positive_int)
+    parser.add_argument("--threads", type=commandline.thread_count)
     options = parser.parse_args()
     set_threads(options.threads)
     records = []

@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--validation", type=commandline.positive_int, default=5000)
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth run, from the Ith")
-    parser.add_argument("--threads", type=commandline.positive_int)
+    parser.add_argument("--threads", type=commandline.thread_count)
     parser.add_argument("--no-cuda", action="store_true")
     options = parser.parse_args()
     set_threads(options.threads)

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth shape, from the Ith: several jobs")
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
-    parser.add_argument("--threads", type=commandline.positive_int)
+    parser.add_argument("--threads", type=commandline.thread_count)
     parser.add_argument("--no-cuda", action="store_true")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)

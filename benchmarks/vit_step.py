@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--conv-stem", choices=list(STEMS), default="tiny")
     parser.add_argument("--patch-size", type=commandline.positive_int, default=2)
-    parser.add_argument("--threads", type=commandline.positive_int)
+    parser.add_argument("--threads", type=commandline.thread_count)
     parser.add_argument("--no-cuda", action="store_true")
     options = parser.parse_args()
     set_threads(options.threads)

@@ -33,6 +33,7 @@ from nkat.errors import NKATError
 from nkat.gguf.writer import write_gguf
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_table, note
+from nkat.host.environment import users_environment
 from nkat.host.record import write_json
 from nkat.kernels import reference
 from nkat.lm.load import LoadedModel, load_model
@@ -182,7 +183,8 @@ def _tokens(loaded: LoadedModel) -> list[int]:
 
 def _run(command: list[Any]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+        words = [str(part) for part in command]
+        return subprocess.run(words, capture_output=True, text=True, check=True, env=users_environment())
     except OSError as error:
         raise NKATError(f"{command[0]}: cannot be run: {error.strerror}") from None
     except subprocess.CalledProcessError as error:
@@ -211,7 +213,7 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     parser.add_argument("--llama-bench", type=Path, required=True, metavar="PATH")
     parser.add_argument("--llama-completion", type=Path, metavar="PATH", help="to compare Θ with a LoRA there")
-    parser.add_argument("--threads", type=commandline.positive_int, metavar="N")
+    parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
     parser.add_argument("--turns", type=commandline.positive_int, default=5, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write the record to a file too")
     options = parser.parse_args()

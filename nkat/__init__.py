@@ -10,19 +10,16 @@
 Names load what they need when they are first used; see `nkat.api`.
 """
 
-import os
 from typing import TYPE_CHECKING
 
 from nkat.errors import NKATError
+from nkat.host.environment import sleep_while_waiting
 from nkat.version import __version__
 
 if TYPE_CHECKING:
     from nkat.api import Model, fit_theta, generate, load_theta, make_theta, open_model, perplexity, save
 
-# Threads that wait for each other shall sleep instead of spin. On a quiet machine that costs about 5 %; with one other
-# busy process on two cores, spinning made the same work 5 to 25 times slower. OpenMP reads this when torch is loaded,
-# so it has to be said before; a value the user has set stays.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sleep_while_waiting()  # before anything loads torch
 
 __all__ = [
     "Model",

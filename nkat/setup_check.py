@@ -2,7 +2,7 @@
 
 `setup_nkat_kobold_integration.py` and `nkat-setup` run it. It changes nothing. Its first part runs with the standard
 library alone and on old Pythons, because a machine on which nothing is installed is exactly what it is for; hence no
-import from the toolkit up here but for the version, and no newer syntax.
+import from the toolkit up here but for the version and the streams, and no newer syntax.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nkat.host import streams
 from nkat.version import __version__
 
 if TYPE_CHECKING:
     from nkat.kobold.machine import Machine
 
-ROOT = Path(__file__).resolve().parents[1]  # of a checkout; an installed package has neither scripts nor requirements
-REQUIREMENTS = ROOT / "requirements.txt"
+ROOT = Path(__file__).resolve().parents[1]  # of a checkout; beside an installed package stands nothing of the toolkit
+REQUIREMENTS = "requirements.txt"
 SCRIPT = "setup_nkat_kobold_integration.py"
 NEEDED_PYTHON = (3, 10)
 OK, WARNING, MISSING = "ok", "warning", "missing"
@@ -34,9 +35,9 @@ SCRIPTS = ("nkat_gguf_converter.py", "nkat_inference_engine.py", "nkat_auto_opti
 LOW_DISK = 5_000_000_000  # bytes, when there is no model to count with
 EXAMPLES = """\
 examples:
-  python setup_nkat_kobold_integration.py
-  python setup_nkat_kobold_integration.py --model models/llama-7b-q4_k_m.gguf --kobold ~/koboldcpp
-  python setup_nkat_kobold_integration.py --json
+  {command}
+  {command} --model models/llama-7b-q4_k_m.gguf --kobold ~/koboldcpp
+  {command} --json
 
 exit status: 0 when nothing is missing (warnings do not count), 1 when something is, 2 for a mistake on the command line
 """
@@ -62,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         description="Check Python, packages, processor, GPU, disk, KoboldCpp and a model. Changes nothing.",
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(command="nkat-setup" if is_installed() else f"python {SCRIPT}"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -78,16 +79,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> NoReturn:
     """The command: its exit status says whether anything is missing."""
-    try:
-        sys.exit(check_everything())
-    except BrokenPipeError:  # `... | head` has read enough
-        sys.stderr.close()
-        sys.exit(0)
+    with streams.guarded():
+        status = check_everything()
+        lost = streams.lost_output() if sys.stdout is not None else None
+        if lost is not None and not isinstance(lost, BrokenPipeError):  # that is `... | head`, which has read enough
+            print(f"error: stdout: cannot be written: {lost.strerror or lost}", file=sys.stderr)
+            status = 2
+        sys.exit(status)
 
 
 def check_everything() -> int:
     options = parse_arguments()
-    checks = [check_python(), check_scripts(), *check_packages()]
+    checks = [check_python(), check_toolkit(), *check_packages()]
     if all(check.state != MISSING for check in checks):
         checks += check_machine(options)
     else:
@@ -112,10 +115,21 @@ def check_python() -> Check:
     return Check("Python", MISSING, f"{found}; needs {'.'.join(map(str, NEEDED_PYTHON))} or newer", command)
 
 
-def check_scripts() -> Check:
-    if not REQUIREMENTS.is_file():
+def is_installed() -> bool:
+    """Whether pip put this package where it is: then what it needs is in its metadata, and there are no scripts."""
+    if any((ROOT / name).exists() for name in (REQUIREMENTS, SCRIPT, *SCRIPTS)):
+        return False
+    try:
+        importlib.metadata.version("nkat")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def check_toolkit() -> Check:
+    if is_installed():
         return Check("toolkit", OK, f"nkat {__version__}, {ROOT}")
-    absent = [name for name in SCRIPTS if not (ROOT / name).is_file()]
+    absent = [name for name in (*SCRIPTS, REQUIREMENTS) if not (ROOT / name).is_file()]
     if absent:
         return Check("toolkit", MISSING, f"no {', '.join(absent)} in {ROOT}", f"git -C {quote(ROOT)} checkout -- .")
     return Check("toolkit", OK, str(ROOT))
@@ -123,36 +137,39 @@ def check_scripts() -> Check:
 
 def check_packages() -> list[Check]:
     """A line for the packages that are needed and there, and one for those that are not."""
-    present, problems = [], []
+    present, problems, missing = [], [], []
     for name, wanted in needed_packages():
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             problems.append(f"{name} (not installed)")
+            missing.append(f"{name}>={wanted}")
             continue
         if number(version) < number(wanted):
             problems.append(f"{name} ({version}, needs {wanted})")
+            missing.append(f"{name}>={wanted}")
         else:
             present.append(f"{name} {version}")
     checks = [Check("packages", OK, ", ".join(present))] if present else []
     if problems:
-        checks.append(Check("packages", MISSING, ", ".join(problems), install_command()))
+        checks.append(Check("packages", MISSING, ", ".join(problems), install_command(missing)))
     return checks
 
 
 def needed_packages() -> list[tuple[str, str]]:
     """(name, lowest version): of requirements.txt, or, without a checkout, of what the installed package asks for."""
-    if REQUIREMENTS.is_file():
-        return read_requirements(REQUIREMENTS.read_text(encoding="utf-8"))
-    wanted = importlib.metadata.requires("nkat") or []
-    return read_requirements("\n".join(line for line in wanted if "extra ==" not in line))
+    if is_installed():
+        wanted = importlib.metadata.requires("nkat") or []
+        return read_requirements("\n".join(line for line in wanted if "extra ==" not in line))
+    path = ROOT / REQUIREMENTS
+    return read_requirements(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-def install_command() -> str:
+def install_command(missing: list[str]) -> str:
     """pip in this Python, or in an environment of its own where the system's Python does not allow that (PEP 668)."""
-    if not REQUIREMENTS.is_file():
-        return f"{quote(sys.executable)} -m pip install --upgrade nkat"
-    requirements = REQUIREMENTS
+    if is_installed():  # pip was allowed to install here; by their names, as no index need have this very package
+        return f"{quote(sys.executable)} -m pip install {' '.join(quote(name) for name in missing)}"
+    requirements = ROOT / REQUIREMENTS
     managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
     if sys.prefix != sys.base_prefix or not managed.exists():
         return f"{quote(sys.executable)} -m pip install -r {quote(requirements)}"
@@ -199,7 +216,8 @@ def check_machine(options: argparse.Namespace) -> list[Check]:
             Check("disk", state, f"{found}; {format_bytes(needed)} wanted", "delete something, or go elsewhere")
         )
     elif not os.access(Path.cwd(), os.W_OK):
-        checks.append(Check("disk", MISSING, f"{Path.cwd()} is not writable", f"cd {quote(ROOT)}"))
+        folder = Path.home() if is_installed() else ROOT
+        checks.append(Check("disk", MISSING, f"{Path.cwd()} is not writable", f"cd {quote(folder)}"))
     else:
         checks.append(Check("disk", OK, found))
     return checks
@@ -299,14 +317,17 @@ def table(checks: list[Check]) -> str:
 def write_record(options: argparse.Namespace, checks: list[Check], ready: bool) -> int:
     record: dict[str, Any] = {"ready": ready, "checks": [asdict(check) for check in checks]}
     if options.json == "-":
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        print(json.dumps(record, ensure_ascii=not streams.is_unicode()), flush=True)
         return 0 if ready else 1
     target = Path(options.json)
+    if target.exists() and not target.is_file():
+        print(f"error: {target}: this is no file, and is not replaced by one", file=sys.stderr)
+        return 2
     if target.exists() and not options.force:
         print(f"error: {target}: exists already; give --force to replace it", file=sys.stderr)
         return 2
     try:
-        target.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        target.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", "utf-8", "backslashreplace")
     except OSError as error:
         print(f"error: {target}: cannot be written: {error.strerror or error}", file=sys.stderr)
         return 2

@@ -7,7 +7,8 @@ restricted loader, which runs no code from the file.
 from __future__ import annotations
 
 import io
-import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def load(path: Path, kind: str) -> dict[str, Any]:
         raise NKATError(f"{path}: there is no such checkpoint")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a damaged archive, or the pickle in it, can raise
         reason = str(error).strip().splitlines() or ["damaged"]
         raise NKATError(f"{path}: cannot be loaded safely as a checkpoint: {reason[0]}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -57,15 +58,33 @@ def load(path: Path, kind: str) -> dict[str, Any]:
     return content
 
 
+def recipe_of(content: dict[str, Any], path: Path) -> Recipe:
+    """The recipe in a checkpoint. Raises NKATError where there is none."""
+    values = content.get("recipe")
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise NKATError(f"{path}: this checkpoint is damaged: it has no recipe")
+    return make_recipe(values)
+
+
+@contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """While parts of a checkpoint are put in place: what is missing, or of another form, is one line."""
+    try:
+        yield
+    except NKATError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        line = (str(error).splitlines() or [""])[0]
+        raise NKATError(f"{path}: this checkpoint is damaged: {type(error).__name__} {line}"[:300]) from None
+
+
 def load_model(path: Path, device: torch.device | None = None) -> TrainedModel:
     """The model of a `best.pt`, or of a run's folder."""
     path = path / "best.pt" if path.is_dir() else path
     content = load(path, "weights")
-    recipe = make_recipe(content["recipe"])
+    recipe = recipe_of(content, path)
     model = NKATViT(recipe.model)
-    try:
+    with damage(path):
         model.load_state_dict(content["weights"])
-    except RuntimeError as error:
-        raise NKATError(f"{path}: the weights do not fit the model: {str(error).splitlines()[0]}") from None
     facts = {name: value for name, value in content.items() if name not in ("weights", "recipe")}
     return TrainedModel(model.to(device).eval(), recipe, facts, path)

@@ -14,11 +14,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import lzma
+import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -111,6 +116,14 @@ _CONTENTS = {
     ("CIFAR-10", "data_batch_5"): "53f37980c15c3d472c316c40844f3f0d",
     ("CIFAR-10", "test_batch"): "803d5f7f4d78ea53de84dbe85f74fb6d",
 }
+# Contents are unpacked before their hash is known; the largest published ones are EMNIST's 697,932 pictures (byclass),
+# the others' 60,000 of 28 × 28 bytes, and CIFAR-10's archive of 184 MB.
+_MOST_BYTES = {"EMNIST": 600 << 20, "others": 64 << 20, "archive": 256 << 20}
+# What the standard library raises for damaged archives, whatever the place of the damage.
+_DAMAGE = (
+    OSError, EOFError, LookupError, ValueError, OverflowError, RuntimeError, NotImplementedError, zlib.error,
+    struct.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile,
+)  # fmt: skip
 _CIFAR_BATCHES = {True: [f"data_batch_{i}" for i in range(1, 6)], False: ["test_batch"]}
 
 
@@ -185,27 +198,40 @@ def _idx_bytes(root: Path, name: str, file: str) -> bytes:
     folder = DATASETS[name].folder
     raw = root / folder / "raw"
     archive = raw / "gzip.zip"
+    most = _MOST_BYTES["EMNIST" if folder == "EMNIST" else "others"]
     if (raw / f"{file}.gz").is_file():
-        data = _unpack(raw / f"{file}.gz", gzip.decompress)
+        with _damage(raw / f"{file}.gz"), (raw / f"{file}.gz").open("rb") as packed:
+            data = _gunzip(packed, most)
     elif (raw / file).is_file():
-        data = (raw / file).read_bytes()
+        with _damage(raw / file), (raw / file).open("rb") as plain:
+            data = _at_most(plain, most)
     elif folder == "EMNIST" and archive.is_file():
-        data = _unpack(archive, lambda _: _from_zip(archive, f"gzip/{file}.gz"))
+        with _damage(archive), zipfile.ZipFile(archive) as opened, opened.open(f"gzip/{file}.gz") as packed:
+            data = _gunzip(packed, most)
     else:
         raise _absent(root, name, f"{raw / file}.gz")
     _check_content(folder, file, data)
     return data
 
 
-def _from_zip(archive: Path, member: str) -> bytes:
-    with zipfile.ZipFile(archive) as opened:
-        return gzip.decompress(opened.read(member))
+def _gunzip(packed: IO[bytes], most: int) -> bytes:
+    with gzip.GzipFile(fileobj=packed) as unpacked:
+        return _at_most(unpacked, most)
 
 
-def _unpack(path: Path, how: Callable[[bytes], bytes]) -> bytes:
+def _at_most(file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
+    """All of a file, which may not be longer than the longest published one: a small archive can hold terabytes."""
+    data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(f"more than the {most:,} bytes of any published file")
+    return data
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
     try:
-        return how(b"" if path.suffix == ".zip" else path.read_bytes())
-    except (OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        yield
+    except _DAMAGE as error:
         raise NKATError(f"{path}: damaged, delete it and fetch it again: {error}") from None
 
 
@@ -228,7 +254,7 @@ def _cifar_batches(root: Path, train: bool) -> list[tuple[str, bytes, bool]]:
             for path in paths.values():
                 if not path.is_file():
                     raise _absent(root, "cifar10", path)
-            return [(batch, path.read_bytes(), kind == "py") for batch, path in paths.items()]
+            return [(batch, _read(path), kind == "py") for batch, path in paths.items()]
     for kind, suffix in (("binary", ".bin"), ("python", "")):
         archive = root / f"cifar-10-{kind}.tar.gz"
         if archive.is_file():
@@ -237,17 +263,23 @@ def _cifar_batches(root: Path, train: bool) -> list[tuple[str, bytes, bool]]:
     raise _absent(root, "cifar10", root / "cifar-10-binary.tar.gz")
 
 
+def _read(path: Path) -> bytes:
+    with _damage(path), path.open("rb") as file:
+        return _at_most(file, _MOST_BYTES["others"])
+
+
 def _from_tar(archive: Path, wanted: set[str]) -> dict[str, bytes]:
-    found = {}
-    try:
-        with tarfile.open(archive) as opened:
-            for member in opened:
-                name = Path(member.name).name
-                content = opened.extractfile(member) if member.isfile() and name in wanted else None
-                if content is not None:
-                    found[name] = content.read()
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise NKATError(f"{archive}: damaged, delete it and fetch it again: {error}") from None
+    found: dict[str, bytes] = {}
+    passed = 0
+    with _damage(archive), tarfile.open(archive) as opened:
+        while len(found) < len(wanted) and (member := opened.next()) is not None:
+            passed += member.size
+            if passed > _MOST_BYTES["archive"]:
+                raise tarfile.ReadError(f"more than the {_MOST_BYTES['archive']:,} bytes of the published archive")
+            name = Path(member.name).name
+            content = opened.extractfile(member) if member.isfile() and name in wanted else None
+            if content is not None:
+                found[name] = _at_most(content, _MOST_BYTES["others"])
     if set(found) != wanted:
         raise NKATError(f"{archive}: {', '.join(sorted(wanted - set(found)))} is not in it")
     return found

@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--frost", type=Path, help="folder with CIFAR-10-C's frost textures (else procedural ones)")
     parser.add_argument("--seed", type=int, default=0, help="of the corruptions (0)")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--threads", type=commandline.positive_int, help="processor threads")
+    parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
     parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
     parser.add_argument("--force", action="store_true", help="replace an existing record")
     options = parser.parse_args()

@@ -244,8 +244,8 @@ class Trainer:
     def restore(self, content: dict[str, Any]) -> None:
         """Goes on from a `last.pt`; raises NKATError when it belongs to another run."""
         for name, mine in (("data_sha256", self.train_set.sha256), ("processes", self.world.size)):
-            if content[name] != mine:
-                raise NKATError(f"this checkpoint was made with another {name}: {content[name]}, here it is {mine}")
+            if content.get(name) != mine:
+                raise NKATError(f"this checkpoint was made with another {name}: {content.get(name)}, here it is {mine}")
         self.model.load_state_dict(content["model"])
         for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -266,7 +266,8 @@ def open_run(recipe: Recipe, whole: ImageSet, world: World, folder: Path, label:
     saved = folder / "last.pt"
     content = checkpoint.load(saved, "run") if saved.exists() else None
     if content is not None:
-        recipe = with_amp(recipe, content["recipe"]["amp"])
+        kept = checkpoint.recipe_of(content, saved)
+        recipe = with_amp(recipe, kept.train.amp)
         if content["recipe"] != recipe.values():
             raise NKATError(f"{folder}: holds a run with other settings")
     config = recipe.train
@@ -274,5 +275,6 @@ def open_run(recipe: Recipe, whole: ImageSet, world: World, folder: Path, label:
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, train, held, world, folder, label=label, judge_last=False)
     if content is not None:
-        trainer.restore(content)
+        with checkpoint.damage(saved):
+            trainer.restore(content)
     return trainer

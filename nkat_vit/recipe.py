@@ -92,6 +92,7 @@ class Recipe:
 _FROM_DATASET = {"image_size", "channels", "classes", "mean", "std"}
 MODEL_NAMES = tuple(field.name for field in fields(ViTConfig) if field.name not in _FROM_DATASET)
 AUGMENT_NAMES = tuple(field.name for field in fields(AugmentConfig))
+_LARGEST = 1e9  # of any setting; a file may hold 1e999, which is infinity, and NaN
 TRAIN_NAMES = tuple(field.name for field in fields(TrainConfig))
 
 # The plan's baseline; the defaults of the three parts are its values, and those it leaves open.
@@ -145,6 +146,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     unknown = sorted(set(values) - known)
     _check(not unknown, f"unknown setting(s): {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     _check("dataset" in values, "no data set is given (--dataset)")
+    _check(isinstance(values["dataset"], str), f"dataset must be a name, got {values['dataset']!r:.80}")
     spec = find_dataset(values["dataset"])
     given = dict(values)
     if spec.channels == 1:
@@ -177,7 +179,7 @@ def read_config(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise NKATError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
         raise NKATError(f"{path}: this is no JSON: {error}") from None
     _check(isinstance(values, dict), f"{path}: expected one JSON object with a run's settings")
     return values
@@ -194,7 +196,8 @@ def _pick(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def _pair(value: Any) -> tuple[int, int]:
     _check(
-        isinstance(value, list | tuple) and len(value) == 2, f"randaugment takes two numbers, N and M, got {value!r}"
+        isinstance(value, list | tuple) and len(value) == 2 and all(type(v) is int and 0 <= v <= 100 for v in value),
+        f"randaugment takes two numbers, N and M, got {value!r:.80}",
     )
     return value[0], value[1]
 
@@ -208,7 +211,9 @@ def _check_types(values: Mapping[str, Any]) -> None:
             value, kind = values[field.name], type(field.default)
             accepted = (int, float) if kind is float else kind
             fits = isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
-            _check(fits, f"{field.name} must be of type {kind.__name__}, got {value!r}")
+            _check(fits, f"{field.name} must be of type {kind.__name__}, got {value!r:.80}")
+            finite = not isinstance(value, int | float) or abs(value) <= _LARGEST
+            _check(finite, f"{field.name} must be a number up to {_LARGEST:g}, got {value!r:.80}")
 
 
 def _check(holds: bool, message: str) -> None:

@@ -113,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard (needs tensorboard)")
     parser.add_argument("--no-test", action="store_true", help="leave the test set alone")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--threads", type=commandline.positive_int, help="processor threads")
+    parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
     parser.add_argument("--json", metavar="FILE", help='record of the run; "-": last line of stdout')
     for title, flags in (("model", _MODEL_FLAGS), ("augmentation", _AUGMENT_FLAGS), ("training", _TRAIN_FLAGS)):
         group = parser.add_argument_group(f"{title} (defaults: the preset's)")
@@ -174,6 +174,7 @@ def begin_run(options: argparse.Namespace, world: World) -> tuple[Recipe, Path, 
     folder = Path(options.resume) if options.resume else _folder(options, make_recipe(PRESETS["stage2"] | given))
     folder = folder.parent if folder.suffix == ".pt" else folder
     content = checkpoint.load(folder / "last.pt", "run")
+    checkpoint.recipe_of(content, folder / "last.pt")
     saved = content["recipe"]
     wanted = make_recipe(saved | given).values()
     for name, value in given.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +15,11 @@ from pathlib import Path
 import gguf
 import pytest
 
-from nkat import setup_check
+from nkat import __version__, setup_check
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install
 from tests.support.tiny_models import write_tiny_model
+from tests.support.user import empty_home
 
 SETUP = "setup_nkat_kobold_integration.py"
 REAL = os.environ.get("KOBOLDCPP")
@@ -25,15 +28,8 @@ REAL = os.environ.get("KOBOLDCPP")
 @pytest.fixture(autouse=True)
 def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty home and nothing on the PATH; returns the working folder."""
-    for name in ("home", "work"):
-        (tmp_path / name).mkdir()
-    monkeypatch.delenv("KOBOLDCPP", raising=False)
-    monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+    return empty_home(monkeypatch, tmp_path)
 
 
 def check(script, *arguments: object) -> tuple[int, dict[str, dict]]:
@@ -139,8 +135,6 @@ def test_without_any_package(tmp_path: Path, user: Path) -> None:
 
 
 def test_versions_are_compared_as_numbers(script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.metadata
-
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: {"torch": "2.13.0+cpu", "gguf": "0.9"}.get(name, "99")
     )
@@ -152,11 +146,13 @@ def test_versions_are_compared_as_numbers(script, tmp_path: Path, monkeypatch: p
 def test_old_pythons_can_read_it() -> None:
     """3.8 parses it and gets as far as saying that it is too old; the toolkit itself needs 3.10 (the control)."""
     first = {"nkat/setup_check.py", "nkat/__init__.py", "nkat/errors.py", "nkat/version.py"}
+    first |= {"nkat/host/__init__.py", "nkat/host/streams.py", "nkat/host/environment.py"}
+    light = {"nkat.errors", "nkat.version", "nkat.host", "nkat.host.environment"}
     for path in (SETUP, *first):
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=(3, 8))
         top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         names = {getattr(node, "module", None) or node.names[0].name for node in top}
-        assert {name for name in names if name.startswith("nkat")} <= {"nkat.errors", "nkat.version"}, path
+        assert {name for name in names if name.startswith("nkat")} <= light, path
     with pytest.raises(SyntaxError):
         ast.parse("match x:\n    case 1:\n        pass", feature_version=(3, 8))
 
@@ -169,16 +165,58 @@ def test_the_script_alone_says_what_is_missing(tmp_path: Path) -> None:
     assert "nkat is not beside this script" in done.stderr
 
 
-def test_an_installed_package_asks_its_own_metadata(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
-    wanted = ["torch>=2.6", "gguf>=99", 'onnx; extra == "onnx"']
-    monkeypatch.setattr(setup_check, "REQUIREMENTS", tmp_path / "none")
-    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """As by pip: nothing of a checkout beside the package, and metadata; returns the folder it is in."""
+    monkeypatch.setattr(setup_check, "ROOT", tmp_path / "site-packages")
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["torch>=2.6", 'onnx; extra == "onnx"'])
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9")
     monkeypatch.setattr(sys, "argv", ["nkat-setup"])
+    return tmp_path / "site-packages"
+
+
+def setup_says(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str]:
+    """Exit status of `nkat-setup`, and what it printed."""
+    sys.argv[1:] = arguments
     with pytest.raises(SystemExit) as ended:
         setup_check.main()
-    said = capsys.readouterr().out
-    assert (ended.value.code, "needs 99" in said, "onnx" in said) == (1, True, False)
-    assert "pip install --upgrade nkat" in said
+    return ended.value.code, capsys.readouterr().out
+
+
+def test_an_installed_package_asks_its_own_metadata(installed: Path, user: Path, capsys) -> None:
+    install(user / "koboldcpp", NEW)
+    status, said = setup_says(capsys)
+    assert status == 0
+    assert re.search(rf"^toolkit +ok +nkat {re.escape(__version__)}, {re.escape(str(installed))}$", said, re.MULTILINE)
+    assert re.search(r"^packages +ok +torch 9$", said, re.MULTILINE)  # and not onnx
+
+
+def test_what_an_installed_package_lacks(installed: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: ["torch>=2.6", "gguf>=99"])
+    status, said = setup_says(capsys)
+    assert (status, "gguf (9, needs 99)" in said) == (1, True)
+    assert f"mend: {setup_check.quote(sys.executable)} -m pip install {setup_check.quote('gguf>=99')}\n" in said
+
+
+def test_help_names_the_command_that_is_there(installed: Path, capsys) -> None:
+    status, said = setup_says(capsys, "--help")
+    assert (status, "\n  nkat-setup --json\n" in said) == (0, True)
+    assert ("setup_nkat" in said, "{" in said) == (False, False)
+
+
+def test_help_of_the_script(script) -> None:
+    assert f"\n  python {SETUP} --json\n" in script(SETUP, "--help").stdout
+
+
+def test_a_package_that_pip_does_not_know_is_half_a_checkout(
+    installed: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def unknown(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", unknown)
+    status, said = setup_says(capsys)
+    assert (status, f"backend_selector.py, requirements.txt in {installed}" in said) == (1, True)
 
 
 def test_mistakes_are_one_line(fails) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 TRUNK = ["errors", "host", "gguf", "theta", "kernels", "lm", "engine", "measure", "sources"]
 MAY = {room: {"version", *TRUNK[:i]} for i, room in enumerate(TRUNK)} | {
     "version": set(),
-    "nkat": {"api", "errors", "version"},  # the package itself: only names
+    "nkat": {"api", "errors", "host", "version"},  # the package itself: only names
     "api": {*TRUNK} - {"kernels"},
     "models": {"errors", "host"},
     "commands": {"host"},
@@ -164,7 +164,12 @@ def test_no_module_is_exempt_from_types_without_a_reason() -> None:
         assert lines[i - 1].startswith("# "), f"pyproject.toml, line {i + 1}: a comment above says why"
 
 
+def longer_than(paths: Iterable[Path], limit: int) -> dict[str, int]:
+    lines = {path.name: path.read_text(encoding="utf-8").count("\n") for path in paths}
+    return {name: count for name, count in lines.items() if count > limit}
+
+
 def test_files_stay_small() -> None:
-    for path in modules().values():
-        lines = path.read_text(encoding="utf-8").count("\n")
-        assert lines < 560, f"{path.name} has {lines} lines"
+    assert not longer_than(modules().values(), 540)
+    assert not longer_than(ROOT.glob("*.py"), 40)  # scripts: a docstring, an import, a call
+    assert longer_than(modules().values(), 400)  # the control

@@ -18,6 +18,7 @@ from nkat.convert.outputs import check_outputs, size, write, write_unless_dry
 from nkat.convert.strengths import CHUNKS, report_strengths
 from nkat.errors import NKATError
 from nkat.gguf import quantise
+from nkat.gguf.writer import MetadataValue
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_bytes, note
 from nkat.host.distributed import is_first
@@ -33,7 +34,7 @@ from nkat.theta import inplace
 from nkat.theta.algebra import Theta, coupling
 from nkat.theta.layers import select_layers
 from nkat.theta.lora import lora_parts
-from nkat.theta.modelfile import ModelFile, base_hash, open_model_file
+from nkat.theta.modelfile import ModelFile, architecture_of, base_hash, open_model_file
 from nkat.theta.set import UNFINISHED_KEY, ThetaSet, scale_by_depth, truncate_rank
 
 
@@ -49,6 +50,13 @@ def main() -> None:
 def run(options: ConvertOptions) -> None:
     check_record(options.json, options.force)
     hardware.set_threads(options.threads)
+    changes_input = options.in_place and not options.dry_run and is_first() and options.input.is_file()
+    # From before the file is read: what is put behind it must not be put in place of another process's.
+    with inplace.exclusive(options.input) if changes_input else contextlib.nullcontext():
+        _run(options)
+
+
+def _run(options: ConvertOptions) -> None:
     model = open_model_file(options.input)
     if model.unfinished:
         note(f"note: {options.input} ends in remains of a Θ that was not completely written; they are left out")
@@ -58,7 +66,7 @@ def run(options: ConvertOptions) -> None:
     elif not options.writes_model and not _makes_theta_to_merge(options, model):
         record = export_existing(options, inputs)
     elif options.truncate_rank:
-        record = truncate_existing(options, inputs)
+        record = truncate_existing(options, inputs, options.truncate_rank)
     else:
         record = convert(options, inputs)
     if options.json and record:
@@ -123,19 +131,19 @@ def convert(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
     return record
 
 
-def truncate_existing(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
-    """Writes the input with fewer columns of the Θ it has, at another strength where one is given."""
+def truncate_existing(options: ConvertOptions, inputs: Inputs, rank: int) -> dict[str, Any]:
+    """Writes the input with the first `rank` columns of the Θ it has, at another strength where one is given."""
     model = inputs.model
     if model.theta is None or model.base is None:
         raise NKATError(f"{model.path}: holds no Θ with its model, so there is nothing to truncate")
-    if options.truncate_rank > model.theta.rank:
-        raise NKATError(f"{model.path}: its Θ has rank {model.theta.rank}, which is below {options.truncate_rank}")
+    if rank > model.theta.rank:
+        raise NKATError(f"{model.path}: its Θ has rank {model.theta.rank}, which is below {rank}")
     check_outputs(options, model)
     gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
     judge = _merge_judge(options, inputs)
     clock = _Clock()
-    theta_set = replace(truncate_rank(model.theta, options.truncate_rank), gamma=gamma)
+    theta_set = replace(truncate_rank(model.theta, rank), gamma=gamma)
     written = write(options, model, theta_set)
     clock.lap("write")
     record = _describe(options, model, theta_set, written, clock.seconds)
@@ -248,7 +256,8 @@ def _theta_options(options: ConvertOptions, inputs: Inputs, names: Sequence[str]
         note("warning: gamma 1 couples Θ with strength 0: it will have no effect")
     elif not 0.90 <= gamma <= 0.99:
         note(f"warning: gamma {gamma:g} is outside the usual range 0.90 to 0.99")
-    reference, input_weights, notes = None, None, {}
+    reference, input_weights = None, None
+    notes: dict[str, MetadataValue] = {}
     if options.theta_source == "residual" and inputs.reference is not None:
         reference = inputs.reference.require_base().file
         if options.calibrate:
@@ -309,7 +318,7 @@ def _announce(options: ConvertOptions, model: ModelFile, names: Sequence[str], m
     target = options.output or (model.path if options.in_place else options.merge)
     how = "theta-only" if options.theta_only else options.final_layout if target != options.merge else "Θ merged"
     rank = "2, 4, 6 or 8, whichever measures best" if options.optimize_rank else str(made.rank)
-    architecture = model.require_base().file.metadata["general.architecture"]
+    architecture = architecture_of(model.require_base().file)
     print(f"input   {model.path} ({format_bytes(model.base_size)}, {architecture})")
     print(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
     print(

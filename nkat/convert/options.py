@@ -194,7 +194,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         help=f"strength, 0 < G <= 1: lower is stronger, 1 is none (default {DEFAULT_GAMMA})",
     )
     add("--optimize-rank", action="store_true", help="measure ranks 2, 4, 6, 8 and keep the one with the highest TPE")
-    add("--text", type=Path, metavar="FILE", help="text for --optimize-rank (default: Python's own documentation)")
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="text to judge on, for --optimize-rank, --merge and the report (default: Python's own documentation)",
+    )
     add(
         "--chunks",
         type=commandline.positive_int,
@@ -227,7 +232,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         help="make no new Θ: keep the first R columns of the one the input has",
     )
     add("--seed", type=commandline.non_negative_int, default=0, help="of whatever is random in making Θ (default 0)")
-    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads (default: torch's choice)")
+    add("--threads", type=commandline.thread_count, metavar="N", help="processor threads (default: torch's choice)")
     add("--dry-run", action="store_true", help="do everything but write")
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')

@@ -20,24 +20,45 @@ from nkat.kernels.cpu.matmul import embedding_kernel, panel_tokens
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.linear import StarLinear
-from nkat.lm.transformer import Block, Transformer
+from nkat.lm.transformer import FIRST_ROOM, Block, Transformer, cache_memory, next_room
 
 PREFILL_TOKENS = 256  # at once: enough to spread the work of taking a weight apart, few enough for the L2 cache
 
 
 class _Cache:
-    """Keys and values of every block; see `nkat.kernels.cpu.blocks`."""
+    """Keys and values of every block; see `nkat.kernels.cpu.blocks`. `room`: tokens that there is memory for."""
 
-    def __init__(self, blocks: int, heads: Heads, capacity: int) -> None:
-        self.capacity = -(-capacity // KEYS) * KEYS
-        shape = (blocks, heads.kv, self.capacity, heads.size)
-        dtype = np.float16 if heads.half else np.float32
-        self.keys, self.values = aligned(shape, dtype), aligned(shape, dtype)
-        self.head_bytes = self.capacity * heads.size * heads.cache_bytes
+    def __init__(self, blocks: int, heads: Heads, room: int) -> None:
+        self.heads, self.room = heads, 0
+        self.keys = [self._array(0) for _ in range(blocks)]
+        self.values = [self._array(0) for _ in range(blocks)]
+        self.grow(room)
+
+    def _array(self, room: int) -> np.ndarray:
+        dtype = np.float16 if self.heads.half else np.float32
+        return aligned((self.heads.kv, room, self.heads.size), dtype)
+
+    def grow(self, room: int) -> None:
+        """Memory for more tokens. Where there is none, nothing has changed.
+
+        The new arrays take no memory until they are written to, so that no more than one is there twice.
+        """
+        room = -(-room // KEYS) * KEYS
+        with cache_memory(room):
+            new = [[self._array(room) for _ in arrays] for arrays in (self.keys, self.values)]
+        for arrays, larger in zip((self.keys, self.values), new, strict=True):
+            for i, array in enumerate(larger):
+                array[:, : self.room] = arrays[i]  # whole blocks of keys, whose order within is the same
+                arrays[i] = array
+        self.room = room
+
+    @property
+    def head_bytes(self) -> int:
+        return self.room * self.heads.size * self.heads.cache_bytes
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(a.nbytes for a in (*self.keys, *self.values))
 
 
 class CompiledDecoder:
@@ -58,18 +79,26 @@ class CompiledDecoder:
             config.architecture.qk_norm,
             half=model.output.int8_activations,
         )
-        self.cache = _Cache(config.block_count, self.heads, capacity)
-        self.cache_nbytes = self.cache.nbytes
-        self.angles = [
-            _rotation_tables(frequencies, rope.magnitude, capacity)
+        self.cache = _Cache(config.block_count, self.heads, min(capacity, FIRST_ROOM))
+        self.angles = self._angles(self.cache.room)
+        self._made_for = model.theta_changes
+        self._one = _ForwardPass(self, 1, 1)
+        self._many = _ForwardPass(self, min(PREFILL_TOKENS, capacity), panel_tokens())
+
+    @property
+    def cache_nbytes(self) -> int:
+        return self.cache.nbytes
+
+    def _angles(self, room: int) -> list[np.ndarray]:
+        """Of blocks that see everything, and of those with a window, for so many positions."""
+        model, config = self.model, self.model.config
+        return [
+            _rotation_tables(frequencies, rope.magnitude, room)
             for frequencies, rope in (
                 (model.frequencies, config.rope),
                 (model.local_frequencies, config.local_rope),
             )
         ]
-        self._made_for = model.theta_changes
-        self._one = _ForwardPass(self, 1, 1)
-        self._many = _ForwardPass(self, min(PREFILL_TOKENS, capacity), panel_tokens())
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         if not tokens:
@@ -101,6 +130,19 @@ class CompiledDecoder:
             raise NKATError(
                 f"the KV cache holds {self.capacity} tokens; {self.length} are in it and {count} more do not fit"
             )
+        if self.length + count > self.cache.room:
+            self._grow(next_room(self.cache.room, self.length + count, self.capacity))
+
+    def _grow(self, room: int) -> None:
+        """All that can fail comes before the steps' memory is let go."""
+        room = -(-room // KEYS) * KEYS
+        passes = (self._one, self._many)
+        with cache_memory(room):
+            angles, scores = self._angles(room), [forward.scores_for(room) for forward in passes]
+        self.cache.grow(room)
+        self.angles = angles
+        for forward, array in zip(passes, scores, strict=True):
+            forward.use_cache(array)
 
 
 class _ForwardPass:
@@ -128,12 +170,28 @@ class _ForwardPass:
         self.y = {name: self._rows(first.linear(name).require_compiled().padded_rows) for name in BLOCK_LINEARS}
         self.mixed = self._rows(config.head_count * config.head_dim)
         self.rows = 8 if tokens > 1 else max(r for r in (1, 2, 4) if r == 1 or r < 2 * config.head_count)
-        self.score_bytes = 4 * (decoder.cache.capacity + KEYS)
-        self.scores = np.zeros(decoder.threads.count * self.rows * self.score_bytes, np.uint8)
+        self.ropes: list[np.ndarray] = []  # arguments of each block's kernels that read the cache
+        self.attentions: list[np.ndarray] = []
         for block in model.blocks:
             self._block(block)
+        self.use_cache(self.scores_for(decoder.cache.room))
         self.program.barrier()
         self._output()
+
+    def scores_for(self, room: int) -> np.ndarray:
+        """Scratch for the attention over so many tokens: [thread, row, bytes]."""
+        return np.zeros((self.decoder.threads.count, self.rows, 4 * (room + KEYS)), np.uint8)
+
+    def use_cache(self, scores: np.ndarray) -> None:
+        """Tells the steps where the cache is, which moves when it grows. The decoder keeps what they are told."""
+        decoder, self.scores = self.decoder, scores
+        cache, score_bytes = decoder.cache, scores.shape[2]
+        for block, rope, attention in zip(decoder.model.blocks, self.ropes, self.attentions, strict=True):
+            keys, values = (a[block.index].ctypes.data for a in (cache.keys, cache.values))
+            cosines, sines = (table.ctypes.data for table in decoder.angles[block.local])
+            rope[6], rope[7], rope[12], rope[13], rope[14] = cosines, sines, keys, values, cache.head_bytes
+            attention[2], attention[3], attention[4] = keys, values, cache.head_bytes
+            attention[7], attention[8], attention[9] = self.scores.ctypes.data, self.rows * score_bytes, score_bytes
 
     def _rows(self, columns: int) -> np.ndarray:
         return aligned((self.capacity, columns), np.float32)
@@ -219,31 +277,32 @@ class _ForwardPass:
 
     def _block(self, block: Block) -> None:
         program, y, state, norms = self.program, self.y, self.state, block.norms
-        decoder, config = self.decoder, self.decoder.model.config
-        heads, cache, index = decoder.heads, decoder.cache, block.index
+        heads, config = self.decoder.heads, self.decoder.model.config
         layers = {name: block.linear(name) for name in BLOCK_LINEARS}
         self._norm(program, self.x, _numpy(norms["attn_norm"]), self.normed, state)
         self._linears(program, {n: layers[n] for n in ("attn_q", "attn_k", "attn_v")}, self.normed, state)
         q, k, v = (y[n] for n in ("attn_q", "attn_k", "attn_v"))
-        cosines, sines = decoder.angles[block.local]
         q_norm, k_norm = (_numpy(norms[f"attn_{n}_norm"]) if config.architecture.qk_norm else 0 for n in "qk")
-        program.add(
+        later = 0  # `use_cache` puts it in
+        rope = program.add(
             rope_kernel(heads),
             (
-                *(q, k, v, q.strides[0], k.strides[0], v.strides[0], cosines, sines, q_norm, k_norm, self.epsilon),
-                *(self.scale, cache.keys[index], cache.values[index], cache.head_bytes, state),
+                *(q, k, v, q.strides[0], k.strides[0], v.strides[0], later, later, q_norm, k_norm, self.epsilon),
+                *(self.scale, later, later, later, state),
             ),
         )
+        self.ropes.append(rope)
         program.barrier()
         window = config.sliding_window if block.local else 1 << 40
-        program.add(
+        attention = program.add(
             attention_kernel(heads, self.rows),
             (
-                *(q, q.strides[0], cache.keys[index], cache.values[index], cache.head_bytes),
-                *(self.mixed, self.mixed.strides[0], self.scores, self.rows * self.score_bytes, self.score_bytes),
+                *(q, q.strides[0], later, later, later),
+                *(self.mixed, self.mixed.strides[0], later, later, later),
                 *(window, state),
             ),
         )
+        self.attentions.append(attention)
         program.barrier()
         self._linears(program, {"attn_output": layers["attn_output"]}, self.mixed, state)
         self._add(y["attn_output"], block, "post_attention_norm")

@@ -29,6 +29,7 @@ class StaticDecoder(EagerDecoder):
     """
 
     name = "fixed step, an operation at a time"
+    growing = False  # what is recorded reads the cache where it is
 
     def __init__(self, model: Transformer, capacity: int, plain: StepOps, star: StepOps) -> None:
         super().__init__(model, capacity)

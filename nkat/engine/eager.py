@@ -13,10 +13,11 @@ class EagerDecoder:
     """The model's own forward pass, an operation at a time."""
 
     name = "torch, an operation at a time"
+    growing = True  # the cache takes memory as tokens come
 
     def __init__(self, model: Transformer, capacity: int) -> None:
         self.model, self.capacity = model, capacity
-        self.cache = model.new_cache(1, capacity)
+        self.cache = model.new_cache(1, capacity, self.growing)
 
     @property
     def length(self) -> int:

@@ -15,6 +15,7 @@ import itertools
 import mmap
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -29,6 +30,7 @@ from nkat.errors import NKATError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
+MAX_ALIGNMENT = 1 << 21  # the largest usual page of memory; padding is written, and searched for Θ's marker
 MAX_DIMENSIONS = 4  # ggml's GGML_MAX_DIMS
 MAX_NAME_BYTES = 65535
 MAX_NESTING = 4
@@ -160,7 +162,7 @@ class GGUFFile:
     @property
     def data_end(self) -> int:
         """One past the last byte of the last tensor, absolute; the file may go on after it."""
-        return max((t.offset + t.nbytes for t in self.tensors.values()), default=self.data_start)
+        return max((t.offset + t.nbytes for t in self.tensors.values()), default=min(self.data_start, self.end))
 
     def raw(self, name: str) -> np.ndarray:
         """A tensor's packed bytes: uint8 [nbytes], memory-mapped, read-only, not copied."""
@@ -234,6 +236,16 @@ class _Cursor:
         self.pos += length
         return self.text(raw, field, at + 8)
 
+    def lenient(self, raw: bytes, field: str) -> str:
+        """A value's text. Nothing here computes with it, so that bytes that are not UTF-8 are shown as U+FFFD."""
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            warnings.warn(
+                f"{self.path}: metadata {field} is not valid UTF-8; its other bytes are shown as \ufffd", stacklevel=2
+            )
+            return raw.decode("utf-8", errors="replace")
+
     def text(self, raw: bytes, field: str, at: int) -> str:
         try:
             return raw.decode("utf-8")
@@ -249,11 +261,66 @@ class _Cursor:
             raise self.error(f"type of {field}", f"unknown value type {code}", at) from None
 
 
+# How other files begin that lie where a model should, what they are, and what to do about it.
+_OTHER_FILES = (
+    (b"version https://git-lfs", "but a pointer of Git LFS, which stands for the model: fetch it with git lfs pull"),
+    (
+        rb"\s*<(?:!doctype|html|\?xml)",
+        "but a page of a web site, saved in place of the model: download the model again",
+    ),
+    (
+        rb"(?:ggml|ggmf|ggjt|lmgg|fmgg|tjgg|algg|ggla)",
+        "but of a format older than GGUF: convert the original model anew",
+    ),
+    (
+        rb"PK\x03\x04",
+        "but a zip archive, as PyTorch's checkpoints are: convert it with llama.cpp's convert_hf_to_gguf.py",
+    ),
+    (rb".{8}\{\s*\"", "but safetensors: convert its folder with llama.cpp's convert_hf_to_gguf.py"),
+    (rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh|7z\xbc\xaf", "but a compressed file: unpack it first"),
+    (rb"\s*[\[{]", "but JSON: it describes a model or says why a download failed"),
+    (rb"\x00{64}", "but zeros: a download that was not finished; download it again"),
+)
+
+# Types of tensors that ggml no longer has, by their numbers there; the packed ones are now made while loading.
+_REMOVED_TYPES = {
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+}  # fmt: skip
+# Types of ik_llama.cpp, a fork with quantisations of its own (ggml/include/ggml.h there).
+_IK_TYPES = {
+    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 136: "Q8_K64", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K",
+    141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 147: "Q8_K16", 148: "Q8_K32", 149: "Q8_KR8",
+    150: "Q8_K128", 151: "Q8_KV", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS",
+    157: "IQ2_KL", 158: "IQ1_KT", 202: "Q4_0_R8", 206: "Q5_0_R4", 208: "Q8_0_R8", 210: "Q2_K_R4", 211: "Q3_K_R4",
+    212: "Q4_K_R4", 213: "Q5_K_R4", 214: "Q6_K_R4", 216: "IQ2_XXS_R4", 217: "IQ2_XS_R4", 218: "IQ3_XXS_R4",
+    219: "IQ1_S_R4", 220: "IQ4_NL_R4", 221: "IQ3_S_R4", 222: "IQ2_S_R4", 223: "IQ4_XS_R8", 229: "IQ1_M_R4",
+    230: "BF16_R16", 233: "Q6_0_R4", 335: "IQ2_BN_R4", 337: "IQ2_K_R4", 338: "IQ3_K_R4", 339: "IQ4_K_R4",
+    340: "IQ5_K_R4", 344: "IQ4_KS_R4", 352: "IQ5_KS_R4", 398: "Q8_KV_R8", 399: "Q8_K_R8",
+}  # fmt: skip
+
+
+def _what_it_is(cursor: _Cursor, magic: bytes) -> str:
+    beginning = cursor.buffer[cursor.pos : min(cursor.end, cursor.pos + 512)]
+    for pattern, what in _OTHER_FILES:
+        if re.match(pattern, beginning, re.IGNORECASE | re.DOTALL):
+            return f", {what}"
+    return f" (found {magic!r})"
+
+
+def _foreign_type(code: int) -> str:
+    if code in _REMOVED_TYPES:
+        return f"{_REMOVED_TYPES[code]}, which ggml has removed: quantise the original model anew (Q4_0 for Q4_0_N_M)"
+    if code in _IK_TYPES:
+        return f"{_IK_TYPES[code]}, which only ik_llama.cpp has: take a file in Q4_K, Q6_K or the like"
+    return f"unknown tensor type {code} (a newer ggml's, or a damaged file)"
+
+
 def _parse(file: GGUFFile, cursor: _Cursor) -> None:
     cursor.need(4, "magic")
     magic = cursor.buffer[cursor.pos : cursor.pos + 4]
     if magic != MAGIC:
-        raise cursor.error("magic", f"not a GGUF file (found {magic!r})")
+        raise cursor.error("magic", f"not a GGUF file{_what_it_is(cursor, magic)}")
     cursor.pos += 4
     at = cursor.pos
     file.version = cursor.number(_U32, "version")
@@ -279,8 +346,15 @@ def _parse(file: GGUFFile, cursor: _Cursor) -> None:
     file.metadata = _parse_metadata(cursor, metadata_count)
     file.metadata_span = (start, cursor.pos)
     file.alignment = _alignment(file.metadata, cursor)
-    if file.metadata.get("split.count", 0) not in (0, 1):
-        raise GGUFError(f"{file.path}: split.count says this is one part of a split model; merge it first")
+    parts = file.metadata.get("split.count", 0)
+    if not isinstance(parts, int):
+        at = file.metadata.spans["split.count"][0]
+        raise cursor.error("split.count", f"must be an integer, got {parts!r:.80}", at)
+    if parts not in (0, 1):
+        raise GGUFError(
+            f"{file.path}: split.count says this is one part of a split model; merge it first "
+            "(llama-gguf-split --merge)"
+        )
 
     entries = [_parse_tensor_info(cursor) for _ in range(tensor_count)]
     header_bytes = cursor.pos - file.start
@@ -318,7 +392,10 @@ def _alignment(metadata: Metadata, cursor: _Cursor) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         at = metadata.spans["general.alignment"][0]
-        raise cursor.error("general.alignment", f"must be a positive integer, got {value!r}", at)
+        raise cursor.error("general.alignment", f"must be a positive integer, got {value!r:.80}", at)
+    if value > MAX_ALIGNMENT:
+        at = metadata.spans["general.alignment"][0]
+        raise cursor.error("general.alignment", f"{value} is more than the allowed {MAX_ALIGNMENT}", at)
     return value
 
 
@@ -350,7 +427,7 @@ def _parse_tensor_info(
     try:
         tensor_type = GGMLQuantizationType(code)
     except ValueError:
-        raise cursor.error(f"type of {field}", f"unknown tensor type {code}", at) from None
+        raise cursor.error(f"type of {field}", _foreign_type(code), at) from None
     block = GGML_QUANT_SIZES[tensor_type][0]
     if dimensions[0] % block:
         raise cursor.error(
@@ -382,7 +459,10 @@ def _parse_value(cursor: _Cursor, value_type: GGUFValueType, field: str, depth: 
     if value_type == GGUFValueType.ARRAY:
         return _parse_array(cursor, field, depth)
     if value_type == GGUFValueType.STRING:
-        text = cursor.string(field)
+        length = cursor.number(_U64, f"length of {field}")
+        cursor.need(length, field)
+        text = cursor.lenient(cursor.buffer[cursor.pos : cursor.pos + length], field)
+        cursor.pos += length
         return lambda: text
     at = cursor.pos
     number = cursor.number(_SCALARS[value_type][0], field)
@@ -413,7 +493,7 @@ def _parse_array(cursor: _Cursor, field: str, depth: int) -> Callable[[], Any]:
             raise cursor.error(f"length of {field}", f"more than {MAX_STRINGS} strings in one file", at)
         start = cursor.pos
         _skip_strings(cursor, count, field)
-        return lambda: _strings(cursor, start, count, field)
+        return lambda: _strings(cursor, start, count)
     cursor.nested_arrays_left -= count
     if depth + 1 >= MAX_NESTING or cursor.nested_arrays_left < 0:
         raise cursor.error(field, f"arrays nested deeper than {MAX_NESTING} or more than {MAX_NESTED_ARRAYS}", at)
@@ -436,13 +516,14 @@ def _skip_strings(cursor: _Cursor, count: int, field: str) -> None:
     cursor.pos = pos
 
 
-def _strings(cursor: _Cursor, pos: int, count: int, field: str) -> list[str]:
+def _strings(cursor: _Cursor, pos: int, count: int) -> list[str]:
     buffer, unpack = cursor.buffer, _U64.unpack_from
     values = []
-    for index in range(count):
+    for _ in range(count):
         (length,) = unpack(buffer, pos)
         pos += 8
-        values.append(cursor.text(buffer[pos : pos + length], f"{field}[{index}]", pos))
+        # A vocabulary's tokens may be parts of characters: their bytes are kept (PEP 383), for `Tokenizer` to take.
+        values.append(buffer[pos : pos + length].decode("utf-8", errors="surrogateescape"))
         pos += length
     return values
 

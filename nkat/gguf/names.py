@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_BLOCK_NUMBER = re.compile(r"^blk\.(\d+)\.")
+_BLOCK_NUMBER = re.compile(r"^blk\.([0-9]{1,9})\.")
 
 
 def block_number(name: str) -> int:

@@ -9,6 +9,7 @@ Limits: no importance matrix; types that `nkat.gguf.formats` cannot unpack canno
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,8 @@ def check_quantiser() -> None:
 
 def quantize(weight: torch.Tensor, qtype: GGMLQuantizationType) -> np.ndarray:
     """Float32 weights [m, n] packed in a type, as llama-quantize does without an importance matrix: uint8 [nbytes]."""
-    return _libgguf().quantize_rows(weight.contiguous().numpy(), int(qtype)).view(np.uint8).reshape(-1)
+    rows: np.ndarray = _libgguf().quantize_rows(weight.contiguous().numpy(), int(qtype))
+    return rows.view(np.uint8).reshape(-1)
 
 
 def requantise(
@@ -81,7 +83,6 @@ def _in_type(file: GGUFFile, info: TensorInfo, qtype: GGMLQuantizationType) -> n
 
 def _libgguf() -> ModuleType:
     try:
-        import libgguf
+        return importlib.import_module("libgguf")
     except ImportError:
         raise NKATError("merging needs the quantisers of libgguf, which is not here: pip install libgguf") from None
-    return libgguf

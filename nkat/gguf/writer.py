@@ -8,6 +8,7 @@ bytes; its enumerations are, and the tests read every file back with gguf-py.
 from __future__ import annotations
 
 import hashlib
+import io
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,8 @@ def gguf_parts(
     """
     alignment = base.file.alignment if base else DEFAULT_ALIGNMENT
     offset = part_size(base.data()) if base else 0
-    infos, tail = [], []
+    infos: list[bytes] = []
+    tail: list[Part] = []
     for tensor in tensors:
         padding = -offset % alignment
         infos.append(_tensor_info(tensor, offset + padding))
@@ -170,7 +172,7 @@ def _blocks(part: Part) -> Iterator[memoryview]:
         yield view[start : start + _COPY_BYTES]
 
 
-def _read_blocks(source: BinaryIO, part: FileRange) -> Iterator[memoryview]:
+def _read_blocks(source: io.BufferedReader, part: FileRange) -> Iterator[memoryview]:
     left = part.end - part.start
     buffer = memoryview(bytearray(min(left, _COPY_BYTES)))
     while left:

@@ -3,38 +3,103 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from nkat.errors import NKATError
+from nkat.host import streams
+from nkat.host.interrupts import Terminated, termination
 from nkat.host.record import git_commit
+from nkat.host.threads import most_threads
 from nkat.version import __version__
 
-Options = TypeVar("Options")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Options = TypeVar("Options", bound="DataclassInstance")
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a command: a user's mistake is one line on stderr and status 2, Ctrl-C is status 130."""
+    """Runs a command. What goes wrong is one line on stderr: a user's mistake or what the system refuses is status 2,
+    Ctrl-C is status 130, SIGTERM 143. A stdout that breaks does not stop the work; one that loses text is an error at
+    the end.
+    """
+    with streams.guarded():
+        sys.exit(_status(main))
+
+
+def _status(main: Callable[[], None]) -> str | int | None:
     try:
-        main()
+        with termination():
+            main()
     except NKATError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        return _fail(str(error))
+    except (MemoryError, RuntimeError, OSError) as error:
+        problem = system_limit(error)
+        if problem is None and isinstance(error, OSError):  # what nobody was prepared for
+            place = "" if error.filename is None else f"{error.filename}: "
+            problem = f"{place}{error.strerror or error}"
+        if problem is None:
+            raise
+        return _fail(problem)
+    except Terminated as request:
+        print("terminated; what was not finished is not there", file=sys.stderr)
+        return 128 + request.number
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # `… | head` has read enough
-        sys.stderr.close()
-        sys.exit(0)
-    sys.exit(0)
+        return INTERRUPTED
+    except SystemExit as ended:
+        if ended.code not in (None, 0):
+            return ended.code
+    lost = streams.lost_output() if sys.stdout is not None else None
+    if lost is None or isinstance(lost, BrokenPipeError):  # `... | head` has read enough, and the work is done
+        return 0
+    return _fail(f"stdout: cannot be written: {lost.strerror or lost}")
+
+
+def _fail(message: str) -> int:
+    print(f"error: {streams.printable(message)}", file=sys.stderr)
+    return USER_ERROR
+
+
+# Flags whose value sets how much memory a command takes, in the order in which lowering one helps most.
+_SIZES = (
+    "--max-tokens", "--seq-len", "--contextsize", "--batch-size", "--batch", "--chunks", "--theta-rank", "--rank",
+    "--image-size", "--dim", "--depth", "--workers", "--threads",
+)  # fmt: skip
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|Storage size calculation overflowed"
+    r"|integer multiplication overflow",
+    re.IGNORECASE,
+)
+
+
+def system_limit(error: BaseException) -> str | None:
+    """What to tell a user whose memory, or whose system's paths, did not suffice; None: the error is another one.
+
+    numpy and Python raise MemoryError, torch a RuntimeError, and the system's calls an OSError.
+    """
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}…: the path is too long for this system"
+    if isinstance(error, OSError):
+        if error.errno != errno.ENOMEM:
+            return None
+    elif not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+        return None
+    given = [flag for flag in _SIZES if any(word.split("=")[0] == flag for word in sys.argv[1:])]
+    smaller = f"a smaller {' or '.join(given)}, or " if given else ""
+    size = re.search(r"Unable to allocate ([\d.]+ \w+)|tried to allocate ([\d.]+ \w+)", str(error))
+    wanted = f" ({size[1] or size[2]} more were wanted)" if size else ""
+    return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
 
 
 def start(module: str) -> NoReturn:
@@ -46,7 +111,7 @@ class Parser(argparse.ArgumentParser):
     """argparse's, but a mistake is one line and not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"error: {message} (see --help)\n")
+        self.exit(USER_ERROR, f"error: {streams.printable(message)} (see --help)\n")
 
 
 class ShowVersion(argparse.Action):
@@ -99,6 +164,14 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def thread_count(text: str) -> int:
+    """For argparse: how many threads, as many as this machine can sensibly run."""
+    value = positive_int(text)
+    if value > most_threads():
+        raise argparse.ArgumentTypeError(f"must be at most {most_threads()} on this machine, got {value}")
     return value
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+from nkat.host.streams import printable
+
 
 def bar(total: int, what: str, unit: str) -> tqdm:
     """A progress bar with ETA on stderr, for anything that turns out to take longer than a second."""
@@ -14,8 +16,11 @@ def bar(total: int, what: str, unit: str) -> tqdm:
 
 
 def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Columns padded to their widest cell; the first is left-aligned, the others right-aligned."""
-    lines = [list(header), *[list(row) for row in rows]]
+    """Columns padded to their widest cell; the first is left-aligned, the others right-aligned.
+
+    Cells may hold what a file says: control characters in them are shown as escapes.
+    """
+    lines = [[printable(cell) for cell in line] for line in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
     def join(line: list[str]) -> str:
@@ -39,4 +44,4 @@ def format_bytes(count: float) -> str:
 
 def note(text: str) -> None:
     """A remark or warning, on stderr: stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    print("\n".join(printable(line) for line in text.split("\n")), file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ def new_figure(title: str, inches: tuple[float, float], automatic: bool = True) 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=inches, layout="constrained" if automatic else "none")
+    figure = Figure(figsize=inches, layout="constrained" if automatic else None)
     FigureCanvasAgg(figure)
     figure.suptitle(title)
     return figure

@@ -5,28 +5,56 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from nkat.errors import NKATError
+from nkat.host.console import format_bytes, note
+from nkat.host.locks import try_lock
+from nkat.host.processes import identity, is_alive
+
+_SUFFIX = ".tmp"
+_LEFTOVER = re.compile(r"\.nkat-(\d+-\d+)-[^.]*\.tmp$")
 
 
 def check_output(path: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Raises NKATError when `path` is one of the inputs, cannot be created, or exists and `force` is not given."""
+    """Raises NKATError when `path` is one of the inputs, cannot be created, or exists and `force` is not given.
+
+    What is no file (a device, a pipe, a socket) is never replaced. Of a symbolic link, what it points to counts.
+    """
+    found, target = _kind(path)
     for source in inputs:
-        if path.exists() and source.exists() and path.samefile(source):
+        if found is not None and source.exists() and path.samefile(source):
             raise NKATError(f"{path}: the output is the same file as the input")
-    if not path.parent.is_dir():
-        raise NKATError(f"{path}: the folder {path.parent} does not exist")
-    if path.is_dir():
+    if not target.parent.is_dir():
+        raise NKATError(f"{path}: the folder {target.parent} does not exist")
+    if found is not None and stat.S_ISDIR(found):
         raise NKATError(f"{path}: this is a folder, give a file name")
-    if path.exists() and not force:
+    if found is not None and not stat.S_ISREG(found):
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+        raise NKATError(f"{path}: this is {kinds.get(stat.S_IFMT(found), 'no file')}, which is not replaced by a file")
+    if found is not None and not force:
         raise NKATError(f"{path}: exists already; give --force to replace it")
-    if not os.access(path.parent, os.W_OK):
-        raise NKATError(f"{path}: the folder {path.parent} is not writable")
+    if not os.access(target.parent, os.W_OK):
+        raise NKATError(f"{path}: the folder {target.parent} is not writable")
+
+
+def _kind(path: Path) -> tuple[int | None, Path]:
+    """The mode of what is there (None: nothing), and the path without symbolic links in its last part."""
+    try:
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        return path.stat().st_mode, target
+    except FileNotFoundError:
+        return None, target
+    except NotADirectoryError:
+        raise NKATError(f"{path}: the folder {path.parent} does not exist") from None
+    except (OSError, ValueError) as error:  # a name that is too long, links in a circle, a zero in the name
+        raise NKATError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def make_folder(path: Path) -> None:
@@ -41,28 +69,57 @@ def make_folder(path: Path) -> None:
 def atomic_output(path: Path, size: int, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` in one step when the block ends, and leaves nothing behind when it fails.
 
+    A symbolic link stays one, and what it points to is replaced. What killed processes left in the folder is removed.
+
     Written beside the target, so that the rename stays within one file system, and flushed to the disk first.
     `size` bytes are reserved before the first is written, so that a full disk is known at the start.
     """
     check_output(path, force, inputs)
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    except OSError as error:
-        raise NKATError(f"{path}: cannot be written: {error.strerror or error}") from None
+    _, target = _kind(path)
+    _remove_leftovers(target.parent)
+    with disk_errors(path):
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=_temporary_prefix(target), suffix=_SUFFIX)
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as file, disk_errors(path):
+            try_lock(file.fileno())
             _reserve(file, size, path)
             yield file
             file.truncate()  # what was reserved and not needed
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
         check_output(path, force, inputs)  # somebody may have made it meanwhile
-        temporary.replace(path)
-        sync_folder(path.parent)
+        with disk_errors(path):
+            temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
+            temporary.replace(target)
+        sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary_prefix(target: Path) -> str:
+    """The name says who writes, so that what a killed process left is told from what a living one writes."""
+    # At most 255 bytes are a name; a character's bytes that are cut in two stay as they are.
+    return f".{os.fsdecode(os.fsencode(target.name)[:180])}.nkat-{identity()}-"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the unfinished outputs that killed processes left in a folder, and says so."""
+    with contextlib.suppress(OSError):  # a folder that may be written to and not be read
+        for path in folder.glob(f".*.nkat-*{_SUFFIX}"):
+            writer = _LEFTOVER.search(path.name)
+            if writer is None or is_alive(writer[1]):
+                continue
+            with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+                found = path.lstat()
+                if not stat.S_ISREG(found.st_mode):
+                    continue
+                # A process in another container or on another machine has a number of its own, but keeps its lock.
+                with path.open("r+b") as file:
+                    if not try_lock(file.fileno()):
+                        continue
+                path.unlink()
+                note(f"note: removed {path}, which a process that was killed had left ({format_bytes(found.st_size)})")
 
 
 @contextlib.contextmanager
@@ -94,11 +151,12 @@ def sync_folder(folder: Path) -> None:
     """Makes a rename durable; systems that cannot open a folder (Windows) have no such step."""
     if os.name == "nt":
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with contextlib.suppress(OSError):  # a folder that may be written to and not be read
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from nkat.errors import NKATError
+from nkat.host.threads import most_threads
 
 _ASKING_SECONDS = 20  # for a driver to answer; a cold one on Windows takes some seconds
 
@@ -43,9 +44,11 @@ class Gpu:
 def set_threads(count: int | None) -> int:
     """Sets how many threads computations use (None: leave torch's choice) and returns the number in force."""
     if count is not None:
-        if count < 1:
-            raise NKATError(f"--threads must be at least 1, got {count}")
+        if not 1 <= count <= most_threads():
+            raise NKATError(f"--threads must be within 1..{most_threads()} on this machine, got {count}")
         torch.set_num_threads(count)
+    if torch.get_num_threads() > most_threads():  # OMP_NUM_THREADS says so
+        torch.set_num_threads(most_threads())
     return torch.get_num_threads()
 
 
@@ -57,7 +60,7 @@ def pick_device(allow_cuda: bool) -> torch.device:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are computed as such, and not by way of float32."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     return not flags.isdisjoint({"avx512_bf16", "amx_bf16"})

@@ -1,7 +1,8 @@
-"""Ctrl-C held back until a step is whole."""
+"""Ctrl-C held back until a step is whole, and other requests to end, which are to clean up like it."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -9,6 +10,43 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, or that the terminal is gone: what cleans up after Ctrl-C does so after this."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def termination() -> Iterator[None]:
+    """SIGTERM and SIGHUP in the block raise `Terminated`, in this process alone: those forked from it just end.
+
+    Outside the main thread, and for a signal that is ignored (nohup) or handled already, this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() == owner:
+            signal.signal(number, signal.SIG_IGN)  # the second one must not disturb the cleaning up
+            raise Terminated(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    there = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    mine = [number for number in there if signal.getsignal(number) == signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

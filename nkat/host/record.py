@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nkat.errors import NKATError
+from nkat.host import streams
 from nkat.host.files import atomic_output, check_output
 from nkat.version import __version__
 
@@ -22,9 +24,12 @@ def check_record(target: str | None, force: bool) -> None:
 def write_json(record: Mapping[str, Any], target: str, force: bool = False) -> None:
     """Writes the record to a file, atomically, or to stdout as one line when `target` is "-"."""
     if target == "-":
-        print(json.dumps(_plain(record), ensure_ascii=False), flush=True)
+        print(json.dumps(_plain(record), ensure_ascii=not streams.is_unicode()), flush=True)
+        if lost := streams.lost_output():
+            raise NKATError(f"stdout: the record could not be written: {lost.strerror or lost}")
         return
-    data = (json.dumps(_plain(record), indent=2, ensure_ascii=False) + "\n").encode()
+    # A file name that is not UTF-8 has characters that only an escape can write.
+    data = (json.dumps(_plain(record), indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     with atomic_output(Path(target), len(data), force) as file:
         file.write(data)
 

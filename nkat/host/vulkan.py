@@ -144,7 +144,7 @@ def _has_budget(library: ctypes.CDLL, device: ctypes.c_void_p) -> bool:
     return any(item.raw.partition(b"\0")[0] == _BUDGET_EXTENSION for item in found)
 
 
-def _enumerate(call: Callable[[Any, Any], int], kind: type) -> list[Any]:
+def _enumerate(call: Callable[[Any, Any], int], kind: Any) -> list[Any]:
     """Vulkan's two-step lists: first how many, then the items."""
     count = ctypes.c_uint32()
     _check(call(ctypes.byref(count), None), "counting")

@@ -52,14 +52,14 @@ _NUMBERS = TAKEN_BY.keys() - {"text", "output_dir", "seed", "chat", "system"}
 class EngineOptions:
     """What is asked of the engine: `command`, one of COMMANDS, and the flags of their names.
 
-    generate: the prompt, None for another command. Numbers that the command does not take are 0.
+    generate: the prompt, "" for another command. Numbers that the command does not take are 0.
     """
 
     command: str
     model: Path
     theta: Path | None
     theta_gamma: float | None
-    generate: str | None
+    generate: str
     text: Path | None
     seq_len: int
     iterations: int
@@ -142,7 +142,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "--perplexity and on CUDA)",
     )
     add("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
-    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads (default: torch's choice)")
+    add("--threads", type=commandline.thread_count, metavar="N", help="processor threads (default: torch's choice)")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
     add(
         "--output-dir",
@@ -164,6 +164,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
             values[name] = defaults.get(command, 0 if name in _NUMBERS else None)
         elif command not in defaults:
             parser.error(f"--{name.replace('_', '-')} has no meaning with --{command}")
-    options = commandline.taken(EngineOptions, parsed, command=command, **values)
+    options = commandline.taken(EngineOptions, parsed, command=command, generate=parsed.generate or "", **values)
     commandline.check_conflicts(parser, options, CONFLICTS)
     return options

@@ -10,8 +10,6 @@ import socket
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from typing import Any
 
 from nkat.errors import NKATError
 
@@ -49,16 +47,6 @@ def check_port(host: str, port: int) -> None:
     free = next((p for p in range(port + 1, min(port + 50, 65536)) if _refusal(host, p) is None), None)
     hint = f"; port {free} is free: --port {free}" if free else ""
     raise NKATError(f"port {port} at {name} is in use by {who}{hint}")
-
-
-def post(url: str, path: str, body: Mapping[str, Any], seconds: float = 600.0) -> dict[str, Any]:
-    """One JSON request to KoboldCpp's API. Raises NKATError when it fails."""
-    request = urllib.request.Request(f"{url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with _opener(url).open(request, timeout=seconds) as answer:
-            return json.loads(answer.read())
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise NKATError(f"{url}{path}: {error}") from None
 
 
 def model_name(url: str) -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,15 +74,14 @@ def model_key(files: RunFiles) -> str:
 
 
 def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
-    if asked.layout in _LOADABLE:
+    theta_set = asked.theta
+    if asked.layout in _LOADABLE or theta_set is None:
         if named is not None:
             note(f"note: {asked.path} is a model KoboldCpp loads as it is, so --base is not needed")
         return (
             asked.path.resolve(),
             "the file itself" if asked.layout == "plain" else "the file itself (Θ is behind it)",
         )
-    theta_set = asked.theta
-    assert theta_set is not None
     if named is not None:
         _check_base(named, theta_set)
         return named.absolute(), "named by --base"
@@ -149,9 +149,7 @@ def _adapter(thetas: ThetaSet, model: Path) -> tuple[Path, dict[str, int]]:
     """The adapter in the cache, written when it is not there, and its bytes by weight."""
     target = kobold_cache() / f"theta-{_theta_key(thetas)}.gguf"
     if not target.is_file():
-        base = open_model_file(model).base
-        assert base is not None
-        write_gguf(target, lora_parts(thetas, base), force=True)
+        write_gguf(target, lora_parts(thetas, open_model_file(model).require_base()), force=True)
     sizes: dict[str, int] = {}
     with GGUFFile.open(target) as file:
         for name, info in file.tensors.items():
@@ -170,12 +168,18 @@ def _theta_key(thetas: ThetaSet) -> str:
     return digest.hexdigest()[:16]
 
 
+def _checked_sha256(found: object) -> str:
+    if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
+        raise ValueError("not a SHA-256")
+    return found
+
+
 def _sha256(model: ModelFile) -> str:
     """SHA-256 of the base in a file, remembered as long as the file keeps its size and time."""
     found = model.path.stat()
     key = f"{model.path.resolve()}|{found.st_size}|{found.st_mtime_ns}"
     memo = Memo.open("kobold/hashes.json")
-    known = memo.get(lambda hashes: str(hashes[key]))
+    known = memo.get(lambda hashes: _checked_sha256(hashes[key]))
     if known is not None:
         return known
     with _hashing(model) as progress:

@@ -9,6 +9,7 @@ This file is also that second process's program, so it imports nothing but the s
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -33,7 +34,7 @@ class Guard:
     """
 
     def __init__(self) -> None:
-        self._watcher: subprocess.Popen[bytes] | None = None
+        self._watcher: _Watcher | None = None
         self._job: int | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -46,13 +47,7 @@ class Guard:
         if os.name == "nt":
             self._job = _new_job()
             return self
-        self._watcher = subprocess.Popen(
-            [sys.executable, "-I", __file__, str(_GRACE_SECONDS)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        self._watcher = _Watcher()
         return self
 
     def watch(self, child: subprocess.Popen[bytes]) -> None:
@@ -60,7 +55,7 @@ class Guard:
         if self._job is not None:
             _add_to_job(self._job, child)
         if self._watcher is not None:
-            self._tell(f"{child.pid}\n".encode())
+            self._watcher.tell(f"{child.pid}\n".encode())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -69,23 +64,38 @@ class Guard:
         if self._child is not None:
             kill_group(self._child)
         if self._job is not None:
-            close = ctypes.windll.kernel32.CloseHandle
+            close = _kernel32().CloseHandle
             close.argtypes = [ctypes.c_void_p]
             close(self._job)
         if self._watcher is not None:
-            self._tell(_DONE)
-            assert self._watcher.stdin is not None
-            self._watcher.stdin.close()
-            self._watcher.wait()
+            self._watcher.tell(_DONE)
+            self._watcher.end()
 
-    def _tell(self, line: bytes) -> None:
-        assert self._watcher is not None
-        assert self._watcher.stdin is not None
+
+class _Watcher:
+    """The second process, and the end of the pipe that this one holds."""
+
+    def __init__(self) -> None:
+        theirs, self._pipe = os.pipe()  # not inherited, so that it closes with this process
         try:
-            self._watcher.stdin.write(line)
-            self._watcher.stdin.flush()
-        except BrokenPipeError:  # somebody killed the watcher: this process still ends its child itself
-            self._watcher.stdin = open(os.devnull, "wb")  # noqa: PTH123, SIM115
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", __file__, str(_GRACE_SECONDS)],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        finally:
+            os.close(theirs)
+
+    def tell(self, line: bytes) -> None:
+        # A broken pipe: somebody killed it; this process still ends its child itself.
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._pipe, line)
+
+    def end(self) -> None:
+        os.close(self._pipe)
+        self._process.wait()
 
 
 def signal_group(child: subprocess.Popen[bytes], number: int) -> None:
@@ -104,9 +114,18 @@ def kill_group(child: subprocess.Popen[bytes]) -> None:
         signal_group(child, signal.SIGKILL)
 
 
+def _kernel32() -> Any:
+    return ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore] # on Windows alone
+
+
+def _windows_error() -> OSError:
+    """The last one."""
+    return ctypes.WinError()  # type: ignore[attr-defined,unused-ignore,no-any-return] # on Windows alone
+
+
 def _new_job() -> int:
     """A Windows job that dies, with all in it, when its last handle is closed."""
-    kernel = ctypes.windll.kernel32
+    kernel = _kernel32()
     kernel.CreateJobObjectW.restype = ctypes.c_void_p
     job = kernel.CreateJobObjectW(None, None)
     # JOBOBJECT_EXTENDED_LIMIT_INFORMATION: 144 bytes on 64-bit Windows; LimitFlags stands at byte 16.
@@ -114,15 +133,15 @@ def _new_job() -> int:
     ctypes.c_uint32.from_buffer(limits, 16).value = _KILL_ON_JOB_CLOSE
     kernel.SetInformationJobObject.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
     if not job or not kernel.SetInformationJobObject(job, _EXTENDED_LIMITS, limits, len(limits)):
-        raise ctypes.WinError()
+        raise _windows_error()
     return job
 
 
 def _add_to_job(job: int, child: subprocess.Popen[bytes]) -> None:
-    kernel = ctypes.windll.kernel32
+    kernel = _kernel32()
     kernel.AssignProcessToJobObject.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     if not kernel.AssignProcessToJobObject(job, int(child._handle)):  # type: ignore[attr-defined]
-        raise ctypes.WinError()
+        raise _windows_error()
 
 
 def _watch_pipe(grace: float) -> None:

@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
 from nkat.gguf.names import block_number
 from nkat.host.console import format_bytes, format_table
@@ -23,6 +26,7 @@ MARGIN = 768 << 20
 _EXTRA_CELLS = 128  # KoboldCpp adds them to the context against fragmentation (80 in 1.76)
 _CELL_MULTIPLE = 256  # llama.cpp rounds the cache up (32 without flash attention)
 _CACHE_ITEM = 2  # bytes: F16
+_MAX_SIZE = (1 << 31) - 1  # as in `nkat.lm.config`: lengths and counts are 32-bit integers in llama.cpp, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +70,12 @@ def model_memory(
     adapter: bytes of the adapter by the name of the weight it belongs to
     flash_attention: without it the attention scores of a whole batch are kept
     """
-    arch = str(metadata.get("general.architecture", ""))
+    arch = metadata.get("general.architecture", "")
     count = max((block_number(name) for name in tensors), default=-1) + 1
+    if count > len(tensors):  # a block's number is only a name: no list may become as long as it says
+        raise NKATError(f"a tensor belongs to block {count - 1}, but the model has only {len(tensors)} tensors")
+    if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) < 2:
+        raise NKATError("tensor token_embd.weight is missing or not 2-D: this GGUF is not a language model")
     blocks = [0] * count
     for name, info in tensors.items():
         if block_number(name) >= 0:
@@ -155,4 +163,7 @@ def layer_table(memory: ModelMemory, layers: int, device: str, free: int, margin
 
 def _largest(value: Any) -> int:
     """Some models have a value for each block."""
-    return max((int(item) for item in value), default=0) if hasattr(value, "__iter__") else int(value)
+    items = list(value) if isinstance(value, np.ndarray | list) else [value]
+    if not all(isinstance(item, int | np.integer) and 0 <= item <= _MAX_SIZE for item in items):
+        raise NKATError(f"the model's metadata gives {value!r:.80} for a size")
+    return max((int(item) for item in items), default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +59,17 @@ class KoboldOptions:
     extra: tuple[str, ...]
 
 
+def _needs_model(o: KoboldOptions) -> bool:
+    return o.theta is not None or o.base is not None or o.action not in (None, "list")
+
+
+CONFLICTS: tuple[tuple[Callable[[KoboldOptions], object], str], ...] = (
+    (lambda o: o.model is None and _needs_model(o), "--model FILE is needed"),
+    (lambda o: not 256 <= o.contextsize <= 262144, "--contextsize must be from 256 to 262144, got {o.contextsize}"),
+    (lambda o: o.port > 65535, "--port must be at most 65535, got {o.port}"),
+)
+
+
 def parse_arguments(argv: Sequence[str]) -> KoboldOptions:
     """The options of a command line; ends the process with one line on stderr for flags that do not go together."""
     words: list[str] = list(argv)
@@ -67,13 +78,13 @@ def parse_arguments(argv: Sequence[str]) -> KoboldOptions:
         at = words.index("--")
         words, extra = words[:at], tuple(words[at + 1 :])
     parser = _make_parser()
-    given = vars(parser.parse_args(words))
-    actions = [name for name in _ACTIONS if given.pop(name)]
-    action = actions[0] if actions else "save" if given["save_config"] else None
-    options = KoboldOptions(**given, action=action, extra=extra)
-    for wrong, message in _mistakes(options, actions):
-        if wrong:
-            parser.error(message)
+    parsed = parser.parse_args(words)
+    actions = [name for name in _ACTIONS if getattr(parsed, name)]
+    if len(actions) > 1:
+        parser.error(f"{' and '.join(f'--{name}'.replace('_', '-') for name in actions[:2])} exclude each other")
+    action = actions[0] if actions else "save" if parsed.save_config else None
+    options = commandline.taken(KoboldOptions, parsed, action=action, extra=extra)
+    commandline.check_conflicts(parser, options, CONFLICTS)
     return options
 
 
@@ -90,7 +101,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--backend", choices=backends, default=AUTO, help="default auto: the best one that can run")
     add("--contextsize", type=commandline.positive_int, default=4096, metavar="N", help="tokens (default 4096)")
     add("--gpulayers", type=_layers, metavar="N", help="layers on the GPU, or auto: as many as fit (default)")
-    add("--threads", type=commandline.positive_int, metavar="N", help="default: the processor's physical cores")
+    add("--threads", type=commandline.thread_count, metavar="N", help="default: the processor's physical cores")
     add("--port", type=commandline.positive_int, default=5001, metavar="N", help="default 5001")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine only")
     add("--list", action="store_true", help="show what there is and what can run, start nothing")
@@ -108,24 +119,6 @@ def _make_parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="replace --save-config's and --json's files")
     add("--json", nargs="?", const="-", metavar="FILE", help="a machine-readable record, to stdout's last line")
     return parser
-
-
-def _mistakes(options: KoboldOptions, actions: Sequence[str]) -> list[tuple[bool, str]]:
-    """(whether it is so, what to say): the first that is so is said. `actions`: all that were asked for."""
-    needs_model = options.theta or options.base or options.action not in (None, "list")
-    return [
-        (len(actions) > 1, f"{' and '.join(_flag(name) for name in actions[:2])} exclude each other"),
-        (options.model is None and bool(needs_model), "--model FILE is needed"),
-        (
-            not 256 <= options.contextsize <= 262144,
-            f"--contextsize must be from 256 to 262144, got {options.contextsize}",
-        ),
-        (options.port > 65535, f"--port must be at most 65535, got {options.port}"),
-    ]
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _layers(text: str) -> int | None:

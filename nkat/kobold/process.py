@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.host.console import note
+from nkat.host.environment import users_environment
 from nkat.kobold.api import model_name
 from nkat.kobold.guard import Guard, kill_group, signal_group
 
@@ -152,7 +153,7 @@ def running(command: Sequence[str]) -> Iterator[KoboldProcess]:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+                env={**users_environment(), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
                 **guard.popen_options,
             )
         except OSError as error:

@@ -1,7 +1,7 @@
 """The model's own chat template (`tokenizer.chat_template` of a GGUF), rendered as Hugging Face's transformers does.
 
-Templates are programs in Jinja that come with a model from anywhere: they run in Jinja's sandbox, which keeps them from
-the system but not from looping for a long time. What transformers gives them is here: `raise_exception`,
+Templates are programs in Jinja that come with a model from anywhere: they run in Jinja's sandbox and in a process of
+their own with little memory and time (`nkat.lm.template`). What transformers gives them is here: `raise_exception`,
 `strftime_now`, `tojson` without HTML escapes, `break` and `continue`, the `generation` tag (which only marks the
 assistant's part and changes no text). Tools and documents are not offered to the template.
 """
@@ -9,14 +9,20 @@ assistant's part and changes no text). Tools and documents are not offered to th
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
 from nkat.lm.tokenizer import Tokenizer
 
 TEMPLATE_KEY = "tokenizer.chat_template"
+NAMES_KEY = "tokenizer.chat_templates"
+_SECONDS = 20  # by the clock: `nkat.lm.template` has half of it on the processor
+_SIGKILL, _SIGXCPU = 9, 24  # what Linux sends for too much time
 
 Message = Mapping[str, str]  # role ("system", "user", "assistant") and content
 
@@ -32,27 +38,15 @@ def render_chat(metadata: Mapping[str, Any], tokenizer: Tokenizer, messages: Seq
 
     Raises NKATError when the file has no template, or the template fails or refuses the messages.
     """
-    from jinja2 import TemplateError
-
-    template = metadata.get(TEMPLATE_KEY)
-    if not isinstance(template, str) or not template.strip():
-        raise NKATError(f"this model has no chat template ({TEMPLATE_KEY}): it continues text; leave --chat out")
-    try:
-        return (
-            _environment()
-            .from_string(template)
-            .render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                bos_token=_text(tokenizer, tokenizer.bos_id),
-                eos_token=_text(tokenizer, tokenizer.eos_id),
-            )
-        )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise NKATError(f"the model's chat template cannot be used: {line or type(error).__name__}") from None
+    variables = {
+        "messages": [dict(message) for message in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+        "bos_token": _text(tokenizer, tokenizer.bos_id),
+        "eos_token": _text(tokenizer, tokenizer.eos_id),
+    }
+    return _render(chat_template(metadata), variables)
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
@@ -63,38 +57,65 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
     return ids
 
 
-def _environment() -> Any:
-    """Jinja's sandbox with transformers' settings (utils/chat_template_utils.py)."""
-    from jinja2 import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def chat_template(metadata: Mapping[str, Any]) -> str:
+    """The template of a file. Raises NKATError where there is none, or several of which none is the usual one.
 
-    class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012 - Jinja's own way to say it
+    Beside a text it may be an array of texts, whose names `tokenizer.chat_templates` has, an array of pairs of a name
+    and a text, or texts under keys of their own (`tokenizer.chat_template.NAME`).
+    """
+    value = metadata.get(TEMPLATE_KEY)
+    if isinstance(value, str) and value.strip():
+        return value
+    named = {key.removeprefix(f"{TEMPLATE_KEY}."): key for key in metadata if key.startswith(f"{TEMPLATE_KEY}.")}
+    texts = {name: metadata[key] for name, key in named.items()}
+    if isinstance(value, list):
+        names = metadata.get(NAMES_KEY)
+        if not (isinstance(names, list) and len(names) == len(value)):
+            names = [str(number) for number in range(1, len(value) + 1)]
+        pairs = [v if isinstance(v, list) and len(v) == 2 else (n, v) for n, v in zip(names, value, strict=True)]
+        texts |= {str(name): text for name, text in pairs}
+    texts = {name: text for name, text in texts.items() if isinstance(text, str) and text.strip()}
+    if "default" in texts:
+        return str(texts["default"])
+    if len(texts) == 1:
+        ((name, text),) = texts.items()
+        warnings.warn(f"{TEMPLATE_KEY}: the only chat template of the model, {name!r:.80}, is used", stacklevel=3)
+        return str(text)
+    if texts:
+        raise NKATError(
+            f"this model has {len(texts)} chat templates ({', '.join(texts):.200}) and none is its default, so none "
+            "can be chosen: leave --chat out"
+        )
+    if value is None or isinstance(value, str):
+        raise NKATError(f"this model has no chat template ({TEMPLATE_KEY}): it continues text; leave --chat out")
+    raise NKATError(f"the model's chat template ({TEMPLATE_KEY}) is {value!r:.80}, which is no text: leave --chat out")
 
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
+def _render(template: str, variables: Mapping[str, Any]) -> str:
+    request = json.dumps({"template": template, "variables": variables}).encode()
+    program = str(Path(__file__).with_name("template.py"))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", program], input=request, capture_output=True, timeout=_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise _failed(f"it was not done after {_SECONDS} seconds") from None
+    except OSError as error:
+        raise NKATError(f"no process could be started for the chat template: {error.strerror or error}") from None
+    try:
+        found: dict[str, str] = json.loads(done.stdout)
+    except ValueError:  # the system ended it
+        took_long = done.returncode in (-_SIGXCPU, -_SIGKILL)
+        raise _failed(
+            "it takes too long" if took_long else f"it ended its process with status {done.returncode}"
+        ) from None
+    if "error" in found:
+        raise _failed(found["error"])
+    return found["text"]
 
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
+def _failed(why: str) -> NKATError:
+    return NKATError(f"the model's chat template cannot be used: {why}")
 
 
 def _text(tokenizer: Tokenizer, token: int | None) -> str:

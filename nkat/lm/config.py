@@ -40,6 +40,12 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
 }
 
 
+# Sizes that a file may ask for. Lengths, counts and positions are signed 32-bit integers in llama.cpp, too.
+MAX_SIZE = (1 << 31) - 1
+# Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
+MAX_HEAD = 4096
+
+
 class ConfigError(NKATError):
     """The metadata or the tensors do not describe a model this toolkit can run; the message names the key or tensor."""
 
@@ -131,12 +137,14 @@ class _Keys:
             return distinct[0].item()
         return value
 
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"metadata {self.name(key)} must be an integer, got {value!r}")
         if value < minimum:
             raise ConfigError(f"metadata {self.name(key)} must be at least {minimum}, got {value}")
+        if value > maximum:
+            raise ConfigError(f"metadata {self.name(key)} must be at most {maximum}, got {value}")
         return value
 
     def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
@@ -173,9 +181,9 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     _refuse(keys)
 
     embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding.shape) != 2:
+    if embedding is None or len(without_ones(embedding.shape, 2)) != 2:
         raise ConfigError("tensor token_embd.weight is missing or not 2-D: this GGUF is not a language model")
-    vocab_size = keys.integer("vocab_size", embedding.shape[0])
+    vocab_size = keys.integer("vocab_size", embedding.shape[-2])
 
     d = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
@@ -187,6 +195,8 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     if keys.get("attention.key_length") is None and d % heads:
         raise ConfigError(f"metadata {arch}.embedding_length {d} is no multiple of attention.head_count {heads}")
     head_dim = keys.integer("attention.key_length", d // heads)
+    if head_dim > MAX_HEAD:
+        raise ConfigError(f"metadata {arch}.attention.key_length: a head of {head_dim} elements, more than {MAX_HEAD}")
     for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
         if keys.integer(key, head_dim) != head_dim:
             raise ConfigError(
@@ -286,6 +296,12 @@ def _read_window(keys: _Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
     return length, tuple(period == 0 or i % period < period - 1 for i in range(blocks))
 
 
+def without_ones(shape: tuple[int, ...], dimensions: int) -> tuple[int, ...]:
+    """A shape without the ones before its last so many dimensions: ggml, which writes them last, ignores them."""
+    extra = len(shape) - dimensions
+    return shape[extra:] if extra > 0 and set(shape[:extra]) == {1} else shape
+
+
 def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
     """Every tensor that the model needs is there, has the shape it must have, and there is none besides."""
     architecture, d, v = config.architecture, config.embedding_length, config.vocab_size
@@ -309,7 +325,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
         if info is None:
             if name in required:
                 raise ConfigError(f"tensor {name} is missing, expected with shape {shape}")
-        elif info.shape != shape:
+        elif without_ones(info.shape, len(shape)) != shape:
             raise ConfigError(f"tensor {name} has shape {info.shape}, expected {shape}")
     known = required.keys() | optional.keys()
     for name in tensors:

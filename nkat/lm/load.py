@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from nkat.kernels.registry import say_fallbacks
 from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.config import ConfigError, ModelConfig
 from nkat.lm.linear import StarLinear
-from nkat.lm.tokenizer import Tokenizer
+from nkat.lm.tokenizer import Tokenizer, TokenizerError
 from nkat.lm.transformer import Block, Embedding, Transformer
 from nkat.theta.algebra import Theta
 from nkat.theta.modelfile import ModelFile, open_model_file
@@ -103,7 +104,10 @@ def _read(path: Path, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> tupl
         config = ModelConfig.from_gguf(gguf.metadata, tensors)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    tokenizer = Tokenizer.from_metadata(gguf.metadata)
+    try:
+        tokenizer = Tokenizer.from_metadata(gguf.metadata)
+    except TokenizerError as error:
+        raise TokenizerError(f"{path}: {error}") from None
     if tokenizer.vocab_size != config.vocab_size:
         raise ConfigError(
             f"{path}: the vocabulary has {tokenizer.vocab_size} tokens but token_embd.weight {config.vocab_size} rows"
@@ -170,7 +174,7 @@ class _Assembler:
         """A norm's weight, a bias or RoPE factors: dequantised, in the residual stream's dtype."""
         info = self.tensors[name]
         stream = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return dequantize(self.packed(name), info.type, info.shape).to(stream, copy=True)
+        return dequantize(self.packed(name), info.type, (prod(info.shape),)).to(stream, copy=True)
 
     def packed(self, name: str) -> torch.Tensor:
         info = self.tensors[name]

@@ -254,7 +254,7 @@ class Tokenizer:
         kind = _string(metadata, "model")
         if kind not in ("gpt2", "llama"):
             raise TokenizerError(f"{_KEY}model is {kind[:80]!r}; supported are 'gpt2' and 'llama'")
-        self._tokens = _tokens(metadata)
+        self._tokens, self._broken = _tokens(metadata)
         self.vocab_size = len(self._tokens)
         token_ids = {text: token for token, text in enumerate(self._tokens)}
         if len(token_ids) != self.vocab_size:
@@ -265,10 +265,14 @@ class Tokenizer:
         if kind == "gpt2":
             pre = _pre_tokenizer(metadata)
             default_bos, default_eos, adds_bos = 11, 11, pre.adds_bos
-            self._model = _ByteLevelBPE(token_ids, _strings(metadata, "merges"), pre)
+            self._model = _ByteLevelBPE(token_ids, _merges(metadata), pre)
         else:
             default_bos, default_eos, adds_bos = 1, 2, True
-            scores = _numbers(metadata, "scores", self.vocab_size)
+            if f"{_KEY}scores" in metadata:
+                scores = _numbers(metadata, "scores", self.vocab_size)
+            else:
+                warnings.warn(f"{_KEY}scores is missing; all are 0, as in llama.cpp", stacklevel=3)
+                scores = np.zeros(self.vocab_size, np.float32)
             self._model = _SentencePiece(token_ids, scores, _flag(metadata, "add_space_prefix", True))
 
         self.bos_id = self._id(metadata, "bos_token_id", default_bos)
@@ -393,7 +397,9 @@ class Tokenizer:
         if not 0 <= token < self.vocab_size:
             raise TokenizerError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
         text = self._tokens[token]
-        if token in self._bytes:
+        if token in self._broken:
+            piece = self._broken[token]
+        elif token in self._bytes:
             piece = self._bytes[token]
         else:
             piece = text.encode() if text in self._special_ids else self._model.piece(text)
@@ -407,7 +413,13 @@ class Tokenizer:
         if value == _ID_UNSET:
             return default if default is not None and default < self.vocab_size else None
         if not 0 <= value < self.vocab_size:
-            raise TokenizerError(f"{_KEY}{name} is {value}, outside the vocabulary of {self.vocab_size}")
+            usual = default if default is not None and default < self.vocab_size else None
+            warnings.warn(
+                f"{_KEY}{name} is {value}, outside the vocabulary of {self.vocab_size}; "
+                f"{'none' if usual is None else usual} is used, as by llama.cpp",
+                stacklevel=4,
+            )
+            return usual
         return value
 
 
@@ -456,6 +468,12 @@ def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
     return value
 
 
+def _merges(metadata: Mapping[str, Any]) -> list[str]:
+    """Those of texts: others would make tokens that are none (see `_tokens`)."""
+    merges = _strings(metadata, "merges")
+    return merges if _is_text("".join(merges)) else [merge for merge in merges if _is_text(merge)]
+
+
 def _numbers(metadata: Mapping[str, Any], name: str, length: int) -> np.ndarray:
     value = _required(metadata, name)
     try:
@@ -464,9 +482,13 @@ def _numbers(metadata: Mapping[str, Any], name: str, length: int) -> np.ndarray:
         numbers = np.empty((0, 0))
     if numbers.ndim != 1 or numbers.dtype.kind not in "iuf" or np.isnan(numbers).any():
         raise TokenizerError(f"{_KEY}{name} is not an array of numbers")
-    if len(numbers) != length:
+    if len(numbers) < length:
         raise TokenizerError(f"{_KEY}{name} has {len(numbers)} entries for {length} tokens")
-    return numbers
+    if len(numbers) > length:
+        warnings.warn(
+            f"{_KEY}{name} has {len(numbers)} entries for {length} tokens; the others are not used", stacklevel=4
+        )
+    return numbers[:length]
 
 
 def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
@@ -476,16 +498,36 @@ def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], dict[int, bytes]]:
+    """The tokens' texts, and the bytes of those that are no text (`nkat.gguf.file` keeps them as surrogates).
+
+    Text never becomes such a token, so that it only needs a name that occurs nowhere: U+FFFF is no character.
+    """
     tokens = _strings(metadata, "tokens")
     if not tokens:
         raise TokenizerError(f"{_KEY}tokens is empty")
-    try:
-        "".join(tokens).encode()
-    except UnicodeEncodeError:
-        raise TokenizerError(f"{_KEY}tokens holds text that is not valid Unicode") from None
+    broken: dict[int, bytes] = {}
+    if not _is_text("".join(tokens)):
+        try:
+            broken = {
+                token: text.encode("utf-8", "surrogateescape")
+                for token, text in enumerate(tokens)
+                if not _is_text(text)
+            }
+        except UnicodeEncodeError:
+            raise TokenizerError(f"{_KEY}tokens holds text that is not valid Unicode") from None
+        warnings.warn(f"{_KEY}tokens: {len(broken)} are not valid UTF-8; they only appear in output", stacklevel=4)
+        tokens = [f"\uffff{token}\uffff" if token in broken else text for token, text in enumerate(tokens)]
     # llama.cpp's name for a token without text, which could match anywhere.
-    return [text or f"[EMPTY_{token}]" for token, text in enumerate(tokens)]
+    return [text or f"[EMPTY_{token}]" for token, text in enumerate(tokens)], broken
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:

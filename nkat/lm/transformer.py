@@ -9,7 +9,8 @@ turns gradients off: callers that only evaluate use `torch.inference_mode()`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,20 +32,52 @@ if TYPE_CHECKING:
 _TILE_ELEMENTS = 1 << 22  # logits, or weights, of one vocabulary tile: 16 MB in float32
 
 
+FIRST_ROOM = 2048  # tokens: most prompts and answers together, so that most caches never grow
+
+
+def next_room(room: int, needed: int, capacity: int) -> int:
+    """Tokens that a cache grows to: twice as many, so that a token is moved once on average."""
+    return min(capacity, max(needed, 2 * room))
+
+
+@contextmanager
+def cache_memory(tokens: int) -> Iterator[None]:
+    """Says in one line that the memory for so many tokens is not there."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise NKATError(
+            f"the KV cache for {tokens} tokens does not fit into the GPU's memory: give fewer (--max-tokens, --seq-len)"
+        ) from None
+    except (MemoryError, OverflowError, RuntimeError, ValueError):  # no memory, or more bytes than can be counted
+        raise NKATError(
+            f"there is no memory for a KV cache of {tokens} tokens: give fewer (--max-tokens, --seq-len)"
+        ) from None
+
+
 class KVCache:
-    """Keys (after RoPE) and values of every block, preallocated: [B, H_kv, capacity, D] each.
+    """Keys (after RoPE) and values of every block: [B, H_kv, room, D] each.
 
     `length` tokens of it are filled. Setting `length` to a smaller value forgets the tokens after it.
+    room: tokens that there is memory for: `capacity`, or with `growing` as many as were needed so far, or some more
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        growing: bool = False,
     ) -> None:
-        shape = (batch, config.kv_head_count, capacity, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
         self.batch, self.capacity = batch, capacity
+        self.room = min(capacity, FIRST_ROOM) if growing else capacity
         self.length = 0
+        shape = (batch, config.kv_head_count, self.room, config.head_dim)
+        with cache_memory(self.room):
+            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
 
     def check_room(self, batch: int, tokens: int) -> None:
         if batch != self.batch:
@@ -53,6 +86,17 @@ class KVCache:
             raise NKATError(
                 f"the KV cache holds {self.capacity} tokens; {self.length} are in it and {tokens} more do not fit"
             )
+        if self.length + tokens > self.room:
+            self._grow(next_room(self.room, self.length + tokens, self.capacity))
+
+    def _grow(self, room: int) -> None:
+        """Memory for more tokens, an array at a time, so that no more than one is there twice."""
+        with cache_memory(room):
+            for arrays in (self.keys, self.values):
+                for i, old in enumerate(arrays):
+                    arrays[i] = old.new_zeros(*old.shape[:2], room, old.shape[3])
+                    arrays[i][:, :, : self.length] = old[:, :, : self.length]
+        self.room = room
 
     def extend(self, block: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes one block's new keys and values behind `length`; returns all of that block's, [B, H_kv, S, D]."""
@@ -280,9 +324,12 @@ class Transformer(nn.Module):
         for name, layer in layers.items():
             layer.set_theta(thetas.get(name))
 
-    def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty KV cache for `batch` sequences of up to `capacity` tokens, on the model's device."""
-        return KVCache(self.config, batch, capacity, self.output.dtype, self.device)
+    def new_cache(self, batch: int, capacity: int, growing: bool = False) -> KVCache:
+        """An empty KV cache for `batch` sequences of up to `capacity` tokens, on the model's device.
+
+        growing: it takes memory as the tokens come, and is at another place then
+        """
+        return KVCache(self.config, batch, capacity, self.output.dtype, self.device, growing)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf.constants import GGMLQuantizationType
 
 from nkat.host.console import bar, format_table
 from nkat.lm.linear import StarLinear
@@ -89,9 +90,12 @@ class GemmRow:
         return row
 
 
+_Kind = tuple[tuple[int, int], GGMLQuantizationType, int]  # shape, type, Θ's rank
+
+
 def layer_kinds(model: Transformer) -> list[LayerKind]:
     """The model's linear layers, grouped; in the order in which the file has them."""
-    groups: dict[tuple, tuple[dict[str, None], list[StarLinear]]] = {}
+    groups: dict[_Kind, tuple[dict[str, None], list[StarLinear]]] = {}
     for name, layer in model.star_linears().items():
         rank = 0 if layer.theta is None else layer.theta.rank
         names, layers = groups.setdefault((layer.shape, layer.qtype, rank), ({}, []))
@@ -235,7 +239,8 @@ def _held_bytes(layer: StarLinear) -> tuple[int, int]:
         star = 0 if layer.compiled.star is None else layer.compiled.star.nbytes
         return layer.compiled.nbytes - star, star
     star = 0 if layer.down is None or layer.up is None else layer.down.nbytes + layer.up.nbytes
-    return (layer.packed if layer.device_weight is None else layer.device_weight).nbytes, star
+    weight = layer.file_bytes if layer.device_weight is None else layer.device_weight
+    return weight.nbytes, star
 
 
 def _timed(run: Callable[[], object], device: torch.device) -> float:
@@ -249,7 +254,7 @@ def _timed(run: Callable[[], object], device: torch.device) -> float:
     run()
     after.record()
     torch.cuda.synchronize(device)
-    return before.elapsed_time(after) / 1e3
+    return float(before.elapsed_time(after)) / 1e3
 
 
 def _evictor(device: torch.device) -> Callable[[], object]:

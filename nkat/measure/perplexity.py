@@ -131,7 +131,7 @@ def text_chunks(tokenizer: Tokenizer, text: str, chunks: int | None = None, cont
         raise NKATError(f"the text is too short: it has {len(ids)} tokens, and one chunk needs {context}")
     count = available if chunks is None else min(chunks, available)
     cut = ids[: count * context].view(count, context)
-    if tokenizer.adds_bos:
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
         cut = cut.clone()
         cut[:, 0] = tokenizer.bos_id
     return cut

@@ -102,7 +102,7 @@ def fresh_startup(request: Request, prompt: str, threads: int) -> Startup:
         signal.signal(signal.SIGINT, handler)
     sender.close()  # the other process holds the only one, so that its end is noticed
     try:
-        answer = receiver.recv()
+        answer: Startup | Exception = receiver.recv()
     except EOFError:
         raise NKATError(
             f"{request.model}: the process that measures loading ended without an answer (too little memory?)"

@@ -16,7 +16,6 @@ import torch
 from optuna.trial import TrialState
 
 from nkat.errors import NKATError
-from nkat.gguf.file import GGUFFile
 from nkat.gguf.writer import MetadataValue, write_gguf
 from nkat.host import console
 from nkat.host.console import format_table, note
@@ -49,8 +48,8 @@ from nkat.study.task import Task
 from nkat.study.workers import Outcome, Search
 from nkat.theta.algebra import coupling
 from nkat.theta.layers import select_layers
-from nkat.theta.modelfile import base_hash, embedded_parts
-from nkat.theta.set import ThetaSet
+from nkat.theta.modelfile import base_hash, embedded_parts, open_model_file
+from nkat.theta.set import CALIBRATION_KEY, ThetaSet
 
 TRIALS = {"quick": 12, "full": 100}
 TOP = 3
@@ -66,6 +65,7 @@ class Prepared:
     theta_set: ThetaSet
     seen: Judge
     held_out: Judge
+    reference_sha256: str | None
 
     @property
     def chunks(self) -> int:
@@ -124,12 +124,13 @@ def prepare(options: SearchOptions, space: Space) -> Prepared:
     notes: dict[str, MetadataValue] = {}
     if options.calibrate:
         moments, notes = input_second_moments(loaded, load_text(options.calibrate))
+    reference = None if options.reference is None else open_model_file(options.reference)
     made_as = ThetaOptions(
         rank=max(space.ranks),
         gamma=gamma,
         seed=options.study.seed,
         source=options.theta_source,
-        reference=GGUFFile.open(options.reference) if options.reference else None,
+        reference=None if reference is None else reference.require_base().file,
         input_weights=moments,
         notes=notes,
     )
@@ -139,9 +140,13 @@ def prepare(options: SearchOptions, space: Space) -> Prepared:
         thetas = make_thetas(base.file, names, made_as, bar.update)
     with console.bar(model.base_size, "hashing the base", "B") as bar:
         theta_set = describe_theta_set(model, thetas, made_as, base_hash(model, bar.update))
+    reference_sha256 = None
+    if reference is not None:
+        with console.bar(reference.base_size, "hashing the reference", "B") as bar:
+            reference_sha256 = base_hash(reference, bar.update)
     judges = Judge(loaded, passages.pick(slice(seen))), Judge(loaded, passages.pick(slice(seen, None)))
     judges[0].check(theta_set)
-    return Prepared(loaded, made_as, theta_set, *judges)
+    return Prepared(loaded, made_as, theta_set, *judges, reference_sha256)
 
 
 def describe_search(options: SearchOptions, space: Space, prepared: Prepared) -> Search:
@@ -151,6 +156,8 @@ def describe_search(options: SearchOptions, space: Space, prepared: Prepared) ->
         "text_sha256": prepared.seen.passages.sha256,
         "chunks": prepared.chunks,
         "theta_source": options.theta_source,
+        "reference_sha256": prepared.reference_sha256,
+        "calibration_sha256": prepared.theta_set.notes.get(CALIBRATION_KEY),
         "ranks": list(space.ranks),
         "gamma": space.gamma,
         "seed": options.study.seed,
@@ -170,23 +177,27 @@ def report(options: SearchOptions, prepared: Prepared, outcome: Outcome) -> dict
         bar.update()
         rows = []
         for number, setting in best:
-            rows.append({"trial": number, **summary(held_out.measure(setting), setting, held_out.apply(setting))})
+            rows.append({"trial": number, **summary(held_out.score(setting), setting, held_out.apply(setting))})
             bar.update()
     record = workers.base_record(options.study, outcome, torch.device("cpu")) | {
         "model": str(options.model),
         **prepared.described,
         "chunks": prepared.chunks,
-        "importances": importances((trial, trial.value) for trial in study.get_trials(states=(TrialState.COMPLETE,))),
+        "importances": importances(
+            (t, t.value) for t in study.get_trials(states=(TrialState.COMPLETE,)) if t.value is not None
+        ),
         "held_out": {"base": base_row, "best": rows},
         "optimal": None,
     }
     trials = history(study)
     base_trial = next((row for row in trials if not row["parameters"] and row["state"] == "COMPLETE"), None)
-    winner = rows[0] if rows else None
-    won = winner is not None and base_trial is not None and _value(trials, winner["trial"]) > base_trial["value"]
-    won = won and winner["tpe"] > base_row["tpe"]
-    if winner is not None and (won or options.study.force):
-        record["optimal"] = write_optimal(options, prepared, Setting(**winner["setting"]), won)
+    won = False
+    if rows:
+        winner = rows[0]
+        won = base_trial is not None and _value(trials, winner["trial"]) > base_trial["value"]
+        won = won and winner["tpe"] > base_row["tpe"]
+        if won or options.study.force:
+            record["optimal"] = write_optimal(options, prepared, Setting(**winner["setting"]), won)
     folder = options.study.output_dir
     workers.write_records(folder, trials, record)
     title = f"{options.model.name}: {len(trials)} trials on {prepared.chunks} chunks of {prepared.seen.passages.name}"
@@ -212,7 +223,7 @@ def write_optimal(options: SearchOptions, prepared: Prepared, setting: Setting, 
     made_as = replace(prepared.made_as, rank=setting.rank, gamma=setting.gamma)
     plain = describe_theta_set(model, make_thetas(base.file, names, made_as), made_as, prepared.theta_set.base_sha256)
     chosen = apply_setting(plain, setting)
-    score = SettingJudge(prepared.held_out, plain, options.study.seed).measure(setting)
+    score = SettingJudge(prepared.held_out, plain, options.study.seed).score(setting)
     stem = f"optimal_rank{setting.rank}_gamma{setting.gamma:.2f}"
     path = options.study.output_dir / f"{stem}.nkat"
     write_gguf(path, embedded_parts(chosen, base), force=True, inputs=[model.path])

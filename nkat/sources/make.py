@@ -12,7 +12,7 @@ from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.weights import read_weight
 from nkat.gguf.writer import MetadataValue
-from nkat.sources.options import ThetaOptions
+from nkat.sources.options import SOURCES, ThetaOptions
 from nkat.sources.residual import ErrorsLeft, errors_left, factors_from_residual
 from nkat.sources.weight import factors_from_weight
 from nkat.theta.algebra import Theta, ThetaError, coupling, quantize_factors
@@ -113,10 +113,11 @@ def describe_theta_set(model: ModelFile, thetas: dict[str, Theta], options: Thet
 def _factors(weight: torch.Tensor, name: str, options: ThetaOptions) -> tuple[torch.Tensor, torch.Tensor]:
     if options.source == "weight":
         return factors_from_weight(weight, options.rank, options.seed, options.target_size)
-    residual, moments = _residual(weight, name, options)
-    return factors_from_residual(
-        residual, options.rank, coupling(options.gamma), moments, options.seed, options.target_size
-    )
+    if options.source == "residual":
+        residual, moments = _residual(weight, name, options)
+        kappa = coupling(options.gamma)
+        return factors_from_residual(residual, options.rank, kappa, moments, options.seed, options.target_size)
+    raise ThetaError(f"source {options.source!r} makes no Θ from a weight; those that do are {', '.join(SOURCES)}")
 
 
 def _residual(weight: torch.Tensor, name: str, options: ThetaOptions) -> tuple[torch.Tensor, torch.Tensor | None]:

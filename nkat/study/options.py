@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser, trials: Mapping[str, int]) -> N
     )
     add("--timeout", type=float, metavar="SECONDS", help="start no further trial after so long")
     add("--seed", type=commandline.non_negative_int, default=0, help="of everything random (default 0)")
-    add("--threads", type=commandline.positive_int, metavar="N", help="processor threads of each worker")
+    add("--threads", type=commandline.thread_count, metavar="N", help="processor threads of each worker")
     add(
         "--force",
         action="store_true",

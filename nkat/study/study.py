@@ -16,6 +16,7 @@ from typing import Any
 
 import optuna
 import psutil
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
@@ -43,8 +44,8 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
             return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
         if "://" in where:
             return optuna.storages.RDBStorage(where, heartbeat_interval=60, grace_period=180)
-        lock = optuna.storages.journal.JournalFileOpenLock(where)
-        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(where, lock_obj=lock))
+        lock = JournalFileOpenLock(where)
+        return optuna.storages.JournalStorage(JournalFileBackend(where, lock_obj=lock))
     except Exception as error:  # each database driver has exceptions of its own
         raise NKATError(f"storage {where}: {str(error).strip().splitlines()[0]}") from error
 
@@ -74,11 +75,12 @@ def open_study(
     sampler: makes one, given how many trials the study has
     resume: an existing study is continued; otherwise it is an error. Trials whose process died are tried again.
     """
-    common = {"storage": storage, "pruner": pruner}
     try:
-        study = optuna.create_study(study_name=name, direction="maximize", sampler=sampler(0), **common)
+        study = optuna.create_study(
+            study_name=name, direction="maximize", sampler=sampler(0), storage=storage, pruner=pruner
+        )
     except optuna.exceptions.DuplicatedStudyError:
-        study = optuna.load_study(study_name=name, **common)
+        study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
         study.sampler = sampler(len(study.trials))
         if not resume:
             raise NKATError(
@@ -131,7 +133,8 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
 def best_trials(study: optuna.Study, count: int) -> list[FrozenTrial]:
     """The completed trials with the highest values that break no constraint, best first."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return sorted(filter(feasible, complete), key=lambda t: (-t.value, t.number))[:count]
+    valued = [(-trial.value, trial.number, trial) for trial in complete if trial.value is not None and feasible(trial)]
+    return [trial for _, _, trial in sorted(valued, key=lambda row: row[:2])[:count]]
 
 
 def feasible(trial: FrozenTrial) -> bool:

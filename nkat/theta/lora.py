@@ -14,6 +14,7 @@ from nkat.gguf.writer import (
     gguf_parts,
 )
 from nkat.theta.algebra import ThetaError, coupling, low_rank_form
+from nkat.theta.modelfile import architecture_of
 from nkat.theta.set import ThetaSet
 
 
@@ -37,7 +38,7 @@ def lora_parts(theta_set: ThetaSet, base: BaseView, gamma: float | None = None) 
             tensors.append(NewTensor(name + suffix, GGMLQuantizationType.F16, half.contiguous().numpy()))
     metadata: dict[str, MetadataValue] = {
         "general.type": "adapter",
-        "general.architecture": str(base.file.metadata["general.architecture"]),
+        "general.architecture": architecture_of(base.file),
         "general.name": f"NKAT theta for {theta_set.base_name}",
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),

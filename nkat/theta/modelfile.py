@@ -8,7 +8,8 @@ Layout `appended`  the base's bytes unchanged, then:
     footer: "NKATTHTA", u32 version 1, u32 0, u64 offset of the Θ GGUF, u64 its length, 32 bytes SHA-256 of it
 
                    Programs that read tensors by their offsets (llama.cpp, KoboldCpp) load it as the base model.
-                   The marker tells an append that was cut short from bytes that belong to the base.
+                   The marker tells an append that was cut short from bytes that belong to the base. A power cut may
+                   leave zeros in its place: then they tell, or the Θ behind them, which knows its base's size.
 Θ alone            the same tensors and metadata in a GGUF of their own.
 """
 
@@ -25,7 +26,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from nkat.errors import NKATError
-from nkat.gguf.file import GGUFError, GGUFFile
+from nkat.gguf.file import VERSIONS, GGUFError, GGUFFile
 from nkat.gguf.writer import (
     BaseView,
     FileRange,
@@ -41,6 +42,7 @@ from nkat.theta.set import FORMAT_VERSION, KEY_PREFIX, SUFFIXES, ThetaSet, check
 BOUNDARY = 4096
 _MARKER = struct.Struct("<8sQ")
 _MARKER_MAGIC = b"NKATBASE"
+MARKER_SIZE = _MARKER.size
 _FOOTER = struct.Struct("<8sIIQQ32s")
 _FOOTER_MAGIC = b"NKATTHTA"
 
@@ -93,6 +95,8 @@ def open_model_file(path: str | Path) -> ModelFile:
     footer = _read_footer(file)
     if footer is None:
         base_end = _find_marker(file, range(file.data_end, _aligned(file, file.data_end) + 1))
+        if base_end is None and _is_lost_append(file):
+            base_end = _aligned(file, file.data_end)
         unfinished = base_end is not None
         end = file.end if base_end is None else base_end
         tail = not unfinished and file.end > _aligned(file, file.data_end)
@@ -101,10 +105,12 @@ def open_model_file(path: str | Path) -> ModelFile:
     offset, length, digest = footer
     first = max(file.data_end, offset - BOUNDARY - _MARKER.size)
     base_end = _find_marker(file, range(first, offset))
+    whole = hashlib.sha256(file.read(offset, offset + length)).digest() == digest
     if base_end is None:
-        raise GGUFError(f"{path}: the theta footer is there but the marker behind the base is not: the file is damaged")
+        base_end = _base_end_without_marker(file, offset, length, whole)
+        whole = False  # the append was cut short
     base = BaseView.whole(file, base_end)
-    if hashlib.sha256(file.read(offset, offset + length)).digest() != digest:
+    if not whole:
         # Blocks of an append can reach the disk out of order: to the next run this is an append that was cut short.
         return ModelFile(path, "plain", base, None, unfinished=True)
     theta_file = GGUFFile.open(path, offset, offset + length)
@@ -118,13 +124,11 @@ def open_model_file(path: str | Path) -> ModelFile:
 def appended_parts(theta_set: ThetaSet, base_end: int) -> list[Part]:
     """What layout `appended` puts behind a base of `base_end` bytes: marker, padding, Θ as a GGUF, footer."""
     theta = theta_only_parts(theta_set)
-    digest = hashlib.sha256()
-    for part in theta:
-        digest.update(part)
+    digest = bytes.fromhex(sha256_of_parts(theta))
     length = sum(part_size(part) for part in theta)
     head = _MARKER.pack(_MARKER_MAGIC, base_end)
     head += bytes(-(base_end + len(head)) % BOUNDARY)
-    footer = _FOOTER.pack(_FOOTER_MAGIC, FORMAT_VERSION, 0, base_end + len(head), length, digest.digest())
+    footer = _FOOTER.pack(_FOOTER_MAGIC, FORMAT_VERSION, 0, base_end + len(head), length, digest)
     return [head, *theta, footer]
 
 
@@ -211,8 +215,13 @@ def _read_theta_set(file: GGUFFile) -> ThetaSet:
         base_size=_entry(file, "nkat.base.size", int),
         base_gguf_version=_entry(file, "nkat.base.gguf_version", int),
     )
+    if theta_set.base_gguf_version not in VERSIONS:
+        raise GGUFError(f"{file.path}: nkat.base.gguf_version is {theta_set.base_gguf_version}, not 2 or 3")
     known = theta_set.metadata()
     notes = {k: file.metadata[k] for k in file.metadata if k.startswith(KEY_PREFIX) and k not in known}
+    for key, value in notes.items():
+        if not isinstance(value, bool | int | float | str) or (isinstance(value, int) and value < 0):
+            raise GGUFError(f"{file.path}: metadata {key} is {value!r:.80}, not a number from 0 on or a text")
     return replace(theta_set, notes=notes)
 
 
@@ -247,11 +256,50 @@ def _aligned(file: GGUFFile, position: int) -> int:
 
 def _find_marker(file: GGUFFile, positions: range) -> int | None:
     """The first of `positions` where a marker stands, or the part of one that the end of the file left."""
-    for position in positions:
+    for position in positions[: max(0, file.end - positions.start)]:  # a file may end before its last padding does
         found = file.read(position, min(position + _MARKER.size, file.end)).tobytes()
         if found and _MARKER.pack(_MARKER_MAGIC, position).startswith(found):
             return position
     return None
+
+
+def _is_lost_append(file: GGUFFile) -> bool:
+    """Whether what stands behind the base, where there is no marker, is what a power cut left of an append.
+
+    That is zeros alone, as many as the marker, which is on the disk first, or as reach into Θ and its footer; or zeros
+    up to the boundary where a Θ stands. Others' bytes behind a base, zeros for padding too, are neither.
+    """
+    start = _aligned(file, file.data_end)
+    theta = start + MARKER_SIZE + -(start + MARKER_SIZE) % BOUNDARY
+    if file.end == start + MARKER_SIZE:
+        return _is_zero(file, start, file.end)
+    if file.end < theta + _FOOTER.size or not _is_zero(file, start, theta):
+        return False
+    return file.read(theta, theta + 4).tobytes() == b"GGUF" or _is_zero(file, theta, file.end)
+
+
+def _base_end_without_marker(file: GGUFFile, offset: int, length: int, whole: bool) -> int:
+    """Where the base ends before an appended Θ whose marker is lost. Raises GGUFError where nothing tells.
+
+    whole: the Θ is as its footer says
+    """
+    start = _aligned(file, file.data_end)
+    if whole:
+        theta_file = GGUFFile.open(file.path, offset, offset + length)
+        size = theta_file.metadata.get("nkat.base.size")
+        if isinstance(size, int) and file.data_end <= size <= offset - MARKER_SIZE:
+            return size
+    elif offset - start <= MARKER_SIZE + BOUNDARY and _is_zero(file, start, offset):
+        return start
+    raise GGUFError(
+        f"{file.path}: the theta footer is there but the marker behind the base is not: the file is damaged"
+    )
+
+
+def _is_zero(file: GGUFFile, start: int, end: int) -> bool:
+    """Read in pieces: it may be as long as the file."""
+    pieces = range(start, end, 1 << 24)
+    return not any(file.read(piece, min(piece + (1 << 24), end)).any() for piece in pieces)
 
 
 def _read_footer(file: GGUFFile) -> tuple[int, int, bytes] | None:
@@ -269,6 +317,16 @@ def _read_footer(file: GGUFFile) -> tuple[int, int, bytes] | None:
             f"{file.path}: theta footer at byte {start}: offset {offset} and length {length} are impossible"
         )
     return offset, length, digest
+
+
+def architecture_of(file: GGUFFile) -> str:
+    """What kind of model a file says it is. Raises GGUFError where it does not say."""
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str):
+        raise GGUFError(
+            f"{file.path}: metadata general.architecture is missing or is no text: this GGUF is not a language model"
+        )
+    return name
 
 
 def base_name(model: ModelFile) -> str:

@@ -78,13 +78,18 @@ class ThetaSet:
 
 
 def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Path) -> None:
-    """Raises GGUFError unless every Θ belongs to a 2-D weight of the base and fits its shape."""
+    """Raises GGUFError unless every Θ belongs to a 2-D weight of the base and fits its shape, in size and in rank."""
     for name, theta in theta_set.layers.items():
         info = tensors.get(name)
         if info is None:
             raise GGUFError(f"{path}: theta for {name!r}, which the base model does not have")
         if len(info.shape) != 2 or theta.size > max(info.shape):
             raise GGUFError(f"{path}: theta of size {theta.size} does not fit {name!r} of shape {info.shape}")
+        # The same bound as for one that is made. Beyond it a few bytes of a small corner become a large matrix, as
+        # the kernels' factors have a row for every row of the weight.
+        limit = min(*info.shape, theta.size)
+        if not 1 <= theta.rank <= limit:
+            raise GGUFError(f"{path}: theta of rank {theta.rank} for {name!r}: it must be from 1 to {limit}")
 
 
 def check_judging_text(theta_set: ThetaSet, text_sha256: str, path: Path) -> None:

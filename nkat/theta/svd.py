@@ -60,7 +60,8 @@ def _new_directions(x: torch.Tensor, basis: torch.Tensor, generator: torch.Gener
     if bool(exhausted.any()):
         x[:, exhausted] = torch.randn(x.shape[0], int(exhausted.sum()), generator=generator, dtype=x.dtype)
         x = torch.linalg.qr(x - basis @ (basis.T @ x)).Q
-    return torch.linalg.qr(x - basis @ (basis.T @ x)).Q  # "twice is enough" (Kahan and Parlett)
+    directions: torch.Tensor = torch.linalg.qr(x - basis @ (basis.T @ x)).Q  # "twice is enough" (Kahan and Parlett)
+    return directions
 
 
 def _check_rank(rank: int, m: int, n: int) -> None:

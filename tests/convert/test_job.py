@@ -14,6 +14,7 @@ import torch
 
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
+from nkat.theta import inplace
 from nkat.theta.algebra import dense_theta
 from nkat.theta.modelfile import open_model_file
 from tests.gguf.test_file import build
@@ -56,6 +57,7 @@ def test_guide_basic_conversion(script, tmp_path: Path, base: Path) -> None:
             assert float((found_dense + expected).norm()) > float(expected.norm())  # control
 
 
+@pytest.mark.isa
 def test_same_seed_same_bytes(script, tmp_path: Path, base: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         convert(script, "--input", base, "--output", tmp_path / name, "--seed", seed)
@@ -110,6 +112,7 @@ def test_remove_refuses_a_damaged_base(script, fails, tmp_path: Path, base: Path
     assert not (tmp_path / "x.gguf").exists()
 
 
+@pytest.mark.isa
 def test_converting_again_replaces_theta(script, tmp_path: Path, base: Path) -> None:
     first, second, direct = tmp_path / "1.nkat", tmp_path / "2.nkat", tmp_path / "3.nkat"
     convert(script, "--input", base, "--output", first, "--layout", "appended")
@@ -121,6 +124,7 @@ def test_converting_again_replaces_theta(script, tmp_path: Path, base: Path) -> 
     assert first.read_bytes() == direct.read_bytes()
 
 
+@pytest.mark.isa
 def test_a_file_with_theta_among_its_tensors_is_converted_again(script, tmp_path: Path, base: Path) -> None:
     whole, cut, direct, again = (tmp_path / name for name in ("8.nkat", "cut.nkat", "3.nkat", "again.gguf"))
     convert(script, "--input", base, "--output", whole, "--theta-rank", 8)
@@ -152,6 +156,19 @@ def test_in_place(script, fails, tmp_path: Path, base: Path) -> None:
     assert target.read_bytes() == original
     target.write_bytes(original + b"somebody else's bytes behind it" * 3)
     assert "unknown origin" in fails(CONVERTER, "--input", target, "--in-place")
+
+
+def test_of_two_in_place_at_once_one_is_refused(fails, script, tmp_path: Path, base: Path) -> None:
+    with inplace.exclusive(base):  # flock binds another opening in this process too, once it is not known as held
+        held = inplace._held.copy()
+        inplace._held.clear()
+        said = fails(CONVERTER, "--input", base, "--in-place")
+        assert "another process is changing this file" in said
+        convert(script, "--input", base, "--output", tmp_path / "out.nkat")  # who only reads is not held up
+        inplace._held.update(held)
+    assert open_model_file(base).theta is None
+    convert(script, "--input", base, "--in-place")
+    assert open_model_file(base).theta is not None
 
 
 def test_theta_only_and_lora(script, fails, tmp_path: Path, base: Path) -> None:

@@ -151,6 +151,7 @@ def test_steps_are_those_of_the_format() -> None:
     assert bool((steps > 0.99 * scale[..., None]).all())
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("layout", ["plain", "tensors", "appended"])
 def test_only_adapted_tensors_change(script, tmp_path: Path, layout: str) -> None:
     base = write_tiny_model(tmp_path / "base.gguf", "llama", qtype=Type.Q8_0)
@@ -174,8 +175,14 @@ def test_only_adapted_tensors_change(script, tmp_path: Path, layout: str) -> Non
             theta = theta_set.layers[name]
             m, n = a.tensors[name].shape
             wanted = read_weight(a, name) + 0.045 * dense_theta(*theta.factors())[:m, :n]
-            expected = gguf.quants.quantize(wanted.numpy(), Type.Q8_0)
-            np.testing.assert_array_equal(b.raw(name), expected.view(np.uint8).reshape(-1))
+            expected = gguf.quants.quantize(wanted.numpy(), Type.Q8_0).view(np.uint8).reshape(-1)
+            # Θ is summed in another order here than where it is merged, so a weight on the edge between two numbers of
+            # the format may fall to either; none did in any setting of make test-isa.
+            assert np.mean(b.raw(name) != expected) < 1e-3
+            found = dequantize(torch.from_numpy(b.raw(name).copy()), Type.Q8_0, (m, n))
+            step = wanted.view(m, -1, 32).abs().amax(dim=-1, keepdim=True) / 127
+            assert float(((found - wanted).view(m, -1, 32).abs() / step).max()) < 0.6  # half, and the scale's rounding
+            assert np.mean(a.raw(name) != expected) > 0.1  # control
 
 
 def test_merged_float_model_is_the_model_with_theta(script, tmp_path: Path, words: Path) -> None:
@@ -197,6 +204,7 @@ def test_merged_float_model_is_the_model_with_theta(script, tmp_path: Path, word
     assert other.read_bytes() != out.read_bytes()
 
 
+@pytest.mark.isa
 def test_theta_made_and_merged_in_one_call(script, tmp_path: Path, words: Path) -> None:
     base = write_tiny_model(tmp_path / "base.gguf", "qwen2", qtype=Type.Q4_0, blocks=1)
     made, two, one, both = (tmp_path / name for name in ("made.nkat", "two.gguf", "one.gguf", "both.gguf"))

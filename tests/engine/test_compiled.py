@@ -16,6 +16,8 @@ from nkat.theta.algebra import quantize_factors
 from tests.support.golden import read_golden
 from tests.support.tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.isa
+
 GOLDEN = read_golden("models")
 YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
 FAMILIES = {
@@ -209,3 +211,49 @@ def test_rounded_logits_are_as_near_to_llama_cpp_as_its_own_rounding_is(name, re
     own = max(abs(usual[i] - float32[i]) for i in both)
     assert max(abs(float(logits[i]) - usual[i]) for i in usual) < 2.5 * own + 0.01
     assert int(logits.argmax()) == next(iter(usual))
+
+
+# --- the cache grows
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3 window"])
+@pytest.mark.parametrize("int8_activations", [False, True])
+def test_a_cache_that_grew_holds_the_same(tmp_path, monkeypatch, family, int8_activations):
+    """Steps and prompts across the places where it grows, and back before them."""
+    loaded = load(tmp_path, family, int8_activations=int8_activations)
+    whole = decoder(loaded, 600)
+    monkeypatch.setattr("nkat.engine.compiled.FIRST_ROOM", 16)
+    growing = decoder(loaded, 600)
+    small = growing.cache_nbytes
+    for count in (1, 14, 3, 300, 1, 1, 2, 260):
+        ids = IDS[growing.length : growing.length + count]
+        assert torch.equal(growing.prefill(ids).clone(), whole.prefill(ids))
+    assert 30 * small < growing.cache_nbytes <= whole.cache_nbytes
+    growing.length = whole.length = 20
+    assert torch.equal(growing.step(7).clone(), whole.step(7))
+
+
+def test_the_model_s_own_cache_grows_too(tmp_path, monkeypatch):
+    loaded = load(tmp_path, "gemma3 window", repack=False)
+    whole = EagerDecoder(loaded.model, 600)
+    monkeypatch.setattr("nkat.lm.transformer.FIRST_ROOM", 16)
+    growing = EagerDecoder(loaded.model, 600)
+    small = growing.cache_nbytes
+    for count in (1, 14, 3, 300, 1, 1):
+        ids = IDS[growing.length : growing.length + count]
+        assert torch.equal(growing.prefill(ids), whole.prefill(ids))
+    assert 10 * small < growing.cache_nbytes <= whole.cache_nbytes
+
+
+@pytest.mark.parametrize("repack", [False, True])
+def test_tokens_beyond_memory_are_refused_when_they_are_reached(tmp_path, repack):
+    loaded = load(tmp_path, repack=repack)
+    steps = make_decoder(loaded.model, 10**11)
+    before = steps.step(1).clone()
+    with pytest.raises(NKATError, match=r"no memory for a KV cache of \d+ tokens: give fewer"):
+        if repack:
+            steps.prefill(range(10**11 - 1))
+        else:
+            steps.cache.check_room(1, 10**11 - 1)
+    steps.length = 0
+    assert torch.equal(steps.step(1), before)

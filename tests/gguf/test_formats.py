@@ -30,6 +30,8 @@ from nkat.gguf.formats import (
     packed_nbytes,
 )
 
+pytestmark = pytest.mark.isa
+
 FLOATS = (QType.F32, QType.F16, QType.BF16)
 # type: the bytes at which a block's float16 numbers start
 HALVES = {

@@ -1,5 +1,7 @@
 """The CPU kernels: every block format on every instruction set against float64, threads, Θ, and the code cache."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from nkat.kernels import reference
 from nkat.kernels.cpu import jit
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, unit_bytes
 from nkat.kernels.cpu.linear import CpuLinear, Panels
-from nkat.kernels.cpu.llvm import F32, I64, Builder
+from nkat.kernels.cpu.llvm import F16, F32, I64, Builder
 from nkat.kernels.cpu.matmul import (
     EXACT,
     FLOAT_TYPES,
@@ -27,7 +29,7 @@ from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.lm.linear import StarLinear
 from nkat.theta.algebra import Theta, low_rank_form, quantize_factors
 from tests.gguf.test_formats import HALVES, finite, random_rows
-from tests.support.isa import NEEDS
+from tests.support.isa import ISA_VARIABLE, NEEDS
 
 pytestmark = pytest.mark.isa
 
@@ -46,6 +48,7 @@ ISAS = [
         marks=pytest.mark.skipif(not needs <= jit.llvm_host_features(), reason=f"this processor does not have {isa}"),
     )
     for isa, needs in NEEDS.items()
+    if os.environ.get(ISA_VARIABLE, isa) == isa  # each setting of make test-isa tests its own
 ]
 every_format = pytest.mark.parametrize("qtype", BLOCK_LAYOUTS, ids=lambda qtype: qtype.name)
 
@@ -319,6 +322,35 @@ def test_exp():
     assert out[0] == out[1] == 1.0
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_float16_is_converted_as_numpy_does(isa):
+    """Every float16; every float32 around each of them and around each tie between two; infinities and NaN."""
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite_halves = np.sort(halves[np.isfinite(halves)].astype(np.float32))
+    ties = (finite_halves[1:] + finite_halves[:-1]) / 2
+    near = [np.nextafter(x, np.float32(to)) for x in (ties, finite_halves) for to in (-np.inf, np.inf)]
+    special = np.array([np.inf, -np.inf, np.nan, 65519.996, 65520.0, -1e9, 1e-40, -0.0], np.float32)
+    floats = np.concatenate([ties, finite_halves, *near, special])
+    floats = np.append(floats, np.zeros(-len(floats) % 16, np.float32))
+    wide, narrow = np.empty(len(halves), np.float32), np.empty(len(floats), np.float16)
+
+    def emit(k: Builder) -> None:
+        with k.loop(0, k.integer(4), 32) as i:
+            k.store(k.load(F16(16), k.pointer(0) + i).float32(), k.pointer(1) + i * 2)
+        with k.loop(0, k.integer(5), 32) as i:
+            k.store(k.load(F32(16), k.pointer(2) + i * 2).float16(), k.pointer(3) + i)
+
+    program = Program()
+    address = jit.compile_kernel("halves", emit, isa)
+    program.add(address, (halves, wide, floats, narrow, halves.nbytes, narrow.nbytes))
+    program.run(pool(1))
+    with np.errstate(over="ignore"):
+        expected = floats.astype(np.float16)
+    for found, wanted in ((wide, halves.astype(np.float32)), (narrow, expected)):
+        assert np.array_equal(found, wanted, equal_nan=True)
+        assert np.array_equal(np.signbit(found), np.signbit(wanted))  # of zeros
+
+
 def test_machine_code_is_kept_and_a_damaged_file_is_made_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("NKAT_CACHE", str(tmp_path))
     count = np.zeros(1, np.int64)
@@ -352,3 +384,10 @@ def test_another_processor_gets_code_of_its_own(tmp_path, monkeypatch):
 def test_kernels_are_compiled_once():
     assert matmul_kernel(QType.Q4_0, 1, False) == matmul_kernel(QType.Q4_0, 1, False)
     assert down_kernel(Rounding(32, 32), 1) != down_kernel(Rounding(256, 32), 1)
+
+
+def test_a_kernel_takes_little_of_a_threads_stack():
+    from nkat.kernels.cpu.blocks import Heads, rope_kernel
+
+    with pytest.raises(ValueError, match="stack"):
+        rope_kernel(Heads(1, 1, 1 << 20, 2, False, False, True))

@@ -12,6 +12,7 @@ from nkat.errors import NKATError
 from nkat.kobold import find as kobold_find
 from nkat.kobold.find import find_kobold, libraries_in_program, parse_help, probe_kobold, programs_in
 from tests.support.fake_koboldcpp import NEW, OLD, archive, install, install_program
+from tests.support.user import empty_home
 
 posix = pytest.mark.skipif(os.name == "nt", reason="the stand-in for a one-file program is a shell script")
 REAL_HELP = """\
@@ -33,16 +34,9 @@ options:
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A user's empty home, on a machine without KoboldCpp; returns the working folder."""
-    for name in ("home", "work", "bin"):
-        (tmp_path / name).mkdir()
-    monkeypatch.delenv("KOBOLDCPP", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kobold_find, "__file__", str(tmp_path / "toolkit" / "nkat" / "kobold" / "find.py"))
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+    return empty_home(monkeypatch, tmp_path)
 
 
 def test_flags_are_those_of_option_lines_only() -> None:

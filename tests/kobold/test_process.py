@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from nkat.errors import NKATError
-from nkat.kobold.api import base_url, check_port, is_private, post
+from nkat.kobold.api import base_url, check_port, is_private
 from nkat.kobold.backends import CPU, VULKAN, Place
 from nkat.kobold.benchmark import Speed, fastest, layer_splits, measure_speed, read_result
 from nkat.kobold.choose import Choice
@@ -24,7 +24,9 @@ from nkat.kobold.guard import Guard
 from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install
+from tests.support.kobold_api import post
 from tests.support.tiny_models import write_tiny_model
+from tests.support.user import free_port
 
 posix = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals to another process")
 SECONDS = 120.0
@@ -108,9 +110,7 @@ def test_urls() -> None:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
@@ -312,6 +312,18 @@ def test_the_guard_ends_with_its_block() -> None:
         guard.watch(child)
     assert child.wait(timeout=60) != 0
     assert {p.pid for p in psutil.Process().children()} == before
+
+
+@posix
+def test_a_watcher_that_was_killed_is_no_error() -> None:
+    before = {p.pid for p in psutil.Process().children()}
+    with Guard() as guard:
+        (watcher,) = [p for p in psutil.Process().children() if p.pid not in before]
+        watcher.kill()
+        psutil.wait_procs([watcher], timeout=60)
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], **guard.popen_options)
+        guard.watch(child)
+    assert child.wait(timeout=60) != 0
 
 
 def test_benchmark_is_read(command) -> None:

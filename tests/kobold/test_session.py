@@ -26,7 +26,7 @@ from nkat.engine.decoder import make_decoder
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import dequantize, packed_tensor
-from nkat.kobold.api import base_url, post
+from nkat.kobold.api import base_url
 from nkat.kobold.backends import CPU, Place
 from nkat.kobold.choose import Choice
 from nkat.kobold.menu import ask_backend, ask_model
@@ -34,7 +34,9 @@ from nkat.lm.load import load_model
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install, install_program
+from tests.support.kobold_api import post
 from tests.support.tiny_models import write_tiny_model
+from tests.support.user import empty_home, free_port
 
 SELECTOR, CONVERTER = "backend_selector.py", "nkat_gguf_converter.py"
 REAL = os.environ.get("KOBOLDCPP")
@@ -45,15 +47,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="uses POSIX signals, shells o
 
 @pytest.fixture(autouse=True)
 def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty cache and home; returns the working folder."""
-    for name in ("home", "work"):
-        (tmp_path / name).mkdir()
-    monkeypatch.delenv("KOBOLDCPP", raising=False)
-    monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+    return empty_home(monkeypatch, tmp_path)
 
 
 @pytest.fixture(params=KINDS)
@@ -89,9 +83,7 @@ def nkat(script, base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_port()
 
 
 def run(script, *arguments: object) -> dict:

@@ -130,12 +130,67 @@ def test_system_message_comes_first(tokenizer: Tokenizer) -> None:
         ("{{ 1 // 0 }}", "zero"),
         ("{{ nothing.at.all }}", "undefined"),
         ("", "no chat template"),
+        ("{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}", "calls itself"),
+        ("{{ 'a' * 10000000000000 }}", "more memory"),
+        (
+            "{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+            "memory",
+        ),
+        ("{{ messages | dictsort }}", "has no attribute"),
+        ("{% for m in messages %}{{ m.content }", "unexpected"),
+        ("{{ messages[0].content.foo.bar }}", "no attribute"),
+        ("{{ 'x' * 20000000 }}", "its text has 20000000 characters"),
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "."),
     ],
 )
 def test_templates_that_fail_are_one_line(tokenizer: Tokenizer, template: str, message: str) -> None:
     with pytest.raises(NKATError, match=message) as caught:
         render(tokenizer, template)
     assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_does_not_end_is_ended(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr("nkat.lm.chat._SECONDS", 1)
+    with pytest.raises(NKATError, match="not done after 1 seconds"):
+        render(tokenizer, loop)
+
+
+# --- where a template can be
+
+
+ONE = "{{ messages[0].content }}!"
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {TEMPLATE_KEY: [ONE]},
+        {TEMPLATE_KEY: ["x", ONE], "tokenizer.chat_templates": ["rag", "default"]},
+        {TEMPLATE_KEY: [["rag", "x"], ["default", ONE]]},
+        {f"{TEMPLATE_KEY}.rag": ONE, "tokenizer.chat_templates": ["rag"]},
+        {f"{TEMPLATE_KEY}.rag": "x", f"{TEMPLATE_KEY}.default": ONE},
+        {TEMPLATE_KEY: ONE, f"{TEMPLATE_KEY}.rag": "x"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:tokenizer.chat_template. the only")
+def test_templates_with_names(tokenizer: Tokenizer, metadata: dict) -> None:
+    assert render_chat(metadata, tokenizer, chat_messages("Hi")) == "Hi!"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "has no chat template"),
+        ({TEMPLATE_KEY: 5}, "is 5, which is no text"),
+        ({TEMPLATE_KEY: [1, 2]}, "which is no text"),
+        ({TEMPLATE_KEY: ["a", "b"]}, "has 2 chat templates"),
+        ({f"{TEMPLATE_KEY}.rag": ONE, f"{TEMPLATE_KEY}.tool_use": ONE}, r"has 2 chat templates \(rag, tool_use\)"),
+    ],
+)
+def test_it_never_says_that_there_is_none_when_there_is_one(tokenizer: Tokenizer, metadata: dict, message: str) -> None:
+    with pytest.raises(NKATError, match=message):
+        render_chat(metadata, tokenizer, chat_messages("Hi"))
 
 
 # --- token ids

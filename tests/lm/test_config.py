@@ -147,7 +147,7 @@ def test_theta_tensors_are_not_the_models_own(tmp_path):
         ("llama", "attention.head_count", None, r"llama\.attention\.head_count is missing"),
         ("qwen3", "attention.layer_norm_rms_epsilon", None, r"layer_norm_rms_epsilon is missing"),
         ("llama", "embedding_length", 0, r"embedding_length must be at least 1, got 0"),
-        ("llama", "block_count", 10**12, r"block_count is 1000000000000, but the file has only \d+ tensors"),
+        ("llama", "block_count", 10**6, r"block_count is 1000000, but the file has only \d+ tensors"),
         ("llama", "embedding_length", 64.0, r"embedding_length must be an integer, got 64\.0"),
         ("llama", "embedding_length", True, r"embedding_length must be an integer, got True"),
         ("llama", "embedding_length", "64", r"embedding_length must be an integer, got '64'"),
@@ -232,4 +232,78 @@ def test_unknown_tensors_are_refused(tmp_path, arch, name):
     metadata, tensors = read_tiny(tmp_path, arch)
     tensors[name] = tensor(name, 64)
     with pytest.raises(ConfigError, match=f"tensor {name} is unknown"):
+        ModelConfig.from_gguf(metadata, tensors)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.key_length", 2_100_000),
+        ("attention.key_length", 4097),
+        ("context_length", 1 << 31),
+        ("attention.sliding_window", (1 << 64) - 1),
+        ("feed_forward_length", 1 << 40),
+        ("vocab_size", 1 << 31),
+        ("block_count", 1 << 20),
+        ("rope.scaling.original_context_length", (1 << 64) - 1),
+    ],
+)
+def test_every_size_has_a_bound(tmp_path, key, value):
+    """A head lies on a thread's stack, and the others become 32-bit or 64-bit integers of the kernels."""
+    with pytest.raises(ConfigError, match=key):
+        config_of(tmp_path, "gemma3", {key: value}, sliding_window=8)
+    assert config_of(tmp_path, "gemma3", {"context_length": (1 << 31) - 1}).context_length == (1 << 31) - 1
+
+
+def test_the_largest_head_is_run(tmp_path):
+    from nkat.engine.decoder import make_decoder
+    from nkat.lm.load import load_model
+
+    path = write_tiny_model(
+        tmp_path / "m.gguf", "llama", blocks=1, embedding=32, heads=1, kv_heads=1, head_dim=4096, feed_forward=32
+    )
+    decoder = make_decoder(load_model(path, repack=True).model, 4)
+    assert "compiled" in decoder.name
+    assert decoder.step(1).isfinite().all()
+    path = write_tiny_model(
+        tmp_path / "n.gguf", "llama", blocks=1, embedding=1, heads=1, kv_heads=1, head_dim=8192, feed_forward=1
+    )
+    with pytest.raises(ConfigError, match="more than 4096"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+@pytest.mark.parametrize("repack", [False, True])
+def test_ones_behind_a_shape_mean_nothing(tmp_path, arch, repack):
+    """Norms of shape [n, 1] and weights of shape [n, m, 1, 1]: the logits are those of the plain file."""
+    import gguf
+    import torch
+
+    from nkat.engine.decoder import make_decoder
+    from nkat.lm.load import load_model
+
+    plain = write_tiny_model(tmp_path / "plain.gguf", arch)
+    reader = gguf.GGUFReader(plain)
+    raw = bytearray(plain.read_bytes())
+    infos, header = [], bytearray()
+    for tensor_ in reader.tensors:
+        name = tensor_.name.encode()
+        dims = [*tensor_.shape.tolist(), 1, 1][: 4 if len(tensor_.shape) == 2 else 2]
+        header += len(name).to_bytes(8, "little") + name + len(dims).to_bytes(4, "little")
+        header += b"".join(int(d).to_bytes(8, "little") for d in dims) + int(tensor_.tensor_type).to_bytes(4, "little")
+        header += (tensor_.data_offset - reader.data_offset).to_bytes(8, "little")
+        infos.append(tensor_)
+    with GGUFFile.open(plain) as file:
+        start = file.metadata_span[1]
+        data = raw[file.data_start :]
+    changed = raw[:start] + header
+    changed += bytes(-len(changed) % 32) + data
+    other = tmp_path / "ones.gguf"
+    other.write_bytes(changed)
+    assert GGUFFile.open(other).tensors["output_norm.weight"].shape == (1, 64)
+    logits = [make_decoder(load_model(path, repack=repack).model, 8).prefill([1, 5, 9]) for path in (plain, other)]
+    assert torch.equal(*logits)
+    with pytest.raises(ConfigError, match="output_norm"):  # the control: twos mean something
+        metadata, tensors = read_tiny(tmp_path, arch)
+        tensors["output_norm.weight"] = tensor("output_norm.weight", 2, 32)
         ModelConfig.from_gguf(metadata, tensors)

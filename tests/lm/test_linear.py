@@ -10,6 +10,8 @@ from nkat.kernels import reference
 from nkat.lm.linear import StarLinear
 from nkat.theta.algebra import Theta, ThetaError, coupling, quantize_factors, star_product
 
+pytestmark = pytest.mark.isa
+
 M, N = 48, 64
 
 

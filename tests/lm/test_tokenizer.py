@@ -459,11 +459,8 @@ def test_an_id_outside_the_vocabulary_is_refused(token: int):
         (GPT2, "merges", ["he\n o"], r"\[0\] is 'he\\n o', but 'he\\n' is not a token"),
         (GPT2, "token_type", np.ones(3, np.int32), "has 3 entries for 264 tokens"),
         (GPT2, "token_type", ["a"] * len(GPT2_TOKENS), "not an array of numbers"),
-        (GPT2, "bos_token_id", len(GPT2_TOKENS), "is 264, outside the vocabulary of 264"),
-        (GPT2, "eos_token_id", -1, "is -1, outside"),
         (GPT2, "eot_token_id", "x", "is 'x', not a token id"),
         (GPT2, "add_bos_token", 1, "is 1, not a boolean"),
-        (SPM, "scores", None, "is missing"),
         (SPM, "scores", np.zeros(5, np.float32), f"has 5 entries for {len(SPM_TOKENS)} tokens"),
         (SPM, "scores", [[0.0], [0.0, 1.0]], "not an array of numbers"),
         (SPM, "scores", np.full(len(SPM_TOKENS), np.nan, np.float32), "not an array of numbers"),
@@ -499,3 +496,53 @@ def test_a_token_without_text_matches_nothing():
     tokenizer = Tokenizer.from_metadata(gpt2(special={"": USER, "stop": USER}))
     assert words(tokenizer, tokenizer.encode("a stop")) == ["a", " ", "stop"]
     assert tokenizer.decode([256]) == "[EMPTY_256]"
+
+
+# --- no stricter than llama.cpp
+
+
+def _ids(tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.encode("ab the 1 é", add_special=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "change", "message"),
+    [
+        (SPM, "eos_token_id", lambda m: len(SPM_TOKENS), "outside the vocabulary.*2 is used"),
+        (SPM, "eot_token_id", lambda m: 1 << 40, "outside the vocabulary.*none is used"),
+        (GPT2, "eos_token_id", lambda m: -1, "is -1, outside the vocabulary"),
+        (SPM, "scores", lambda m: np.append(m["tokenizer.ggml.scores"], [9.0, 9.0]), "the others are not used"),
+        (SPM, "token_type", lambda m: np.append(m["tokenizer.ggml.token_type"], [3, 3]), "the others are not used"),
+    ],
+)
+def test_values_with_one_sensible_reading_get_it(base: Metadata, name: str, change: Callable, message: str):
+    plain = Tokenizer.from_metadata(base)
+    with pytest.warns(UserWarning, match=message):
+        changed = Tokenizer.from_metadata(base | with_tokenizer_keys(**{name: change(base)}))
+    assert _ids(changed) == _ids(plain)
+    assert changed.vocab_size == plain.vocab_size
+
+
+def test_scores_may_be_missing_or_integers():
+    without = {key: value for key, value in SPM.items() if key != "tokenizer.ggml.scores"}
+    zeros = np.zeros(len(SPM_TOKENS), np.int32)
+    with pytest.warns(UserWarning, match="scores is missing; all are 0"):
+        found = Tokenizer.from_metadata(without)
+    assert _ids(found) == _ids(Tokenizer.from_metadata(SPM | with_tokenizer_keys(scores=zeros)))
+
+
+@pytest.mark.parametrize("base", [GPT2, SPM])
+def test_a_token_that_is_no_text_keeps_its_bytes(base: Metadata):
+    tokens = list(base["tokenizer.ggml.tokens"])
+    types = base.get("tokenizer.ggml.token_type")
+    at = (
+        next(i for i, text in enumerate(tokens) if len(text) == 1 and text == "Z") if "Z" in tokens else len(tokens) - 1
+    )
+    tokens[at] = b"caf\xe9".decode("utf-8", "surrogateescape")
+    changed = base | with_tokenizer_keys(tokens=tokens, token_type=types)
+    if "tokenizer.ggml.merges" in base:
+        changed["tokenizer.ggml.merges"] = [m for m in base["tokenizer.ggml.merges"] if "Z" not in m] + ["caf\udce9 a"]
+    with pytest.warns(UserWarning, match="1 are not valid UTF-8"):
+        tokenizer = Tokenizer.from_metadata(changed)
+    assert tokenizer.decode_bytes([at]) == b"caf\xe9"
+    assert _ids(tokenizer) == _ids(Tokenizer.from_metadata(base))

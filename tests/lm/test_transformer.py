@@ -22,6 +22,8 @@ from nkat.theta.algebra import Theta, quantize_factors
 from tests.support.golden import read_golden
 from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
 
+pytestmark = pytest.mark.isa
+
 TINY = read_golden("tiny_logits")
 SWA = {"blocks": 7, "sliding_window": 4}
 FAMILIES = [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("gemma3", {}), ("gemma3", SWA)]

@@ -47,6 +47,7 @@ def test_kinds_hold_every_layer_once(loaded: LoadedModel) -> None:
     assert by_name["ffn_up"].rank == 2
 
 
+@pytest.mark.isa
 def test_layers_take_turns_and_both_arms_run(loaded: LoadedModel, monkeypatch) -> None:
     calls: list[tuple[int, float, torch.Tensor]] = []
     forward = StarLinear.forward
@@ -73,6 +74,7 @@ def test_layers_take_turns_and_both_arms_run(loaded: LoadedModel, monkeypatch) -
     assert torch.equal(of_kind[0][2], of_kind[1][2])
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("batch", [1, 3, 40])
 @pytest.mark.parametrize("int8", [False, True])
 def test_programs_of_compiled_layers_compute_what_the_layers_do(nkat: Path, batch: int, int8: bool) -> None:

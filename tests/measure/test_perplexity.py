@@ -59,6 +59,7 @@ def test_bos_takes_the_place_of_each_first_token_where_the_vocabulary_adds_one(l
     assert (text_chunks(llama.tokenizer, TEXT, context=64) != llama.tokenizer.bos_id).all()
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_scores_are_the_log_softmax_of_the_second_half(family, request):
     loaded = request.getfixturevalue(family)
@@ -83,6 +84,7 @@ def test_ppl_and_its_error_by_their_formulas():
     assert result.chunk_nll.tolist() == pytest.approx([sum(values[i : i + 5]) / 5 for i in (0, 5, 10)])
 
 
+@pytest.mark.isa
 def test_batches_do_not_change_the_result(llama):
     cut = text_chunks(llama.tokenizer, TEXT, chunks=5, context=64)
     one, three, again = (score_chunks(llama.model, cut, batch=batch) for batch in (1, 3, 3))
@@ -106,6 +108,7 @@ def test_progress_goes_to_stderr_only_when_asked_for(llama, capsys, monkeypatch)
 # --- paired comparison
 
 
+@pytest.mark.isa
 def test_a_pair_of_equals_is_exactly_zero(llama):
     a, b = (measure(llama.model, llama.tokenizer, TEXT, chunks=3, context=64) for _ in range(2))
     change = paired(a, b)
@@ -193,6 +196,7 @@ def test_predictions_that_are_not_numbers_are_an_error(tmp_path):
 # --- against llama.cpp on the same text
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize(("name", "chunks"), [("stories", 8), ("smollm2", 2)])
 def test_perplexity_equals_llama_cpp(name, chunks, request, shared_text):
     """By chunk: with the same float32 weights; and near its usual run, which rounds activations to 8 bits."""

@@ -187,6 +187,7 @@ def test_mistakes(machine: FakeMachine) -> None:
 # --- on a real model
 
 
+@pytest.mark.isa
 def test_both_arms_are_the_model_without_and_with_theta(tmp_path) -> None:
     """The logits under the stopwatch are those of a model that never saw the other arm; with γ = 1 the arms agree."""
     loaded = load_model(write_tiny_model(tmp_path / "llama.gguf", "llama"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import optuna
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torch
 from nkat.lm.load import load_model
 from nkat.measure.judge import Judge
 from nkat.measure.perplexity import paired, score_chunks
-from nkat.measure.texts import Text
+from nkat.measure.texts import Text, default_text
 from nkat.measure.tpe import byte_ratio, tpe
 from nkat.search.objective import (
     GUIDE_DEFAULT,
@@ -34,6 +35,7 @@ from nkat.theta.layers import select_layers
 from nkat.theta.modelfile import open_model_file
 from nkat.theta.set import ThetaSet
 from tests.conftest import ROOT
+from tests.support.tiny_models import write_tiny_model
 
 OPTIMIZER = "nkat_auto_optimizer.py"
 
@@ -52,6 +54,7 @@ def judge(stories: Path) -> SettingJudge:
     return SettingJudge(Judge.open(loaded, Text("dogs", text, ""), 6), make_set(stories, 8))
 
 
+@pytest.mark.isa
 def test_a_trial_measures_what_the_written_model_would(judge: SettingJudge) -> None:
     setting = Setting(rank=4, gamma=0.93, layers="attention", depth_decay=True)
     measured = judge.measure(setting)
@@ -242,3 +245,17 @@ def test_mistakes(fails, tmp_path: Path, stories: Path) -> None:
     assert "storage" in fails(OPTIMIZER, *common, "--storage", "nosuch://x")
     assert "cannot be made a folder" in fails(OPTIMIZER, "--model", stories, "--output-dir", text)
     assert "exists already; give --force" in fails(OPTIMIZER, *common, "--json", text)
+
+
+def test_a_search_is_not_joined_with_another_reference(script, tmp_path: Path) -> None:
+    """Trials on Θ from two references could not be compared; nor with another calibration text."""
+    low = write_tiny_model(tmp_path / "low.gguf", "llama", qtype=gguf.GGMLQuantizationType.Q4_0)
+    high, other = (write_tiny_model(tmp_path / f"{seed}.gguf", "llama", seed=seed) for seed in (0, 1))
+    text = tmp_path / "text.txt"
+    text.write_text(default_text().content[:20000], encoding="utf-8")
+    common = ["--model", low, "--theta-source", "residual", "--text", text, "--chunks", 2, "--mode", "custom"]
+    common += ["--trials", 2, "--output-dir", tmp_path / "out", "--reference"]
+    assert script(OPTIMIZER, *common, high).returncode == 0
+    refused = script(OPTIMIZER, *common, other, "--resume")
+    assert (refused.returncode, "reference_sha256" in refused.stderr) == (2, True)
+    assert script(OPTIMIZER, *common, high, "--resume").returncode == 0

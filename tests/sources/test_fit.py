@@ -100,6 +100,7 @@ def validation_loss(tiny: Fixture, state: FitState, settings: FitSettings, rank:
     return loss
 
 
+@pytest.mark.isa
 def test_a_fit_lowers_the_loss_on_text_it_has_not_seen(tiny: Fixture) -> None:
     settings = tiny.settings(steps=24)
     before = float(tiny.data.validation.score(tiny.loaded.model).mean())
@@ -111,6 +112,7 @@ def test_a_fit_lowers_the_loss_on_text_it_has_not_seen(tiny: Fixture) -> None:
     assert float(tiny.data.validation.score(tiny.loaded.model).mean()) == before
 
 
+@pytest.mark.isa
 def test_a_fit_is_determined_by_its_seed(tiny: Fixture) -> None:
     first, again = (tiny.run(tiny.settings()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.factors, again.factors, strict=True))
@@ -118,12 +120,14 @@ def test_a_fit_is_determined_by_its_seed(tiny: Fixture) -> None:
     assert not torch.equal(first.factors[0], other.factors[0])
 
 
+@pytest.mark.isa
 def test_fast_computes_the_same(tiny: Fixture) -> None:
     slow, fast = tiny.run(tiny.settings()), tiny.run(tiny.settings(fast=True))
     for a, b in zip(slow.factors, fast.factors, strict=True):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("stop_at", [1, 5])
 def test_going_on_is_bit_exact(tiny: Fixture, tmp_path: Path, stop_at: int) -> None:
     settings = tiny.settings()
@@ -137,6 +141,7 @@ def test_going_on_is_bit_exact(tiny: Fixture, tmp_path: Path, stop_at: int) -> N
     assert not torch.equal(part.factors[0], whole.factors[0])  # control
 
 
+@pytest.mark.isa
 def test_gamma_only_scales_the_result(tiny: Fixture) -> None:
     weak, strong = tiny.settings(gamma=0.99), tiny.settings(gamma=0.90)
     a, b = tiny.run(weak), tiny.run(strong)
@@ -195,6 +200,7 @@ def test_the_best_start_is_taken(tiny: Fixture) -> None:
     assert fit(tiny.loaded.model, tiny.names, starts, tiny.data, settings, progress).start == "zero"
 
 
+@pytest.mark.isa
 def test_the_start_that_is_taken_goes_on_from_its_trial(tiny: Fixture) -> None:
     settings = tiny.settings(start_steps=3)
     bad = [(1000 * p, q + 1000) for p, q in zero_start(tiny.shapes, 2, 0)]

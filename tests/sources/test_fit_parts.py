@@ -24,6 +24,8 @@ from nkat.theta.algebra import quantize_factors
 from nkat.theta.set import ThetaSet, truncate_rank
 from tests.support.tiny_models import write_tiny_model
 
+pytestmark = pytest.mark.isa
+
 N, D, V = 7, 12, 50
 GAMMA = 0.97
 
@@ -293,3 +295,21 @@ def test_schedule() -> None:
     assert max(rates) == pytest.approx(1.0, abs=0.03)
     assert rates[-1] < 0.001
     assert [settings.rounds_at(step) for step in (74, 75)] == [False, True]
+
+
+def test_damaged_states_are_one_line(tmp_path):
+    from nkat.errors import NKATError
+    from nkat.sources.fit.state import FitState, load_state, save_state
+
+    path = tmp_path / "fit.state"
+    state = FitState("zero", 3, [torch.zeros(4, 2)] * 2, history=[{"step": 3}])
+    save_state(path, state, "me")
+    assert load_state(path, "me").step == 3
+    good = torch.load(path, weights_only=True)
+    changes = [{"step": "3"}, {"step": -1}, {"factors": None}, {"factors": [1]}, {"optimizer": []}, {"best_nll": "x"}]
+    changes += [{"history": [1]}, {"history": [{}]}, {"seconds": None}, {"more": 1}, {"start": 5}, {"format": 2}]
+    records = [good | change for change in changes] + [{k: v for k, v in good.items() if k != key} for key in good]
+    for record in [*records, [], 5]:
+        torch.save(record, path)
+        with pytest.raises(NKATError):
+            load_state(path, "me")

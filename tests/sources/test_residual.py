@@ -85,14 +85,21 @@ def test_square_and_full_rank_solves_the_sylvester_equation() -> None:
     assert unweighted > 1.05 * expected  # control: it is not the answer of inputs that are all alike
 
 
+@pytest.mark.isa
 def test_a_diagonal_matrix_of_moments_is_the_vector() -> None:
     residual, moments = torch.randn(32, 20), torch.rand(20) + 0.1
     as_vector = factors_from_residual(residual, 2, KAPPA, moments)
     as_matrix = factors_from_residual(residual, 2, KAPPA, torch.diag(moments))
-    a, b = (dense_theta(*factors) for factors in (as_vector, as_matrix))
-    assert float((a - b).norm() / a.norm()) < 0.01
-    other = dense_theta(*factors_from_residual(residual, 2, KAPPA, moments.flip(0)))
-    assert float((a - other).norm() / a.norm()) > 0.1  # control
+    others = factors_from_residual(residual, 2, KAPPA, moments.flip(0))
+    # The two sum in other orders, and the search ends where a step gains less than 1e-6: about the optimum, where the
+    # error is flat, Θ is free by the root of that. In 60 draws on each setting of make test-isa the errors differed by
+    # up to 1.2e-4 and Θ by up to 7 per cent.
+    a, b, other = (residual_error(residual, *factors, KAPPA, moments) for factors in (as_vector, as_matrix, others))
+    assert b == pytest.approx(a, rel=5e-4)
+    assert other > 1.05 * a  # control
+    a, b, other = (dense_theta(*factors) for factors in (as_vector, as_matrix, others))
+    assert float((a - b).norm() / a.norm()) < 0.15
+    assert float((a - other).norm() / a.norm()) > 0.5  # control
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -138,6 +145,7 @@ def test_first_columns_are_a_good_theta_of_lower_rank(shape: tuple[int, int]) ->
         assert last > 1.1 * errors[rank - 1]  # control: the order matters
 
 
+@pytest.mark.isa
 def test_same_seed_same_factors() -> None:
     residual, moments = torch.randn(40, 24), correlated(24)
     first, again = (factors_from_residual(residual, 4, KAPPA, moments) for _ in range(2))
@@ -157,6 +165,7 @@ def test_no_residual_and_bad_residuals() -> None:
         factors_from_residual(torch.randn(4, 4), 1, KAPPA, torch.ones(3, 3))
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
 def test_unrestricted_optimum_is_qera_exact(shape: tuple[int, int]) -> None:
     """The closed form as the paper writes it, with the symmetric root C^½."""
@@ -177,6 +186,7 @@ def test_equal_bytes(rank: int, m: int, n: int) -> None:
     assert (m + n) * (other + 1) > 2 * max(m, n) * rank or other == min(m, n)
 
 
+@pytest.mark.isa
 def test_errors_left() -> None:
     residual, moments = torch.randn(48, 32), 7.0 * correlated(32)
     theta = quantize_factors(*factors_from_residual(residual, 3, KAPPA, moments))
@@ -242,6 +252,7 @@ def test_a_budget_turns_the_largest_into_diagonals(tmp_path: Path, capsys: pytes
     assert {moments.ndim for moments in none.values()} == {1}
 
 
+@pytest.mark.isa
 def test_only_named_layers_are_watched(tmp_path: Path, words: Path) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", "llama")
     names = ["blk.0.attn_v.weight", "blk.2.ffn_down.weight"]

@@ -1,8 +1,11 @@
-"""Θ in files: round trips in every layout, the base given back exactly, damage recognised, the adapter equal to κΘ."""
+"""Θ in files: round trips in every layout, the base given back exactly, damage recognised."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, GGUFFile
 from nkat.gguf.writer import BaseView, sha256_of_parts, write_gguf
 from nkat.theta import inplace
-from nkat.theta.algebra import Theta, coupling, dense_theta, quantize_factors
-from nkat.theta.lora import lora_parts
+from nkat.theta.algebra import Theta, quantize_factors
 from nkat.theta.modelfile import (
     BOUNDARY,
     ModelFile,
@@ -25,7 +28,8 @@ from nkat.theta.modelfile import (
     theta_for,
     theta_only_parts,
 )
-from nkat.theta.set import ThetaSet, truncate_rank
+from nkat.theta.set import ThetaSet
+from tests.conftest import ROOT
 from tests.support.tiny_models import write_tiny_model
 
 NAMES = ("blk.0.attn_q.weight", "blk.0.attn_k.weight", "blk.1.ffn_down.weight")
@@ -141,6 +145,77 @@ def test_an_append_cut_at_any_byte_opens_as_the_base_and_is_repaired(
     assert target.read_bytes() == whole
 
 
+def after_a_power_cut(complete: bytes, size: int) -> dict[str, bytes]:
+    """What a disk may hold of an append: pages reach it in any order, and those that did not are zeros."""
+    end, boundary = len(complete), size + 16 + -(size + 16) % BOUNDARY
+    cases = {"the marker's page": (size, boundary), "the marker": (size, size + 16), "all": (size, end)}
+    cases |= {"all but the footer": (size, end - 64), "the footer": (end - 64, end), "Θ": (boundary, end - 64)}
+    cases |= {"from Θ on": (boundary, end), "behind the marker": (size + 16, end), "Θ's end": (end - 900, end - 64)}
+    found = {name: complete[:a] + bytes(b - a) + complete[b:] for name, (a, b) in cases.items()}
+    found["the marker's page and the footer"] = complete[:size] + bytes(boundary - size) + complete[boundary:-64]
+    found["only the marker's length"] = complete[:size] + bytes(16)
+    found["a marker and zeros"] = complete[: size + 16] + bytes(5000)
+    return found
+
+
+def test_an_append_that_a_power_cut_tore_opens_as_the_base_and_is_repaired(tmp_path: Path, base: Path) -> None:
+    whole = base.read_bytes()
+    theta_set = make_set(base)
+    target = tmp_path / "target.gguf"
+    target.write_bytes(whole)
+    inplace.append(target, len(whole), appended_parts(theta_set, len(whole)))
+    complete = target.read_bytes()
+    for name, content in after_a_power_cut(complete, len(whole)).items():
+        assert content != complete, name
+        target.write_bytes(content)
+        found = open_model_file(target)
+        assert (found.layout, found.theta, found.unfinished, found.foreign_tail) == ("plain", None, True, False), name
+        assert sha256_of_parts(found.base_parts()) == theta_set.base_sha256, name
+        inplace.truncate(target, found.base.data_end)
+        assert target.read_bytes() == whole, name
+
+
+def test_zeros_of_others_are_no_torn_append(base: Path) -> None:
+    """The control for the test above."""
+    raw = base.read_bytes()
+    boundary = -len(raw) % BOUNDARY
+    for tail in (bytes(15), bytes(17), bytes(boundary), bytes(boundary + 64) + b"1" + bytes(9000)):
+        base.write_bytes(raw + tail)
+        found = open_model_file(base)
+        assert not found.unfinished
+        assert sha256_of_parts(found.base_parts()) == hashlib.sha256(raw + tail).hexdigest()
+
+
+def test_the_marker_is_on_the_disk_before_the_rest(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, synced = base.stat().st_size, []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(os.fstat(handle).st_size), real(handle)))
+    inplace.append(base, size, appended_parts(make_set(base), size))
+    assert synced == [size + 16, base.stat().st_size]
+
+
+def test_one_process_at_a_time_changes_a_file(base: Path) -> None:
+    content, size = base.read_bytes(), base.stat().st_size
+    program = (
+        "import sys, time; from pathlib import Path; from nkat.theta import inplace\n"
+        "with inplace.exclusive(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", program, str(base)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        parts = appended_parts(make_set(base), size)
+        for change in (lambda: inplace.append(base, size, parts), lambda: inplace.truncate(base, size - 1)):
+            with pytest.raises(NKATError, match="another process is changing this file"):
+                change()
+        assert base.read_bytes() == content
+        other.kill()  # the lock ends with its holder
+        other.wait()
+        with inplace.exclusive(base):  # and holds nobody up in the process that has it
+            inplace.append(base, size, parts)
+    assert open_model_file(base).layout == "appended"
+
+
 def test_bytes_of_others_behind_the_last_tensor_belong_to_the_base(tmp_path: Path, base: Path) -> None:
     """The control for the test above: not everything behind a base is the remains of an append."""
     raw = base.read_bytes()
@@ -213,41 +288,34 @@ def test_a_theta_file_is_only_used_with_its_own_model(tmp_path: Path, base: Path
         theta_for(open_model_file(base), other)
 
 
-def adapter_product(path: Path, name: str, x: np.ndarray) -> np.ndarray:
-    """What llama.cpp adds for an adapter: alpha / rank · B (A x), read with gguf-py."""
-    reader = gguf.GGUFReader(path)
-    tensors = {t.name: t.data.astype(np.float64) for t in reader.tensors}
-    a, b = tensors[name + ".lora_a"], tensors[name + ".lora_b"]
-    return reader.fields["adapter.lora.alpha"].contents() / b.shape[1] * (x @ a.T) @ b.T
-
-
-@pytest.mark.parametrize("gamma", [None, 0.90])
-def test_the_adapter_is_the_star_term(tmp_path: Path, base: Path, gamma: float | None) -> None:
+def test_theta_goes_behind_a_base_without_its_last_padding(tmp_path: Path, base: Path) -> None:
+    file = GGUFFile.open(base)
+    base.write_bytes(base.read_bytes()[: file.data_end])
     theta_set = make_set(base)
-    low = truncate_rank(theta_set, 2).layers[NAMES[1]]
-    theta_set = replace(theta_set, layers={**theta_set.layers, NAMES[1]: low})  # ranks may differ
-    view = BaseView.whole(GGUFFile.open(base))
-    write_gguf(tmp_path / "lora.gguf", lora_parts(theta_set, view, gamma), force=False)
-    kappa = coupling(gamma or theta_set.gamma)
-    rng = np.random.RandomState(0)
-    for name, theta in theta_set.layers.items():
-        m, n = view.tensors[name].shape
-        x = rng.standard_normal((4, n))
-        dense = dense_theta(*theta.factors(torch.float64)).numpy()[:m, :n]
-        expected = kappa * x @ dense.T
-        found = adapter_product(tmp_path / "lora.gguf", name, x)
-        np.testing.assert_allclose(found, expected, atol=4e-3 * np.abs(expected).max())  # F16 factors
-        assert np.abs(found + expected).max() > 0.5 * np.abs(expected).max()  # control: the sign matters
-    fields = gguf.GGUFReader(tmp_path / "lora.gguf").fields
-    assert fields["general.type"].contents() == "adapter"
-    assert fields["adapter.type"].contents() == "lora"
-    assert fields["general.architecture"].contents() == "llama"
-    assert fields["adapter.lora.alpha"].types == [gguf.GGUFValueType.FLOAT32]
+    for layout in ("tensors", "appended"):
+        found = write_layout(base, tmp_path / f"{layout}.nkat", layout, theta_set)
+        assert same_set(found.theta, theta_set)
+        assert sha256_of_parts(found.base_parts()) == theta_set.base_sha256
 
 
-def test_truncated_rank_keeps_the_first_columns(base: Path) -> None:
+@pytest.mark.parametrize("layout", ["tensors", "appended"])
+def test_a_rank_beyond_the_layers_is_refused(tmp_path: Path, base: Path, layout: str) -> None:
+    """A corner of one row may not carry millions of columns, which every row of the weight would get."""
     theta_set = make_set(base)
-    cut = truncate_rank(theta_set, 2)
-    assert cut.rank == 2
-    assert torch.equal(cut.layers[NAMES[0]].p, theta_set.layers[NAMES[0]].p[:, :2])
-    assert cut.nbytes < theta_set.nbytes
+    for size, rank in ((1, 10_000), (64, 33), (4, 5)):  # attn_k is 32 x 64
+        thetas = {**theta_set.layers, NAMES[1]: quantize_factors(*torch.randn(2, size, rank))}
+        with pytest.raises(GGUFError, match=f"theta of rank {rank} for 'blk.0.attn_k.weight': it must be from 1 to"):
+            write_layout(base, tmp_path / "a.nkat", layout, replace(theta_set, layers=thetas))
+        fits = quantize_factors(*torch.randn(2, size, min(32, size)))
+        assert write_layout(base, tmp_path / "b.nkat", layout, replace(theta_set, layers={NAMES[1]: fits})).theta
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("nkat.base.gguf_version", 1 << 32), ("nkat.base.gguf_version", 0), ("nkat.theta.gamma", float("nan"))],
+)
+def test_numbers_out_of_range_in_thetas_metadata(tmp_path: Path, base: Path, key: str, value: float) -> None:
+    from nkat.errors import NKATError
+
+    with pytest.raises(NKATError, match=key.rpartition(".")[2]):
+        write_layout(base, tmp_path / "a.nkat", "tensors", replace(make_set(base), notes={key: value}))

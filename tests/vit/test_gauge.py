@@ -7,6 +7,8 @@ import torch
 
 from nkat_vit.gauge import Gauge, antisymmetric, commutator, fold, star
 
+pytestmark = pytest.mark.isa
+
 
 def factors(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 12, 4, dtype=dtype), torch.randn(3, 12, 4, dtype=dtype)

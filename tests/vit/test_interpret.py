@@ -66,6 +66,7 @@ def test_facts_of_layers_are_what_they_say() -> None:
     assert len(attention) == 2
 
 
+@pytest.mark.isa
 def test_taking_the_gauge_out_is_strength_zero_and_is_undone() -> None:
     torch.manual_seed(0)
     model = NKATViT(CONFIG).eval()

@@ -17,6 +17,8 @@ from nkat_vit.dropout import dropout
 from nkat_vit.filtering import _largest, acts, filter_scores_, lowest_kept
 from nkat_vit.model import ColorNorm, NKATViT, ViTConfig, count_parameters
 
+pytestmark = pytest.mark.isa
+
 SMALL = ViTConfig(
     embed_dim=32, depth=2, heads=4, color_dim=4, gauge_rank=2, nkat_strength=0.5, dropout_attn=0.0, dropout_embed=0.0
 )

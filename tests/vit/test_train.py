@@ -80,6 +80,7 @@ def test_it_learns_and_leaves_everything_behind(tmp_path: Path) -> None:
     assert accuracy(trained.model, whole) == record["test"]
 
 
+@pytest.mark.isa
 def test_a_seed_repeats_and_another_does_not(tmp_path: Path, data: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run(data, tmp_path / name, "--seed", seed, "--no-test")
@@ -87,6 +88,7 @@ def test_a_seed_repeats_and_another_does_not(tmp_path: Path, data: Path) -> None
     assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("opt", ["adamw", "muon"])
 def test_killed_and_resumed_ends_with_the_same_bits(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, opt: str

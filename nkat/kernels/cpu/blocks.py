@@ -174,7 +174,7 @@ def rope_kernel(heads: Heads) -> int:
         cosines, sines, q_norm, k_norm, epsilon, scale, keys, values = (k.pointer(i) for i in range(6, 14))
         head_bytes, state = k.integer(14), k.pointer(15)
         epsilon, scale = k.load(F32(), epsilon), k.load(F32(), scale)
-        turned = k.local(4 * size)
+        turned = k.local(4 * size)  # `nkat.lm.config.MAX_HEAD` bounds it
         count, start = k.load(I64(), state), k.load(I64(), state + 8)
         every = heads.queries + heads.kv
         with k.loop(k.thread, count * every, k.threads) as item:

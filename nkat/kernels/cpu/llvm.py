@@ -21,8 +21,11 @@ from typing import TypeAlias
 
 from llvmlite import ir
 
+from nkat.host.hardware import is_x86
+
 _POINTER = ir.PointerType()
 _BIT, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+MAX_LOCAL_BYTES = 1 << 16  # of a thread's stack, which has 8 MiB on Linux and 512 KiB on macOS
 Operand: TypeAlias = "Value | int | float"
 
 
@@ -174,11 +177,33 @@ class Value:
         """float16 or signed integers as float32."""
         if self.kind == F32(self.lanes):
             return self
+        if self.is_float and self.k.without_half:
+            return self._float32_by_hand()
         return self._to(_element(F32()), "fpext" if self.is_float else "sitofp")
 
     def float16(self) -> Value:
         """float32 rounded to float16."""
+        if self.k.without_half:
+            return self._float16_by_hand()
         return self._to(_element(F16()), "fptrunc")
+
+    def _float32_by_hand(self) -> Value:
+        whole = self.bits(I16(self.lanes)).unsigned(_I32)
+        sign, size = (whole & 0x8000) << 16, whole & 0x7FFF
+        small = (size.float32() * 2.0**-24).bits(size.kind)  # below the normal float16
+        found = self.k.select(size < 0x0400, small, (size << 13) + (112 << 23))
+        found = self.k.select(size < 0x7C00, found, (size << 13) | 0x7F800000)  # infinity and NaN keep their bits
+        return (found | sign).bits(F32(self.lanes))
+
+    def _float16_by_hand(self) -> Value:
+        whole = self.bits(I32(self.lanes))
+        sign, size = (whole >> 16) & 0x8000, whole & 0x7FFFFFFF
+        small = (size.bits(self.kind) + 0.5).bits(size.kind) - 0x3F000000  # a half's last bit is float16's smallest
+        normal = ((size + 0x0FFF + ((size >> 13) & 1)) >> 13) - (112 << 10)  # a tie goes to the even one
+        found = self.k.select(size < 0x38800000, small, normal)
+        found = self.k.select(size < 0x47800000, found, 0x7C00)
+        found = self.k.select(size <= 0x7F800000, found, 0x7E00)
+        return (found | sign).narrow(_I16).bits(F16(self.lanes))
 
     def truncated(self) -> Value:
         """float32 as int32, towards zero."""
@@ -248,6 +273,9 @@ class Builder:
 
     def __init__(self, name: str, isa: str) -> None:
         self.isa = isa
+        # x86 without F16C has no instructions for float16; LLVM would call functions of a compiler's library that a
+        # Python process does not have, at address 0.
+        self.without_half = isa == "generic" and is_x86()
         self.module = ir.Module(name)
         self.function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [_POINTER, _I64, _I64]), name)
         self.ir = ir.IRBuilder(self.function.append_basic_block("entry"))
@@ -304,7 +332,9 @@ class Builder:
         return Value(self, self.ir.icmp_unsigned("!=", address.raw, ir.Constant(_POINTER, None)))
 
     def local(self, nbytes: int) -> Value:
-        """Memory of this call's own, on the stack."""
+        """Memory of this call's own, on the stack. Whoever calls it bounds what a model file has a say in."""
+        if nbytes > MAX_LOCAL_BYTES:
+            raise ValueError(f"{nbytes} bytes are too many for a thread's stack")
         with self.ir.goto_entry_block():
             slot = self.ir.alloca(_I8, nbytes)
             number = self.ir.ptrtoint(slot, _I64)  # alloca's pointer has a type, all others here have none

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from nkat.errors import NKATError
 from nkat.kernels.cpu.jit import KERNEL, compile_kernel
 from nkat.kernels.cpu.llvm import I64, Builder
 
@@ -69,7 +70,12 @@ class Threads:
         self._busy = threading.Lock()  # one program at a time
         for i, start in enumerate(self._start):
             start.acquire()
-            threading.Thread(target=self._work, args=(i,), daemon=True, name=f"nkat-{i}").start()
+            try:
+                threading.Thread(target=self._work, args=(i,), daemon=True, name=f"nkat-{i}").start()
+            except RuntimeError as error:  # a limit of the system's
+                raise NKATError(
+                    f"only {i} of {count} threads could be started ({error}): give fewer --threads"
+                ) from None
 
     def run(self, kernel: int, arguments: np.ndarray) -> None:
         """Runs a kernel on all threads and waits for the last; a Ctrl-C meanwhile is raised after that."""

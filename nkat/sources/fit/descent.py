@@ -200,7 +200,12 @@ class _Run:
             parameters = [factor for layer in layers.values() for factor in (layer.p, layer.q)]
             optimizer = self.optimizer(parameters)
             if state.optimizer:
-                optimizer.load_state_dict(state.optimizer)
+                try:
+                    optimizer.load_state_dict(state.optimizer)
+                except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                    raise NKATError(
+                        f"the state of the fit is damaged (optimizer: {error}); --force starts anew"
+                    ) from None
             began = time.monotonic() - state.seconds
             without_gain = sum(row["step"] > (state.best_step or 0) for row in state.history)
             for step in range(state.step, until):

@@ -197,6 +197,8 @@ def _interrupted_state(request: FitRequest, identity: str) -> FitState | None:
     if request.state is None:
         raise NKATError("a fit that keeps no state cannot be resumed")
     state = load_state(request.state, identity)
+    if len(state.factors) != 2 * len(request.names):
+        raise NKATError(f"{request.state}: the state of the fit is damaged (factors); --force starts anew")
     note(f"resuming {request.state} at step {state.step} of {request.settings.steps}")
     return state
 

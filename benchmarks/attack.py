@@ -1,0 +1,39 @@
+"""Hostile model files: how many are read, refused in one line, or end otherwise. The last line is JSON.
+
+    python -m benchmarks.attack --count 100000
+
+The cases are those of `tests.attack`: the same number is the same file. Ends with status 1 when one was not handled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from time import perf_counter
+
+from nkat.host import commandline
+from nkat.host.console import bar, format_table
+from tests.attack.run import OUTCOMES, attack
+
+
+def main() -> None:
+    parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.attack --count 100000")
+    parser.add_argument("--count", type=commandline.positive_int, default=10_000, metavar="N")
+    parser.add_argument("--first", type=commandline.non_negative_int, default=0, metavar="N", help="first case")
+    parser.add_argument("--processes", type=commandline.positive_int, default=os.cpu_count(), metavar="N")
+    options = parser.parse_args()
+    started = perf_counter()
+    with bar(options.count, "attack", "case") as progress:
+        result = attack(options.count, first=options.first, processes=options.processes, on_case=progress.update)
+    for fault in result.faults:
+        print(fault)
+    print(format_table([[kind, f"{result.counts[kind]:,}"] for kind in OUTCOMES], ["outcome", "cases"]))
+    seconds = perf_counter() - started
+    print(json.dumps({"count": options.count, "first": options.first, "seconds": seconds, **result.record()}))
+    if not result.clean:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    commandline.run(main)

@@ -1,0 +1,88 @@
+"""Renders one chat template, in a process of its own with little memory and time.
+
+    python -I nkat/lm/template.py        a request as JSON on stdin; {"text": …} or {"error": …} on stdout
+
+A template is a program that comes with a model from anywhere. Jinja's sandbox keeps it from the system, but not from
+looping for ever, filling the memory or recursing through the stack; so `nkat.lm.chat` runs it here, where whatever it
+does ends this process alone. The limits of memory and processor time are the system's (not on Windows, where only
+the caller's clock ends it). Limits: the standard library and Jinja only, nothing of nkat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from datetime import datetime
+from typing import Any
+
+MEMORY_BYTES = 1 << 30  # Python and Jinja take a tenth of it
+SECONDS = 10  # of the processor; real templates take milliseconds
+MAX_CHARACTERS = 1 << 24  # of the text: far beyond any model's context
+
+
+def environment() -> Any:
+    """Jinja's sandbox with transformers' settings (utils/chat_template_utils.py)."""
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - Jinja's own way to say it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return made
+
+
+def answer(template: str, variables: dict[str, Any]) -> dict[str, str]:
+    """The rendered text, or why there is none."""
+    try:
+        text = environment().from_string(template).render(**variables)
+    except RecursionError:
+        return {"error": "it calls itself without an end"}
+    except (MemoryError, OverflowError):
+        return {"error": "it needs more memory than a template may have"}
+    except Exception as error:  # whatever a foreign program may fail with
+        return {"error": " ".join(str(error).split())[:200] or type(error).__name__}
+    if len(text) > MAX_CHARACTERS:
+        return {"error": f"its text has {len(text)} characters"}
+    return {"text": text}
+
+
+def _limit() -> None:
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return
+    for kind, most in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_CORE, 0)):
+        with contextlib.suppress(ValueError, OSError):  # macOS does not know them all
+            resource.setrlimit(kind, (most, most))
+
+
+def main() -> None:
+    request = json.loads(sys.stdin.buffer.read())
+    _limit()
+    sys.stdout.write(json.dumps(answer(**request)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What every command line shares: flags' types, and what an error looks like."""
+
+import argparse
+
+import pytest
+import torch
+
+from nkat.errors import NKATError
+from nkat.host import commandline, hardware
+from nkat.host.threads import most_threads
+
+
+def test_as_many_threads_as_the_machine_can_sensibly_run():
+    most = most_threads()
+    assert commandline.thread_count("1") == 1
+    assert commandline.thread_count(str(most)) == most
+    for wrong in (0, -1, most + 1, 100_000, 10**30):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be at"):
+            commandline.thread_count(str(wrong))
+
+
+def test_a_library_call_is_bounded_too():
+    before = torch.get_num_threads()
+    with pytest.raises(NKATError, match="within 1"):
+        hardware.set_threads(100_000)
+    assert torch.get_num_threads() == before == hardware.set_threads(None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("nkat_inference_engine.py", "--model", "x.gguf", "--generate", "x"),
+        ("nkat_gguf_converter.py", "--input", "x.gguf", "--output", "y.nkat"),
+        ("nkat_auto_optimizer.py", "--model", "x.gguf", "--output", "x"),
+        ("backend_selector.py", "--model", "x.gguf"),
+    ],
+)
+def test_no_command_takes_a_hundred_thousand_threads(fails, command):
+    assert "argument --threads" in fails(*command, "--threads", 100_000)
+
+
+def _numpy() -> None:
+    import numpy as np
+
+    np.zeros(1 << 60, np.uint8)
+
+
+def _torch() -> None:
+    torch.zeros(1 << 60, dtype=torch.uint8)
+
+
+def _torch_beyond_counting() -> None:
+    torch.zeros(1 << 62, dtype=torch.float64)
+
+
+def _python() -> None:
+    bytearray(1 << 60)
+
+
+@pytest.mark.parametrize("allocate", [_numpy, _torch, _torch_beyond_counting, _python])
+def test_missing_memory_is_one_line_that_names_what_to_make_smaller(allocate, monkeypatch, capsys):
+    for command, named in ((["x", "--max-tokens", "5"], "--max-tokens"), (["x", "--rank=5"], "--rank"), (["x"], "")):
+        monkeypatch.setattr("sys.argv", command)
+        with pytest.raises(SystemExit) as ended:
+            commandline.run(allocate)
+        lines = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2
+        assert len(lines) == 1
+        assert lines[0].startswith("error: out of memory")
+        assert f"a smaller {named}" in lines[0]
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    def fail() -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        commandline.run(fail)
+
+
+def test_a_path_longer_than_the_system_takes_is_one_line(fails):
+    for name in ("x" * 5000, "/".join(["x" * 200] * 30)):
+        assert "long" in fails("nkat_inference_engine.py", "--model", f"{name}.gguf", "--generate", "x")
+        assert "long" in fails("nkat_gguf_converter.py", "--input", f"{name}.gguf", "--output", "y.nkat", "--dry-run")
+
+
+def test_a_message_is_one_line_whatever_it_quotes(capsys):
+    def fail() -> None:
+        raise NKATError("Θ: key 'a\nb\x1b[2Jc\udce9' is wrong")
+
+    with pytest.raises(SystemExit):
+        commandline.run(fail)
+    assert capsys.readouterr().err == "error: Θ: key 'a\\nb\\x1b[2Jc\\udce9' is wrong\n"
