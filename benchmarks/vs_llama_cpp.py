@@ -164,8 +164,7 @@ def _unfused(loaded: LoadedModel) -> Callable[[float | None], Speeds]:
         started = perf_counter()
         for layer in layers:
             inputs = x[layer.shape[1]][:count]
-            assert layer.compiled is not None
-            y = layer.compiled.rows(inputs, 0, layer.shape[0], 0.0, torch.get_num_threads())
+            y = layer.require_compiled().rows(inputs, 0, layer.shape[0], 0.0, torch.get_num_threads())
             if strength is not None and layer.down is not None:
                 y += reference.star_term(inputs, layer.down, layer.up, 0.01)
         return perf_counter() - started

@@ -41,9 +41,10 @@ class PackedModule(nn.Module):
     @property
     def file_bytes(self) -> torch.Tensor:
         """`packed` of a weight that no GPU's kernels have taken over; raises RuntimeError for others."""
-        if self.packed is None:
+        packed = self.packed
+        if packed is None:
             raise RuntimeError("this weight was repacked for the GPU, and the file's bytes were let go")
-        return self.packed
+        return packed
 
     def move_to_kernels(self, weight: PackedWeight) -> None:
         """Puts the weight as the GPU's kernels read it in place of the file's bytes."""

@@ -351,9 +351,7 @@ class Tokenizer:
         ids = list(self._before) if add_special else []
         for fragment in self._fragments(text, parse_special):
             ids += (fragment,) if isinstance(fragment, int) else self._model.encode(fragment)
-        if add_special:
-            ids += self._after
-        return ids
+        return [*ids, *self._after] if add_special else ids
 
     def _fragments(self, text: str, parse_special: bool) -> list[str | int]:
         """Cut special tokens out: their ids, and between them the pieces of ordinary text, none empty."""
@@ -425,11 +423,9 @@ class Tokenizer:
 
 def _added(name: str, token: int | None, wanted: bool) -> tuple[int, ...]:
     """What the vocabulary adds to texts in this place."""
-    if not wanted:
-        return ()
-    if token is None:
+    if wanted and token is None:
         raise TokenizerError(f"{_KEY}{name}_token_id is missing, but the vocabulary adds that token to texts")
-    return (token,)
+    return (token,) if wanted and token is not None else ()
 
 
 def _occurring(text: str, words: list[str]) -> Iterator[str]:
