@@ -23,7 +23,7 @@ from gguf.constants import GGMLQuantizationType
 
 from benchmarks.dequantise import random_rows
 from nkat.errors import NKATError
-from nkat.gguf.formats import dequantize
+from nkat.gguf.formats import dequantise
 from nkat.host import commandline, console, hardware
 from nkat.host.console import format_table
 from nkat.host.record import write_json
@@ -65,7 +65,7 @@ def measure(qtype: GGMLQuantizationType, megabytes: int, rounds: int, threads: i
     packed = torch.from_numpy(random_rows(qtype, rows, COLUMNS)).view(-1)
     layers = {exact: CpuLinear(packed, qtype, (rows, COLUMNS), exact=exact) for exact in (False, True)}
     part = min(rows, 2048)
-    weight = dequantize(packed[: part * row_bytes], qtype, (part, COLUMNS)).bfloat16()
+    weight = dequantise(packed[: part * row_bytes], qtype, (part, COLUMNS)).bfloat16()
     small = CpuLinear(packed[: part * row_bytes], qtype, (part, COLUMNS))
     x = torch.randn(TOKENS, COLUMNS, generator=torch.Generator().manual_seed(0))
     x16, one = x.bfloat16(), x[:1]

@@ -1,4 +1,4 @@
-"""How fast `nkat.gguf.formats.dequantize` unpacks each block format, side by side with gguf-py in one process.
+"""How fast `nkat.gguf.formats.dequantise` unpacks each block format, side by side with gguf-py in one process.
 
     python -m benchmarks.dequantise
     python -m benchmarks.dequantise --threads 1 --rows 4096 --columns 4096 --rounds 9 --types Q4_K Q6_K
@@ -23,7 +23,7 @@ from gguf.constants import GGMLQuantizationType
 from tqdm import tqdm
 
 from nkat.errors import NKATError
-from nkat.gguf.formats import SUPPORTED_TYPES, dequantize, packed_nbytes
+from nkat.gguf.formats import SUPPORTED_TYPES, dequantise, packed_nbytes
 from nkat.host.commandline import parser, positive_int, run, thread_count
 from nkat.host.console import format_table
 from nkat.host.hardware import describe, set_threads
@@ -55,7 +55,7 @@ def measure(qtype: GGMLQuantizationType, rows: int, columns: int, rounds: int) -
         return gguf_quants.dequantize(data, qtype)
 
     def ours() -> torch.Tensor:
-        return dequantize(packed, qtype, (rows, columns))
+        return dequantise(packed, qtype, (rows, columns))
 
     if not np.array_equal(theirs().view(np.int32), ours().numpy().view(np.int32)):  # also the warm-up
         raise NKATError(f"{qtype.name}: the result is not gguf-py's")

@@ -290,11 +290,11 @@ def check_model(path: Path | None, machine: Machine) -> tuple[int, list[Check]]:
     try:
         model = open_model_file(path)
         if model.base is None:
-            raise NKATError(f"{path}: holds only theta, not a model")
+            raise NKATError(f"{path}: holds only Θ, not a model")
         config = ModelConfig.from_gguf(model.base.file.metadata, model.base.tensors)
     except NKATError as error:
         return 0, [Check("model", MISSING, str(error), "give another file with --model")]
-    theta = f", theta of rank {model.theta.rank}" if model.theta else ""
+    theta = f", Θ of rank {model.theta.rank}" if model.theta else ""
     found = f"{path}: {config.architecture.name}, {config.block_count} blocks, {format_bytes(model.base_size)}{theta}"
     checks = [Check("model", OK, found)]
     if model.base_size > machine.available:

@@ -82,7 +82,7 @@ def test_models(script, user: Path, tmp_path: Path) -> None:
     assert (status, "llama, 3 blocks" in checks["model"]["found"]) == (0, True)
     nkat = tmp_path / "m.nkat"
     assert script("nkat_gguf_converter.py", "--input", model, "--output", nkat).returncode == 0
-    assert "theta of rank 4" in check(script, "--model", nkat)[1]["model"]["found"]
+    assert "Θ of rank 4" in check(script, "--model", nkat)[1]["model"]["found"]
     for name, data in (
         ("absent.gguf", None),
         ("broken.gguf", b"GGUF\3"),

@@ -251,7 +251,7 @@ def _theta_options(options: ConvertOptions, inputs: Inputs, names: Sequence[str]
     gamma = DEFAULT_GAMMA if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
     if gamma == 1.0 and options.theta_source == "fit":
-        raise NKATError("--theta-source fit needs theta gamma below 1: at 1 the coupling is 0, and Θ acts on nothing")
+        raise NKATError("--theta-source fit needs gamma below 1: at 1 the coupling is 0, and Θ acts on nothing")
     if gamma == 1.0:
         note("warning: gamma 1 couples Θ with strength 0: it will have no effect")
     elif not 0.90 <= gamma <= 0.99:

@@ -20,8 +20,8 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from nkat.gguf.file import TensorInfo
-from nkat.gguf.formats import dequantize
-from nkat.gguf.quantise import quantisation_steps, quantize
+from nkat.gguf.formats import dequantise
+from nkat.gguf.quantise import quantisation_steps, quantise
 from nkat.gguf.weights import read_weight
 from nkat.gguf.writer import (
     FileRange,
@@ -89,8 +89,8 @@ def merge_weight(
     wanted = weight + change
     if not bool(torch.isfinite(wanted).all()):
         raise ThetaError("the weight with Θ in it holds NaN or infinity")
-    packed = quantize(wanted, qtype)
-    merged = dequantize(torch.from_numpy(packed), qtype, (m, n))
+    packed = quantise(wanted, qtype)
+    merged = dequantise(torch.from_numpy(packed), qtype, (m, n))
     if not bool(torch.isfinite(merged).all()):
         raise ThetaError(f"the weight with Θ in it is too large for {qtype.name}")
     return packed, MergeLoss(
@@ -158,7 +158,7 @@ def merge_model(
     Raises NKATError, before anything is written, for γ = 1 or a Θ made from the text it would be judged on.
     """
     if coupling(gamma) == 0.0:
-        raise ThetaError("merging needs theta gamma below 1: at 1 the coupling is 0 and there is nothing to merge")
+        raise ThetaError("merging needs gamma below 1: at 1 the coupling is 0 and there is nothing to merge")
     if judge is not None:
         judge.check(theta_set)
     with bar(model.base_size, f"merging into {path.name}", "B") as done:

@@ -166,7 +166,7 @@ class TorchOps:
         self.star = star
 
     def embed(self, weight: PackedWeight, token: Tensor, scale: float) -> Tensor:
-        return weight.dequantize()[token[0]] * scale
+        return weight.dequantise()[token[0]] * scale
 
     def norm(
         self,
@@ -186,7 +186,7 @@ class TorchOps:
         parts = []
         for group in siblings.groups:
             bias = None if group.bias is None else group.bias.to(x.natural.dtype)
-            y = F.linear(x.natural, group.weight.dequantize().to(x.natural.dtype), bias)
+            y = F.linear(x.natural, group.weight.dequantise().to(x.natural.dtype), bias)
             if self.star and group.up is not None and x.inner is not None:
                 ends = (0, *group.segments, len(y))
                 for i, (start, stop) in enumerate(pairwise(ends)):

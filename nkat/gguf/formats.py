@@ -99,7 +99,7 @@ class BlockFormat:
         raise NotImplementedError
 
     @classmethod
-    def dequantize(cls, blocks: Tensor, out: Tensor) -> None:
+    def dequantise(cls, blocks: Tensor, out: Tensor) -> None:
         """Writes the weights of uint8 [n, block_bytes] to `out`, contiguous float32 of n·block_size weights."""
         scale, offset = cls.scales(blocks)
         groups = scale.shape[1]
@@ -445,7 +445,7 @@ def packed_nbytes(qtype: GGMLQuantizationType, shape: tuple[int, ...], *, name: 
     return math.prod(shape) // block_size * type_size
 
 
-def dequantize(packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, ...], *, name: str = "") -> Tensor:
+def dequantise(packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, ...], *, name: str = "") -> Tensor:
     """The weights of a tensor: float32 of `shape` on the device of `packed`.
 
     packed: uint8 (nbytes,), as in the file. Never written to, so it may lie in a read-only memory map. An F32 tensor is
@@ -462,12 +462,12 @@ def dequantize(packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, ..
     return _unpack(packed, qtype, shape)
 
 
-def dequantize_rows(
+def dequantise_rows(
     packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, ...], rows: Tensor, *, name: str = ""
 ) -> Tensor:
     """Some rows of a tensor, without unpacking the others (embedding look-up): float32 (len(rows), shape[-1]).
 
-    packed, qtype, shape, name: as for `dequantize`. The leading dimensions count as one, in row-major order.
+    packed, qtype, shape, name: as for `dequantise`. The leading dimensions count as one, in row-major order.
     rows: int32 or int64 (len(rows),) on the device of `packed`; any order, repeats allowed, none negative.
 
     Raises UnsupportedTypeError, or QuantError where `packed` and `shape` do not fit or a row is out of range.
@@ -521,5 +521,5 @@ def _unpack(packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, ...])
         out.view(-1).copy_(packed.view(_FLOAT_TYPES[qtype]))
         return out
     block = BLOCK_FORMATS[qtype]
-    block.dequantize(packed.view(-1, block.block_bytes), out)
+    block.dequantise(packed.view(-1, block.block_bytes), out)
     return out

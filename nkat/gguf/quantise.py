@@ -38,7 +38,7 @@ def check_quantiser() -> None:
     _libgguf()
 
 
-def quantize(weight: torch.Tensor, qtype: GGMLQuantizationType) -> np.ndarray:
+def quantise(weight: torch.Tensor, qtype: GGMLQuantizationType) -> np.ndarray:
     """Float32 weights [m, n] packed in a type, as llama-quantize does without an importance matrix: uint8 [nbytes]."""
     rows: np.ndarray = _libgguf().quantize_rows(weight.contiguous().numpy(), int(qtype))
     return rows.view(np.uint8).reshape(-1)
@@ -78,7 +78,7 @@ def quantisation_steps(weight: torch.Tensor, qtype: GGMLQuantizationType) -> tor
 
 
 def _in_type(file: GGUFFile, info: TensorInfo, qtype: GGMLQuantizationType) -> np.ndarray:
-    return file.raw(info.name) if qtype == info.type else quantize(read_weight(file, info.name), qtype)
+    return file.raw(info.name) if qtype == info.type else quantise(read_weight(file, info.name), qtype)
 
 
 def _libgguf() -> ModuleType:

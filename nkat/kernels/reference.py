@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from gguf.constants import GGML_QUANT_SIZES
 
-from nkat.gguf.formats import dequantize
+from nkat.gguf.formats import dequantise
 
 
 def packed_rows(packed: torch.Tensor, rows: int, start: int, stop: int) -> torch.Tensor:
@@ -38,7 +38,7 @@ def linear(
     parts = []
     for start in range(0, m, step):
         stop = min(start + step, m)
-        weight = dequantize(packed_rows(packed, m, start, stop), qtype, (stop - start, n)).to(x.dtype)
+        weight = dequantise(packed_rows(packed, m, start, stop), qtype, (stop - start, n)).to(x.dtype)
         parts.append(F.linear(x, weight, None if bias is None else bias[start:stop]))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nkat.gguf.formats import dequantize
+from nkat.gguf.formats import dequantise
 from nkat.kernels import reference
 from nkat.kernels.registry import kernel_types
 from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
@@ -81,7 +81,7 @@ class StarLinear(PackedModule):
         self.kappa = 0.0
         self.int8_activations = False  # round W's inputs as llama.cpp does: to compare with its figures
         self.register_buffer("bias", None if bias is None else bias.to(packed.device, dtype), persistent=False)
-        dense = dequantize(packed, qtype, shape).to(dtype) if keep_dense else None
+        dense = dequantise(packed, qtype, shape).to(dtype) if keep_dense else None
         self.register_buffer("dense", dense, persistent=False)
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
@@ -92,7 +92,7 @@ class StarLinear(PackedModule):
     def set_theta(self, theta: Theta | None) -> None:
         """Replaces Θ; its strength stays. Raises ThetaError when it is larger than the layer."""
         if theta is not None and theta.size > max(self.shape):
-            raise ThetaError(f"theta of size {theta.size} does not fit a {self.shape[0]}x{self.shape[1]} weight")
+            raise ThetaError(f"Θ of size {theta.size} does not fit a {self.shape[0]}x{self.shape[1]} weight")
         self.down = self.up = None
         self.theta = None if theta is None or theta.is_zero() else theta
         if self.compiled is not None:
@@ -137,7 +137,7 @@ class StarLinear(PackedModule):
         """W [m, n] in the layer's dtype: the one that is kept, or dequantised anew from the file's bytes."""
         if self.dense is not None:
             return self.dense
-        return dequantize(self.file_bytes, self.qtype, self.shape).to(self.dtype)
+        return dequantise(self.file_bytes, self.qtype, self.shape).to(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.rows(x, 0, self.shape[0])
@@ -173,4 +173,4 @@ class StarLinear(PackedModule):
 
     def extra_repr(self) -> str:
         rank = 0 if self.down is None else self.down.shape[0] // 2
-        return f"{self.shape[1]} -> {self.shape[0]}, {self.qtype.name}, {self.dtype}, theta rank {rank}"
+        return f"{self.shape[1]} -> {self.shape[0]}, {self.qtype.name}, {self.dtype}, Θ rank {rank}"

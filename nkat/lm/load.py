@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from nkat.gguf.file import GGUFFile, TensorInfo
-from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantize, packed_tensor
+from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantise, packed_tensor
 from nkat.kernels.registry import say_fallbacks
 from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.config import ConfigError, ModelConfig
@@ -174,7 +174,7 @@ class _Assembler:
         """A norm's weight, a bias or RoPE factors: dequantised, in the residual stream's dtype."""
         info = self.tensors[name]
         stream = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return dequantize(self.packed(name), info.type, (prod(info.shape),)).to(stream, copy=True)
+        return dequantise(self.packed(name), info.type, (prod(info.shape),)).to(stream, copy=True)
 
     def packed(self, name: str) -> torch.Tensor:
         info = self.tensors[name]

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nkat.errors import NKATError
-from nkat.gguf.formats import dequantize_rows
+from nkat.gguf.formats import dequantise_rows
 from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.config import ModelConfig, Rope
 from nkat.lm.linear import PackedModule, StarLinear
@@ -125,7 +125,7 @@ class Embedding(PackedModule):
             from nkat.kernels.cuda import linear as cuda
 
             return cuda.rows(self.device_weight, tokens.reshape(-1)).view(*tokens.shape, self.shape[1]).float()
-        rows = dequantize_rows(self.file_bytes, self.qtype, self.shape, tokens.reshape(-1))
+        rows = dequantise_rows(self.file_bytes, self.qtype, self.shape, tokens.reshape(-1))
         return rows.view(*tokens.shape, self.shape[1])
 
 
@@ -319,7 +319,7 @@ class Transformer(nn.Module):
         layers = self.star_linears()
         for name in thetas:
             if name not in layers:
-                raise NKATError(f"theta for {name!r}, but the model has no such linear layer")
+                raise NKATError(f"Θ for {name!r}, but the model has no such linear layer")
         self.theta_changes += 1
         for name, layer in layers.items():
             layer.set_theta(thetas.get(name))

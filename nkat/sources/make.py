@@ -15,7 +15,7 @@ from nkat.gguf.writer import MetadataValue
 from nkat.sources.options import SOURCES, ThetaOptions
 from nkat.sources.residual import ErrorsLeft, errors_left, factors_from_residual
 from nkat.sources.weight import factors_from_weight
-from nkat.theta.algebra import Theta, ThetaError, coupling, quantize_factors
+from nkat.theta.algebra import Theta, ThetaError, coupling, quantise_factors
 from nkat.theta.modelfile import ModelFile, base_name
 from nkat.theta.set import ThetaSet
 
@@ -32,7 +32,7 @@ def check_options(tensors: Mapping[str, TensorInfo], names: Sequence[str], optio
             rows, columns = tensors[name].shape
             corner = f" (its leading {limit}x{limit} corner)" if options.target_size else ""
             raise ThetaError(
-                f"theta rank {options.rank} is impossible for {name} ({rows}x{columns}){corner}: "
+                f"Θ rank {options.rank} is impossible for {name} ({rows}x{columns}){corner}: "
                 f"it must be from 1 to {limit}"
             )
     if options.source == "residual":
@@ -50,7 +50,7 @@ def make_thetas(
     check_options(file.tensors, names, options)
 
     def make(name: str) -> Theta:
-        return quantize_factors(*_factors(read_weight(file, name), name, options))
+        return quantise_factors(*_factors(read_weight(file, name), name, options))
 
     return _two_at_a_time(file, names, make, on_layer)
 
@@ -132,9 +132,7 @@ def _check_reference(tensors: Mapping[str, TensorInfo], names: Sequence[str], op
     if options.reference is None:
         raise NKATError("--theta-source residual needs --reference, the same model at a higher precision")
     if coupling(options.gamma) == 0.0:
-        raise ThetaError(
-            "--theta-source residual needs theta gamma below 1: at 1 the coupling is 0 and theta acts on nothing"
-        )
+        raise ThetaError("--theta-source residual needs gamma below 1: at 1 the coupling is 0 and Θ acts on nothing")
     for name in names:
         other = options.reference.tensors.get(name)
         if other is None or other.shape != tensors[name].shape:

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nkat.theta.algebra import Theta, ThetaError, low_rank_form, quantize_factors
+from nkat.theta.algebra import Theta, ThetaError, low_rank_form, quantise_factors
 from nkat.theta.svd import truncated_svd
 
 _LBFGS_STEPS = 40
@@ -100,7 +100,7 @@ def unrestricted_optimum(
 def rounded_factors(u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """U [m, r], V [n, r] rounded to INT8 as Θ's factors are, one scale for each column, and back."""
     size = max(len(u), len(v))
-    u8, v8 = quantize_factors(_padded(u, size), _padded(v, size)).factors()
+    u8, v8 = quantise_factors(_padded(u, size), _padded(v, size)).factors()
     return u8[: len(u)], v8[: len(v)]
 
 
@@ -160,7 +160,7 @@ def errors_left(
     u, v = rounded_factors(*unrestricted_optimum(residual, rank, solved, seed))
     diagonal = None
     if moments is not None and moments.ndim == 2:
-        simple = quantize_factors(*factors_from_residual(residual, theta.rank, kappa, moments.diagonal(), seed))
+        simple = quantise_factors(*factors_from_residual(residual, theta.rank, kappa, moments.diagonal(), seed))
         simple_down, simple_up = low_rank_form(*simple.factors(), m, n)
         diagonal = scale * _error(residual - kappa * (simple_up @ simple_down), solved)
     return ErrorsLeft(

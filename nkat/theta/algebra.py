@@ -38,10 +38,10 @@ class Theta:
 
     def __post_init__(self) -> None:
         if self.p.dtype != torch.int8 or self.q.dtype != torch.int8 or self.scale.dtype != torch.float32:
-            raise ThetaError("theta factors must be int8 and their scales float32")
+            raise ThetaError("Θ factors must be int8 and their scales float32")
         if self.p.ndim != 2 or self.p.shape != self.q.shape or self.scale.shape != (2, self.p.shape[1]):
             raise ThetaError(
-                f"theta shapes do not fit together: p {tuple(self.p.shape)}, q {tuple(self.q.shape)}, "
+                f"Θ shapes do not fit together: p {tuple(self.p.shape)}, q {tuple(self.q.shape)}, "
                 f"scale {tuple(self.scale.shape)}"
             )
 
@@ -75,15 +75,15 @@ class Theta:
 def coupling(gamma: float) -> float:
     """κ(γ) = ½ γ (1 − γ): the factor before θ x. γ = 1 gives exactly 0, lower γ a stronger effect."""
     if not 0.0 < gamma <= 1.0:
-        raise ThetaError(f"theta gamma must lie in 0 < gamma <= 1, got {gamma}")
+        raise ThetaError(f"gamma must lie in 0 < gamma <= 1, got {gamma}")
     return 0.5 * gamma * (1.0 - gamma)
 
 
-def quantize_factors(p: torch.Tensor, q: torch.Tensor) -> Theta:
+def quantise_factors(p: torch.Tensor, q: torch.Tensor) -> Theta:
     """Rounds float factors [t, r] to INT8, symmetric, one scale per column (absmax / 127)."""
     if not bool(torch.isfinite(p).all() and torch.isfinite(q).all()):
-        raise ThetaError("the theta factors hold NaN or infinity")
-    (p8, p_scale), (q8, q_scale) = _quantize_columns(p), _quantize_columns(q)
+        raise ThetaError("the Θ factors hold NaN or infinity")
+    (p8, p_scale), (q8, q_scale) = _quantise_columns(p), _quantise_columns(q)
     return Theta(p8, q8, torch.stack([p_scale, q_scale]))
 
 
@@ -111,7 +111,7 @@ def star_product(weight: torch.Tensor, x: torch.Tensor, theta: Theta, gamma: flo
     return plain + kappa * ((x @ down.T) @ up.T)
 
 
-def _quantize_columns(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantise_columns(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = factor.abs().amax(dim=0).float() / _INT8_MAX
     divisor = torch.where(scale > 0, scale, torch.ones_like(scale))  # a zero column stays zero
     rounded = torch.round(factor / divisor).clamp_(-_INT8_MAX, _INT8_MAX)

@@ -70,6 +70,6 @@ def gguf_name(name: str) -> str:
 def _no_match(pattern: str, translated: str, candidates: list[str], tensors: Mapping[str, TensorInfo]) -> str:
     if translated in tensors:
         shape = "x".join(str(n) for n in tensors[translated].shape)
-        return f"layer {pattern!r} is a tensor of shape {shape} that theta cannot adapt: only linear weights in blocks"
+        return f"layer {pattern!r} is a tensor of shape {shape} that Θ cannot adapt: only linear weights in blocks"
     nearest = difflib.get_close_matches(translated, candidates, n=3, cutoff=0.4) or candidates[:3]
     return f"no layer matches {pattern!r}; the nearest are {', '.join(nearest)}"

@@ -34,7 +34,7 @@ def lora_parts(theta_set: ThetaSet, base: BaseView, gamma: float | None = None) 
         for suffix, factor in ((".lora_a", down), (".lora_b", up)):
             half = factor.to(torch.float16)
             if not bool(torch.isfinite(half).all()):
-                raise ThetaError(f"{name}: theta's factors are too large for a LoRA adapter in F16")
+                raise ThetaError(f"{name}: Θ's factors are too large for a LoRA adapter in F16")
             tensors.append(NewTensor(name + suffix, GGMLQuantizationType.F16, half.contiguous().numpy()))
     metadata: dict[str, MetadataValue] = {
         "general.type": "adapter",

@@ -115,7 +115,7 @@ def open_model_file(path: str | Path) -> ModelFile:
         return ModelFile(path, "plain", base, None, unfinished=True)
     theta_file = GGUFFile.open(path, offset, offset + length)
     if not _is_theta(theta_file):
-        raise GGUFError(f"{path}: the appended part at byte {offset} holds no theta")
+        raise GGUFError(f"{path}: the appended part at byte {offset} holds no Θ")
     theta_set = _read_theta_set(theta_file)
     check_fits(theta_set, base.tensors, path)
     return ModelFile(path, "appended", base, theta_set)
@@ -169,7 +169,7 @@ def _open_with_own_theta(path: Path, file: GGUFFile) -> ModelFile:
     if count == 0:
         return ModelFile(path, "theta-only", None, theta_set)
     if any(name.endswith(SUFFIXES) for name in list(file.tensors)[:count]):
-        raise GGUFError(f"{path}: theta tensors stand between the base's tensors")
+        raise GGUFError(f"{path}: Θ tensors stand between the base's tensors")
     keys = list(file.metadata)
     first_own = next(i for i, key in enumerate(keys) if key.startswith(KEY_PREFIX))
     if not all(key.startswith(KEY_PREFIX) for key in keys[first_own:]):
@@ -202,7 +202,7 @@ def _read_theta_set(file: GGUFFile) -> ThetaSet:
             thetas[stem + ".weight"] = _read_theta(file, stem)
     found = sum(name.endswith(SUFFIXES) for name in file.tensors)
     if not thetas or found != len(SUFFIXES) * len(thetas) or _entry(file, "nkat.theta.count", int) != len(thetas):
-        raise GGUFError(f"{file.path}: nkat.theta.count does not agree with the {found} theta tensors in the file")
+        raise GGUFError(f"{file.path}: nkat.theta.count does not agree with the {found} Θ tensors in the file")
     gamma = _entry(file, "nkat.theta.gamma", float)
     coupling(gamma)  # raises when out of range
     theta_set = ThetaSet(
@@ -291,9 +291,7 @@ def _base_end_without_marker(file: GGUFFile, offset: int, length: int, whole: bo
             return size
     elif offset - start <= MARKER_SIZE + BOUNDARY and _is_zero(file, start, offset):
         return start
-    raise GGUFError(
-        f"{file.path}: the theta footer is there but the marker behind the base is not: the file is damaged"
-    )
+    raise GGUFError(f"{file.path}: the Θ footer is there but the marker behind the base is not: the file is damaged")
 
 
 def _is_zero(file: GGUFFile, start: int, end: int) -> bool:
@@ -311,11 +309,9 @@ def _read_footer(file: GGUFFile) -> tuple[int, int, bytes] | None:
     if magic != _FOOTER_MAGIC:
         return None
     if version != FORMAT_VERSION:
-        raise GGUFError(f"{file.path}: theta footer at byte {start}: version {version} is not supported")
+        raise GGUFError(f"{file.path}: Θ footer at byte {start}: version {version} is not supported")
     if offset % BOUNDARY or offset < file.data_end or offset + length != start:
-        raise GGUFError(
-            f"{file.path}: theta footer at byte {start}: offset {offset} and length {length} are impossible"
-        )
+        raise GGUFError(f"{file.path}: Θ footer at byte {start}: offset {offset} and length {length} are impossible")
     return offset, length, digest
 
 

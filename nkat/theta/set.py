@@ -82,20 +82,20 @@ def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Pat
     for name, theta in theta_set.layers.items():
         info = tensors.get(name)
         if info is None:
-            raise GGUFError(f"{path}: theta for {name!r}, which the base model does not have")
+            raise GGUFError(f"{path}: Θ for {name!r}, which the base model does not have")
         if len(info.shape) != 2 or theta.size > max(info.shape):
-            raise GGUFError(f"{path}: theta of size {theta.size} does not fit {name!r} of shape {info.shape}")
+            raise GGUFError(f"{path}: Θ of size {theta.size} does not fit {name!r} of shape {info.shape}")
         # The same bound as for one that is made. Beyond it a few bytes of a small corner become a large matrix, as
         # the kernels' factors have a row for every row of the weight.
         limit = min(*info.shape, theta.size)
         if not 1 <= theta.rank <= limit:
-            raise GGUFError(f"{path}: theta of rank {theta.rank} for {name!r}: it must be from 1 to {limit}")
+            raise GGUFError(f"{path}: Θ of rank {theta.rank} for {name!r}: it must be from 1 to {limit}")
 
 
 def check_judging_text(theta_set: ThetaSet, text_sha256: str, path: Path) -> None:
     """Raises GGUFError when the text a Θ is to be judged on is the one it was made from."""
     if text_sha256 in (theta_set.notes.get(CALIBRATION_KEY), theta_set.notes.get(KEEP_KEY)):
-        raise GGUFError(f"{path}: this theta was made from that very text, so it cannot be judged on it; give another")
+        raise GGUFError(f"{path}: this Θ was made from that very text, so it cannot be judged on it; give another")
 
 
 def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:

@@ -66,7 +66,7 @@ def _new_directions(x: torch.Tensor, basis: torch.Tensor, generator: torch.Gener
 
 def _check_rank(rank: int, m: int, n: int) -> None:
     if rank < 1 or rank > min(m, n):
-        raise ThetaError(f"theta rank {rank} is impossible for a {m}x{n} matrix: it must be from 1 to {min(m, n)}")
+        raise ThetaError(f"Θ rank {rank} is impossible for a {m}x{n} matrix: it must be from 1 to {min(m, n)}")
 
 
 def _fix_signs(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

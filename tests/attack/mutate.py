@@ -16,7 +16,7 @@ import torch
 
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.writer import BaseView, write_gguf
-from nkat.theta.algebra import quantize_factors
+from nkat.theta.algebra import quantise_factors
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import appended_parts, embedded_parts, open_model_file, theta_only_parts
 from nkat.theta.set import ThetaSet
@@ -85,7 +85,7 @@ def make_seeds(folder: Path) -> list[Seed]:
     view = BaseView.whole(GGUFFile.open(llama))
     generator = torch.Generator().manual_seed(0)
     layers = {
-        name: quantize_factors(*torch.randn(2, 32, 2, generator=generator))
+        name: quantise_factors(*torch.randn(2, 32, 2, generator=generator))
         for name in ("blk.0.attn_q.weight", "blk.0.ffn_down.weight")
     }
     size = llama.stat().st_size

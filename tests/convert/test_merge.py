@@ -17,10 +17,10 @@ from gguf import GGMLQuantizationType as Type
 from nkat.convert.merge import merge_weight, write_merged
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
-from nkat.gguf.formats import dequantize
-from nkat.gguf.quantise import quantisation_steps, quantize, requantise
+from nkat.gguf.formats import dequantise
+from nkat.gguf.quantise import quantisation_steps, quantise, requantise
 from nkat.gguf.weights import read_weight
-from nkat.theta.algebra import dense_theta, quantize_factors
+from nkat.theta.algebra import dense_theta, quantise_factors
 from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
 
@@ -64,14 +64,14 @@ def convert(script, *arguments: object) -> dict:
 
 
 def random_theta(size: int, rank: int = 2, scale: float = 1.0):
-    return quantize_factors(scale * torch.randn(size, rank), torch.randn(size, rank))
+    return quantise_factors(scale * torch.randn(size, rank), torch.randn(size, rank))
 
 
 @pytest.mark.parametrize("qtype", LEGACY)
 def test_quantize_is_bit_equal_to_gguf_py(qtype: Type) -> None:
     weight = torch.randn(24, 96)
     expected = gguf.quants.quantize(weight.numpy(), qtype).view(np.uint8).reshape(-1)
-    np.testing.assert_array_equal(quantize(weight, qtype), expected)
+    np.testing.assert_array_equal(quantise(weight, qtype), expected)
 
 
 def test_more_bits_lose_less() -> None:
@@ -79,7 +79,7 @@ def test_more_bits_lose_less() -> None:
     weight = torch.randn(16, 512)
     errors = []
     for qtype in BY_PRECISION[2:]:
-        again = dequantize(torch.from_numpy(quantize(weight, qtype)), qtype, weight.shape)
+        again = dequantise(torch.from_numpy(quantise(weight, qtype)), qtype, weight.shape)
         errors.append(float((again - weight).norm() / weight.norm()))
     assert all(0.2 < few / more < 0.75 for few, more in pairwise(errors)), errors
     assert errors[0] < 0.01
@@ -118,12 +118,12 @@ def test_requantise_keeps_everything_else(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("qtype", BY_PRECISION)
 def test_what_merging_loses_depends_on_the_step(qtype: Type) -> None:
-    weight = dequantize(torch.from_numpy(quantize(torch.randn(32, 256), qtype)), qtype, (32, 256))
+    weight = dequantise(torch.from_numpy(quantise(torch.randn(32, 256), qtype)), qtype, (32, 256))
     theta = random_theta(256)
     for kappa, small in ((1e-2, qtype not in (Type.F32, Type.F16)), (1.0, False)):
         packed, loss = merge_weight(weight, theta, kappa, qtype)
         change = kappa * dense_theta(*theta.factors())[:32, :256]
-        merged = dequantize(torch.from_numpy(packed), qtype, (32, 256))
+        merged = dequantise(torch.from_numpy(packed), qtype, (32, 256))
         figures = loss.describe()
         expected = float((merged - weight - change).norm() / change.norm())
         assert figures["error_over_theta"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -142,8 +142,8 @@ def test_steps_are_those_of_the_format() -> None:
     half = torch.randn(8, 64).half()
     expected = np.spacing(np.abs(half.numpy())).astype("f4")
     np.testing.assert_array_equal(quantisation_steps(half.float(), Type.F16).numpy(), expected)
-    packed = quantize(torch.randn(8, 64), Type.Q4_1)
-    weight = dequantize(torch.from_numpy(packed), Type.Q4_1, (8, 64))
+    packed = quantise(torch.randn(8, 64), Type.Q4_1)
+    weight = dequantise(torch.from_numpy(packed), Type.Q4_1, (8, 64))
     scale = packed.reshape(-1, 20)[:, :2].copy().view("f2").astype("f4").reshape(8, 2)
     steps = quantisation_steps(weight, Type.Q4_1).reshape(8, 2, 32).numpy()
     exact = np.isclose(steps, scale[..., None], rtol=1e-3)
@@ -179,7 +179,7 @@ def test_only_adapted_tensors_change(script, tmp_path: Path, layout: str) -> Non
             # Θ is summed in another order here than where it is merged, so a weight on the edge between two numbers of
             # the format may fall to either; none did in any setting of make test-isa.
             assert np.mean(b.raw(name) != expected) < 1e-3
-            found = dequantize(torch.from_numpy(b.raw(name).copy()), Type.Q8_0, (m, n))
+            found = dequantise(torch.from_numpy(b.raw(name).copy()), Type.Q8_0, (m, n))
             step = wanted.view(m, -1, 32).abs().amax(dim=-1, keepdim=True) / 127
             assert float(((found - wanted).view(m, -1, 32).abs() / step).max()) < 0.6  # half, and the scale's rounding
             assert np.mean(a.raw(name) != expected) > 0.1  # control

@@ -12,7 +12,7 @@ from nkat.engine.decoder import make_decoder
 from nkat.engine.eager import EagerDecoder
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
-from nkat.theta.algebra import quantize_factors
+from nkat.theta.algebra import quantise_factors
 from tests.support.golden import read_golden
 from tests.support.tiny_models import write_tiny_model
 
@@ -62,7 +62,7 @@ def add_theta(loaded: LoadedModel) -> None:
     generator = torch.Generator().manual_seed(0)
     loaded.model.set_thetas(
         {
-            name: quantize_factors(*torch.randn(2, max(layer.shape), 3, generator=generator))
+            name: quantise_factors(*torch.randn(2, max(layer.shape), 3, generator=generator))
             for name, layer in loaded.model.star_linears().items()
         }
     )

@@ -25,8 +25,8 @@ from nkat.gguf.formats import (
     BlockFormat,
     QuantError,
     UnsupportedTypeError,
-    dequantize,
-    dequantize_rows,
+    dequantise,
+    dequantise_rows,
     packed_nbytes,
 )
 
@@ -112,14 +112,14 @@ def test_the_drawing_has_every_byte_once(qtype):
 def test_random_bytes_unpack_as_in_gguf_py(qtype):
     shape = (37, row_length(qtype, 5))
     data = random_rows(qtype, shape)
-    assert same(dequantize(flat(data), qtype, shape), oracle(data, qtype))
+    assert same(dequantise(flat(data), qtype, shape), oracle(data, qtype))
 
 
 @every_block_type
 def test_random_bytes_with_finite_scales_unpack_to_numbers(qtype):
     shape = (37, row_length(qtype, 5))
     data = finite(random_rows(qtype, shape), qtype)
-    result = dequantize(flat(data), qtype, shape)
+    result = dequantise(flat(data), qtype, shape)
     assert bool(result.isfinite().all())
     assert np.array_equal(result.numpy().view(np.int32), oracle(data, qtype).view(np.int32))
 
@@ -130,13 +130,13 @@ def test_every_value_of_every_byte_unpacks_as_in_gguf_py(qtype):
     values = np.arange(256, dtype=np.uint8)[:, None].repeat(type_size, axis=1)
     rng = np.random.default_rng(1)
     data = np.concatenate([rng.permuted(values, axis=0) for _ in range(8)])  # each value eight times, among others
-    assert same(dequantize(flat(data), qtype, (8 * 256, block_size)), oracle(data, qtype))
+    assert same(dequantise(flat(data), qtype, (8 * 256, block_size)), oracle(data, qtype))
 
 
 @pytest.mark.parametrize("qtype", [QType.F16, QType.BF16], ids=lambda qtype: qtype.name)
 def test_every_16_bit_float_unpacks_as_in_gguf_py(qtype):
     data = np.arange(1 << 16, dtype="<u2").view(np.uint8)
-    assert same(dequantize(flat(data), qtype, (1 << 16,)), oracle(data, qtype))
+    assert same(dequantise(flat(data), qtype, (1 << 16,)), oracle(data, qtype))
 
 
 @every_block_type
@@ -147,7 +147,7 @@ def test_nan_infinite_and_zero_scales_stay_what_they_are(qtype, scale):
     blocks = data.reshape(3, -1)
     for start in HALVES[qtype]:
         blocks[1, start : start + 2] = np.array([scale], dtype="<f2").view(np.uint8)
-    result = dequantize(flat(data), qtype, shape)
+    result = dequantise(flat(data), qtype, shape)
     assert same(result, oracle(data, qtype))
     hit = result.view(3, -1)
     assert bool(hit[[0, 2]].isfinite().all())  # the neighbours are unhurt
@@ -175,7 +175,7 @@ def test_quantised_weights_come_back(qtype):
     weights = (rng.standard_normal((19, 256)) * 0.02).astype(np.float32)
     weights[rng.random(weights.shape) < 0.01] *= 8
     data = gguf.quants.quantize(weights, qtype).view(np.uint8)
-    result = dequantize(flat(data), qtype, weights.shape)
+    result = dequantise(flat(data), qtype, weights.shape)
     assert same(result, oracle(data, qtype))
     largest = np.abs(weights.reshape(-1, 32)).max(axis=1, keepdims=True)
     error = np.abs(result.numpy() - weights).reshape(-1, 32)
@@ -187,9 +187,9 @@ def test_quantised_weights_come_back(qtype):
 def test_the_comparison_notices_the_wrong_type():
     shape = (3, 64)
     data = finite(random_rows(QType.Q4_0, shape), QType.Q4_0)  # Q4_0 and IQ4_NL blocks have the same size
-    assert same(dequantize(flat(data), QType.Q4_0, shape), oracle(data, QType.Q4_0))
-    assert not same(dequantize(flat(data), QType.Q4_0, shape), oracle(data, QType.IQ4_NL))
-    assert not same(dequantize(flat(data), QType.IQ4_NL, shape), oracle(data, QType.Q4_0))
+    assert same(dequantise(flat(data), QType.Q4_0, shape), oracle(data, QType.Q4_0))
+    assert not same(dequantise(flat(data), QType.Q4_0, shape), oracle(data, QType.IQ4_NL))
+    assert not same(dequantise(flat(data), QType.IQ4_NL, shape), oracle(data, QType.Q4_0))
 
 
 def span(start: int, stop: int) -> list[int]:
@@ -232,9 +232,9 @@ def test_a_flipped_bit_changes_exactly_the_weights_that_hold_it(qtype, byte, bit
     blocks = np.full((3, type_size), 0x65, dtype=np.uint8)
     for start in HALVES[qtype]:
         blocks[:, start : start + 2] = np.array([1.0], dtype="<f2").view(np.uint8)
-    before = dequantize(flat(blocks), qtype, (3, block_size)).view(torch.int32)
+    before = dequantise(flat(blocks), qtype, (3, block_size)).view(torch.int32)
     blocks[1, byte] ^= 1 << bit
-    after = dequantize(flat(blocks), qtype, (3, block_size)).view(torch.int32)
+    after = dequantise(flat(blocks), qtype, (3, block_size)).view(torch.int32)
     changed = (before != after).nonzero().tolist()
     assert changed == [[1, weight] for weight in weights]
 
@@ -245,7 +245,7 @@ def test_shapes_and_incomplete_tiles(qtype, leading, monkeypatch):
     monkeypatch.setattr(formats, "_CPU_TILE", 256)  # one to eight blocks: most shapes end inside a tile
     shape = (*leading, row_length(qtype, 3))
     data = random_rows(qtype, shape, seed=3)
-    assert same(dequantize(flat(data), qtype, shape), oracle(data, qtype))
+    assert same(dequantise(flat(data), qtype, shape), oracle(data, qtype))
 
 
 @given(
@@ -264,8 +264,8 @@ def test_any_shape_tile_and_rows(qtype, leading, blocks, tile, seed, data):
     count = expected.size // shape[-1]
     rows = data.draw(st.lists(st.integers(0, count - 1), max_size=8))
     with mock.patch.object(formats, "_CPU_TILE", tile):
-        assert same(dequantize(flat(packed), qtype, shape), expected)
-        picked = dequantize_rows(flat(packed), qtype, shape, torch.tensor(rows, dtype=torch.int64))
+        assert same(dequantise(flat(packed), qtype, shape), expected)
+        picked = dequantise_rows(flat(packed), qtype, shape, torch.tensor(rows, dtype=torch.int64))
     assert same(picked, expected.reshape(count, shape[-1])[rows])
 
 
@@ -275,13 +275,13 @@ def test_rows_are_those_of_the_whole_tensor(qtype, index):
     shape = (11, row_length(qtype, 2))
     packed = flat(random_rows(qtype, shape, seed=4))
     rows = torch.tensor([10, 0, 3, 3, 7], dtype=index)
-    expected = dequantize(packed, qtype, shape)[rows].numpy()
-    assert same(dequantize_rows(packed, qtype, shape, rows), expected)
-    assert dequantize_rows(packed, qtype, shape, rows[:0]).shape == (0, shape[1])
+    expected = dequantise(packed, qtype, shape)[rows].numpy()
+    assert same(dequantise_rows(packed, qtype, shape, rows), expected)
+    assert dequantise_rows(packed, qtype, shape, rows[:0]).shape == (0, shape[1])
     packed.view(11, -1)[[1, 2, 4, 5, 6, 8, 9]] ^= 0xFF
-    assert same(dequantize_rows(packed, qtype, shape, rows), expected)  # only the named rows are read
+    assert same(dequantise_rows(packed, qtype, shape, rows), expected)  # only the named rows are read
     packed.view(11, -1)[3] ^= 0x11
-    assert not same(dequantize_rows(packed, qtype, shape, rows), expected)
+    assert not same(dequantise_rows(packed, qtype, shape, rows), expected)
 
 
 @every_type
@@ -291,10 +291,10 @@ def test_results_do_not_depend_on_the_call_or_the_threads(qtype):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        first = dequantize(packed, qtype, shape)
-        again = dequantize(packed, qtype, shape)
+        first = dequantise(packed, qtype, shape)
+        again = dequantise(packed, qtype, shape)
         torch.set_num_threads(2)
-        threaded = dequantize(packed, qtype, shape)
+        threaded = dequantise(packed, qtype, shape)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(first.view(torch.int32), again.view(torch.int32))
@@ -310,12 +310,12 @@ def test_unaligned_and_strided_bytes(qtype):
     for offset in (1, 2, 3):
         view = storage[offset : offset + data.size]
         view.copy_(flat(data))
-        assert same(dequantize(view, qtype, shape), expected)
+        assert same(dequantise(view, qtype, shape), expected)
     moved = np.zeros(data.size + 1, dtype=np.uint8)[1:]  # an odd address without a storage offset
     moved[:] = data.reshape(-1)
-    assert same(dequantize(torch.from_numpy(moved), qtype, shape), expected)
+    assert same(dequantise(torch.from_numpy(moved), qtype, shape), expected)
     strided = flat(data).repeat_interleave(2)[::2]
-    assert same(dequantize(strided, qtype, shape), expected)
+    assert same(dequantise(strided, qtype, shape), expected)
 
 
 @every_type
@@ -323,16 +323,16 @@ def test_packed_bytes_are_not_written(qtype):
     shape = (5, row_length(qtype, 2))
     data = random_rows(qtype, shape, seed=7)
     packed = flat(data.copy())
-    dequantize(packed, qtype, shape)
-    dequantize_rows(packed, qtype, shape, torch.tensor([4, 1]))
+    dequantise(packed, qtype, shape)
+    dequantise_rows(packed, qtype, shape, torch.tensor([4, 1]))
     assert np.array_equal(packed.numpy(), data.reshape(-1))
 
 
 def test_f32_is_a_view_and_everything_else_is_new_memory():
     f32 = flat(random_rows(QType.F32, (4, 8)))
-    assert dequantize(f32, QType.F32, (4, 8)).data_ptr() == f32.data_ptr()
+    assert dequantise(f32, QType.F32, (4, 8)).data_ptr() == f32.data_ptr()
     q8 = flat(random_rows(QType.Q8_0, (4, 32)))
-    first, second = dequantize(q8, QType.Q8_0, (4, 32)), dequantize(q8, QType.Q8_0, (4, 32))
+    first, second = dequantise(q8, QType.Q8_0, (4, 32)), dequantise(q8, QType.Q8_0, (4, 32))
     assert first.data_ptr() != second.data_ptr()
 
 
@@ -343,8 +343,8 @@ def test_inference_mode_leaves_nothing_behind():
     for qtype in (QType.IQ4_NL, QType.Q5_0):
         data = random_rows(qtype, (2, 32))
         with torch.inference_mode():
-            dequantize(flat(data), qtype, (2, 32))
-        assert same(dequantize(flat(data), qtype, (2, 32)), oracle(data, qtype))
+            dequantise(flat(data), qtype, (2, 32))
+        assert same(dequantise(flat(data), qtype, (2, 32)), oracle(data, qtype))
 
 
 @pytest.mark.parametrize("model", ["smollm2", "gemma3", "qwen"])
@@ -363,7 +363,7 @@ def test_tensors_of_real_models_unpack_as_in_gguf_py(model, request):
             shape = (len(data), info.shape[-1])
             expected = oracle(data, info.type)
             assert np.isfinite(expected).all()
-            assert same(dequantize(flat(data), info.type, shape, name=info.name), expected), info
+            assert same(dequantise(flat(data), info.type, shape, name=info.name), expected), info
 
 
 @pytest.mark.gpu
@@ -374,8 +374,8 @@ def test_cuda_unpacks_the_same_bits(qtype):
     data = random_rows(qtype, shape, seed=8)
     packed, rows = flat(data).cuda(), torch.tensor([36, 0, 5], device="cuda")
     expected = oracle(data, qtype)
-    assert same(dequantize(packed, qtype, shape).cpu(), expected)
-    assert same(dequantize_rows(packed, qtype, shape, rows).cpu(), expected[rows.cpu().numpy()])
+    assert same(dequantise(packed, qtype, shape).cpu(), expected)
+    assert same(dequantise_rows(packed, qtype, shape, rows).cpu(), expected[rows.cpu().numpy()])
 
 
 @every_type
@@ -396,11 +396,11 @@ def refused(call, kind: type[NKATError] = QuantError) -> str:
 def test_an_unsupported_type_is_named_with_its_tensor_and_the_supported_ones():
     packed = torch.zeros(66, dtype=torch.uint8)
     name = "blk.0.ffn_up.weight"
-    message = refused(lambda: dequantize(packed, QType.IQ2_XXS, (256,), name=name), UnsupportedTypeError)
+    message = refused(lambda: dequantise(packed, QType.IQ2_XXS, (256,), name=name), UnsupportedTypeError)
     assert message.startswith("tensor 'blk.0.ffn_up.weight': type IQ2_XXS is not supported (supported: F32, F16, ")
     assert all(qtype.name in message for qtype in ALL)
     rows = torch.tensor([0])
-    assert refused(lambda: dequantize_rows(packed, QType.I8, (66,), rows), UnsupportedTypeError).startswith("type I8 ")
+    assert refused(lambda: dequantise_rows(packed, QType.I8, (66,), rows), UnsupportedTypeError).startswith("type I8 ")
 
 
 @pytest.mark.parametrize(
@@ -418,12 +418,12 @@ def test_an_unsupported_type_is_named_with_its_tensor_and_the_supported_ones():
 )
 def test_shapes_that_do_not_fit_are_refused(shape, words):
     packed = torch.zeros(144, dtype=torch.uint8)
-    message = refused(lambda: dequantize(packed, QType.Q4_K, shape, name="output.weight"))
+    message = refused(lambda: dequantise(packed, QType.Q4_K, shape, name="output.weight"))
     assert message.startswith("tensor 'output.weight': ")
     assert "Q4_K" in message
     assert words in message
-    assert refused(lambda: dequantize_rows(packed, QType.Q4_K, shape, torch.tensor([0]))) == message.partition(": ")[2]
-    dequantize(packed, QType.Q4_K, (1, 256))  # the same bytes are fine as what they are
+    assert refused(lambda: dequantise_rows(packed, QType.Q4_K, shape, torch.tensor([0]))) == message.partition(": ")[2]
+    dequantise(packed, QType.Q4_K, (1, 256))  # the same bytes are fine as what they are
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_shapes_that_do_not_fit_are_refused(shape, words):
     ids=lambda packed: f"{packed.dtype}{list(packed.shape)}",
 )
 def test_bytes_that_do_not_fit_are_refused(packed):
-    message = refused(lambda: dequantize(packed, QType.Q4_0, (32,)))
+    message = refused(lambda: dequantise(packed, QType.Q4_0, (32,)))
     assert message == (
         f"Q4_0 of shape (32,) takes 18 bytes of 1-D uint8, not {packed.dtype} of shape {tuple(packed.shape)}"
     )
@@ -457,6 +457,6 @@ def test_bytes_that_do_not_fit_are_refused(packed):
 )
 def test_rows_that_do_not_exist_are_refused(rows, words):
     packed = flat(random_rows(QType.Q4_0, (3, 32)))
-    message = refused(lambda: dequantize_rows(packed, QType.Q4_0, (3, 32), rows, name="token_embd.weight"))
+    message = refused(lambda: dequantise_rows(packed, QType.Q4_0, (3, 32), rows, name="token_embd.weight"))
     assert message.startswith("tensor 'token_embd.weight': ")
     assert words in message

@@ -105,7 +105,7 @@ def test_a_folder_in_the_files_place_is_said_too(cache: Path, capsys: pytest.Cap
 
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes and names")
-NAME = "kernels/a.o"
+NAME = "compiled/a.o"
 
 
 @posix
@@ -136,7 +136,7 @@ def test_empty_is_unset_and_relative_is_refused(tmp_path: Path, monkeypatch: pyt
 
 
 @posix
-@pytest.mark.parametrize("below", ["", "kernels"])
+@pytest.mark.parametrize("below", ["", "compiled"])
 def test_a_folder_that_others_may_write_to_is_not_used(cache: Path, capsys, below: str) -> None:
     keep_sealed(NAME, b"code")
     assert load_sealed(NAME) == b"code"
@@ -158,13 +158,13 @@ def test_another_users_folder_is_not_used(cache: Path) -> None:
 
 def test_only_what_this_user_sealed_is_taken(cache: Path, tmp_path: Path, capsys) -> None:
     keep_sealed(NAME, b"code")
-    keep_sealed("kernels/b.o", b"other code")
-    file = cache / "kernels" / "a.o"
+    keep_sealed("compiled/b.o", b"other code")
+    file = cache / "compiled" / "a.o"
     whole = file.read_bytes()
     assert load_sealed(NAME) == b"code"
     assert capsys.readouterr().err == ""
     forged = [b"", whole[:32], whole[:-1], whole + b"x", hashlib.sha256(b"evil").digest() + b"evil", b"evil" * 20]
-    forged.append((cache / "kernels" / "b.o").read_bytes())  # sealed, but as something else
+    forged.append((cache / "compiled" / "b.o").read_bytes())  # sealed, but as something else
     for content in forged:
         file.write_bytes(content)
         assert load_sealed(NAME) is None
@@ -199,7 +199,7 @@ def test_the_key_is_the_users_alone(cache: Path) -> None:
     (cache / "elsewhere").write_bytes(bytes(32))
     keep_sealed(NAME, b"code")
     assert not key.is_symlink()
-    assert {path.name for path in cache.iterdir()} == {"key", "kernels", "elsewhere"}
+    assert {path.name for path in cache.iterdir()} == {"key", "compiled", "elsewhere"}
 
 
 @posix
@@ -249,4 +249,4 @@ def test_without_a_cache_everything_runs_and_one_line_says_so(tmp_path: Path, wh
     assert done.stderr == "" or done.stderr.startswith("note: without a cache: ")
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "folder", "pipes"}
     if what == "a cache that works":
-        assert len(list((tmp_path / "folder" / "kernels").glob("*.o"))) == 2
+        assert len(list((tmp_path / "folder" / "compiled").glob("*.o"))) == 2

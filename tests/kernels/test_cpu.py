@@ -9,7 +9,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 from gguf.constants import GGMLQuantizationType as QType
 
-from nkat.gguf.formats import dequantize
+from nkat.gguf.formats import dequantise
 from nkat.kernels import reference
 from nkat.kernels.cpu import jit
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, unit_bytes
@@ -28,7 +28,7 @@ from nkat.kernels.cpu.matmul import (
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.lm.linear import StarLinear
-from nkat.theta.algebra import Theta, low_rank_form, quantize_factors
+from nkat.theta.algebra import Theta, low_rank_form, quantise_factors
 from tests.gguf.test_formats import HALVES, finite, random_rows
 from tests.support.isa import ISA_VARIABLE, NEEDS
 
@@ -103,7 +103,7 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
 def test_int8_products_equal_the_rounded_reference(qtype, isa, count):
     packed, x = packed_weight(qtype), inputs(count)
     tokens = 1 if count == 1 else panel_tokens(isa)
-    weight = dequantize(packed, qtype, (M, N)).double()
+    weight = dequantise(packed, qtype, (M, N)).double()
     expected = reference.round_activations(x, qtype).double() @ weight.T
     assert error(multiply(qtype, packed, x, tokens, False, isa), expected) < INT8_TOLERANCE[qtype]
     assert error(x.double() @ weight.T, expected) > 1e-4  # without the rounding it would fail
@@ -113,7 +113,7 @@ def test_int8_products_equal_the_rounded_reference(qtype, isa, count):
 @pytest.mark.parametrize("isa", ISAS)
 def test_exact_products_equal_the_reference(qtype, isa):
     packed, x = packed_weight(qtype), inputs(5)
-    expected = x.double() @ dequantize(packed, qtype, (M, N)).double().T
+    expected = x.double() @ dequantise(packed, qtype, (M, N)).double().T
     assert error(multiply(qtype, packed, x, panel_tokens(isa), True, isa), expected) < EXACT_TOLERANCE[qtype]
 
 
@@ -123,9 +123,9 @@ def test_every_weight_is_the_files(qtype):
     packed = packed_weight(qtype, seed=3)
     linear = CpuLinear(packed, qtype, (M, N), exact=True)
     columns = linear.rows(torch.eye(N), 0, M, 0.0, 1)
-    assert torch.equal(columns.T, dequantize(packed, qtype, (M, N)))
+    assert torch.equal(columns.T, dequantise(packed, qtype, (M, N)))
     packed[GGML_QUANT_SIZES[qtype][1] - 1 if qtype not in (QType.Q6_K, QType.Q2_K, QType.Q3_K) else 40] ^= 0x10
-    assert not torch.equal(columns.T, dequantize(packed, qtype, (M, N)))
+    assert not torch.equal(columns.T, dequantise(packed, qtype, (M, N)))
 
 
 @pytest.mark.parametrize("qtype", [*BLOCK_LAYOUTS, *FLOAT_TYPES], ids=lambda qtype: qtype.name)
@@ -137,7 +137,7 @@ def test_embedding_rows_are_the_files(qtype):
     arguments = (rows, rows.nbytes // M, units, ids, factor, out, out.strides[0], state)
     program.add(embedding_kernel(qtype, 4), arguments)
     program.run(pool(2))
-    assert np.array_equal(out, dequantize(packed, qtype, (M, N)).numpy()[ids])
+    assert np.array_equal(out, dequantise(packed, qtype, (M, N)).numpy()[ids])
 
 
 @every_format
@@ -162,7 +162,7 @@ def test_swapped_columns_are_noticed(qtype):
 @pytest.mark.parametrize("count", [1, 9])
 def test_float_weights(qtype, shape, count):
     packed, x = packed_weight(qtype, *shape), inputs(count, shape[1])
-    expected = x.double() @ dequantize(packed, qtype, shape).double().T
+    expected = x.double() @ dequantise(packed, qtype, shape).double().T
     result = CpuLinear(packed, qtype, shape).rows(x, 0, shape[0], 0.0, 1)
     assert error(result, expected) < EXACT_TOLERANCE[qtype]
 
@@ -197,7 +197,7 @@ def test_rounding(rounding, isa):
 
 def make_theta(size: int, rank: int = 3, seed: int = 0) -> Theta:
     p, q = torch.randn(2, size, rank, generator=torch.Generator().manual_seed(seed))
-    return quantize_factors(p, q)
+    return quantise_factors(p, q)
 
 
 @pytest.mark.parametrize("qtype", [QType.Q4_1, QType.Q6_K, QType.F16], ids=lambda qtype: qtype.name)
@@ -212,7 +212,7 @@ def test_star_term_equals_the_reference(qtype, exact, rank, size, count):
     rounded = x if rounding_of(qtype, exact) == EXACT else reference.round_activations(x, qtype)
     down, up = low_rank_form(*theta.factors(torch.float64), M, N)
     term = reference.star_term(rounded.double(), down, up, KAPPA)
-    expected = rounded.double() @ dequantize(packed, qtype, (M, N)).double().T + term
+    expected = rounded.double() @ dequantise(packed, qtype, (M, N)).double().T + term
     assert error(linear.rows(x, 0, M, KAPPA, 1), expected) < 3e-6
     assert error(expected - 2 * term, expected) > 1e-3  # a wrong sign would be noticed
 
@@ -362,7 +362,7 @@ def test_machine_code_is_kept_and_a_damaged_file_is_made_anew(tmp_path, monkeypa
         program.run(pool(2))
 
     run()
-    (kept,) = (path for path in (tmp_path / "kernels").glob("*.o") if b"add_one" in path.read_bytes())
+    (kept,) = (path for path in (tmp_path / "compiled").glob("*.o") if b"add_one" in path.read_bytes())
     whole = kept.read_bytes()
     written = kept.stat().st_mtime_ns
     run()
@@ -380,7 +380,7 @@ def test_another_processor_gets_code_of_its_own(tmp_path, monkeypatch):
     jit.compile_kernel("add_one", add_one)
     monkeypatch.setattr(jit, "llvm_host_features", lambda: frozenset({"sse2"}))
     jit.compile_kernel("add_one", add_one)
-    assert len(list((tmp_path / "kernels").glob("*.o"))) == 2
+    assert len(list((tmp_path / "compiled").glob("*.o"))) == 2
 
 
 def test_kernels_are_compiled_once():

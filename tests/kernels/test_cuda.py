@@ -25,7 +25,7 @@ from torch import Tensor
 from nkat.engine.cuda_graph import CudaGraphDecoder, StaticDecoder
 from nkat.engine.plan import TorchOps, decode_step, make_plan
 from nkat.errors import NKATError
-from nkat.gguf.formats import QuantError, dequantize, packed_nbytes
+from nkat.gguf.formats import QuantError, dequantise, packed_nbytes
 from nkat.kernels.cuda import linear as cuda
 from nkat.kernels.cuda import matmul as cuda_matmul
 from nkat.kernels.cuda import planes, step_kernels
@@ -37,7 +37,7 @@ from nkat.lm.config import ModelConfig, Rope
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.transformer import Block, Embedding, Transformer
-from nkat.theta.algebra import Theta, quantize_factors
+from nkat.theta.algebra import Theta, quantise_factors
 from tests.conftest import ROOT
 from tests.gguf.test_formats import HALVES, oracle, random_rows
 from tests.support.tiny_models import write_tiny_model
@@ -72,19 +72,19 @@ def row_length(qtype: QType, chunks: int = 8) -> int:
 def test_planes_hold_the_same_weights_bit_by_bit(qtype):
     n = row_length(qtype, 3)  # rows of an odd number of chunks, where the format has such
     packed, _ = packed_weight(qtype, 5, n)
-    expected = dequantize(packed, qtype, (5, n))
+    expected = dequantise(packed, qtype, (5, n))
     weight = planes.pack(packed, qtype, (5, n))
-    assert torch.equal(weight.dequantize(), expected)
-    assert torch.equal(weight.rows(1, 4).rows(1, 2).dequantize(), expected[2:3])
+    assert torch.equal(weight.dequantise(), expected)
+    assert torch.equal(weight.rows(1, 4).rows(1, 2).dequantise(), expected[2:3])
     other, _ = packed_weight(qtype, 3, n, seed=5)
     joint = planes.concatenate([weight, planes.pack(other, qtype, (3, n))])
-    assert torch.equal(joint.rows(3, 6).dequantize(), torch.cat([expected, dequantize(other, qtype, (3, n))])[3:6])
-    assert not torch.equal(joint.rows(2, 5).dequantize(), joint.rows(3, 6).dequantize())
+    assert torch.equal(joint.rows(3, 6).dequantise(), torch.cat([expected, dequantise(other, qtype, (3, n))])[3:6])
+    assert not torch.equal(joint.rows(2, 5).dequantise(), joint.rows(3, 6).dequantise())
     again = planes.concatenate([joint.rows(1, 3), joint.rows(3, 7)])
     assert again.low is joint.low  # neighbours need no copy
-    assert torch.equal(again.dequantize(), joint.dequantize()[1:7])
+    assert torch.equal(again.dequantise(), joint.dequantise()[1:7])
     swapped = planes.concatenate([joint.rows(3, 7), joint.rows(1, 3)])
-    assert torch.equal(swapped.dequantize(), joint.dequantize()[[3, 4, 5, 6, 1, 2]])
+    assert torch.equal(swapped.dequantise(), joint.dequantise()[[3, 4, 5, 6, 1, 2]])
 
 
 @every_format
@@ -134,7 +134,7 @@ def tiny(tmp_path_factory) -> Callable[..., LoadedModel]:
         for i, (name, layer) in enumerate(loaded.model.star_linears().items()):
             p, q = 0.3 * torch.randn(2, max(layer.shape), 2 + i % 3, generator=generator)
             if not name.endswith("attn_k.weight"):  # one of the layers that share an input goes without
-                thetas[name] = quantize_factors(p, q)
+                thetas[name] = quantise_factors(p, q)
         loaded.model.set_thetas(thetas)
         loaded.model.set_gamma(0.5)
         return loaded
@@ -185,10 +185,10 @@ def test_joint_weights_take_the_place_of_the_layers_own(tiny):
     expected = whole(model, IDS[:3])
     for layer in model.star_linears().values():
         layer.device_weight = planes.pack(layer.packed, layer.qtype, layer.shape)
-    before = {name: layer.device_weight.dequantize() for name, layer in model.star_linears().items()}
+    before = {name: layer.device_weight.dequantise() for name, layer in model.star_linears().items()}
     make_plan(model, model.new_cache(1, 4))
     after = {name: layer.device_weight for name, layer in model.star_linears().items()}
-    assert all(torch.equal(after[name].dequantize(), weight) for name, weight in before.items())
+    assert all(torch.equal(after[name].dequantise(), weight) for name, weight in before.items())
     assert after["blk.0.attn_q.weight"].low.data_ptr() == after["blk.0.attn_v.weight"].low.data_ptr()
     assert after["blk.0.attn_q.weight"].low.data_ptr() != after["blk.1.attn_q.weight"].low.data_ptr()
     logits = steps(model, IDS[:3])  # of a second plan

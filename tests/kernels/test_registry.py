@@ -31,7 +31,7 @@ from nkat.lm.request import Request
 from nkat.lm.transformer import Embedding, Transformer
 from nkat.measure import startup
 from nkat.measure.layer_speed import bench_gemm
-from nkat.theta.algebra import quantize_factors
+from nkat.theta.algebra import quantise_factors
 from tests.support.tiny_models import write_tiny_model
 
 ENGINE = "nkat_inference_engine.py"
@@ -116,7 +116,7 @@ def with_theta(path: Path, **options: Any) -> LoadedModel:
     generator = torch.Generator().manual_seed(0)
     loaded.model.set_thetas(
         {
-            name: quantize_factors(*torch.randn(2, max(layer.shape), 3, generator=generator))
+            name: quantise_factors(*torch.randn(2, max(layer.shape), 3, generator=generator))
             for name, layer in loaded.model.star_linears().items()
         }
     )

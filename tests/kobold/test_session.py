@@ -25,7 +25,7 @@ import torch
 from nkat.engine.decoder import make_decoder
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
-from nkat.gguf.formats import dequantize, packed_tensor
+from nkat.gguf.formats import dequantise, packed_tensor
 from nkat.kobold.api import base_url
 from nkat.kobold.backends import CPU, Place
 from nkat.kobold.choose import Choice
@@ -517,7 +517,7 @@ def widened(source: Path, target: Path) -> Path:
             kind = field.types[0]
             writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
         for info in file.tensors.values():
-            writer.add_tensor(info.name, dequantize(packed_tensor(file.raw(info.name)), info.type, info.shape).numpy())
+            writer.add_tensor(info.name, dequantise(packed_tensor(file.raw(info.name)), info.type, info.shape).numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -8,7 +8,7 @@ from gguf.constants import GGMLQuantizationType as QType
 
 from nkat.kernels import reference
 from nkat.lm.linear import StarLinear
-from nkat.theta.algebra import Theta, ThetaError, coupling, quantize_factors, star_product
+from nkat.theta.algebra import Theta, ThetaError, coupling, quantise_factors, star_product
 
 pytestmark = pytest.mark.isa
 
@@ -29,7 +29,7 @@ def make_weight(seed: int = 0, rows: int = M, columns: int = N) -> np.ndarray:
 def make_theta(size: int = max(M, N), rank: int = 3, seed: int = 0) -> Theta:
     generator = torch.Generator().manual_seed(seed)
     p, q = torch.randn(2, size, rank, generator=generator)
-    return quantize_factors(p, q)
+    return quantise_factors(p, q)
 
 
 def make_input(dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_packed_bytes_are_shared_not_copied():
 
 
 def test_errors():
-    with pytest.raises(ThetaError, match="theta of size 65 does not fit a 48x64 weight"):
+    with pytest.raises(ThetaError, match="Θ of size 65 does not fit a 48x64 weight"):
         f32_layer(theta=make_theta(size=65))
     layer, _ = f32_layer()
     for gamma in (0.0, 1.01, -0.5):

@@ -18,7 +18,7 @@ from nkat.lm.config import ConfigError, Rope
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer, rope_frequencies, rotate
-from nkat.theta.algebra import Theta, quantize_factors
+from nkat.theta.algebra import Theta, quantise_factors
 from tests.support.golden import read_golden
 from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
 
@@ -64,7 +64,7 @@ def make_thetas(model: Transformer, scale: float = 1.0) -> dict[str, Theta]:
     thetas = {}
     for name, layer in model.star_linears().items():
         p, q = scale * torch.randn(2, max(layer.shape), 4, generator=generator)
-        thetas[name] = quantize_factors(p, q)
+        thetas[name] = quantise_factors(p, q)
     return thetas
 
 

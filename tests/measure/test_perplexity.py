@@ -10,7 +10,7 @@ from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure import perplexity
 from nkat.measure.perplexity import Perplexity, paired, score_chunks, scored_tokens, text_chunks
-from nkat.theta.algebra import quantize_factors
+from nkat.theta.algebra import quantise_factors
 from tests.support.golden import read_golden
 from tests.support.perplexity import measure
 from tests.support.tiny_models import write_tiny_model
@@ -99,10 +99,10 @@ def test_progress_goes_to_stderr_only_when_asked_for(llama, capsys, monkeypatch)
     cut = text_chunks(llama.tokenizer, TEXT, chunks=2, context=64)
     score_chunks(llama.model, cut)
     assert capsys.readouterr() == ("", "")
-    score_chunks(llama.model, cut, progress="without theta")
+    score_chunks(llama.model, cut, progress="without Θ")
     output = capsys.readouterr()
     assert output.out == ""
-    assert "without theta" in output.err
+    assert "without Θ" in output.err
 
 
 # --- paired comparison
@@ -135,7 +135,7 @@ def test_a_spoilt_model_is_reported_as_worse(stories, shared_text):
     plain = measure(loaded.model, loaded.tokenizer, text, chunks=8, context=128)
     generator = torch.Generator().manual_seed(0)
     noise = {
-        name: quantize_factors(*(0.5 * torch.randn(2, max(layer.shape), 8, generator=generator)))
+        name: quantise_factors(*(0.5 * torch.randn(2, max(layer.shape), 8, generator=generator)))
         for name, layer in loaded.model.star_linears().items()
     }
     loaded.model.set_thetas(noise)

@@ -14,7 +14,7 @@ from nkat.errors import NKATError
 from nkat.lm.load import load_model
 from nkat.measure import speed
 from nkat.measure.speed import PairedOverhead, Timings, bench_decode, bench_prefill, median_interval, paired_overhead
-from nkat.theta.algebra import quantize_factors
+from nkat.theta.algebra import quantise_factors
 from tests.support.tiny_models import write_tiny_model
 
 GAMMA = 0.9
@@ -194,7 +194,7 @@ def test_both_arms_are_the_model_without_and_with_theta(tmp_path) -> None:
     model = loaded.model
     generator = torch.Generator().manual_seed(0)
     factors = [torch.randn(96, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
-    model.set_thetas({"blk.0.ffn_up.weight": quantize_factors(*factors)})
+    model.set_thetas({"blk.0.ffn_up.weight": quantise_factors(*factors)})
     prompt, following = [1, 2, 3, 4], [5, 6, 7]
 
     class Watched(EagerDecoder):

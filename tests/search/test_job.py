@@ -240,7 +240,7 @@ def test_mistakes(fails, tmp_path: Path, stories: Path) -> None:
     assert "--mode custom needs it" in fails(OPTIMIZER, *common, "--mode", "custom")
     assert "--trials goes with --mode custom" in fails(OPTIMIZER, *common, "--trials", 3)
     assert "needs --reference" in fails(OPTIMIZER, *common, "--theta-source", "residual")
-    assert "theta rank 100 is impossible" in fails(OPTIMIZER, *common, "--target-rank", 100)
+    assert "Θ rank 100 is impossible" in fails(OPTIMIZER, *common, "--target-rank", 100)
     assert "gamma" in fails(OPTIMIZER, *common, "--target-gamma", 1.5)
     assert "storage" in fails(OPTIMIZER, *common, "--storage", "nosuch://x")
     assert "cannot be made a folder" in fails(OPTIMIZER, "--model", stories, "--output-dir", text)

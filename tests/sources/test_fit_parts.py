@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from nkat.errors import NKATError
-from nkat.gguf.formats import dequantize
+from nkat.gguf.formats import dequantise
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import load_model
 from nkat.measure.texts import Text, default_text
@@ -20,7 +20,7 @@ from nkat.sources.fit.data import FitText, batch_at, fit_text, split_validation
 from nkat.sources.fit.descent import FitSettings, theta_start, to_thetas, visible_columns, zero_start
 from nkat.sources.fit.layers import FittedLinear, ThetaMode, fitted_layers
 from nkat.sources.fit.loss import Teacher, vocabulary_loss
-from nkat.theta.algebra import quantize_factors
+from nkat.theta.algebra import quantise_factors
 from nkat.theta.set import ThetaSet, truncate_rank
 from tests.support.tiny_models import write_tiny_model
 
@@ -110,7 +110,7 @@ def test_an_inactive_fit_changes_no_bit(shape: tuple[int, int], keep_dense: bool
         assert not torch.equal(fitted(x), expected)  # control: active, it is another layer
         fitted.mode.active = False
         if dtype == torch.bfloat16:  # control: the order is felt, in so few bits everywhere
-            weight = dequantize(layer.packed, layer.qtype, shape).to(dtype)
+            weight = dequantise(layer.packed, layer.qtype, shape).to(dtype)
             assert not torch.equal(F.linear(x, weight) + layer.bias, expected)
 
 
@@ -156,7 +156,7 @@ def test_rounding_is_that_of_the_file_with_a_gradient_of_one() -> None:
     )
     from nkat.sources.fit.layers import _round_straight_through
 
-    stored = quantize_factors(layer.p.detach(), layer.q.detach())
+    stored = quantise_factors(layer.p.detach(), layer.q.detach())
     torch.testing.assert_close(_round_straight_through(layer.p).detach(), stored.factors()[0], rtol=0, atol=1e-7)
     (gradient,) = torch.autograd.grad(_round_straight_through(layer.p).sum(), layer.p)
     assert torch.equal(gradient, torch.ones_like(gradient))
@@ -211,7 +211,7 @@ def test_recomputing_changes_no_gradient(tmp_path: Path) -> None:
 
 def test_theta_and_factors_convert_back_and_forth() -> None:
     shapes = [(32, 64), (64, 32)]
-    thetas = [quantize_factors(torch.randn(64, 2), torch.randn(64, 2)) for _ in shapes]
+    thetas = [quantise_factors(torch.randn(64, 2), torch.randn(64, 2)) for _ in shapes]
     back = to_thetas(dict(zip("ab", theta_start(thetas, shapes, GAMMA), strict=True)), GAMMA)
     for name, theta in zip("ab", thetas, strict=True):
         assert torch.equal(back[name].p, theta.p)

@@ -22,7 +22,7 @@ from nkat.sources.residual import (
     residual_error,
     unrestricted_optimum,
 )
-from nkat.theta.algebra import ThetaError, dense_theta, quantize_factors
+from nkat.theta.algebra import ThetaError, dense_theta, quantise_factors
 from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
 
@@ -189,7 +189,7 @@ def test_equal_bytes(rank: int, m: int, n: int) -> None:
 @pytest.mark.isa
 def test_errors_left() -> None:
     residual, moments = torch.randn(48, 32), 7.0 * correlated(32)
-    theta = quantize_factors(*factors_from_residual(residual, 3, KAPPA, moments))
+    theta = quantise_factors(*factors_from_residual(residual, 3, KAPPA, moments))
     errors = errors_left(residual, theta, KAPPA, moments)
     solved = regularised_moments(moments, 32)
     exact = residual_error(residual, *theta.factors(), KAPPA, solved)
@@ -201,7 +201,7 @@ def test_errors_left() -> None:
     assert ideal <= errors.unrestricted / errors.lost + 1e-6 < ideal + 0.01  # INT8 costs a little
     assert errors.theta < errors.diagonal < errors.lost
     assert errors_left(residual, theta, KAPPA, moments.diagonal()).diagonal is None
-    cropped = quantize_factors(*factors_from_residual(residual, 3, KAPPA, moments, target_size=16))
+    cropped = quantise_factors(*factors_from_residual(residual, 3, KAPPA, moments, target_size=16))
     corner = errors_left(residual[:16, :16], cropped, KAPPA, moments[:16, :16])
     assert errors_left(residual, cropped, KAPPA, moments, target_size=16) == corner
 

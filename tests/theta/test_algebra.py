@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
 from nkat.sources.weight import factors_from_weight
-from nkat.theta.algebra import Theta, ThetaError, coupling, dense_theta, low_rank_form, quantize_factors, star_product
+from nkat.theta.algebra import Theta, ThetaError, coupling, dense_theta, low_rank_form, quantise_factors, star_product
 from nkat.theta.svd import truncated_svd
 
 pytestmark = pytest.mark.isa
@@ -48,7 +48,7 @@ def test_factors_give_the_antisymmetrised_truncated_svd(shape: tuple[int, int], 
 def test_quantised_theta_is_exactly_antisymmetric(size: int, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     p, q = torch.randn(2, size, rank, generator=generator)
-    dense = dense_theta(*quantize_factors(p, q).factors())
+    dense = dense_theta(*quantise_factors(p, q).factors())
     assert torch.equal(dense, -dense.T)
 
 
@@ -65,7 +65,7 @@ def test_quantising_the_product_instead_would_not_be_antisymmetric() -> None:
 def test_int8_error_is_at_most_half_a_step_and_scales_are_per_column() -> None:
     p, q = torch.randn(2, 64, 3)
     p *= torch.tensor([1.0, 1e-3, 1e3])  # one scale for all columns would lose the small one
-    theta = quantize_factors(p, q)
+    theta = quantise_factors(p, q)
     p8, q8 = theta.factors()
     assert bool(((p8 - p).abs() <= theta.scale[0] * 0.5001).all())
     assert bool(((q8 - q).abs() <= theta.scale[1] * 0.5001).all())
@@ -76,7 +76,7 @@ def test_int8_error_is_at_most_half_a_step_and_scales_are_per_column() -> None:
 def test_star_product_is_the_dense_formula() -> None:
     for m, n in SHAPES:
         weight, x = torch.randn(m, n, dtype=torch.float64), torch.randn(5, n, dtype=torch.float64)
-        theta = quantize_factors(*factors_from_weight(weight.float(), 3))
+        theta = quantise_factors(*factors_from_weight(weight.float(), 3))
         dense = dense_theta(*theta.factors(torch.float64))[:m, :n]
         gamma = 0.93
         expected = x @ weight.T + 0.5 * gamma * ((1 - gamma) * (x @ dense.T))
@@ -87,7 +87,7 @@ def test_star_product_is_the_dense_formula() -> None:
 
 def test_gamma_one_is_bit_identical_to_no_theta_and_lower_is_stronger() -> None:
     weight, x = torch.randn(20, 12), torch.randn(6, 12)
-    theta = quantize_factors(*factors_from_weight(weight, 4))
+    theta = quantise_factors(*factors_from_weight(weight, 4))
     plain = x @ weight.T
     assert torch.equal(star_product(weight, x, theta, 1.0), plain)
     effects = [float((star_product(weight, x, theta, g) - plain).norm()) for g in (0.99, 0.97, 0.90)]
@@ -159,8 +159,8 @@ def test_low_rank_and_zero_weights_are_no_special_case() -> None:
     _, s, _ = truncated_svd(weight, 3)
     assert float(s[0]) == pytest.approx(float(weight.norm()), rel=1e-4)
     assert float(s[1]) < 1e-4 * float(s[0])
-    assert quantize_factors(*factors_from_weight(torch.zeros(300, 250), 3)).is_zero()
-    assert not quantize_factors(*factors_from_weight(weight, 3)).is_zero()
+    assert quantise_factors(*factors_from_weight(torch.zeros(300, 250), 3)).is_zero()
+    assert not quantise_factors(*factors_from_weight(weight, 3)).is_zero()
 
 
 def test_impossible_input_is_refused() -> None:
@@ -173,6 +173,6 @@ def test_impossible_input_is_refused() -> None:
     with pytest.raises(ThetaError, match="NaN"):
         factors_from_weight(weight, 2)
     with pytest.raises(ThetaError, match="NaN"):
-        quantize_factors(weight, weight)
+        quantise_factors(weight, weight)
     with pytest.raises(ThetaError, match="do not fit together"):
         Theta(torch.zeros(4, 2, dtype=torch.int8), torch.zeros(4, 3, dtype=torch.int8), torch.zeros(2, 2))

@@ -53,7 +53,7 @@ def test_globs_select_each_layer_once(tensors) -> None:
 def test_no_match_suggests_the_nearest(tensors) -> None:
     with pytest.raises(NKATError, match=r"no layer matches 'blk.0.atn_q.weight'; the nearest are blk.0.attn_q.weight"):
         select_layers(tensors, ["blk.0.attn_k.weight", "blk.0.atn_q.weight"])
-    with pytest.raises(NKATError, match=r"is a tensor of shape 64 that theta cannot adapt"):
+    with pytest.raises(NKATError, match=r"is a tensor of shape 64 that Θ cannot adapt"):
         select_layers(tensors, ["output_norm.weight"])
     with pytest.raises(NKATError, match="nothing to adapt"):
         select_layers({}, None)

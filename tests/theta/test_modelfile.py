@@ -18,7 +18,7 @@ from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, GGUFFile
 from nkat.gguf.writer import BaseView, sha256_of_parts, write_gguf
 from nkat.theta import inplace
-from nkat.theta.algebra import Theta, quantize_factors
+from nkat.theta.algebra import Theta, quantise_factors
 from nkat.theta.modelfile import (
     BOUNDARY,
     ModelFile,
@@ -45,7 +45,7 @@ def make_set(path: Path, rank: int = 3, seed: int = 0) -> ThetaSet:
     thetas = {}
     for name in NAMES:
         size = max(GGUFFile.open(path).tensors[name].shape)
-        thetas[name] = quantize_factors(*torch.randn(2, size, rank, generator=generator))
+        thetas[name] = quantise_factors(*torch.randn(2, size, rank, generator=generator))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return ThetaSet(
         thetas, 0.97, "weight", seed, digest, "tiny", path.stat().st_size, notes={"nkat.theta.target_size": 9}
@@ -267,7 +267,7 @@ def test_theta_that_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:
     odd["blk.9.attn_q.weight"] = odd[NAMES[0]]
     with pytest.raises(GGUFError, match=r"'blk.9.attn_q.weight', which the base model does not have"):
         write_layout(base, tmp_path / "a.nkat", "tensors", replace(theta_set, layers=odd))
-    odd = {**theta_set.layers, NAMES[0]: quantize_factors(*torch.randn(2, 1000, 3))}
+    odd = {**theta_set.layers, NAMES[0]: quantise_factors(*torch.randn(2, 1000, 3))}
     with pytest.raises(GGUFError, match="size 1000 does not fit"):
         write_layout(base, tmp_path / "b.nkat", "appended", replace(theta_set, layers=odd))
     bad = Theta(*(getattr(theta_set.layers[NAMES[0]], part) for part in ("p", "q")), torch.full((2, 3), float("nan")))
@@ -303,10 +303,10 @@ def test_a_rank_beyond_the_layers_is_refused(tmp_path: Path, base: Path, layout:
     """A corner of one row may not carry millions of columns, which every row of the weight would get."""
     theta_set = make_set(base)
     for size, rank in ((1, 10_000), (64, 33), (4, 5)):  # attn_k is 32 x 64
-        thetas = {**theta_set.layers, NAMES[1]: quantize_factors(*torch.randn(2, size, rank))}
-        with pytest.raises(GGUFError, match=f"theta of rank {rank} for 'blk.0.attn_k.weight': it must be from 1 to"):
+        thetas = {**theta_set.layers, NAMES[1]: quantise_factors(*torch.randn(2, size, rank))}
+        with pytest.raises(GGUFError, match=f"Θ of rank {rank} for 'blk.0.attn_k.weight': it must be from 1 to"):
             write_layout(base, tmp_path / "a.nkat", layout, replace(theta_set, layers=thetas))
-        fits = quantize_factors(*torch.randn(2, size, min(32, size)))
+        fits = quantise_factors(*torch.randn(2, size, min(32, size)))
         assert write_layout(base, tmp_path / "b.nkat", layout, replace(theta_set, layers={NAMES[1]: fits})).theta
 
 

@@ -77,7 +77,7 @@ def _machine_code(source: str) -> bytes:
     """An object file, from the cache only with this user's seal: it is going to be run."""
     compiler = f"{llvmlite.__version__} {binding.llvm_version_info}"
     key = "\n".join([compiler, target().triple, binding.get_host_cpu_name(), *sorted(llvm_host_features()), source])
-    name = f"kernels/{hashlib.sha256(key.encode()).hexdigest()}.o"
+    name = f"compiled/{hashlib.sha256(key.encode()).hexdigest()}.o"
     kept = load_sealed(name)
     if kept is not None:
         return kept

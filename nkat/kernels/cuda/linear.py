@@ -90,7 +90,7 @@ def linear(
     Where a gradient is asked for, torch multiplies the dequantised weight.
     """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, down, up)):
-        y = F.linear(x, weight.dequantize().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = F.linear(x, weight.dequantise().to(x.dtype), None if bias is None else bias.to(x.dtype))
         return y if down is None or up is None else y + reference.star_term(x, down, up, kappa)
     flat = x.reshape(-1, x.shape[-1])
     star = None
@@ -216,7 +216,7 @@ def rows(weight: PackedWeight, ids: Tensor) -> Tensor:
     m, n = weight.shape
     if isinstance(weight, FileWeight):
         picked = weight.raw.view(m, -1).index_select(0, ids).view(-1)
-        return formats.dequantize(picked, weight.qtype, (len(ids), n))
+        return formats.dequantise(picked, weight.qtype, (len(ids), n))
     chunks, block_chunks = n // CHUNK, 32
     out = torch.empty(len(ids), n, device=ids.device)
     require_triton()

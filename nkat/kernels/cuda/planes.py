@@ -2,7 +2,7 @@
 
 A file's blocks are 18 to 210 bytes long, so neighbouring threads would read misaligned bytes. Here every format becomes
 *chunks* of 32 weights, numbered row after row, and what belongs together lies together: w = scale·q + offset. Nothing
-is rounded: the planes hold the file's integers and float16 numbers, and `PlaneWeight.dequantize` gives the file's
+is rounded: the planes hold the file's integers and float16 numbers, and `PlaneWeight.dequantise` gives the file's
 weights back bit by bit.
 
 Weight k of a chunk is k = 16·f + 4·j + b, f of 2, j and b of 4. b is always a byte of a 32-bit word, so that one
@@ -117,8 +117,8 @@ class PlaneWeight:
         """Rows [start, stop), sharing memory."""
         return replace(self, shape=(stop - start, self.shape[1]), first_row=self.first_row + start)
 
-    def dequantize(self) -> Tensor:
-        """The weights, float32 [m, n], equal to `nkat.gguf.formats.dequantize` of the file's bytes."""
+    def dequantise(self) -> Tensor:
+        """The weights, float32 [m, n], equal to `nkat.gguf.formats.dequantise` of the file's bytes."""
         layout, widths = self.format, self.format.planes
         low, high, d, s = self.own_planes()
         q = _unplane(low, widths[0])
@@ -158,9 +158,9 @@ class FileWeight:
         part = packed_rows(self.raw, self.shape[0], start, stop)
         return replace(self, shape=(stop - start, self.shape[1]), raw=part)
 
-    def dequantize(self) -> Tensor:
+    def dequantise(self) -> Tensor:
         """The weights, float32 [m, n]."""
-        return formats.dequantize(self.raw, self.qtype, self.shape)
+        return formats.dequantise(self.raw, self.qtype, self.shape)
 
 
 PackedWeight: TypeAlias = PlaneWeight | FileWeight

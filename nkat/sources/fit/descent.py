@@ -25,7 +25,7 @@ from nkat.sources.fit.data import Batch, FitText, batch_at
 from nkat.sources.fit.layers import Factors, FittedLinear, ThetaMode, fitted_layers
 from nkat.sources.fit.loss import Teacher, vocabulary_loss
 from nkat.sources.fit.state import FitState
-from nkat.theta.algebra import Theta, coupling, quantize_factors
+from nkat.theta.algebra import Theta, coupling, quantise_factors
 
 _BETAS = (0.9, 0.99)  # of AdamW: a fit has few steps, so its second moments must settle in fewer than the usual 1000
 _ZERO_START = 0.02  # standard deviation of P where Q starts at zero
@@ -123,7 +123,7 @@ def by_name(names: Sequence[str], factors: Sequence[torch.Tensor]) -> dict[str, 
 def to_thetas(factors: Mapping[str, Factors], gamma: float) -> dict[str, Theta]:
     """INT8 Θ whose κ(γ)Θ is what the factors say: their scales absorb 1/√κ."""
     root = math.sqrt(coupling(gamma))
-    rounded = {name: quantize_factors(p.cpu(), q.cpu()) for name, (p, q) in factors.items()}
+    rounded = {name: quantise_factors(p.cpu(), q.cpu()) for name, (p, q) in factors.items()}
     return {name: Theta(theta.p, theta.q, theta.scale / root) for name, theta in rounded.items()}
 
 

@@ -101,7 +101,7 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 def _round_straight_through(factor: torch.Tensor) -> torch.Tensor:
-    """The rounding of `quantize_factors` with the gradient of the identity (Bengio et al., 2013, 1308.3432)."""
+    """The rounding of `quantise_factors` with the gradient of the identity (Bengio et al., 2013, 1308.3432)."""
     with torch.no_grad():
         scale = factor.abs().amax(dim=0) / _INT8_MAX
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
