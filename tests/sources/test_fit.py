@@ -227,7 +227,7 @@ def test_a_loss_that_is_no_number_ends_with_advice(tiny: Fixture) -> None:
 def test_state_of_another_fit_is_refused(tmp_path: Path) -> None:
     identity = run_identity({"steps": 1})
     assert identity != run_identity({"steps": 2})
-    save_state(tmp_path / "s", FitState("zero", 0, [torch.zeros(1)]), identity)
+    save_state(tmp_path / "s", FitState("zero", 0, [torch.zeros(2, 1), torch.zeros(2, 1)]), identity)
     assert load_state(tmp_path / "s", identity).start == "zero"
     with pytest.raises(NKATError, match="other files or settings"):
         load_state(tmp_path / "s", run_identity({"steps": 2}))
