@@ -60,7 +60,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def parse_arguments() -> argparse.Namespace:
+@dataclass(frozen=True)
+class SetupOptions:
+    """What is checked besides this machine, and where the record goes: "-" for stdout, None for nowhere."""
+
+    model: Path | None
+    kobold: Path | None
+    json: str | None
+    force: bool
+
+
+def parse_arguments() -> SetupOptions:
     parser = Parser(
         description="Check Python, packages, processor, GPU, disk, KoboldCpp and a model. Changes nothing.",
         epilog=EXAMPLES.format(command="nkat-setup" if is_installed() else f"python {SCRIPT}"),
@@ -74,7 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--force", action="store_true", help="replace --json's file")
     parser.add_argument("--version", action="version", version=f"nkat {__version__}")
-    return parser.parse_args()
+    parsed = parser.parse_args()
+    return SetupOptions(parsed.model, parsed.kobold, parsed.json, parsed.force)
 
 
 def main() -> NoReturn:
@@ -101,7 +112,7 @@ def check_everything() -> int:
     ready = all(check.state != MISSING for check in checks)
     print(f"\n{'ready: the workflow of the guide can run here' if ready else 'not ready: see what is missing above'}")
     if options.json:
-        return write_record(options, checks, ready)
+        return write_record(options.json, options.force, checks, ready)
     return 0 if ready else 1
 
 
@@ -191,7 +202,7 @@ def number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
-def check_machine(options: argparse.Namespace) -> list[Check]:
+def check_machine(options: SetupOptions) -> list[Check]:
     """Everything that needs the toolkit's own modules."""
     from nkat.host.console import format_bytes
 
@@ -255,7 +266,7 @@ def check_gpu(machine: Machine) -> Check:
     return Check("GPU", WARNING, f"none, so everything runs on the processor ({reason})", hint)
 
 
-def check_kobold(options: argparse.Namespace, machine: Machine) -> list[Check]:
+def check_kobold(options: SetupOptions, machine: Machine) -> list[Check]:
     from nkat.errors import NKATError
     from nkat.kobold.backends import CUDA
     from nkat.kobold.choose import choices
@@ -314,16 +325,16 @@ def table(checks: list[Check]) -> str:
     return "\n".join(lines)
 
 
-def write_record(options: argparse.Namespace, checks: list[Check], ready: bool) -> int:
+def write_record(name: str, force: bool, checks: list[Check], ready: bool) -> int:
     record: dict[str, Any] = {"ready": ready, "checks": [asdict(check) for check in checks]}
-    if options.json == "-":
+    if name == "-":
         print(json.dumps(record, ensure_ascii=not streams.is_unicode()), flush=True)
         return 0 if ready else 1
-    target = Path(options.json)
+    target = Path(name)
     if target.exists() and not target.is_file():
         print(f"error: {target}: this is no file, and is not replaced by one", file=sys.stderr)
         return 2
-    if target.exists() and not options.force:
+    if target.exists() and not force:
         print(f"error: {target}: exists already; give --force to replace it", file=sys.stderr)
         return 2
     try:

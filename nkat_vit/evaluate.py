@@ -10,7 +10,6 @@ seed, from the means, and no spread is given. Robustness is measured on the firs
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -128,7 +127,23 @@ def robustness_of(
     return measure_robustness(predict, chosen.images.numpy(), chosen.labels.numpy(), seed, frost).record()
 
 
-def train_missing(options: argparse.Namespace) -> list[Path]:
+@dataclass(frozen=True, slots=True)
+class TrainingOptions:
+    """Which runs --train makes where they are missing: the flags of their names, None where one was not given."""
+
+    output: Path
+    sets: list[str]
+    seeds: int
+    preset: str | None
+    config: Path | None
+    epochs: int | None
+    amp: str | None
+    threads: int | None
+    data_root: Path
+    no_cuda: bool
+
+
+def train_missing(options: TrainingOptions) -> list[Path]:
     """A run for each set and seed below --output, in processes of their own; finished ones are kept."""
     folders = []
     for name in options.sets:
@@ -207,7 +222,7 @@ def main() -> None:
     check_record(options.json, options.force)
     set_threads(options.threads)
     device, frost = pick_device(not options.no_cuda), load_frost(options.frost)
-    paths = [*options.runs, *(train_missing(options) if options.train else [])]
+    paths = [*options.runs, *(train_missing(commandline.taken(TrainingOptions, options)) if options.train else [])]
     runs, robust = [], []
     for path in paths:
         trained = load_model(path, device)

@@ -8,7 +8,7 @@ multiple of stem stride × patch are padded with black. Grey pictures have one c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -125,18 +125,6 @@ class ViTConfig:
     def tokens(self) -> int:
         """Length of the sequence, with the CLS token where there is one."""
         return self.grid**2 + (self.pool == "cls")
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON and checkpoints."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ViTConfig:
-        """The inverse of `to_dict`; raises NKATError for a name it does not know."""
-        unknown = set(values) - {field.name for field in fields(cls)}
-        _check(not unknown, f"this model config has settings unknown to this version: {', '.join(sorted(unknown))}")
-        given: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-        return cls(**given)
 
 
 class Block(nn.Module):

@@ -12,6 +12,8 @@ import argparse
 import csv
 import io
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +145,50 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def given_values(options: argparse.Namespace) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class TrainOptions:
+    """How a run is made: the flags of their names, None where one was not given.
+
+    flags: settings of the recipe that were given, by name
+    """
+
+    preset: str | None
+    config: Path | None
+    data_root: Path
+    output: Path | None
+    resume: str | None
+    force: bool
+    compile: bool
+    save_steps: int
+    tensorboard: bool
+    no_test: bool
+    no_cuda: bool
+    threads: int | None
+    json: str | None
+    model_ema: bool
+    flags: Mapping[str, Any]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainOptions:
+    """The command line; a mistake ends the program with one line and status 2."""
+    parsed = make_parser().parse_args(argv)
+    names = {"dataset", "randaugment", "amp"} | {f[0] for f in (*_MODEL_FLAGS, *_AUGMENT_FLAGS, *_TRAIN_FLAGS)}
+    flags = {name: value for name, value in vars(parsed).items() if name in names}
+    return commandline.taken(TrainOptions, parsed, flags=flags)
+
+
+def given_values(options: TrainOptions) -> dict[str, Any]:
     """Settings that the user chose: an explicit preset, then the file, then the flags."""
     values = dict(PRESETS[options.preset]) if options.preset else {}
     if options.config:
         values |= read_config(options.config)
-    names = {"dataset", "randaugment", "amp"} | {f[0] for f in (*_MODEL_FLAGS, *_AUGMENT_FLAGS, *_TRAIN_FLAGS)}
-    values |= {name: value for name, value in vars(options).items() if name in names}
+    values |= options.flags
     if options.model_ema and not values.get("ema", 1.0):
         raise NKATError("--model-ema and an ema of 0 contradict each other")
     return values
 
 
-def begin_run(options: argparse.Namespace, world: World) -> tuple[Recipe, Path, dict[str, Any] | None]:
+def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[str, Any] | None]:
     """The recipe, the folder, and the checkpoint to go on from."""
     given = given_values(options)
     if options.resume is None:
@@ -183,7 +216,7 @@ def begin_run(options: argparse.Namespace, world: World) -> tuple[Recipe, Path, 
     return make_recipe(saved), folder, content
 
 
-def train(options: argparse.Namespace, world: World) -> dict[str, Any] | None:
+def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
     """The whole run; returns its record on rank 0."""
     recipe, folder, content = begin_run(options, world)
     whole = load_images(recipe.dataset, options.data_root, train=True)
@@ -235,7 +268,7 @@ def train(options: argparse.Namespace, world: World) -> dict[str, Any] | None:
     return _finish(options, folder, trainer)
 
 
-def _finish(options: argparse.Namespace, folder: Path, trainer: Trainer) -> dict[str, Any]:
+def _finish(options: TrainOptions, folder: Path, trainer: Trainer) -> dict[str, Any]:
     """Judges the best weights on the test set, once; a run that was judged before keeps its result."""
     best = load_model(folder / "best.pt", trainer.world.device)
     if not options.no_test:
@@ -260,7 +293,7 @@ def _finish(options: argparse.Namespace, folder: Path, trainer: Trainer) -> dict
     return record
 
 
-def _folder(options: argparse.Namespace, recipe: Recipe) -> Path:
+def _folder(options: TrainOptions, recipe: Recipe) -> Path:
     name = f"{recipe.dataset}-{options.preset or ('custom' if options.config else 'stage2')}-seed{recipe.train.seed}"
     return options.output or Path("output") / "vit" / name
 
@@ -297,7 +330,7 @@ def _tensorboard(folder: Path) -> Any:
 
 
 def main() -> None:
-    options = make_parser().parse_args()
+    options = parse_arguments()
     set_threads(options.threads)
     with join_world(allow_cuda=not options.no_cuda) as world:
         try:

@@ -75,16 +75,6 @@ def factors_from_residual(
     return p * root, q * root
 
 
-def residual_error(
-    residual: torch.Tensor, p: torch.Tensor, q: torch.Tensor, kappa: float, moments: torch.Tensor | None = None
-) -> float:
-    """f / f(Θ = 0): the share of the output's squared error that Θ leaves, for moments as they are."""
-    m, n = residual.shape
-    down, up = low_rank_form(p, q, m, n)
-    moments = torch.ones(n, dtype=residual.dtype) if moments is None else moments.to(residual.dtype)
-    return _error(residual - kappa * (up @ down), moments) / _error(residual, moments)
-
-
 def unrestricted_optimum(
     residual: torch.Tensor, rank: int, moments: torch.Tensor, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,28 +87,11 @@ def quantise_factors(p: torch.Tensor, q: torch.Tensor) -> Theta:
     return Theta(p8, q8, torch.stack([p_scale, q_scale]))
 
 
-def dense_theta(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Θ = P Qᵀ − Q Pᵀ as a dense [t, t] matrix, exactly antisymmetric in floating point."""
-    product = p @ q.T
-    return product - product.T
-
-
 def low_rank_form(p: torch.Tensor, q: torch.Tensor, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(down [2r, n], up [m, 2r]) with Θ[:m, :n] = up @ down: down = [Qᵀ; Pᵀ], up = [P, −Q], zero-padded from t."""
     down = torch.cat([pad_rows(q[:n], n), pad_rows(p[:n], n)], dim=1).T.contiguous()
     up = torch.cat([pad_rows(p[:m], m), -pad_rows(q[:m], m)], dim=1)
     return down, up
-
-
-def star_product(weight: torch.Tensor, x: torch.Tensor, theta: Theta, gamma: float) -> torch.Tensor:
-    """W ⋆ x = W x + κ(γ) θ x for x [..., n] and weight [m, n], in the dtype of `weight`: the reference formula."""
-    m, n = weight.shape
-    plain = x @ weight.T
-    kappa = coupling(gamma)
-    if kappa == 0.0:
-        return plain
-    down, up = low_rank_form(*theta.factors(weight.dtype), m, n)
-    return plain + kappa * ((x @ down.T) @ up.T)
 
 
 def _quantise_columns(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,9 +15,9 @@ import torch
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
 from nkat.theta import inplace
-from nkat.theta.algebra import dense_theta
 from nkat.theta.modelfile import open_model_file
 from tests.gguf.test_file import build
+from tests.support.oracle import dense_theta
 from tests.support.tiny_models import write_tiny_model
 from tests.theta.test_algebra import dense_from_svd
 

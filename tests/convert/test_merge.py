@@ -20,8 +20,9 @@ from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import dequantise
 from nkat.gguf.quantise import quantisation_steps, quantise, requantise
 from nkat.gguf.weights import read_weight
-from nkat.theta.algebra import dense_theta, quantise_factors
+from nkat.theta.algebra import quantise_factors
 from nkat.theta.modelfile import open_model_file
+from tests.support.oracle import dense_theta
 from tests.support.tiny_models import write_tiny_model
 
 pytest.importorskip("libgguf", reason="libgguf is not installed: pip install libgguf")

@@ -8,7 +8,8 @@ from gguf.constants import GGMLQuantizationType as QType
 
 from nkat.kernels import reference
 from nkat.lm.linear import StarLinear
-from nkat.theta.algebra import Theta, ThetaError, coupling, quantise_factors, star_product
+from nkat.theta.algebra import Theta, ThetaError, coupling, quantise_factors
+from tests.support.oracle import star_product
 
 pytestmark = pytest.mark.isa
 

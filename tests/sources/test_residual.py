@@ -19,11 +19,11 @@ from nkat.sources.residual import (
     errors_left,
     factors_from_residual,
     regularised_moments,
-    residual_error,
     unrestricted_optimum,
 )
-from nkat.theta.algebra import ThetaError, dense_theta, quantise_factors
+from nkat.theta.algebra import ThetaError, quantise_factors
 from nkat.theta.modelfile import open_model_file
+from tests.support.oracle import dense_theta, residual_error
 from tests.support.tiny_models import write_tiny_model
 
 CONVERTER = "nkat_gguf_converter.py"

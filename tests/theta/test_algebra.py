@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
 from nkat.sources.weight import factors_from_weight
-from nkat.theta.algebra import Theta, ThetaError, coupling, dense_theta, low_rank_form, quantise_factors, star_product
+from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form, quantise_factors
 from nkat.theta.svd import truncated_svd
+from tests.support.oracle import dense_theta, star_product
 
 pytestmark = pytest.mark.isa
 

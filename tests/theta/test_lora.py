@@ -12,9 +12,10 @@ import torch
 
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.writer import BaseView, write_gguf
-from nkat.theta.algebra import coupling, dense_theta
+from nkat.theta.algebra import coupling
 from nkat.theta.lora import lora_parts
 from nkat.theta.set import truncate_rank
+from tests.support.oracle import dense_theta
 from tests.support.tiny_models import write_tiny_model
 from tests.theta.test_modelfile import NAMES, make_set
 

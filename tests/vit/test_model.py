@@ -101,13 +101,6 @@ def test_impossible_configs_are_refused(change: dict, message: str) -> None:
         replace(SMALL, **change)
 
 
-def test_config_survives_json_and_refuses_unknown_names() -> None:
-    values = SMALL.to_dict() | {"mean": list(SMALL.mean)}
-    assert ViTConfig.from_dict(values) == SMALL
-    with pytest.raises(NKATError, match="hyperspace"):
-        ViTConfig.from_dict(values | {"hyperspace": 1})
-
-
 def test_fused_and_written_out_attention_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(SMALL, top_k=0, top_p=1.0)
     model, x = build(config), pictures(config)

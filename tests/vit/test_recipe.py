@@ -14,7 +14,7 @@ from nkat.errors import NKATError
 from nkat_vit.model import NKATViT, count_parameters
 from nkat_vit.optim import Average, Muon, lr_factor, make_optimizers, orthogonalise, set_lr
 from nkat_vit.recipe import PRESETS, Recipe, make_recipe, read_config
-from nkat_vit.train import given_values, make_parser
+from nkat_vit.train import given_values, parse_arguments
 
 # STAGE2's command, as it stands.
 COMMAND = """--dataset cifar10 --conv_stem tiny --patch_size 2 --embed_dim 384 --depth 7
@@ -25,7 +25,7 @@ TINY = {"dataset": "emnist-digits", "embed_dim": 32, "depth": 2, "heads": 4, "ga
 
 
 def parse(command: str) -> dict:
-    return given_values(make_parser().parse_args(shlex.split(command)))
+    return given_values(parse_arguments(shlex.split(command)))
 
 
 def test_the_plans_command_is_the_preset() -> None:
