@@ -25,11 +25,13 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_configure() -> None:
-    """Some tests press Ctrl-C; a shell's background job, and every process it starts, would ignore that."""
+    """Some tests press Ctrl-C or close the terminal; a shell's background job, or one under nohup, would ignore that."""
     if isa := os.environ.get(ISA_VARIABLE):
         restrict_kernels(isa)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
