@@ -25,7 +25,7 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_configure() -> None:
-    """Some tests press Ctrl-C or close the terminal; a shell's background job, or one under nohup, would ignore that."""
+    """Some tests press Ctrl-C or close the terminal; a shell's background job and nohup would ignore that."""
     if isa := os.environ.get(ISA_VARIABLE):
         restrict_kernels(isa)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
