@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from nkat.study.study import Objective, best_trials, open_storage, open_study, r
 
 _HISTORY, _STUDY = "optimization_history.json", "optuna_study.json"
 PICTURE = "optimization_results.png"
+_HELD = "NKAT_WORKER_STDIN"  # in a worker's environment: its stdin is held open by the process that started it
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Outcome:
 
 def prepare(options: StudyOptions) -> StudyOptions:
     """Output folder, threads of this process, Optuna's messages; returns the options with each worker's threads."""
+    if options.join and os.environ.get(_HELD):
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
     make_folder(options.output_dir)
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # its warnings are about features marked experimental
     threads = hardware.set_threads(options.threads)
@@ -145,12 +149,24 @@ def own_program() -> str:
 def _start_worker(options: StudyOptions, study_name: str, number: int) -> subprocess.Popen:
     """Another process of the same command that joins the study and runs trials; its messages go to a log.
 
-    In a session of its own, so that Ctrl-C reaches it once, from here, and not twice.
+    In a session of its own, so that Ctrl-C reaches it once, from here, and not twice. Its stdin is a pipe that this
+    process holds open: when that ends, this process has ended, however it did.
     """
     command = [sys.executable, own_program(), *sys.argv[1:], "--join", "--workers", "1", "--study-name", study_name]
     command += ["--storage", options.storage_url]
     command += ["--threads", str(options.threads)] if options.threads else []
     with _worker_log(options, number).open("w") as log:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, _HELD: "1"},
         )
+
+
+def _end_with_the_parent() -> None:
+    """A worker's: its running trial is tried again by whoever goes on with the study."""
+    os.read(0, 1)  # nothing is ever written there
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gguf
 import optuna
+import psutil
 import pytest
 import torch
 
@@ -259,3 +262,24 @@ def test_a_search_is_not_joined_with_another_reference(script, tmp_path: Path) -
     refused = script(OPTIMIZER, *common, other, "--resume")
     assert (refused.returncode, "reference_sha256" in refused.stderr) == (2, True)
     assert script(OPTIMIZER, *common, high, "--resume").returncode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_workers_end_with_a_main_process_that_is_killed(tmp_path: Path) -> None:
+    model, text = write_tiny_model(tmp_path / "tiny.gguf", "llama"), tmp_path / "text.txt"
+    text.write_text(default_text().content[:20000], encoding="utf-8")
+    command = [sys.executable, ROOT / OPTIMIZER, "--model", model, "--text", text, "--chunks", 2, "--mode", "custom"]
+    command += ["--trials", 100000, "--workers", 2, "--threads", 1, "--output-dir", tmp_path / "out"]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([str(word) for word in command], **quiet) as main:
+        deadline = time.monotonic() + 120
+        worker: psutil.Process | None = None
+        while worker is None and main.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            workers = psutil.Process(main.pid).children()
+            worker = next((child for child in workers if "--join" in child.cmdline()), None)
+        assert worker is not None
+        time.sleep(3)  # time to import, and to begin to watch
+        assert worker.is_running()  # control: it does not end by itself
+        main.kill()
+    worker.wait(60)  # raises TimeoutExpired
