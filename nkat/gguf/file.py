@@ -193,6 +193,8 @@ class GGUFFile:
 def map_file(path: Path) -> mmap.mmap:
     """The whole file as a read-only memory map. Raises NKATError where that is impossible."""
     try:
+        if path.is_fifo():  # opening one waits for somebody to write, perhaps for ever
+            raise NKATError(f"{path}: this is a pipe, and a model must be a file")
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:

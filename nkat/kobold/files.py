@@ -117,11 +117,13 @@ def _near(path: Path, theta_set: ThetaSet) -> Iterator[Path]:
 
 def _candidates(folder: Path, theta_set: ThetaSet) -> Iterator[ModelFile]:
     for path in sorted([*folder.glob("*.gguf"), *folder.glob("*.nkat")]):
+        if not path.is_file():  # a folder, a link to nowhere, or a pipe, which would never open
+            continue
         try:
             found = open_model_file(path)
             if found.layout in _LOADABLE and found.base_size == theta_set.base_size:
                 yield found
-        except (GGUFError, OSError):  # somebody else's file, damaged or unreadable: not the one we want
+        except (NKATError, OSError):  # somebody else's file, damaged or unreadable: not the one we want
             continue
 
 

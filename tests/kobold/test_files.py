@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.kobold.files import kobold_cache, model_key, prepare_files
+from nkat.kobold.menu import models_here
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
@@ -52,6 +54,21 @@ def test_a_base_beside_it_is_found_by_its_hash(script, base: Path, tmp_path: Pat
     assert written() == {files.lora.name}
     base.unlink()
     assert prepare_files(nkat, None, None).how == "extracted"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX's kinds of file")
+def test_odd_neighbours_stop_nothing(script, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder, a link to nowhere and a pipe by the names of models: in the search for a base, and in the menu."""
+    nkat = convert(script, base, base.parent / "m.nkat")
+    for suffix in ("gguf", "nkat"):
+        (base.parent / f"a.{suffix}").mkdir()
+        (base.parent / f"aa.{suffix}").symlink_to("nowhere")
+        os.mkfifo(base.parent / f"aaa.{suffix}")
+    assert prepare_files(nkat, None, None).model == base
+    monkeypatch.chdir(base.parent)
+    assert models_here() == [Path("m.nkat"), Path("base.gguf")]
+    with pytest.raises(NKATError, match="this is a pipe"):
+        open_model_file(base.parent / "aaa.gguf")
 
 
 def test_the_optimisers_record_says_where(script, base: Path, tmp_path: Path) -> None:
