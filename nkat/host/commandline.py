@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -33,8 +35,26 @@ def run(main: Callable[[], None]) -> NoReturn:
     Ctrl-C is status 130, SIGTERM 143. A stdout that breaks does not stop the work; one that loses text is an error at
     the end.
     """
-    with streams.guarded():
+    with streams.guarded(), _short_warnings():
         sys.exit(_status(main))
+
+
+@contextlib.contextmanager
+def _short_warnings() -> Iterator[None]:
+    """What is for the user is a line like any other; what is for programmers keeps its place in the source."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category is UserWarning:
+            print(f"warning: {streams.printable(str(message))}", file=sys.stderr)
+        else:
+            usual(message, category, *place, **more)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
 
 
 def _status(main: Callable[[], None]) -> str | int | None:

@@ -1,6 +1,7 @@
 """What every command line shares: flags' types, and what an error looks like."""
 
 import argparse
+import warnings
 
 import pytest
 import torch
@@ -91,3 +92,16 @@ def test_a_message_is_one_line_whatever_it_quotes(capsys):
     with pytest.raises(SystemExit):
         commandline.run(fail)
     assert capsys.readouterr().err == "error: Θ: key 'a\\nb\\x1b[2Jc\\udce9' is wrong\n"
+
+
+def test_a_warning_for_the_user_is_one_line(capsys):
+    def warn() -> None:
+        warnings.warn("m.gguf: not valid\x1b[31m", UserWarning, stacklevel=1)
+        warnings.warn("for programmers", DeprecationWarning, stacklevel=1)
+
+    before = warnings.showwarning
+    with pytest.raises(SystemExit) as ended, pytest.warns(DeprecationWarning, match="programmers"):  # control
+        commandline.run(warn)
+    assert ended.value.code == 0
+    assert capsys.readouterr().err == "warning: m.gguf: not valid\\u001b[31m\n"
+    assert warnings.showwarning is before
