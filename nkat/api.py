@@ -28,7 +28,7 @@ from nkat.sources.moments import input_second_moments
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, ThetaOptions
 from nkat.theta.layers import select_layers
 from nkat.theta.lora import lora_parts
-from nkat.theta.modelfile import appended_parts, base_hash, embedded_parts, open_model_file, theta_for, theta_only_parts
+from nkat.theta.modelfile import base_hash, layout_parts, open_model_file, theta_for, theta_only_parts
 from nkat.theta.set import ThetaSet
 
 _FIT, _SAMPLING = FitSettings(DEFAULT_RANK, DEFAULT_GAMMA), Sampling()
@@ -239,12 +239,9 @@ def _parts(theta: ThetaSet, model: Model | None, layout: str) -> list[Part]:
     if theta.base_sha256 != model.sha256:
         raise NKATError(f"Θ was made for another model ({theta.base_name}), not for {model.path}")
     file = model.exact.file
-    base = file.require_base()
     if layout == "lora":
-        return lora_parts(theta, base)
-    if layout == "appended":
-        return [*file.base_parts(), *appended_parts(theta, file.base_size)]
-    return embedded_parts(theta, base)
+        return lora_parts(theta, file.require_base())
+    return layout_parts(theta, file, layout)
 
 
 def _text(text: str | Path | None) -> Text:

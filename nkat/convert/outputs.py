@@ -12,7 +12,7 @@ from nkat.host import console
 from nkat.host.files import check_output
 from nkat.theta import inplace
 from nkat.theta.lora import lora_parts
-from nkat.theta.modelfile import ModelFile, appended_parts, embedded_parts, theta_only_parts
+from nkat.theta.modelfile import ModelFile, appended_parts, layout_parts, theta_only_parts
 from nkat.theta.set import ThetaSet
 
 
@@ -65,9 +65,7 @@ def write(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet) -> dic
 def _output_parts(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet) -> list[Part]:
     if options.theta_only:
         return theta_only_parts(theta_set)
-    if options.final_layout == "appended":
-        return [*model.base_parts(), *appended_parts(theta_set, model.base_size)]
-    return embedded_parts(theta_set, model.require_base())
+    return layout_parts(theta_set, model, options.final_layout)
 
 
 def write_unless_dry(options: ConvertOptions, path: Path, parts: list[Part], inputs: list[Path]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host.cache import Memo, own_folder
+from nkat.host.environment import users_environment
 from nkat.host.files import atomic_output
 from nkat.kobold.benchmark import Speed
 from nkat.kobold.choose import Choice
@@ -58,6 +59,7 @@ def config_with_extra(kobold: Kobold, command: Sequence[str]) -> dict[str, Any]:
             errors="replace",
             check=False,
             stdin=subprocess.DEVNULL,
+            env=users_environment(),
             timeout=_EXPORT_SECONDS,
         )
         if not target.is_file():

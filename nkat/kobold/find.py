@@ -20,6 +20,7 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host.cache import Memo
+from nkat.host.environment import users_environment
 
 ENVIRONMENT = "KOBOLDCPP"
 SOURCE = "koboldcpp.py"
@@ -220,7 +221,11 @@ def _is_program(path: Path) -> bool:
 
 
 def _ask(path: Path, libraries: frozenset[str] | None) -> Kobold:
-    environment = {**os.environ, "COLUMNS": "500", "PYTHONIOENCODING": "utf-8"}  # argparse folds lines at COLUMNS
+    environment = {
+        **users_environment(),
+        "COLUMNS": "500",
+        "PYTHONIOENCODING": "utf-8",
+    }  # argparse folds lines at COLUMNS
     try:
         done = subprocess.run(
             [*command_prefix(path), "--help"],

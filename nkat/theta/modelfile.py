@@ -148,6 +148,13 @@ def embedded_parts(theta_set: ThetaSet, base: BaseView) -> list[Part]:
     return gguf_parts(theta_set.metadata(), theta_set.tensors(), base)
 
 
+def layout_parts(theta_set: ThetaSet, model: ModelFile, layout: str) -> list[Part]:
+    """A file with the model and this Θ, in layout "tensors" or "appended"."""
+    if layout == "appended":
+        return [*model.base_parts(), *appended_parts(theta_set, model.base_size)]
+    return embedded_parts(theta_set, model.require_base())
+
+
 def theta_for(model: ModelFile, theta_path: Path, progress: Progress | None = None) -> ThetaSet:
     """The Θ in a file of its own, checked to have been made for this very model. Raises GGUFError otherwise."""
     theta_set = open_model_file(theta_path).require_theta()
