@@ -44,6 +44,7 @@ _EXAMPLES = """\
       --temperature 0.65 --top_k 6 --top_p 0.80 --nkat_strength 0.0024 --nkat_decay 0.99 --dropout_attn 0.17 \\
       --dropout_embed 0.08 --mixup 0.1 --cutmix 0.2 --randaugment 2 9 --lr 2e-4 --epochs 40 --warmup 5 \\
       --ema 0.9995 --clip_grad 1.0
+  python -m nkat_vit.train --dataset cifar10 --preset fast
   torchrun --nproc-per-node 2 -m nkat_vit.train --dataset cifar10 --preset strong"""
 
 # (name, type or choices, help); every name is accepted with hyphens as well. Defaults are those of the preset.
@@ -81,7 +82,7 @@ _AUGMENT_FLAGS: list[tuple[str, Any, str]] = [
 _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
     ("epochs", int, "passes over the training pictures"),
     ("batch_size", int, "over all processes"),
-    ("opt", OPTIMIZERS, "optimiser; muon: for the blocks' matrices, AdamW for the rest"),
+    ("opt", OPTIMIZERS, "optimiser; muon: for matrices and convolutions, AdamW for the rest"),
     ("lr", float, "AdamW's peak learning rate"),
     ("muon_lr", float, "Muon's"),
     ("warmup", float, "epochs until the peak; a cosine follows"),
