@@ -90,7 +90,10 @@ def set_lr(optimizers: Iterable[Optimizer], factor: float) -> None:
 
 
 class Average:
-    """Moving average of a model's parameters; buffers (BatchNorm's statistics) are averages already, and copied.
+    """Moving average of a model's parameters and of BatchNorm's statistics, which have to belong to the weights.
+
+    With the last weights' statistics the averaged ones lost 0.6 points of 64 while the learning rate was high (preset
+    fast, 200 steps, 2,000 pictures); statistics made anew from 1,024 to 8,192 pictures were no better than averaged.
 
     The decay rises with the number of updates, (1 + n) / (10 + n), until it reaches its setting: a short run is not
     held back by its random start.
@@ -99,7 +102,7 @@ class Average:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
         self.weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self._learned = [name for name, _ in model.named_parameters()]
+        self._averaged = [name for name, value in self.weights.items() if value.is_floating_point()]
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -107,9 +110,9 @@ class Average:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         now = model.state_dict()
-        mine, theirs = [self.weights[n] for n in self._learned], [now[n] for n in self._learned]
+        mine, theirs = [self.weights[n] for n in self._averaged], [now[n] for n in self._averaged]
         torch._foreach_lerp_(mine, theirs, 1 - decay)
-        for name in self.weights.keys() - set(self._learned):
+        for name in self.weights.keys() - set(self._averaged):  # counters
             self.weights[name].copy_(now[name])
 
     def state(self) -> dict[str, Any]:

@@ -219,18 +219,21 @@ def test_learning_rate_rises_and_falls() -> None:
 def test_average_is_the_recursion_written_out() -> None:
     model, _ = small("adamw")
     average = Average(model, decay=0.5)
-    name = "head.weight"
-    expected = model.state_dict()[name].clone()
+    names = ("head.weight", "stem.1.running_mean", "stem.1.running_var")  # BatchNorm's belong to the weights
+    expected = {name: model.state_dict()[name].clone() for name in names}
     for n in range(12):
         with torch.no_grad():
             model.head.weight.add_(torch.randn_like(model.head.weight))
             model.stem[1].running_mean.add_(1.0)
+            model.stem[1].running_var.mul_(1.5)
+            model.stem[1].num_batches_tracked.add_(1)
         average.update(model)
         decay = min(0.5, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * model.state_dict()[name]
-    torch.testing.assert_close(average.weights[name], expected)
-    assert torch.equal(average.weights["stem.1.running_mean"], model.stem[1].running_mean)
+        expected = {name: decay * value + (1 - decay) * model.state_dict()[name] for name, value in expected.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(average.weights[name], value)
+    assert average.weights["stem.1.num_batches_tracked"] == 12
     other = Average(model, decay=0.5)
     other.restore(average.state())
     assert other.updates == 12
-    assert torch.equal(other.weights[name], average.weights[name])
+    assert all(torch.equal(other.weights[name], average.weights[name]) for name in average.weights)
