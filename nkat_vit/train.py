@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m nkat_vit.train …      data parallel; --batch-size is over all processes
 
 The output folder gets last.pt (continues the run), best.pt (the model to use), config.json, log.csv, curves.png and
-result.json. The test set is read once, after the last epoch, for the weights with the best validation accuracy.
+result.json. The test set's files are checked before the first step. It is used once, after the last epoch, for the
+weights with the best validation accuracy.
 """
 
 from __future__ import annotations
@@ -221,6 +222,8 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
     """The whole run; returns its record on rank 0."""
     recipe, folder, content = begin_run(options, world)
     whole = load_images(recipe.dataset, options.data_root, train=True)
+    if not options.no_test:
+        load_images(recipe.dataset, options.data_root, train=False)  # a bad file is found now, not after the last epoch
     config = recipe.train
     train_set, held = split(whole, config.validation, config.seed, config.limit_train or None)
     if config.amp == "auto":

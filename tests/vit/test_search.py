@@ -381,3 +381,12 @@ def test_mistakes_are_one_line(root: Path, tmp_path: Path, more: list[str], mess
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_bad_test_set_is_found_before_the_first_trial(root: Path, tmp_path: Path) -> None:
+    broken = root / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte.gz"  # only the winner would read it
+    broken.write_bytes(broken.read_bytes()[:-9])
+    done = optimize(root, tmp_path / "out")
+    assert done.returncode == 2
+    assert f"{broken}: damaged" in done.stderr
+    assert not (tmp_path / "out" / "trials").exists()
