@@ -2,7 +2,7 @@
 
 `setup_nkat_kobold_integration.py` and `nkat-setup` run it. It changes nothing. Its first part runs with the standard
 library alone and on old Pythons, because a machine on which nothing is installed is exactly what it is for; hence no
-import from the toolkit up here but for the version and the streams, and no newer syntax.
+import from the toolkit up here but for the version, the streams and the start, and no newer syntax.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nkat.host import streams
+from nkat.host.start import INTERRUPTED, MESSAGE
 from nkat.version import __version__
 
 if TYPE_CHECKING:
@@ -91,7 +92,11 @@ def parse_arguments() -> SetupOptions:
 def main() -> NoReturn:
     """The command: its exit status says whether anything is missing."""
     with streams.guarded():
-        status = check_everything()
+        try:
+            status = check_everything()
+        except KeyboardInterrupt:
+            print(MESSAGE, file=sys.stderr)
+            status = INTERRUPTED
         lost = streams.lost_output() if sys.stdout is not None else None
         if lost is not None and not isinstance(lost, BrokenPipeError):  # that is `... | head`, which has read enough
             print(f"error: stdout: cannot be written: {lost.strerror or lost}", file=sys.stderr)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import gguf
 import pytest
@@ -146,8 +147,8 @@ def test_versions_are_compared_as_numbers(script, tmp_path: Path, monkeypatch: p
 def test_old_pythons_can_read_it() -> None:
     """3.8 parses it and gets as far as saying that it is too old; the toolkit itself needs 3.10 (the control)."""
     first = {"nkat/setup_check.py", "nkat/__init__.py", "nkat/errors.py", "nkat/version.py"}
-    first |= {"nkat/host/__init__.py", "nkat/host/streams.py", "nkat/host/environment.py"}
-    light = {"nkat.errors", "nkat.version", "nkat.host", "nkat.host.environment"}
+    first |= {f"nkat/host/{name}.py" for name in ("__init__", "start", "streams", "environment")} | {"nkat/commands.py"}
+    light = {"nkat.errors", "nkat.version", "nkat.host", "nkat.host.environment", "nkat.host.start"}
     for path in (SETUP, *first):
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=(3, 8))
         top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -155,6 +156,17 @@ def test_old_pythons_can_read_it() -> None:
         assert {name for name in names if name.startswith("nkat")} <= light, path
     with pytest.raises(SyntaxError):
         ast.parse("match x:\n    case 1:\n        pass", feature_version=(3, 8))
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted() -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup_check, "check_toolkit", interrupted)
+    monkeypatch.setattr(sys, "argv", [SETUP])
+    with pytest.raises(SystemExit) as ended:
+        setup_check.main()
+    assert (ended.value.code, capsys.readouterr()) == (130, ("", "interrupted; nothing was written\n"))
 
 
 def test_the_script_alone_says_what_is_missing(tmp_path: Path) -> None:
