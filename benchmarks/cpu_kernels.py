@@ -12,6 +12,11 @@ the processor. The last line of stdout is JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.cpu_kernels")
+
 import functools
 from statistics import median
 from time import perf_counter
@@ -140,7 +145,3 @@ def main() -> None:
     print(format_table(rows, header) + "\n")
     machine = hardware.describe(torch.device("cpu"))
     write_json({"isa": best_isa(), "threads": threads, "formats": records, "machine": machine}, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)
