@@ -135,6 +135,9 @@ def _mix(x: Tensor, labels: Tensor, config: AugmentConfig, random: np.random.Gen
     shares = np.where(
         cuts, *(random.beta(a, a, len(x)) if a else np.ones(len(x)) for a in (config.cutmix, config.mixup))
     )
+    # The larger part is the picture's own. Small α makes λ near 0 as often as near 1, and then batches would show some
+    # pictures twice and others not at all.
+    shares = np.maximum(shares, 1 - shares)
     # CutMix: the box has the share 1 − λ of the area; what the edge cuts off changes λ.
     sides = np.where(cuts, np.rint(x.shape[-1] * np.sqrt(1 - shares)), 0).astype(np.int64)
     inside = _boxes(x, sides, random)

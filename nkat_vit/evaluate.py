@@ -33,7 +33,7 @@ from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, toolkit_version, write_json
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
-from nkat_vit.data import DATASETS, find_dataset, load_images
+from nkat_vit.data import DATASETS, check_files, find_dataset, load_images
 from nkat_vit.metrics import consistency, global_tpe, lambda_theory, measure_robustness, tpe
 from nkat_vit.predict import judged_facts, predict_logits
 from nkat_vit.recipe import PRESETS
@@ -151,6 +151,8 @@ class TrainingOptions:
 def train_missing(options: TrainingOptions) -> list[Path]:
     """A run for each set and seed below --output, in processes of their own; finished ones are kept."""
     folders = []
+    for name in options.sets:
+        check_files(name, options.data_root)
     for name in options.sets:
         for seed in range(options.seeds):
             folder = options.output / f"{name}-seed{seed}"
