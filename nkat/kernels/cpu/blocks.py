@@ -247,9 +247,7 @@ def attention_kernel(heads: Heads, rows: int) -> int:
             first = [k.maximum(end - window + 1, 0) for end in last]
             first_block, end_block = first[0] // KEYS, last[-1] // KEYS + 1
             cached = (sequence * heads.kv + kv) * head_bytes
-            tops = _scores(
-                k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride
-            )
+            tops = _scores(k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride)
             inverse = [
                 _softmax(k, scores + score_stride * r, (end_block - first_block) * (4 * KEYS), tops[r])
                 for r in range(rows)
