@@ -9,6 +9,11 @@ SVD. The last line of stdout is JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.convert_7b")
+
 import os
 import subprocess
 import sys
@@ -59,7 +64,3 @@ def main() -> None:
     )
     record = {"benchmark": "convert_7b", "bytes": size, "blocks": options.blocks, "rank": options.rank, **result}
     write_json({**record, "machine": describe(torch.device("cpu"))}, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

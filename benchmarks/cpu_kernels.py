@@ -12,6 +12,11 @@ turns. Medians of the rounds. The last line of stdout is JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.cpu_kernels")
+
 from dataclasses import asdict
 from statistics import median
 from time import perf_counter
@@ -117,7 +122,3 @@ def main() -> None:
     machine = hardware.describe(torch.device("cpu"))
     record = {"isa": best_isa(), "threads": threads, "ceiling": asdict(ceiling), "formats": records}
     write_json({**record, "machine": machine}, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -10,6 +10,11 @@ fastest of them, in its fastest round, is the ceiling. The last line of stdout i
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.memory")
+
 import functools
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -121,7 +126,3 @@ def main() -> None:
     records = [{"threads": count, **asdict(c)} for count, c in ceilings.items()]
     record = {"last_cache_bytes": last_cache_bytes(), "ceilings": records}
     write_json({**record, "machine": hardware.describe(torch.device("cpu"))}, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -12,6 +12,11 @@ program reads values twice for that, since the file holds each copy.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.shapes")
+
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -171,7 +176,3 @@ def main() -> None:
     if options.output.exists():
         raise NKATError(f"{options.output}: exists already")
     write_shaped(options.output, options.mix, options.blocks)
-
-
-if __name__ == "__main__":
-    commandline.run(main)

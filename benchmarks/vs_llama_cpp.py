@@ -20,6 +20,11 @@ is JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.vs_llama_cpp")
+
 import gc
 import json
 import re
@@ -341,7 +346,3 @@ def _print_theta(records: list[dict[str, Any]]) -> None:
             ]
             rows.append([f"{r['model']}, rank {r['rank']}, {way}", *cells])
     print(format_table(rows, ["Θ's overhead, %", "prefill", "decode"]) + "\n")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -428,8 +428,11 @@ class Builder:
         return Value(self, self.ir.select(condition.raw, yes.raw, self.value(no, yes.kind).raw))
 
     def exp(self, x: Value) -> Value:
-        """e**x of float32, within 2 units in the last place; 0 below -87, clipped above 88 (Cephes' polynomial)."""
-        x = self.minimum(x, 88.0)
+        """e**x of float32, within 2 units in the last place; 0 below -87, clipped above 88 (Cephes' polynomial).
+
+        NaN stays NaN, so that a damaged weight is seen in the result.
+        """
+        x = self.select(self.value(88.0, x.kind) < x, self.value(88.0, x.kind), x)
         n = self.nearest(x * 1.44269504088896341)
         r = self.fma(n, -0.693359375, x)
         r = self.fma(n, 2.12194440e-4, r)

@@ -64,11 +64,11 @@ def rounding_of(qtype: GGMLQuantizationType, exact: bool) -> Rounding:
 # Every kernel gets `state`: int64 [0] how many tokens there are
 
 
-def _panels(k: Builder, state: Value, tokens: int) -> Value:
+def panels(k: Builder, state: Value, tokens: int) -> Value:
     return (k.load(I64(), state) + (tokens - 1)) // tokens
 
 
-def _share(k: Builder, count: Value) -> tuple[Value, Value]:
+def share(k: Builder, count: Value) -> tuple[Value, Value]:
     """This thread's part of 0 .. count - 1, neighbours together."""
     return count * k.thread // k.threads, count * (k.thread + 1) // k.threads
 
@@ -83,10 +83,10 @@ def round_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int
     """
 
     def emit(k: Builder) -> None:
-        x, stride, columns, q, d, sums, state = _arguments(k, "pii ppp p")
+        x, stride, columns, q, d, sums, state = arguments(k, "pii ppp p")
         count = k.load(I64(), state)
         with (
-            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(k.thread, panels(k, state, tokens), k.threads) as panel,
             k.loop(panel * tokens, k.minimum(panel * tokens + tokens, count)) as token,
         ):
             row, place = x + token * stride, token - panel * tokens
@@ -144,13 +144,13 @@ def matmul_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, isa: st
     name = f"matmul_{qtype.name}_{tokens}{'_exact' if exact else ''}"
 
     def emit(k: Builder) -> None:
-        weight, tile_bytes, units, tiles, q, d, sums, y, stride, bias, up, terms, u, state = _arguments(
+        weight, tile_bytes, units, tiles, q, d, sums, y, stride, bias, up, terms, u, state = arguments(
             k, "piii ppp pi p pip p"
         )
-        first, last = _share(k, tiles)
+        first, last = share(k, tiles)
         with k.loop(first, last) as tile:
             lane_bytes = tile * (4 * ROWS)
-            with k.loop(0, _panels(k, state, tokens)) as panel:
+            with k.loop(0, panels(k, state, tokens)) as panel:
                 totals = [k.variable(k.value(0.0, F32(ROWS))) for _ in range(tokens)]
                 at = weight + tile * tile_bytes
                 if qtype in FLOAT_TYPES:
@@ -267,12 +267,12 @@ def _add_group(
 def _exact_unit(k: Builder, layout: type[BlockLayout], at: Value, x: Value, totals: list) -> None:
     """Adds one unit's products with float32 inputs, each weight in float32, to the totals."""
     tokens = len(totals)
-    for column, w in enumerate(_weights(k, layout, at)):
+    for column, w in enumerate(weights(k, layout, at)):
         for t, total in enumerate(totals):
             total.value = k.fma(w, k.load(F32(), x + (column * tokens + t) * 4), total.value)
 
 
-def _weights(k: Builder, layout: type[BlockLayout], at: Value) -> Iterator[Value]:
+def weights(k: Builder, layout: type[BlockLayout], at: Value) -> Iterator[Value]:
     """The weights of a unit, column by column, 16 rows each, in float32."""
     for group in range(layout.columns // layout.group):
         s, m = layout.scales(k, at, group)
@@ -283,7 +283,7 @@ def _weights(k: Builder, layout: type[BlockLayout], at: Value) -> Iterator[Value
                 yield k.fma(q.float32(), s, m)
 
 
-def _as_float32(k: Builder, qtype: GGMLQuantizationType, lanes: int, at: Value) -> Value:
+def as_float32(k: Builder, qtype: GGMLQuantizationType, lanes: int, at: Value) -> Value:
     """Numbers of a float type."""
     loaded = k.load(FLOAT_TYPES[qtype](lanes), at)
     if qtype == GGMLQuantizationType.BF16:
@@ -294,7 +294,7 @@ def _as_float32(k: Builder, qtype: GGMLQuantizationType, lanes: int, at: Value) 
 def _float_tile(k: Builder, qtype: GGMLQuantizationType, at: Value, columns: Value, x: Value, totals: list) -> None:
     tokens, width = len(totals), GGML_QUANT_SIZES[qtype][1]
     with k.loop(0, columns) as c:
-        w = _as_float32(k, qtype, ROWS, at + c * (ROWS * width))
+        w = as_float32(k, qtype, ROWS, at + c * (ROWS * width))
         if tokens == 1:
             _ask(k, at + c * (ROWS * width))
         for t, total in enumerate(totals):
@@ -310,25 +310,25 @@ def embedding_kernel(qtype: GGMLQuantizationType, tokens: int) -> int:
     """
 
     def emit(k: Builder) -> None:
-        table, row_bytes, units, ids, factor, out, stride, state = _arguments(k, "pii pppi p")
+        table, row_bytes, units, ids, factor, out, stride, state = arguments(k, "pii pppi p")
         factor = k.load(F32(), factor)
         unit_at = k.local(1 if qtype in FLOAT_TYPES else unit_bytes(qtype))
         with (
-            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(k.thread, panels(k, state, tokens), k.threads) as panel,
             k.loop(panel * tokens, k.minimum(panel * tokens + tokens, k.load(I64(), state))) as token,
         ):
             row, to = table + k.load(I64(), ids + token * 8) * row_bytes, out + token * stride
             if qtype in FLOAT_TYPES:
                 width = GGML_QUANT_SIZES[qtype][1]
                 with k.loop(0, units) as c:
-                    k.store(_as_float32(k, qtype, 1, row + c * width) * factor, to + c * 4)
+                    k.store(as_float32(k, qtype, 1, row + c * width) * factor, to + c * 4)
             else:
                 layout = BLOCK_LAYOUTS[qtype]
                 with k.loop(0, units) as unit:
                     block = row + unit * GGML_QUANT_SIZES[qtype][1]
                     # a tile whose 16 rows are all this one
                     layout.interleave(Interleaver(k, block, k.value(0, I64()), unit_at))
-                    for column, w in enumerate(_weights(k, layout, unit_at)):
+                    for column, w in enumerate(weights(k, layout, unit_at)):
                         k.store(w.lane(0) * factor, to + (unit * layout.columns + column) * 4)
 
     return compile_kernel(f"embedding_{qtype.name}_{tokens}", emit)
@@ -346,9 +346,9 @@ def down_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
     rows = ROWS if rounding == EXACT else STAR_ROWS
 
     def emit(k: Builder) -> None:
-        down, groups, terms, q, d, sums, scale, u, state = _arguments(k, "pii ppp pp p")
+        down, groups, terms, q, d, sums, scale, u, state = arguments(k, "pii ppp pp p")
         with (
-            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(k.thread, panels(k, state, tokens), k.threads) as panel,
             k.loop(0, (terms + (rows - 1)) // rows) as tile,
         ):
             if rounding == EXACT:
@@ -402,6 +402,6 @@ def _down_rounded(
     return [pair - shift.value * 128.0 for pair, shift in zip(pairs, shifts, strict=True)]
 
 
-def _arguments(k: Builder, kinds: str) -> list[Value]:
+def arguments(k: Builder, kinds: str) -> list[Value]:
     """The kernel's arguments: p a pointer, i an integer."""
     return [k.pointer(i) if kind == "p" else k.integer(i) for i, kind in enumerate(kinds.replace(" ", ""))]
