@@ -333,6 +333,16 @@ def test_a_heartbeat_survives_a_database_that_is_gone(tmp_path: Path, monkeypatc
     assert capsys.readouterr().err.count("warning: the study's storage fails: (builtins.Exception) no route") == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="POSIX's kinds of file")
+def test_a_journal_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "study.journal")
+    with pytest.raises(NKATError, match="this is a pipe"):
+        open_storage(str(tmp_path / "study.journal"))
+    (tmp_path / "folder.journal").mkdir()
+    with pytest.raises(NKATError, match="this is a folder"):
+        open_storage(str(tmp_path / "folder.journal"))
+
+
 def test_storages_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(NKATError, match="storage nosuch://"):
         open_storage("nosuch://host/db")
