@@ -1,7 +1,9 @@
 """The CPU kernels: every block format on every instruction set against float64, threads, Θ, and the code cache."""
 
 import hashlib
+import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -292,6 +294,30 @@ def test_a_token_does_not_depend_on_its_panel(qtype):
 
 def add_one(k: Builder) -> None:
     k.fetch_add(k.pointer(0), 1)
+
+
+def test_large_arrays_are_private_zeros_on_large_pages():
+    """Shared memory would be kept on small pages, and seen by forked processes."""
+    large, small = aligned((3, 1 << 20), np.int16), aligned((3, 5), np.int16)
+    assert large.ctypes.data % (1 << 21 if hasattr(mmap, "MADV_HUGEPAGE") else 64) == 0
+    assert small.ctypes.data % 64 == 0
+    assert not large.any()
+    assert not small.any()
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not show its mappings")
+    for line in maps.read_text().splitlines():
+        span, permissions = line.split()[:2]
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= large.ctypes.data < last:
+            assert permissions == "rw-p"
+            return
+    raise AssertionError("the array is in no mapping")
+
+
+def test_no_room_for_an_array_is_a_memory_error():
+    with pytest.raises(MemoryError):
+        aligned((1 << 50,), np.uint8)
 
 
 def test_a_barrier_waits_for_all():
