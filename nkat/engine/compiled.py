@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache, ForwardPass, attention_heads, padded_rows, rotation_tables
+from nkat.engine.forward import Cache, ForwardPass, attention_heads, rotation_tables
 from nkat.errors import NKATError
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import KEYS
+from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import FIRST_ROOM, Transformer, cache_memory, next_room
@@ -89,7 +90,7 @@ class _LastLogits(ForwardPass):
         super().__init__(model, StarLinear.require_compiled, pool(threads), decoder.cache, capacity, tokens)
         self.last = np.ones(8, np.int64)  # the state of the output layer: one token
         self.head = self.program if self.capacity == 1 else Program()
-        self.logits = aligned((1, padded_rows(model.output)), np.float32)
+        self.logits = aligned((1, padded_rows(model.output.shape[0])), np.float32)
         normed = aligned((1, self.d), np.float32)
         self.last_row = self.x if self.head is self.program else aligned((1, self.d), np.float32)
         self.norm(self.head, self.last_row, model.output_norm, normed, self.last)

@@ -7,7 +7,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from nkat.kernels.cpu.batch import batch_kernel
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, padded_rows
 from nkat.kernels.cpu.matmul import (
     EXACT,
     FLOAT_TYPES,
@@ -57,7 +57,7 @@ class CpuStar:
         # up·down of nkat.theta.algebra.low_rank_form, with all scales in one factor a term
         self.product = np.concatenate([theta.scale[0] * theta.scale[1]] * 2).astype(np.float32)
         self.strength = np.zeros(self.terms, np.float32)
-        up = np.zeros((-(-m // ROWS) * ROWS, self.terms), np.int8)
+        up = np.zeros((padded_rows(m), self.terms), np.int8)
         up[: min(m, len(p))] = np.concatenate([p, -q], axis=1)[:m]
         self.up = np.ascontiguousarray(up.reshape(-1, ROWS, self.terms).transpose(0, 2, 1))
         rows = ROWS if float_inputs else STAR_ROWS
@@ -112,7 +112,7 @@ class CpuLinear:
     @property
     def padded_rows(self) -> int:
         """Outputs, rounded up to whole tiles: the columns that a buffer for y needs."""
-        return -(-self.shape[0] // ROWS) * ROWS
+        return padded_rows(self.shape[0])
 
     @property
     def nbytes(self) -> int:

@@ -166,19 +166,26 @@ def matmul_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, isa: st
                             scales = d + number * (layout.columns // 32 * tokens * 4)
                             unit_sums = sums + number * (layout.columns // layout.group * tokens * 4)
                             _unit(k, layout, here, q + number * (layout.columns * tokens), scales, unit_sums, totals)
-                with k.when(k.is_set(bias)):
-                    offset = k.load(F32(ROWS), bias + lane_bytes)
-                    for total in totals:
-                        total.value = total.value + offset
-                with k.loop(0, terms) as term:
-                    factor = k.load(I8(ROWS), up + (tile * terms + term) * ROWS).signed(I32()).float32()
-                    for t, total in enumerate(totals):
-                        strength = k.load(F32(), u + ((panel * terms + term) * tokens + t) * 4)
-                        total.value = k.fma(factor, strength, total.value)
+                add_bias_and_star(k, tile, panel, bias, up, terms, u, totals)
                 for t, total in enumerate(totals):
                     k.store(total.value, y + (panel * tokens + t) * stride + lane_bytes)
 
     return compile_kernel(name, emit, isa)
+
+
+def add_bias_and_star(
+    k: Builder, tile: Value, panel: Value, bias: Value, up: Value, terms: Value, u: Value, totals: list
+) -> None:
+    """The end of a product: its rows' bias, where there is one, and up·u for each token of the panel."""
+    with k.when(k.is_set(bias)):
+        offset = k.load(F32(ROWS), bias + tile * (4 * ROWS))
+        for total in totals:
+            total.value = total.value + offset
+    with k.loop(0, terms) as term:
+        factor = k.load(I8(ROWS), up + (tile * terms + term) * ROWS).signed(I32()).float32()
+        for t, total in enumerate(totals):
+            strength = k.load(F32(), u + ((panel * terms + term) * len(totals) + t) * 4)
+            total.value = k.fma(factor, strength, total.value)
 
 
 def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, sums: Value, totals: list) -> None:
