@@ -29,7 +29,8 @@ class CompiledDecoder:
     def __init__(self, model: Transformer, capacity: int, threads: int) -> None:
         self.model, self.capacity, self.length = model, capacity, 0
         self.name = f"compiled CPU program, {threads} thread{'s' if threads > 1 else ''}"
-        self.cache = Cache(model.config.block_count, attention_heads(model), min(capacity, FIRST_ROOM))
+        heads = attention_heads(model, half=model.output.int8_activations)  # as in llama.cpp
+        self.cache = Cache(model.config.block_count, heads, min(capacity, FIRST_ROOM))
         self._made_for = model.theta_changes
         self._one = _LastLogits(self, threads, 1, 1)
         self._many = _LastLogits(self, threads, min(PREFILL_TOKENS, capacity), batch_tokens())

@@ -29,7 +29,8 @@ class CompiledScorer(ForwardPass):
         self.first = context // 2
         self.scored = context - 1 - self.first
         tokens = batch_tokens()
-        cache = Cache(1, attention_heads(model), context, batch)
+        # INT8 activations change the inputs of the layers here, and nothing else: the cache is not rounded.
+        cache = Cache(1, attention_heads(model, half=False), context, batch)
         super().__init__(model, _linear, pool(threads), cache, batch * context, tokens, context)
         rows = -(-batch * self.scored // tokens) * tokens
         self.out_state = np.zeros(8, np.int64)

@@ -271,8 +271,8 @@ class ForwardPass:
         self._add(y["ffn_down"], block, "post_ffw_norm")
 
 
-def attention_heads(model: Transformer) -> Heads:
-    """The shape of a model's attention; with INT8 activations the KV cache is float16, as in llama.cpp."""
+def attention_heads(model: Transformer, *, half: bool) -> Heads:
+    """The shape of a model's attention; half: the KV cache is float16."""
     config = model.config
     return Heads(
         config.head_count,
@@ -281,7 +281,7 @@ def attention_heads(model: Transformer) -> Heads:
         config.rope.dimensions,
         config.rope.interleaved,
         config.architecture.qk_norm,
-        half=model.output.int8_activations,
+        half=half,
     )
 
 
