@@ -9,6 +9,11 @@ where both are given, each picture draws one of the two.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat_vit.augment")
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nkat.errors import NKATError
-from nkat.host.commandline import parser, positive_int, run
+from nkat.host.commandline import parser, positive_int
 from nkat_vit.data import DATASETS, find_dataset, load_images
 from nkat_vit.pictures import save_grid
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, randaugment
@@ -166,7 +171,3 @@ def main() -> None:
         options.output, torch.stack(columns, dim=1), f"{spec.title}: original and nine of its views", options.force
     )
     print(options.output)
-
-
-if __name__ == "__main__":
-    run(main)

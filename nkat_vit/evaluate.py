@@ -10,6 +10,11 @@ seed, from the means, and no spread is given. Robustness is measured on the firs
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat_vit.evaluate")
+
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -261,7 +266,3 @@ def main() -> None:
             **toolkit_version(),
         }
         write_json(record, options.json, options.force)
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -9,6 +9,11 @@ weights with the best validation accuracy.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat_vit.train")
+
 import argparse
 import csv
 import io
@@ -26,6 +31,7 @@ from nkat.host.figures import new_figure, save_figure
 from nkat.host.files import atomic_output
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import toolkit_version, write_json
+from nkat.host.start import INTERRUPTED
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
@@ -431,7 +437,7 @@ def main() -> None:
             record = train(options, world)
         except KeyboardInterrupt:
             note("interrupted; what was finished is saved, --resume goes on from there")
-            sys.exit(commandline.INTERRUPTED)
+            sys.exit(INTERRUPTED)
     if record is None:
         return
     print(f"validation  {100 * record['validation']:.2f} % after epoch {record['epoch']}")
@@ -441,7 +447,3 @@ def main() -> None:
     print(f"model       {record['output']}/best.pt")
     if options.json:
         write_json(record, options.json)
-
-
-if __name__ == "__main__":
-    commandline.run(main)
