@@ -33,6 +33,7 @@ from nkat_vit.recipe import Recipe, check_schedule, with_amp
 _CHECK_STEPS = 20  # reading the loss more often would make a GPU wait
 _AMP_TRIALS = 4
 _THREAD_TRIALS = 3
+_THREAD_SECONDS = 5.0  # after which the first of them has to do
 
 
 class DivergedError(NKATError):
@@ -57,19 +58,24 @@ def measure_amp(recipe: Recipe, images: ImageSet, device: torch.device) -> tuple
 def measure_threads(recipe: Recipe, images: ImageSet) -> dict[int, float]:
     """Pictures a second of a processor, by number of threads: those in force now, half of them, one.
 
-    Measured in turns, the fastest of three. Beside other work, threads that wait for one another can be slower than
-    one alone.
+    Measured in turns, the fastest of three, or the first where steps are long. Beside other work, threads that wait for
+    one another can be slower than one alone.
     """
     before = torch.get_num_threads()
     counts = sorted({before, (before + 1) // 2, 1})
     step = _bare_step(recipe, images, torch.device("cpu"))
     step(recipe.train.amp)  # the first makes what the others find
     seconds = dict.fromkeys(counts, float("inf"))
+    started = perf_counter()
     try:
-        for _ in range(_THREAD_TRIALS):
-            for count in counts:
-                torch.set_num_threads(count)
-                seconds[count] = min(seconds[count], step(recipe.train.amp))
+        with console.bar(_THREAD_TRIALS * len(counts), "measuring threads", "step") as progress:
+            for _ in range(_THREAD_TRIALS):
+                for count in counts:
+                    torch.set_num_threads(count)
+                    seconds[count] = min(seconds[count], step(recipe.train.amp))
+                    progress.update()
+                if perf_counter() - started > _THREAD_SECONDS:
+                    break
     finally:
         torch.set_num_threads(before)
     return {count: recipe.train.batch_size / s for count, s in seconds.items()}

@@ -219,7 +219,7 @@ def given_values(options: TrainOptions) -> dict[str, Any]:
 
 def _chosen(options: TrainOptions) -> dict[str, Any]:
     """Settings beside the preset's."""
-    return (read_config(options.config) if options.config else {}) | options.flags
+    return (read_config(options.config) if options.config else {}) | dict(options.flags)
 
 
 def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[str, Any] | None]:
