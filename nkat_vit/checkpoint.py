@@ -99,8 +99,12 @@ def damage(path: Path) -> Iterator[None]:
         raise NKATError(f"{path}: this checkpoint is damaged: {type(error).__name__} {line}"[:300]) from None
 
 
-def load_model(path: Path, device: torch.device | None = None) -> TrainedModel:
-    """The model of a `best.pt`, or of a run's folder."""
+def load_model(path: str | Path, device: torch.device | None = None) -> TrainedModel:
+    """The model of a `best.pt`, or of a run's folder, on the processor unless a device is given.
+
+    Raises NKATError for a file that is absent, cut, damaged, or no such checkpoint.
+    """
+    path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
     content = load(path, "weights")
     recipe = recipe_of(content, path)

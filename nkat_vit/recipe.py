@@ -204,6 +204,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if spec.channels == 1:
         given.setdefault("color_norm", "off")
         given.setdefault("split_heads", False)
+        shuffled = given.get("channel_shuffle")
+        _check(not shuffled, f"channel_shuffle {shuffled!r:.80} needs three channels, a grey picture has no colours")
     given.setdefault("flip", spec.mirrored)
     if given.get("tta") == "auto":
         given["tta"] = "flip" if spec.mirrored else "none"

@@ -38,7 +38,7 @@ from nkat_vit.checkpoint import load_model
 from nkat_vit.data import DATASETS, ImageSet, load_images, split
 from nkat_vit.loop import Trainer, measure_amp, measure_threads
 from nkat_vit.metrics import lambda_theory, tpe
-from nkat_vit.model import COLOR_NORMS, POOLS, STEMS
+from nkat_vit.model import COLOR_NORMS, POOLS, STEMS, NKATViT
 from nkat_vit.optim import lr_factor
 from nkat_vit.pictures import DPI
 from nkat_vit.predict import judge_once
@@ -341,8 +341,9 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
     )
     if world.first:
         write_json(recipe.values(), str(folder / "config.json"), force=True)
-        parameters = sum(p.numel() for p in trainer.model.parameters())
-        note(f"{recipe.dataset}: {len(train_set)} to train on, {len(held)} to validate; {parameters:,} parameters")
+        note(
+            f"{recipe.dataset}: {len(train_set)} to train on, {len(held)} to validate; {_describe_model(trainer.model)}"
+        )
     if content is not None:
         with checkpoint.damage(folder / "last.pt"):
             trainer.restore(content)
@@ -354,6 +355,14 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
         return None
     _plot_curves(folder / "curves.png", trainer.history, recipe)
     return _finish(options, folder, trainer)
+
+
+def _describe_model(model: NKATViT) -> str:
+    """Its size, and what a token of it is."""
+    config, parameters = model.config, sum(p.numel() for p in model.parameters())
+    side = config.grid * config.cell
+    padded = f", padded to {side} x {side}" if side > config.image_size else ""
+    return f"{parameters:,} parameters, {config.grid**2} tokens of {config.cell} x {config.cell} pixels{padded}"
 
 
 def _advise_threads(recipe: Recipe, images: ImageSet) -> None:
