@@ -7,6 +7,8 @@ import contextlib
 import errno
 import importlib
 import re
+import shlex
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from nkat.errors import NKATError
 from nkat.host import streams
+from nkat.host.files import taken_outputs
 from nkat.host.interrupts import Terminated, termination
 from nkat.host.record import git_commit
 from nkat.host.threads import most_threads
@@ -64,6 +67,7 @@ def _status(main: Callable[[], None]) -> str | int | None:
 
 
 def _ending(main: Callable[[], None]) -> str | int | None:
+    taken_outputs()  # of a command before this one in the same process
     try:
         main()
     except NKATError as error:
@@ -77,11 +81,9 @@ def _ending(main: Callable[[], None]) -> str | int | None:
             raise
         return _fail(problem)
     except Terminated:
-        print("terminated; what was not finished is not there", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted("terminated")
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted("interrupted")
     except SystemExit as ended:
         if ended.code not in (None, 0):
             return ended.code
@@ -89,6 +91,13 @@ def _ending(main: Callable[[], None]) -> str | int | None:
     if lost is None or isinstance(lost, BrokenPipeError):  # `... | head` has read enough, and the work is done
         return 0
     return _fail(f"stdout: cannot be written: {lost.strerror or lost}")
+
+
+def _interrupted(how: str) -> int:
+    written = ", ".join(str(path) for path in taken_outputs())
+    what = f"what was finished before is there: {written}" if written else "nothing was written"
+    print(f"{how}; {streams.printable(what)}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _fail(message: str) -> int:
@@ -164,9 +173,34 @@ def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentP
 def _as_called(examples: str) -> str:
     """Where a console script was called, which has no script beside it, the examples call that one."""
     command = Path(sys.argv[0]).name.removesuffix(".exe")
-    if not command.startswith("nkat-"):
+    if not _is_installed():
         return examples
     return re.sub(r"^  python (-m )?\S+", f"  {command}", examples, flags=re.MULTILINE)
+
+
+def shell_line(words: Sequence[object]) -> str:
+    """A command as it can be pasted into this system's shell."""
+    plain = [str(word) for word in words]
+    return subprocess.list2cmdline(plain) if sys.platform == "win32" else shlex.join(plain)
+
+
+def toolkit_command(installed: str, script: str) -> list[str]:
+    """How another command of the toolkit is started where this one was: from beside it, by its name or its script."""
+    beside = Path(sys.argv[0]).absolute().with_name(script)
+    return [sys.executable, str(beside)] if beside.is_file() else _installed(installed)
+
+
+def toolkit_module(installed: str, module: str) -> list[str]:
+    """The same for a command that is a module, which the checkout's own folder has."""
+    return _installed(installed) if _is_installed() else [sys.executable, "-m", module]
+
+
+def _is_installed() -> bool:
+    return Path(sys.argv[0]).name.startswith("nkat-")
+
+
+def _installed(name: str) -> list[str]:
+    return [str(Path(sys.argv[0]).absolute().with_name(name))] if _is_installed() else [name]
 
 
 def taken(kind: type[Options], parsed: argparse.Namespace, **others: object) -> Options:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from nkat.host.files import atomic_output, check_output
 from nkat.version import __version__
 
 
-def check_record(target: str | None, force: bool) -> None:
-    """Raises NKATError when `write_json` could not write there: to be known before hours are spent."""
+def check_record(target: str | None, force: bool, inputs: Iterable[Path | None] = ()) -> None:
+    """Raises NKATError when `write_json` could not write there, or would replace an input: before hours are spent."""
     if target not in (None, "-"):
-        check_output(Path(target), force)
+        check_output(Path(target), force, [path for path in inputs if path is not None])
 
 
 def write_json(record: Mapping[str, Any], target: str, force: bool = False) -> None:
@@ -32,6 +33,16 @@ def write_json(record: Mapping[str, Any], target: str, force: bool = False) -> N
     data = (json.dumps(_plain(record), indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     with atomic_output(Path(target), len(data), force) as file:
         file.write(data)
+
+
+@contextlib.contextmanager
+def recorded(record: Mapping[str, Any], target: str | None, force: bool = False) -> Iterator[None]:
+    """Around the printing of a result: a file has the record before it, stdout, for target "-", as its last line."""
+    if target not in (None, "-"):
+        write_json(record, target, force)
+    yield
+    if target == "-":
+        write_json(record, target)
 
 
 def toolkit_version() -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import socket
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
@@ -18,17 +19,26 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from nkat.errors import NKATError
-from nkat.host import interrupts
+from nkat.host.interrupts import Gate
 from nkat.host.processes import identity, is_alive
 from nkat.study.journal import Journal
+from nkat.study.space import POINT, Propose, key_of
 
 JOURNAL_NAME = "study.journal"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _SETTINGS = "settings"
 _WORKER = "worker"
 _ORIGIN = "retry of"
+_ID = "id"
+_REPEATED = "repeated"
+_INTERRUPTED = "interrupted"
+_OWN = (_WORKER, POINT, _REPEATED, _INTERRUPTED)  # what is in trials for this module's sake
 
 Objective = Callable[[optuna.Trial], float]
+
+
+class _RepeatedError(Exception):
+    """Two processes proposed the same setting at once; the later trial ends without having been anything."""
 
 
 def open_storage(where: str) -> optuna.storages.BaseStorage:
@@ -64,50 +74,70 @@ def open_study(
     settings: Mapping[str, Any],
     first_trials: list[tuple[dict[str, Any], dict[str, Any]]],
     *,
-    sampler: Callable[[int], optuna.samplers.BaseSampler],
+    sampler: optuna.samplers.BaseSampler,
     pruner: optuna.pruners.BasePruner,
     resume: bool,
 ) -> optuna.Study:
     """Creates the study, or joins or continues one that was made with the same settings.
 
     settings: all that two trials must share to be comparable; checked when joining
-    first_trials: (parameters, user attributes) to run before the sampler's own
-    sampler: makes one, given how many trials the study has
+    first_trials: (parameters, user attributes) to run before those that are proposed
+    sampler: of the kind that proposes; for the record
     resume: an existing study is continued; otherwise it is an error. Trials whose process died are tried again.
     """
     try:
         study = optuna.create_study(
-            study_name=name, direction="maximize", sampler=sampler(0), storage=storage, pruner=pruner
+            study_name=name, direction="maximize", sampler=sampler, storage=storage, pruner=pruner
         )
     except optuna.exceptions.DuplicatedStudyError:
-        study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
-        study.sampler = sampler(len(study.trials))
+        study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
         if not resume:
-            raise NKATError(
-                f"study {name!r} exists already with {len(study.trials)} trials: give --resume to continue or join it, "
-                "or another --output-dir or --study-name"
-            ) from None
+            raise exists_already(study) from None
         found = study.user_attrs.get(_SETTINGS, {})
         for key in settings:
             if found.get(key) != settings[key]:
                 raise NKATError(
                     f"study {name!r} was made with another {key}: {found.get(key)!r} there, {settings[key]!r} here"
                 ) from None
-        _retry_dead_trials(study)
+        retry_unfinished(study)
         return study
     study.set_user_attr(_SETTINGS, dict(settings))
+    study.set_user_attr(_ID, uuid.uuid4().hex)
     for parameters, attributes in first_trials:
-        study.enqueue_trial(parameters, user_attrs=attributes)
+        _queue(study, parameters, attributes)
     return study
 
 
-def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: float | None, label: str) -> bool:
-    """Runs trials until the study has `target` finished ones, all workers' together. False when interrupted.
+def find_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study | None:
+    """The study of this name, if there is one."""
+    if name not in optuna.get_all_study_names(storage):
+        return None
+    return optuna.load_study(study_name=name, storage=storage)
 
-    The first Ctrl-C (or SIGTERM) lets the running trial finish; a second one ends at once.
+
+def exists_already(study: optuna.Study) -> NKATError:
+    """What to tell a user who did not ask to go on with it."""
+    return NKATError(
+        f"study {study.study_name!r} exists already with {len(study.trials)} trials: give --resume to continue or join "
+        "it, or another --output-dir or --study-name"
+    )
+
+
+def study_id(study: optuna.Study) -> str | None:
+    """Another one for each study, whatever its name and storage; None for one that an earlier version made."""
+    return study.user_attrs.get(_ID)
+
+
+def run_trials(
+    study: optuna.Study, objective: Objective, propose: Propose, target: int, timeout: float | None, label: str
+) -> bool:
+    """Runs trials until the study has `target` finished ones, all workers' together. True: every setting was tried.
+
+    propose: the parameters of the next trial. A KeyboardInterrupt ends the running trial at once; then
+    `retry_unfinished`, on a study that is opened anew, puts it back.
     """
     bar = tqdm(total=target, desc=label, unit="trial", leave=False, smoothing=0.1)
-    with bar, interrupts.interrupts("the running trial") as interrupted:
+    with bar, Gate().closed() as gate:  # outside the objective an interruption could leave a trial that is nobody's
 
         def update(*_: object) -> None:
             finished = study.get_trials(deepcopy=False, states=FINISHED)
@@ -117,17 +147,31 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
                 bar.set_postfix_str(f"best {best[0].value:.6f} (trial {best[0].number})")
 
         def marked(trial: optuna.Trial) -> float:
+            if _comes_second(study, trial):
+                trial.set_user_attr(_REPEATED, True)
+                raise _RepeatedError
             trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{identity()}")
-            return objective(trial)
+            try:
+                with gate.let_through():
+                    return objective(trial)
+            except KeyboardInterrupt:
+                trial.set_user_attr(_INTERRUPTED, True)
+                raise
 
         update()
         deadline = math.inf if timeout is None else monotonic() + timeout
-        while not interrupted and monotonic() < deadline:
-            _retry_dead_trials(study)  # of other workers
+        while monotonic() < deadline:
+            gate.check()
+            retry_unfinished(study)  # of other workers
             if not _room(study, target):
-                break
-            study.optimize(marked, n_trials=1, callbacks=[update])
-        return not interrupted
+                return False
+            if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                proposed = propose(study.get_trials(deepcopy=False))
+                if proposed is None:
+                    return True
+                _queue(study, proposed, {})
+            study.optimize(marked, n_trials=1, catch=(_RepeatedError,), callbacks=[update])
+    return False
 
 
 def best_trials(study: optuna.Study, count: int) -> list[FrozenTrial]:
@@ -143,14 +187,19 @@ def feasible(trial: FrozenTrial) -> bool:
 
 
 def history(study: optuna.Study) -> list[dict[str, Any]]:
-    """Every trial: number, state, value, parameters, what its objective recorded, seconds."""
+    """Every trial that was begun: number, state, value, parameters, what its objective recorded, seconds.
+
+    The state is Optuna's, or REPEATED: another process was trying the same setting already.
+    """
     rows = []
     for trial in study.get_trials(deepcopy=False):
-        attributes = {key: value for key, value in trial.user_attrs.items() if key != _WORKER}
+        if trial.state == TrialState.WAITING:
+            continue
+        attributes = {name: value for name, value in trial.user_attrs.items() if name not in _OWN}
         rows.append(
             {
                 "number": trial.number,
-                "state": trial.state.name,
+                "state": "REPEATED" if is_repeated(trial) else trial.state.name,
                 "value": trial.value if trial.state == TrialState.COMPLETE else None,
                 "parameters": {k: round(v, 9) if isinstance(v, float) else v for k, v in trial.params.items()},
                 **attributes,
@@ -161,6 +210,11 @@ def history(study: optuna.Study) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def is_repeated(trial: FrozenTrial) -> bool:
+    """Whether it ended because another process was trying its setting already."""
+    return bool(trial.user_attrs.get(_REPEATED))
 
 
 def origin(trial: FrozenTrial | optuna.Trial) -> int:
@@ -193,15 +247,38 @@ def _room(study: optuna.Study, target: int) -> bool:
     return len(study.get_trials(deepcopy=False, states=states)) < target
 
 
-def _retry_dead_trials(study: optuna.Study) -> None:
-    """Fails the trials of processes that died on this machine, and queues their parameters again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, _, process = trial.user_attrs.get(_WORKER, "").partition(":")
-        if host != socket.gethostname() or is_alive(process):
-            continue
-        try:
-            study.tell(trial.number, state=TrialState.FAIL)
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            continue  # another worker saw it first
-        attributes = {key: value for key, value in trial.user_attrs.items() if key != _WORKER}
-        study.enqueue_trial(trial.params, user_attrs=attributes | {_ORIGIN: origin(trial)})
+def retry_unfinished(study: optuna.Study) -> None:
+    """Queues again what interrupted trials, and those of processes that died on this machine, were trying."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.FAIL)):
+        if trial.state == TrialState.FAIL:
+            if not trial.user_attrs.get(_INTERRUPTED) or _is_retried(study, trial):
+                continue
+        else:
+            host, _, process = trial.user_attrs.get(_WORKER, "").partition(":")
+            if host != socket.gethostname() or is_alive(process):
+                continue
+            try:
+                study.tell(trial.number, state=TrialState.FAIL)
+            except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                continue  # another worker saw it first
+        attributes = {name: value for name, value in trial.user_attrs.items() if name not in _OWN}
+        _queue(study, trial.user_attrs.get(POINT, trial.params), attributes | {_ORIGIN: origin(trial)})
+
+
+def _is_retried(study: optuna.Study, trial: FrozenTrial) -> bool:
+    later = study.get_trials(deepcopy=False)[trial.number + 1 :]
+    return any(other.user_attrs.get(_ORIGIN) == origin(trial) for other in later)
+
+
+def _queue(study: optuna.Study, parameters: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+    study.enqueue_trial(dict(parameters), user_attrs={**attributes, POINT: dict(parameters)})
+
+
+def _comes_second(study: optuna.Study, trial: optuna.Trial) -> bool:
+    """Whether an earlier trial has the same setting, or this one none: another process took the one from the queue."""
+    if POINT not in trial.user_attrs:
+        return True
+    # A trial has its number and its setting from the same moment, so that all processes see the same one first.
+    *earlier, this = study.get_trials(deepcopy=False)[: trial.number + 1]
+    tried = {key_of(other) for other in earlier if other.state != TrialState.FAIL}
+    return bool(this.user_attrs[POINT]) and key_of(this) in tried

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from nkat.host import commandline
+from nkat.host.files import output_folder
 from nkat.host.record import check_record
 from nkat.study import options as study
 from nkat.study import workers
+from nkat.study.folder import check_place
 from nkat.study.options import StudyOptions
 
 Options = TypeVar("Options")
@@ -22,12 +24,14 @@ class Task(Generic[Options]):
     """A search: what its help says, its own flags, and the job.
 
     trials: how many a mode has
+    name: of the study, where the user gives none
     options: makes the frozen options out of the parsed command line; ends the program for flags that do not go together
     """
 
     description: str
     examples: str
     trials: Mapping[str, int]
+    name: Callable[[Options], str]
     add_options: Callable[[argparse.ArgumentParser], None]
     options: Callable[[argparse.ArgumentParser, argparse.Namespace, StudyOptions], Options]
     run: Callable[[Options], None]
@@ -44,7 +48,9 @@ def run_task(modules: Mapping[str, str], argv: Sequence[str] | None = None) -> N
     study.add_options(parser, task.trials)
     parsed = parser.parse_args(argv)
     shared = study.study_options(parser, parsed)
-    task.options(parser, parsed, shared)  # what does not go together is said before a folder is made
+    options = task.options(parser, parsed, shared)
     if not shared.join:
         check_record(shared.json, shared.force)
-    task.run(task.options(parser, parsed, workers.prepare(shared)))
+        check_place(shared, task.name(options))
+    with output_folder(shared.output_dir):
+        task.run(task.options(parser, parsed, workers.prepare(shared)))

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from nkat.errors import NKATError
+from nkat.host.commandline import shell_line
 from nkat.host.hardware import Gpu
 from nkat.kobold.choose import Choice, advice, choices, prefer
-from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings, shell_line
+from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings
 from nkat.kobold.files import RunFiles
 from nkat.kobold.find import Kobold
 from nkat.kobold.layers import ModelMemory
