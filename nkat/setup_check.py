@@ -108,12 +108,15 @@ def check_everything() -> int:
         checks.append(
             Check("the rest", MISSING, "cannot be checked before the above is mended", "mend it, run this again")
         )
-    print(table(checks))
     ready = all(check.state != MISSING for check in checks)
+    status = 0 if ready else 1
+    if options.json not in (None, "-"):
+        status = write_record(options.json, options.force, checks, ready)
+    print(table(checks))
     print(f"\n{'ready: the workflow of the guide can run here' if ready else 'not ready: see what is missing above'}")
-    if options.json:
-        return write_record(options.json, options.force, checks, ready)
-    return 0 if ready else 1
+    if options.json == "-":
+        status = write_record(options.json, options.force, checks, ready)
+    return status
 
 
 def check_python() -> Check:

@@ -109,8 +109,8 @@ class Shapes:
 
     def parameters(self, point: Mapping[str, Any]) -> dict[str, Any]:
         """A point's parameters as a trial has them: a patch without an alternative is none."""
-        chosen = len(self._fitting().get(point["conv_stem"], ())) != 1
-        return {name: value for name, value in point.items() if chosen or name != "patch_size"}
+        alone = len(self._fitting().get(point["conv_stem"], ())) == 1
+        return {name: value for name, value in point.items() if name != "patch_size" or not alone}
 
     def points(self) -> Iterator[dict[str, Any]]:
         """The parameters of every point."""
@@ -120,9 +120,9 @@ class Shapes:
         ]
         for stem, patches in self._fitting().items():
             for patch in patches:
+                first = self.parameters({"conv_stem": stem, "patch_size": patch})
                 for values in itertools.product(*steps):
-                    chosen = dict(zip(RANGES, values, strict=True))
-                    yield self.parameters({"conv_stem": stem, "patch_size": patch, **chosen})
+                    yield first | dict(zip(RANGES, values, strict=True))
 
     def _fitting(self) -> dict[str, list[int]]:
         """By stem, the patches that it allows."""

@@ -218,4 +218,4 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-TASK = Task(DESCRIPTION, EXAMPLES, TRIALS, lambda _: STUDY_NAME, add_options, shape_options, run)
+TASK = Task(DESCRIPTION, EXAMPLES, TRIALS, lambda _: STUDY_NAME, lambda _: (), add_options, shape_options, run)

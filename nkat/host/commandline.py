@@ -184,6 +184,11 @@ def shell_line(words: Sequence[object]) -> str:
     return subprocess.list2cmdline(plain) if sys.platform == "win32" else shlex.join(plain)
 
 
+def own_command() -> str:
+    """This command as it was given, for a record."""
+    return shell_line([*([] if _is_installed() else ["python"]), *sys.argv])
+
+
 def toolkit_command(installed: str, script: str) -> list[str]:
     """How another command of the toolkit is started where this one was: from beside it, by its name or its script."""
     beside = Path(sys.argv[0]).absolute().with_name(script)

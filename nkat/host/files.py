@@ -108,12 +108,15 @@ def output_folder(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_output(path: Path, size: int, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[BinaryIO]:
+def atomic_output(
+    path: Path, size: int, force: bool = False, inputs: Iterable[Path] = (), *, cache: bool = False
+) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` in one step when the block ends, and leaves nothing behind when it fails.
 
     A symbolic link stays one, and what it points to is replaced. What killed processes left in the folder is removed.
 
     Written beside the target, so that the rename stays within one file system, and flushed to the disk first.
+    cache: it is no output that a user asked for
     `size` bytes are reserved before the first is written, so that a full disk is known at the start.
     """
     check_output(path, force, inputs)
@@ -135,7 +138,8 @@ def atomic_output(path: Path, size: int, force: bool = False, inputs: Iterable[P
             temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
             temporary.replace(target)
         sync_folder(target.parent)
-        note_output(path)
+        if not cache:
+            note_output(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -45,6 +45,27 @@ def recorded(record: Mapping[str, Any], target: str | None, force: bool = False)
         write_json(record, target)
 
 
+class Recorder:
+    """A record that grows: a file has it from the first moment there is something to lose, stdout at the end.
+
+    common: what is in it whatever else is
+    """
+
+    def __init__(self, target: str | None, force: bool, common: Mapping[str, Any] | None = None) -> None:
+        self._target, self._force, self._common = target, force, common or {}
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """Writes the file, or replaces what was written before. To be called before what is new in it is printed."""
+        if self._target not in (None, "-"):
+            write_json({**record, **self._common}, self._target, self._force)
+            self._force = True
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Prints the last line."""
+        if self._target == "-":
+            write_json({**record, **self._common}, self._target)
+
+
 def toolkit_version() -> dict[str, str | None]:
     """For a record: which toolkit made it."""
     return {"nkat_version": __version__, "git_commit": git_commit()}

@@ -40,7 +40,7 @@ from nkat.search.objective import (
 )
 from nkat.search.options import DESCRIPTION, EXAMPLES, SearchOptions, add_options, search_options
 from nkat.search.plots import plot_search
-from nkat.sources.make import check_options, describe_theta_set, make_thetas
+from nkat.sources.make import check_options, check_reference_is_better, describe_theta_set, make_thetas
 from nkat.sources.moments import input_second_moments
 from nkat.sources.options import DEFAULT_GAMMA, ThetaOptions
 from nkat.study import workers
@@ -117,14 +117,21 @@ def prepare(options: SearchOptions, space: Space) -> Prepared:
             f"needs {2 * (1 + HELD_OUT_FACTOR)}"
         )
     if seen < options.chunks:
-        note(f"note: the text has {chunks} chunks only: trials see {seen} of them instead of {options.chunks}")
+        context = passages.chunks.shape[1]
+        note(
+            f"note: {text.name} has {chunks} chunks of {context} tokens only: trials see {seen} of them instead of "
+            f"{options.chunks}"
+        )
     gamma = DEFAULT_GAMMA if options.target_gamma is None else options.target_gamma
     coupling(gamma)  # raises when out of range
+    names = select_layers(base.tensors, None)
+    reference = None if options.reference is None else open_model_file(options.reference)
+    if reference is not None:
+        check_reference_is_better(base.file, reference.require_base().file, names)
     moments: dict[str, torch.Tensor] | None = None
     notes: dict[str, MetadataValue] = {}
     if options.calibrate:
         moments, notes = input_second_moments(loaded, load_text(options.calibrate))
-    reference = None if options.reference is None else open_model_file(options.reference)
     made_as = ThetaOptions(
         rank=max(space.ranks),
         gamma=gamma,
@@ -134,7 +141,6 @@ def prepare(options: SearchOptions, space: Space) -> Prepared:
         input_weights=moments,
         notes=notes,
     )
-    names = select_layers(base.tensors, None)
     check_options(base.tensors, names, made_as)
     with console.bar(len(names), f"making Θ of rank {made_as.rank}", "layer") as bar:
         thetas = make_thetas(base.file, names, made_as, bar.update)
@@ -346,4 +352,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [perplexity_text(row["perplexity"], row["perplexity_stderr"]), change, f"{row['tpe']:.6f}"]
 
 
-TASK = Task(DESCRIPTION, EXAMPLES, TRIALS, study_name, add_options, search_options, run)
+def inputs_of(options: SearchOptions) -> list[Path | None]:
+    return [options.model, options.reference, options.calibrate, options.text]
+
+
+TASK = Task(DESCRIPTION, EXAMPLES, TRIALS, study_name, inputs_of, add_options, search_options, run)

@@ -133,7 +133,7 @@ class SettingJudge:
             stop = [on_chunk(chunk, value) for chunk, value in zip(self.order[group], values, strict=True)]
             if stop[-1] and start + _GROUP < len(self.order):
                 return None
-        measured = Perplexity(torch.cat(parts))
+        measured = Perplexity(torch.cat(parts), self.judge.passages.chunks.shape[1])
         return Score(measured, paired(base.perplexity, measured), ratio)
 
     def score(self, setting: Setting) -> Score:

@@ -11,6 +11,7 @@ import optuna
 
 from nkat.errors import NKATError
 from nkat.host.console import note
+from nkat.host.files import check_apart
 from nkat.host.record import write_json
 from nkat.study.options import StudyOptions
 from nkat.study.study import exists_already, find_study, open_storage, study_id
@@ -24,6 +25,7 @@ def check_place(options: StudyOptions, name: str) -> None:
 
     name: of the study, where the user gives none
     """
+    check_apart({"--json": options.json, **{file: options.output_dir / file for file in (HISTORY, SUMMARY, PICTURE)}})
     name = options.study_name or name
     where, folder = options.storage_url, options.output_dir
     names, study = [], None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from nkat.host import commandline
@@ -25,6 +26,7 @@ class Task(Generic[Options]):
 
     trials: how many a mode has
     name: of the study, where the user gives none
+    inputs: the files that are read, which nothing may replace
     options: makes the frozen options out of the parsed command line; ends the program for flags that do not go together
     """
 
@@ -32,6 +34,7 @@ class Task(Generic[Options]):
     examples: str
     trials: Mapping[str, int]
     name: Callable[[Options], str]
+    inputs: Callable[[Options], Iterable[Path | None]]
     add_options: Callable[[argparse.ArgumentParser], None]
     options: Callable[[argparse.ArgumentParser, argparse.Namespace, StudyOptions], Options]
     run: Callable[[Options], None]
@@ -50,7 +53,7 @@ def run_task(modules: Mapping[str, str], argv: Sequence[str] | None = None) -> N
     shared = study.study_options(parser, parsed)
     options = task.options(parser, parsed, shared)
     if not shared.join:
-        check_record(shared.json, shared.force)
+        check_record(shared.json, shared.force, task.inputs(options))
         check_place(shared, task.name(options))
     with output_folder(shared.output_dir):
         task.run(task.options(parser, parsed, workers.prepare(shared)))
