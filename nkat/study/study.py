@@ -217,6 +217,11 @@ def is_repeated(trial: FrozenTrial) -> bool:
     return bool(trial.user_attrs.get(_REPEATED))
 
 
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Whether it ended because the user wanted to: another one tries its setting again."""
+    return bool(trial.user_attrs.get(_INTERRUPTED))
+
+
 def origin(trial: FrozenTrial | optuna.Trial) -> int:
     """The trial's number; of one that repeats a trial whose process died, the number of that."""
     return trial.user_attrs.get(_ORIGIN, trial.number)

@@ -27,6 +27,7 @@ from nkat.study.space import Space, proposer
 from nkat.study.study import (
     Objective,
     best_trials,
+    is_interrupted,
     is_repeated,
     open_storage,
     open_study,
@@ -178,7 +179,7 @@ def base_record(options: StudyOptions, outcome: Outcome, device: torch.device) -
     """What the record of any search says."""
     study = outcome.study
     counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-    begun = [trial for trial in study.trials if not is_repeated(trial)]
+    begun = [trial for trial in study.trials if not is_repeated(trial) and not is_interrupted(trial)]
     return {
         "task": options.task,
         "mode": options.mode,

@@ -193,7 +193,8 @@ def test_resume_continues_and_nothing_is_replaced_unasked(script, fails, tmp_pat
     assert "exists already with 3 trials: give --resume" in message
     record, _ = run(script, *common, "--trials", 5, "--resume")
     assert sum(record["trials"].values()) == 5
-    assert "was made with another chunks" in fails(OPTIMIZER, *common, "--trials", 6, "--resume", "--chunks", 3)
+    refused = script(OPTIMIZER, *common, "--trials", 6, "--resume", "--chunks", 3)
+    assert (refused.returncode, "was made with another chunks" in refused.stderr) == (2, True)
 
 
 def test_workers_share_a_study_and_try_nothing_twice(script, tmp_path: Path, stories: Path) -> None:
@@ -360,10 +361,11 @@ def test_the_winner_is_explained_where_another_looks_better(capsys) -> None:
     assert "no Θ was tried, only the model without it" in said(0.1, [], won=False, tried=False)
 
 
-def test_mistakes(fails, tmp_path: Path, stories: Path) -> None:
+def test_mistakes(fails, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny.gguf", "llama")
     text = tmp_path / "short.txt"
-    text.write_text("Once upon a time there was a dog. " * 100)
-    common = ["--model", stories, "--output-dir", tmp_path / "o"]
+    text.write_text("Once upon a time there was a dog. " * 50)
+    common = ["--model", model, "--output-dir", tmp_path / "o"]
     assert "no such file" in fails(OPTIMIZER, "--model", tmp_path / "no.gguf", "--output-dir", tmp_path / "o")
     assert "too short" in fails(OPTIMIZER, *common, "--text", text)
     assert "--mode custom needs it" in fails(OPTIMIZER, *common, "--mode", "custom")
@@ -372,7 +374,7 @@ def test_mistakes(fails, tmp_path: Path, stories: Path) -> None:
     assert "Θ rank 100 is impossible" in fails(OPTIMIZER, *common, "--target-rank", 100)
     assert "gamma" in fails(OPTIMIZER, *common, "--target-gamma", 1.5)
     assert "storage" in fails(OPTIMIZER, *common, "--storage", "nosuch://x")
-    assert "cannot be made a folder" in fails(OPTIMIZER, "--model", stories, "--output-dir", text)
+    assert "cannot be made a folder" in fails(OPTIMIZER, "--model", model, "--output-dir", text)
     assert "exists already; give --force" in fails(OPTIMIZER, *common, "--json", text)
 
 

@@ -284,7 +284,7 @@ def test_a_fit_records_itself_with_its_model_and_measures_no_more_than_asked(
 def test_a_fit_follows_the_models_context(text_path: Path, tmp_path: Path, script: Script) -> None:
     short = write_tiny_model(tmp_path / "short.gguf", "llama", context=64)
     command = ("nkat_gguf_converter.py", "--input", short, "--output", tmp_path / "out.nkat", "--theta-source", "fit")
-    command += ("--calibrate", text_path, "--theta-rank", 2, "--fit-steps", 2, "--no-cuda")
+    command += ("--calibrate", text_path, "--theta-rank", 2, *QUICK[:4], *QUICK[6:])  # without its --fit-context
     done = script(*command, "--fit-context", 65)
     assert done.returncode == 2
     assert "--fit-context: 65 tokens are more than the 64 that the model was made for" in done.stderr
