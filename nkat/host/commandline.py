@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import importlib
 import re
-import shlex
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +17,9 @@ from nkat.errors import NKATError
 from nkat.host import streams
 from nkat.host.files import taken_outputs
 from nkat.host.interrupts import Terminated, termination
+from nkat.host.programs import shell_line
 from nkat.host.record import git_commit
+from nkat.host.start import INTERRUPTED
 from nkat.host.threads import most_threads
 from nkat.version import __version__
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound="DataclassInstance")
 
 USER_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -136,11 +134,6 @@ def system_limit(error: BaseException) -> str | None:
     return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
 
 
-def start(module: str) -> NoReturn:
-    """Runs the `main` of a module that is imported only now, so that Ctrl-C while torch loads is no traceback."""
-    run(lambda: importlib.import_module(module).main())
-
-
 class Parser(argparse.ArgumentParser):
     """argparse's, but a mistake is one line and not the whole usage."""
 
@@ -176,12 +169,6 @@ def _as_called(examples: str) -> str:
     if not _is_installed():
         return examples
     return re.sub(r"^  python (-m )?\S+", f"  {command}", examples, flags=re.MULTILINE)
-
-
-def shell_line(words: Sequence[object]) -> str:
-    """A command as it can be pasted into this system's shell."""
-    plain = [str(word) for word in words]
-    return subprocess.list2cmdline(plain) if sys.platform == "win32" else shlex.join(plain)
 
 
 def own_command() -> str:

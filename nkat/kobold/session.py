@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host.commandline import shell_line
 from nkat.host.console import note
 from nkat.host.files import check_apart, check_output
+from nkat.host.programs import shell_line
 from nkat.host.record import Recorder, check_record
 from nkat.kobold.benchmark import fastest
 from nkat.kobold.choose import Choice, advice

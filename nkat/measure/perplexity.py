@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from nkat.engine.scoring import make_scorer
 from nkat.errors import NKATError
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer
@@ -153,13 +154,12 @@ def text_chunks(tokenizer: Tokenizer, text: str, chunks: int | None = None, cont
     return cut
 
 
-@torch.inference_mode()
 def score_chunks(
     model: Transformer, chunks: torch.Tensor, *, batch: int = DEFAULT_BATCH, progress: str | None = None
 ) -> torch.Tensor:
     """−ln p of the scored tokens of chunks [C, context]: float64 [C, scored_tokens(context)], on the CPU.
 
-    batch: chunks in one forward pass; more share each weight's dequantisation and need more memory
+    batch: chunks in one forward pass: they share each weight's unpacking, and take memory for their activations
     progress: label of a progress bar on stderr; None: no bar
     """
     if batch < 1:
@@ -169,14 +169,11 @@ def score_chunks(
     if low < 0 or high >= vocabulary:
         raise NKATError(f"token id {low if low < 0 else high} lies outside the vocabulary of {vocabulary}")
     count, context = chunks.shape
-    first = context // 2
+    scorer = make_scorer(model, min(batch, count), context)
     results = []
     with tqdm(total=count, desc=progress, unit="chunk", disable=progress is None, delay=1, leave=False) as bar:
-        for part in chunks.to(model.device).split(batch):
-            hidden = model.hidden(part)[:, first:-1]
-            targets = part[:, first + 1 :]
-            nll = model.nll(hidden.flatten(0, 1), targets.flatten()).view(targets.shape)
-            results.append(nll.double().cpu())
+        for part in chunks.split(batch):
+            results.append(scorer.score(part))
             bar.update(len(part))
     nll = torch.cat(results)
     if not bool(torch.isfinite(nll).all()):

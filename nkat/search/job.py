@@ -18,8 +18,9 @@ from optuna.trial import TrialState
 from nkat.errors import NKATError
 from nkat.gguf.writer import MetadataValue, write_gguf
 from nkat.host import console
-from nkat.host.commandline import shell_line, toolkit_command
+from nkat.host.commandline import toolkit_command
 from nkat.host.console import format_table, note
+from nkat.host.programs import shell_line
 from nkat.host.record import recorded, write_json
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.judge import Judge, text_passages

@@ -6,12 +6,13 @@ file in the output folder; any other Optuna storage is named by its URL.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from time import monotonic
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from time import monotonic, sleep
 from typing import Any
 
 import optuna
@@ -19,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from nkat.errors import NKATError
+from nkat.host.console import note
 from nkat.host.interrupts import Gate
 from nkat.host.processes import identity, is_alive
 from nkat.study.journal import Journal
@@ -33,6 +35,7 @@ _ID = "id"
 _REPEATED = "repeated"
 _INTERRUPTED = "interrupted"
 _OWN = (_WORKER, POINT, _REPEATED, _INTERRUPTED)  # what is in trials for this module's sake
+_UNCLAIMED_SECONDS = 60.0  # between a trial's beginning and its worker's name in it lies one write to the storage
 
 Objective = Callable[[optuna.Trial], float]
 
@@ -52,12 +55,58 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
             host, _, port = where.removeprefix("grpc://").partition(":")
             return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
         if "://" in where:
-            return optuna.storages.RDBStorage(where, heartbeat_interval=60, grace_period=180)
+            # With `pool_pre_ping` a server that was started anew while a trial ran is connected to again.
+            return _Database(where, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=60, grace_period=180)
         return optuna.storages.JournalStorage(Journal(where))
     except NKATError:
         raise
     except Exception as error:  # each database driver has exceptions of its own
-        raise NKATError(f"storage {where}: {str(error).strip().splitlines()[0]}") from error
+        raise NKATError(f"storage {where}: {_first_line(error)}") from error
+
+
+class _Database(optuna.storages.RDBStorage):
+    """Optuna's, whose heartbeat, in a thread of its own, survives that the database is gone for a while."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        try:
+            super().record_heartbeat(trial_id)
+        except Exception as error:
+            found = _of_the_storage(error)
+            if found is None:
+                raise
+            note(f"warning: the study's storage fails: {_first_line(found)}; trying again")
+
+
+@contextlib.contextmanager
+def storage_failures() -> Iterator[None]:
+    """A storage that fails in the block (a full disk, a database that is gone) is one line."""
+    try:
+        yield
+    except Exception as error:
+        found = _of_the_storage(error)
+        if found is None or (found is error and isinstance(error, NKATError)):
+            raise
+        if isinstance(found, NKATError):
+            raise found from error
+        line = _first_line(found)
+        raise NKATError(f"the study's storage fails: {line}; what was finished is kept: --resume continues") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _of_the_storage(error: BaseException | None) -> BaseException | None:
+    """What a storage raised, in an error or in what led to it; None where no storage did.
+
+    Where the result of a trial cannot be stored, Optuna ends with faults of its own.
+    """
+    internal = (AssertionError, UnboundLocalError, optuna.exceptions.StorageInternalError)
+    while isinstance(error, internal):
+        error = error.__cause__ or error.__context__
+    drivers = ("sqlalchemy", "grpc")
+    is_driver = error is not None and type(error).__module__.partition(".")[0] in drivers
+    return error if is_driver or isinstance(error, NKATError) else None
 
 
 def make_sampler(seed: int, conditional: bool = False) -> optuna.samplers.BaseSampler:
@@ -128,6 +177,7 @@ def study_id(study: optuna.Study) -> str | None:
     return study.user_attrs.get(_ID)
 
 
+@storage_failures()
 def run_trials(
     study: optuna.Study, objective: Objective, propose: Propose, target: int, timeout: float | None, label: str
 ) -> bool:
@@ -160,11 +210,15 @@ def run_trials(
 
         update()
         deadline = math.inf if timeout is None else monotonic() + timeout
+        unclaimed: dict[int, float] = {}
         while monotonic() < deadline:
             gate.check()
-            retry_unfinished(study)  # of other workers
+            retry_unfinished(study, unclaimed)  # of other workers
             if not _room(study, target):
-                return False
+                if not unclaimed:
+                    return False
+                sleep(0.1)
+                continue
             if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
                 proposed = propose(study.get_trials(deepcopy=False))
                 if proposed is None:
@@ -252,16 +306,29 @@ def _room(study: optuna.Study, target: int) -> bool:
     return len(study.get_trials(deepcopy=False, states=states)) < target
 
 
-def retry_unfinished(study: optuna.Study) -> None:
-    """Queues again what interrupted trials, and those of processes that died on this machine, were trying."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.FAIL)):
+def retry_unfinished(study: optuna.Study, unclaimed: dict[int, float] | None = None) -> None:
+    """Queues again what interrupted trials, and those of processes that died on this machine, were trying.
+
+    unclaimed: running trials that no worker has put its name to, and since when that is known here; kept up to date.
+    One that stays so was begun by a process that died at once.
+    """
+    unclaimed = {} if unclaimed is None else unclaimed
+    unfinished = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.FAIL))
+    nameless = {t.number for t in unfinished if t.state == TrialState.RUNNING and _WORKER not in t.user_attrs}
+    for number in unclaimed.keys() - nameless:
+        del unclaimed[number]
+    for trial in unfinished:
         if trial.state == TrialState.FAIL:
             if not trial.user_attrs.get(_INTERRUPTED) or _is_retried(study, trial):
                 continue
+        elif trial.number in nameless:
+            if monotonic() - unclaimed.setdefault(trial.number, monotonic()) < _UNCLAIMED_SECONDS:
+                continue
         else:
-            host, _, process = trial.user_attrs.get(_WORKER, "").partition(":")
+            host, _, process = trial.user_attrs[_WORKER].partition(":")
             if host != socket.gethostname() or is_alive(process):
                 continue
+        if trial.state == TrialState.RUNNING:
             try:
                 study.tell(trial.number, state=TrialState.FAIL)
             except (ValueError, optuna.exceptions.UpdateFinishedTrialError):

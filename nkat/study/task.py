@@ -16,6 +16,7 @@ from nkat.study import options as study
 from nkat.study import workers
 from nkat.study.folder import check_place
 from nkat.study.options import StudyOptions
+from nkat.study.study import storage_failures
 
 Options = TypeVar("Options")
 
@@ -55,5 +56,5 @@ def run_task(modules: Mapping[str, str], argv: Sequence[str] | None = None) -> N
     if not shared.join:
         check_record(shared.json, shared.force, task.inputs(options))
         check_place(shared, task.name(options))
-    with output_folder(shared.output_dir):
+    with output_folder(shared.output_dir), storage_failures():
         task.run(task.options(parser, parsed, workers.prepare(shared)))

@@ -19,9 +19,10 @@ import torch
 from optuna.trial import TrialState
 
 from nkat.host import hardware
-from nkat.host.commandline import INTERRUPTED
 from nkat.host.console import note
+from nkat.host.files import check_output
 from nkat.host.record import toolkit_version
+from nkat.host.start import INTERRUPTED
 from nkat.study.options import StudyOptions
 from nkat.study.space import Space, proposer
 from nkat.study.study import (
@@ -228,6 +229,7 @@ def _start_worker(options: StudyOptions, study_name: str, number: int) -> subpro
     command = [sys.executable, own_program(), *sys.argv[1:], "--join", "--workers", "1", "--study-name", study_name]
     command += ["--storage", options.storage_url]
     command += ["--threads", str(options.threads)] if options.threads else []
+    check_output(_worker_log(options, number), force=True)  # a pipe would wait for ever
     with _worker_log(options, number).open("w") as log:
         return subprocess.Popen(
             command,

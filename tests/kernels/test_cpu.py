@@ -1,7 +1,9 @@
 """The CPU kernels: every block format on every instruction set against float64, threads, Θ, and the code cache."""
 
 import hashlib
+import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from gguf.constants import GGMLQuantizationType as QType
 from nkat.gguf.formats import dequantise
 from nkat.kernels import reference
 from nkat.kernels.cpu import jit
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, unit_bytes
 from nkat.kernels.cpu.linear import CpuLinear, Panels
 from nkat.kernels.cpu.llvm import F16, F32, I64, Builder
 from nkat.kernels.cpu.matmul import (
@@ -27,6 +29,7 @@ from nkat.kernels.cpu.matmul import (
     rounding_of,
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.kernels.cpu.repack import repack
 from nkat.lm.linear import StarLinear
 from nkat.theta.algebra import Theta, low_rank_form, quantise_factors
 from tests.gguf.test_formats import HALVES, finite, random_rows
@@ -138,6 +141,12 @@ def test_embedding_rows_are_the_files(qtype):
     program.add(embedding_kernel(qtype, 4), arguments)
     program.run(pool(2))
     assert np.array_equal(out, dequantise(packed, qtype, (M, N)).numpy()[ids])
+
+
+@every_format
+def test_a_single_token_meets_every_column_once(qtype):
+    layout = BLOCK_LAYOUTS[qtype]
+    assert sorted(layout.order()) == list(range(layout.columns // 4))
 
 
 @every_format
@@ -270,9 +279,11 @@ def test_threads_change_no_bit(qtype, count):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_a_token_does_not_depend_on_its_panel():
-    packed, x = packed_weight(QType.Q6_K), inputs(2 * panel_tokens() + 1)
-    linear = CpuLinear(packed, QType.Q6_K, (M, N))
+@every_format
+def test_a_token_does_not_depend_on_its_panel(qtype):
+    """A single token, as in decoding, goes through other instructions than a panel of them."""
+    packed, x = packed_weight(qtype), inputs(2 * panel_tokens() + 1)
+    linear = CpuLinear(packed, qtype, (M, N))
     together = linear.rows(x, 0, M, 0.0, 2)
     for i in range(len(x)):
         assert torch.equal(linear.rows(x[i : i + 1], 0, M, 0.0, 1)[0], together[i])
@@ -283,6 +294,30 @@ def test_a_token_does_not_depend_on_its_panel():
 
 def add_one(k: Builder) -> None:
     k.fetch_add(k.pointer(0), 1)
+
+
+def test_large_arrays_are_private_zeros_on_large_pages():
+    """Shared memory would be kept on small pages, and seen by forked processes."""
+    large, small = aligned((3, 1 << 20), np.int16), aligned((3, 5), np.int16)
+    assert large.ctypes.data % (1 << 21 if hasattr(mmap, "MADV_HUGEPAGE") else 64) == 0
+    assert small.ctypes.data % 64 == 0
+    assert not large.any()
+    assert not small.any()
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not show its mappings")
+    for line in maps.read_text().splitlines():
+        span, permissions = line.split()[:2]
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= large.ctypes.data < last:
+            assert permissions == "rw-p"
+            return
+    raise AssertionError("the array is in no mapping")
+
+
+def test_no_room_for_an_array_is_a_memory_error():
+    with pytest.raises(MemoryError):
+        aligned((1 << 50,), np.uint8)
 
 
 def test_a_barrier_waits_for_all():

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nkat.errors import NKATError
-from nkat.host.commandline import shell_line
 from nkat.host.hardware import Gpu
+from nkat.host.programs import shell_line
 from nkat.kobold.choose import Choice, advice, choices, prefer
 from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings
 from nkat.kobold.files import RunFiles
@@ -197,7 +197,7 @@ def test_the_command_is_the_settings() -> None:
 def test_what_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["/home/me/my koboldcpp", "--model", "it's.gguf", "$HOME", "a&b"]
     assert shlex.split(shell_line(words)) == words
-    monkeypatch.setattr("nkat.host.commandline.sys.platform", "win32")
+    monkeypatch.setattr("nkat.host.programs.sys.platform", "win32")
     assert shell_line(["C:\\my k\\k.exe", "--model", "C:\\a b.gguf"]) == '"C:\\my k\\k.exe" --model "C:\\a b.gguf"'
 
 

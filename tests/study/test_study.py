@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,10 +10,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import optuna
 import pytest
+from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from nkat.errors import NKATError
 from nkat.study.space import proposer
@@ -159,6 +163,19 @@ def test_a_killed_trial_is_tried_again_with_its_parameters(tmp_path: Path) -> No
     assert study.trials[1].user_attrs["base"] is True
 
 
+def test_a_trial_that_nobody_claims_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was killed between beginning it and putting its name to it."""
+    monkeypatch.setattr("nkat.study.study._UNCLAIMED_SECONDS", 0.3)
+    where = tmp_path / "study.journal"
+    new_study(where, first=[({"x": 0.25, "y": 1}, {"base": True})]).ask()
+    study = new_study(where, resume=True)
+    assert [t.state for t in study.trials] == [TrialState.RUNNING]  # it may have been begun this moment
+    run_some(study, objective, 1)
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert study.trials[1].params == {"x": 0.25, "y": 1}
+    assert study.trials[1].user_attrs["base"] is True
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no zombies")
 def test_a_killed_worker_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
     where = tmp_path / "study.journal"
@@ -205,6 +222,58 @@ def test_a_torn_journal_is_resumed_from_its_last_whole_record(tmp_path: Path, ca
         # where the last record of a trial is lost it counts as running, as long as this process is there
         assert len(new_study(where, resume=True).get_trials(states=FINISHED)) == (6 if good == whole else 5), name
     assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_journal_torn_while_others_go_on(tmp_path: Path, capsys) -> None:
+    """What a killed worker had half written is cut off by the next that writes, not written on."""
+    where = tmp_path / "study.journal"
+    here, there = new_study(where), new_study(where, resume=True)
+    run_some(here, objective, 2)
+    run_some(there, objective, 3)
+    for number, torn in enumerate((b'{"op_code":6,"worker_id":"', bytes(40), b"\xff"), 1):
+        with where.open("ab") as file:
+            file.write(torn)
+        assert len(there.get_trials(states=FINISHED)) == 2 + number  # reading alone leaves it
+        run_some(here if number % 2 else there, objective, 3 + number)
+        assert (tmp_path / f"study.journal.cut-{number}").read_bytes() == torn
+        assert capsys.readouterr().err.count("note: ") == 1
+    for study in (here, there, new_study(where, resume=True)):
+        assert len(study.get_trials(states=FINISHED)) == 6
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit of a file's size")
+@pytest.mark.parametrize("room", [0, 1, 50, 300])
+def test_a_full_disk_is_one_line_and_tears_nothing(tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the system's limit of a file's size: like a full disk, it takes the first part of what is written."""
+    import resource
+
+    where = tmp_path / "study.journal"
+    study = new_study(where)
+    run_some(study, objective, 2)
+    before = where.read_bytes()
+    program = f"from nkat.host.commandline import run\ndef main():\n{textwrap.indent(WORKER, '    ')}\nrun(main)\n"
+    limit = len(before) + room
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(where), "5", "0.01"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {where}: cannot be written: File too large (nothing was changed)"]
+    assert "Traceback" not in done.stderr
+    after = where.read_bytes()
+    assert after.startswith(before)
+    assert len(after) <= limit
+    assert after.endswith(b"\n")
+    assert not list(tmp_path.glob("*.cut-*"))
+    monkeypatch.setattr("nkat.study.study._UNCLAIMED_SECONDS", 0.2)  # a trial may have been begun, and no more
+    run_some(study, objective, 4)  # who was there all the time goes on
+    assert len(new_study(where, resume=True).get_trials(states=FINISHED)) == 4
 
 
 def test_a_seed_gives_the_same_trials(tmp_path: Path) -> None:
@@ -303,6 +372,54 @@ def test_of_two_that_proposed_the_same_the_later_counts_for_nothing(tmp_path: Pa
     assert [row["state"] for row in history(study)] == ["COMPLETE", "REPEATED", "COMPLETE"]
     assert best_trials(study, 5)[0].number != 1
     assert study.trials[2].params == {"x": 0.5, "y": 1}
+
+
+@pytest.mark.parametrize("call", ["set_trial_state_values", "set_trial_user_attr", "get_trial", "get_all_trials"])
+@pytest.mark.parametrize("of_the_database", [True, False])
+def test_a_database_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, of_the_database: bool
+) -> None:
+    """Whatever is asked of it when it goes; a fault of ours keeps its traceback."""
+    study = new_study(f"sqlite:///{tmp_path}/s.db")
+    run_some(study, objective, 2)
+    gone = OperationalError("select", {}, Exception("the server closed the connection\nunexpectedly"))
+
+    def fail(*_: object, **__: object) -> None:
+        if of_the_database:
+            raise optuna.exceptions.StorageInternalError("during the commit") from gone
+        raise KeyError("ours")
+
+    def objective_then_gone(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        for owner in (optuna.storages.RDBStorage, _CachedStorage):
+            monkeypatch.setattr(owner, call, fail)
+        return 1.0
+
+    with pytest.raises(NKATError if of_the_database else (KeyError, AssertionError, UnboundLocalError)) as ended:
+        run_some(study, objective_then_gone, 4)
+    if of_the_database:
+        assert str(ended.value).startswith("the study's storage fails: (builtins.Exception) the server closed")
+        assert "\n" not in str(ended.value)
+
+
+def test_a_heartbeat_survives_a_database_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/s.db")
+    gone = OperationalError("select", {}, Exception("no route"))
+    for error, survives in ((gone, True), (KeyError("ours"), False)):
+        monkeypatch.setattr(optuna.storages.RDBStorage, "record_heartbeat", Mock(side_effect=error))
+        with contextlib.nullcontext() if survives else pytest.raises(KeyError):
+            storage.record_heartbeat(0)
+    assert capsys.readouterr().err.count("warning: the study's storage fails: (builtins.Exception) no route") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX's kinds of file")
+def test_a_journal_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "study.journal")
+    with pytest.raises(NKATError, match="this is a pipe"):
+        open_storage(str(tmp_path / "study.journal"))
+    (tmp_path / "folder.journal").mkdir()
+    with pytest.raises(NKATError, match="this is a folder"):
+        open_storage(str(tmp_path / "folder.journal"))
 
 
 def test_storages_that_cannot_be(tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ def rope_kernel(heads: Heads) -> int:
 
     arguments: q, k, v, bytes of a row of each, cosines and sines [position, rotated / 2], weights of the norms of q and
     k, epsilon, scale float32 [1], key cache, value cache, bytes of a KV head in them, state
-    state: int64 number of tokens, position of the first
+    state: int64 number of tokens, position of the first, tokens of one sequence; each further sequence starts at the
+    same position and has heads of its own in the cache, behind those of the one before
     """
     size, half, width = heads.size, heads.rotated // 2, heads.cache_bytes
     lanes = _width(half) if half else 1
@@ -175,11 +176,12 @@ def rope_kernel(heads: Heads) -> int:
         head_bytes, state = k.integer(14), k.pointer(15)
         epsilon, scale = k.load(F32(), epsilon), k.load(F32(), scale)
         turned = k.local(4 * size)  # `nkat.lm.config.MAX_HEAD` bounds it
-        count, start = k.load(I64(), state), k.load(I64(), state + 8)
+        count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
         every = heads.queries + heads.kv
         with k.loop(k.thread, count * every, k.threads) as item:
             token, head = item // every, item % every
-            angle = (start + token) * (4 * half)
+            sequence, position = token // length, start + token % length
+            angle = position * (4 * half)
             with k.when(head < heads.queries):
                 row = q + token * q_stride + head * (4 * size)
                 if heads.norm:
@@ -193,13 +195,13 @@ def rope_kernel(heads: Heads) -> int:
                 if heads.norm:
                     _normalised(k, row, k_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
-                position = start + token
                 block, place = position // KEYS, position % KEYS
-                to = keys + kv * head_bytes + (block * (KEYS * size) + place) * width
+                cached = (sequence * heads.kv + kv) * head_bytes
+                to = keys + cached + (block * (KEYS * size) + place) * width
                 with k.loop(0, size) as i:
                     heads.store(k, k.load(F32(), turned + i * 4), to + i * (width * KEYS))
                 row = v + token * v_stride + kv * (4 * size)
-                to = values + kv * head_bytes + position * (width * size)
+                to = values + cached + position * (width * size)
                 with k.loop(0, size, _width(size)) as i:
                     heads.store(k, k.load(F32(_width(size)), row + i * 4), to + i * width)
 
@@ -215,7 +217,7 @@ def attention_kernel(heads: Heads, rows: int) -> int:
 
     arguments: q, bytes of a row, key cache, value cache, bytes of a KV head in them, out, bytes of a row, scratch for
     scores, its bytes for one thread, bytes of one row of scores, sliding window (as many as ever where there is none),
-    state
+    state (see `rope_kernel`)
     """
     size, group = heads.size, heads.queries // heads.kv
     chunk = _width(size)
@@ -229,25 +231,28 @@ def attention_kernel(heads: Heads, rows: int) -> int:
             k.pointer(7) + k.thread * k.integer(8), k.integer(8), k.integer(9), k.integer(10), k.pointer(11)
         )  # fmt: skip
         del thread_bytes
-        count, start = k.load(I64(), state), k.load(I64(), state + 8)
-        queries = count * group
-        with k.loop(k.thread, (queries + (rows - 1)) // rows * heads.kv, k.threads) as item:
-            kv, first_row = item % heads.kv, item // heads.kv * rows
+        count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
+        queries = k.minimum(count, length) * group  # of one sequence
+        groups = (queries + (rows - 1)) // rows
+        sequences = (count + (length - 1)) // length
+        with k.loop(k.thread, sequences * groups * heads.kv, k.threads) as item:
+            kv, number = item % heads.kv, item // heads.kv
+            sequence, first_row = number // groups, number % groups * rows
             row = [k.minimum(first_row + r, queries - 1) for r in range(rows)]
-            place = [i // group for i in row]  # the token of each
+            seen = [i // group for i in row]  # how many tokens of its sequence are before each
+            place = [sequence * length + t for t in seen]
             column = [(kv * group + i % group) * (4 * size) for i in row]
             query = [q + t * q_stride + c for t, c in zip(place, column, strict=True)]
-            last = [start + t for t in place]  # the last position that each sees
+            last = [start + t for t in seen]  # the last position that each sees
             first = [k.maximum(end - window + 1, 0) for end in last]
             first_block, end_block = first[0] // KEYS, last[-1] // KEYS + 1
-            tops = _scores(
-                k, heads, query, first, last, first_block, end_block, keys + kv * head_bytes, scores, score_stride
-            )
+            cached = (sequence * heads.kv + kv) * head_bytes
+            tops = _scores(k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride)
             inverse = [
                 _softmax(k, scores + score_stride * r, (end_block - first_block) * (4 * KEYS), tops[r])
                 for r in range(rows)
             ]
-            value = values + kv * head_bytes
+            value = values + cached
             begin, stop = first_block * KEYS, last[-1] + 1
             with k.loop(0, size, chunk * chunks) as c:
                 sums = [[k.variable(k.value(0.0, F32(chunk))) for _ in range(chunks)] for _ in range(rows)]
@@ -308,3 +313,46 @@ def _softmax(k: Builder, scores: Value, count: Value, top: Value) -> Value:
         total.value = total.value + weight
         k.store(weight, scores + i)
     return k.value(1.0, F32()) / total.value.total()
+
+
+@functools.cache
+def likelihood_kernel(tokens: int) -> int:
+    """Takes a block of the vocabulary into each token's running log-likelihood: its rows of logits are read once.
+
+    arguments: logits of the block, bytes of a row, how many they are, id of the first, targets int64 [token], running
+    float32 [token, 3], state
+    running: the largest logit so far, Σ exp(logit − it), the target's logit; from (−1e30, 0, 0) on. −ln p of the target
+    is then largest + ln Σ − the target's logit
+    """
+
+    def emit(k: Builder) -> None:
+        logits, stride, columns, first = k.pointer(0), k.integer(1), k.integer(2), k.integer(3)
+        targets, running, state = (k.pointer(i) for i in range(4, 7))
+        lane, whole = k.constant(I32(KEYS), list(range(KEYS))), columns // KEYS * KEYS
+
+        def part(row: Value, at: Value) -> Value:
+            """Sixteen logits; those behind the last are as good as none. A row has room for them."""
+            there = lane < (columns - at).narrow(I32())
+            return k.select(there, k.load(F32(KEYS), row + at * 4), k.value(-1e30, F32(KEYS)))
+
+        with _own_tokens(k, state, tokens) as token:
+            row, own = logits + token * stride, running + token * 12
+            before = k.load(F32(), own)
+            tops = k.variable(k.value(-1e30, F32(KEYS)))
+            with k.loop(0, whole, KEYS) as i:
+                tops.value = k.maximum(tops.value, k.load(F32(KEYS), row + i * 4))
+            with k.loop(whole, columns, KEYS) as i:
+                tops.value = k.maximum(tops.value, part(row, i))
+            top = k.maximum(before, tops.value.largest())
+            sums = k.variable(k.value(0.0, F32(KEYS)))
+            with k.loop(0, whole, KEYS) as i:
+                sums.value = sums.value + k.exp(k.load(F32(KEYS), row + i * 4) - top)  # NaN where a logit is
+            with k.loop(whole, columns, KEYS) as i:
+                sums.value = sums.value + k.exp(part(row, i) - top)
+            k.store(top, own)
+            k.store(k.fma(k.load(F32(), own + 4), k.exp(before - top), sums.value.total()), own + 4)
+            place = k.load(I64(), targets + token * 8) - first
+            with k.when(place >= 0), k.when(place < columns):
+                k.store(k.load(F32(), row + place * 4), own + 8)
+
+    return compile_kernel(f"likelihood_{tokens}", emit)

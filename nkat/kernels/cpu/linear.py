@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, repack_float
+from nkat.kernels.cpu.batch import batch_kernel
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, padded_rows
 from nkat.kernels.cpu.matmul import (
     EXACT,
     FLOAT_TYPES,
@@ -19,6 +20,7 @@ from nkat.kernels.cpu.matmul import (
     rounding_of,
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.kernels.cpu.repack import repack, repack_float
 from nkat.theta.algebra import Theta
 
 
@@ -55,7 +57,7 @@ class CpuStar:
         # up·down of nkat.theta.algebra.low_rank_form, with all scales in one factor a term
         self.product = np.concatenate([theta.scale[0] * theta.scale[1]] * 2).astype(np.float32)
         self.strength = np.zeros(self.terms, np.float32)
-        up = np.zeros((-(-m // ROWS) * ROWS, self.terms), np.int8)
+        up = np.zeros((padded_rows(m), self.terms), np.int8)
         up[: min(m, len(p))] = np.concatenate([p, -q], axis=1)[:m]
         self.up = np.ascontiguousarray(up.reshape(-1, ROWS, self.terms).transpose(0, 2, 1))
         rows = ROWS if float_inputs else STAR_ROWS
@@ -86,15 +88,20 @@ class CpuLinear:
         bias: torch.Tensor | None = None,
         *,
         exact: bool = False,
+        in_place: bool = False,
     ) -> None:
-        """exact: multiply the inputs as they are, in float32, instead of rounding them to INT8."""
-        self.qtype, self.shape, self.exact = qtype, shape, exact
+        """exact: multiply the inputs as they are, in float32, instead of rounding them to INT8.
+        in_place: leave the weight as the file has it: it takes no memory, and can do `batch` only
+        """
+        self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
         self.rounding = rounding_of(qtype, exact)
-        self.tiles = (
-            repack_float(packed, qtype, shape)
-            if qtype in FLOAT_TYPES
-            else repack(packed, qtype, shape, torch.get_num_threads())
-        )
+        self.tiles: np.ndarray  # uint8, a row for each tile; for each row of the weight where it is left in place
+        if in_place:
+            self.tiles = packed.numpy().reshape(shape[0], -1)
+        elif qtype in FLOAT_TYPES:
+            self.tiles = repack_float(packed, qtype, shape)
+        else:
+            self.tiles = repack(packed, qtype, shape, torch.get_num_threads())
         self.units = shape[1] if qtype in FLOAT_TYPES else shape[1] // BLOCK_LAYOUTS[qtype].columns
         self.bias: np.ndarray | None = None
         if bias is not None:
@@ -105,7 +112,7 @@ class CpuLinear:
     @property
     def padded_rows(self) -> int:
         """Outputs, rounded up to whole tiles: the columns that a buffer for y needs."""
-        return len(self.tiles) * ROWS
+        return padded_rows(self.shape[0])
 
     @property
     def nbytes(self) -> int:
@@ -116,15 +123,16 @@ class CpuLinear:
         self.star = None if theta is None else CpuStar(theta, self.shape, self.rounding == EXACT)
 
     def down(self, program: Program, panels: Panels, u: np.ndarray) -> np.ndarray:
-        """Adds the step of the star term that reads the inputs; returns its arguments (see `star_words`)."""
+        """Adds the step of the star term that reads the inputs; returns how many terms it has, int64 [1]: 0 is off."""
         star = self.star
         assert star is not None
         groups = self.shape[1] if self.rounding == EXACT else self.shape[1] // 32
         kernel = down_kernel(self.rounding, panels.tokens)
-        return program.add(
+        words = program.add(
             kernel,
             (star.down, groups, star.terms, panels.q, panels.d, panels.sums, star.strength, u, panels.state),
         )
+        return words[2:3]
 
     def matmul(
         self,
@@ -136,10 +144,14 @@ class CpuLinear:
         first_tile: int = 0,
         tiles: int | None = None,
     ) -> np.ndarray:
-        """Adds the product's step, over some of the tiles; u: what `down` computed, None for no star term."""
+        """Adds the product's step, over some of the tiles; returns how many terms of Θ it adds, int64 [1]: 0 is off.
+
+        u: what `down` computed, None for no star term
+        """
+        assert not self.in_place
         count = len(self.tiles) - first_tile if tiles is None else tiles
         star = self.star if u is not None else None
-        return program.add(
+        words = program.add(
             matmul_kernel(self.qtype, panels.tokens, self.exact),
             (
                 self.tiles[first_tile:],
@@ -158,6 +170,46 @@ class CpuLinear:
                 panels.state,
             ),
         )
+        return words[11:12]
+
+    def batch(
+        self,
+        program: Program,
+        panels: Panels,
+        y: np.ndarray,
+        row_bytes: int,
+        scratch: np.ndarray,
+        u: np.ndarray | None = None,
+        first_tile: int = 0,
+        tiles: int | None = None,
+    ) -> np.ndarray:
+        """The same for many tokens, whose panels are of `batch_tokens()`; `scratch` is of `make_scratch`."""
+        count = self.padded_rows // ROWS - first_tile if tiles is None else tiles
+        first_row = first_tile * ROWS
+        star = self.star if u is not None else None
+        words = program.add(
+            batch_kernel(self.qtype, panels.tokens, self.exact, not self.in_place),
+            (
+                self.tiles[first_row if self.in_place else first_tile :],
+                self.tiles.shape[1],
+                self.units,
+                count,
+                self.shape[0] - first_row,
+                panels.q,
+                panels.d,
+                panels.sums,
+                y,
+                row_bytes,
+                0 if self.bias is None else self.bias[first_row:],
+                0 if star is None else star.up[first_tile:],
+                0 if star is None else star.terms,
+                0 if u is None else u,
+                scratch,
+                scratch.shape[1],
+                panels.state,
+            ),
+        )
+        return words[12:13]
 
     def rows(self, x: torch.Tensor, start: int, stop: int, kappa: float, threads: int) -> torch.Tensor:
         """Outputs [start, stop) for x [..., n]; float32 [..., stop - start]. `start` is a multiple of 16."""

@@ -15,6 +15,7 @@ Float weights (F32, F16, BF16) are multiplied in float32 without rounding, and s
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,9 +30,8 @@ FLOAT_TYPES = {
     GGMLQuantizationType.F16: F16,
     GGMLQuantizationType.BF16: I16,
 }
-# Bytes by which decoding asks for a weight before it needs it. Measured on a Xeon with two threads: 13 to 19 GB/s
-# without, 20 to 22 GB/s from 2 kB (6 kB for Q6_K) on, which is all that reading alone reaches there.
-_AHEAD = 6144
+# Bytes by which decoding asks for a weight before it needs it, by the cache that it shall come into
+_AHEAD = {2: 3072, 1: 512}
 STAR_ROWS = 8  # rows of `down` in one tile: 2 lanes each
 
 
@@ -64,11 +64,11 @@ def rounding_of(qtype: GGMLQuantizationType, exact: bool) -> Rounding:
 # Every kernel gets `state`: int64 [0] how many tokens there are
 
 
-def _panels(k: Builder, state: Value, tokens: int) -> Value:
+def panels(k: Builder, state: Value, tokens: int) -> Value:
     return (k.load(I64(), state) + (tokens - 1)) // tokens
 
 
-def _share(k: Builder, count: Value) -> tuple[Value, Value]:
+def share(k: Builder, count: Value) -> tuple[Value, Value]:
     """This thread's part of 0 .. count - 1, neighbours together."""
     return count * k.thread // k.threads, count * (k.thread + 1) // k.threads
 
@@ -83,10 +83,10 @@ def round_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int
     """
 
     def emit(k: Builder) -> None:
-        x, stride, columns, q, d, sums, state = _arguments(k, "pii ppp p")
+        x, stride, columns, q, d, sums, state = arguments(k, "pii ppp p")
         count = k.load(I64(), state)
         with (
-            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(k.thread, panels(k, state, tokens), k.threads) as panel,
             k.loop(panel * tokens, k.minimum(panel * tokens + tokens, count)) as token,
         ):
             row, place = x + token * stride, token - panel * tokens
@@ -144,13 +144,13 @@ def matmul_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, isa: st
     name = f"matmul_{qtype.name}_{tokens}{'_exact' if exact else ''}"
 
     def emit(k: Builder) -> None:
-        weight, tile_bytes, units, tiles, q, d, sums, y, stride, bias, up, terms, u, state = _arguments(
+        weight, tile_bytes, units, tiles, q, d, sums, y, stride, bias, up, terms, u, state = arguments(
             k, "piii ppp pi p pip p"
         )
-        first, last = _share(k, tiles)
+        first, last = share(k, tiles)
         with k.loop(first, last) as tile:
             lane_bytes = tile * (4 * ROWS)
-            with k.loop(0, _panels(k, state, tokens)) as panel:
+            with k.loop(0, panels(k, state, tokens)) as panel:
                 totals = [k.variable(k.value(0.0, F32(ROWS))) for _ in range(tokens)]
                 at = weight + tile * tile_bytes
                 if qtype in FLOAT_TYPES:
@@ -160,56 +160,126 @@ def matmul_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, isa: st
                     with k.loop(0, units) as unit:
                         number = panel * units + unit
                         here = at + unit * unit_bytes(qtype)
-                        if tokens == 1:
-                            for line in range(0, unit_bytes(qtype), 64):
-                                k.prefetch(here + (_AHEAD + line))
                         if exact:
                             _exact_unit(k, layout, here, q + number * (layout.columns * tokens * 4), totals)
                         else:
                             scales = d + number * (layout.columns // 32 * tokens * 4)
                             unit_sums = sums + number * (layout.columns // layout.group * tokens * 4)
                             _unit(k, layout, here, q + number * (layout.columns * tokens), scales, unit_sums, totals)
-                with k.when(k.is_set(bias)):
-                    offset = k.load(F32(ROWS), bias + lane_bytes)
-                    for total in totals:
-                        total.value = total.value + offset
-                with k.loop(0, terms) as term:
-                    factor = k.load(I8(ROWS), up + (tile * terms + term) * ROWS).signed(I32()).float32()
-                    for t, total in enumerate(totals):
-                        strength = k.load(F32(), u + ((panel * terms + term) * tokens + t) * 4)
-                        total.value = k.fma(factor, strength, total.value)
+                add_bias_and_star(k, tile, panel, bias, up, terms, u, totals)
                 for t, total in enumerate(totals):
                     k.store(total.value, y + (panel * tokens + t) * stride + lane_bytes)
 
     return compile_kernel(name, emit, isa)
 
 
-def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, sums: Value, totals: list) -> None:
-    """Adds one unit's products to the totals."""
-    tokens = len(totals)
-    for group in range(layout.columns // layout.group):
-        s, m = layout.scales(k, at, group)
-        dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
-        for quad in range(group * layout.group // 4, (group + 1) * layout.group // 4):
-            four = layout.quad(k, at, quad)
-            for t in range(tokens):
-                x = k.load(I32(), q + ((quad // 8 * tokens + t) * 32 + quad % 8 * 4)).spread(ROWS)
-                dots[t] = k.dot4(dots[t], four, x, seven_bit=layout.seven_bit)
+def add_bias_and_star(
+    k: Builder, tile: Value, panel: Value, bias: Value, up: Value, terms: Value, u: Value, totals: list
+) -> None:
+    """The end of a product: its rows' bias, where there is one, and up·u for each token of the panel."""
+    with k.when(k.is_set(bias)):
+        offset = k.load(F32(ROWS), bias + tile * (4 * ROWS))
+        for total in totals:
+            total.value = total.value + offset
+    with k.loop(0, terms) as term:
+        factor = k.load(I8(ROWS), up + (tile * terms + term) * ROWS).signed(I32()).float32()
         for t, total in enumerate(totals):
-            scale = k.load(F32(), d + (group * layout.group // 32 * tokens + t) * 4)
-            added = k.fma(dots[t].float32() * scale, s, total.value)
-            total.value = k.fma(m, k.load(F32(), sums + (group * tokens + t) * 4), added)
+            strength = k.load(F32(), u + ((panel * terms + term) * len(totals) + t) * 4)
+            total.value = k.fma(factor, strength, total.value)
+
+
+def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, sums: Value, totals: list) -> None:
+    """Adds one unit's products with the tokens of a panel to the totals.
+
+    With a single token, as in decoding, taking the weight apart is all the work, and memory the limit: then each word
+    is read once, fields stay where they are in their bytes if sums of products have room for that (their sum is moved
+    down instead), and the weights to come are asked for line by line between the products. What is computed is the same
+    for any number of tokens, and so is every bit of it.
+    """
+    tokens = len(totals)
+    order = layout.order()
+    last = {quad * 4 // layout.group: i for i, quad in enumerate(order)}
+    if tokens > 1:  # one group after another, in the order in which they are complete above
+        size = layout.group // 4
+        order = [group * size + i for group in sorted(last, key=last.__getitem__) for i in range(size)]
+        last = {quad * 4 // layout.group: i for i, quad in enumerate(order)}
+    lines = unit_bytes(layout.block.qtype) // 64 if tokens == 1 else 0
+    dots: dict[int, dict[int, list[Value]]] = {}  # of a group, by how many bits too high they are
+    found: list[Value] = []
+    shifts: list[Value] = []
+    for i, quad in enumerate(order):
+        for line in range(i * lines // len(order), (i + 1) * lines // len(order)):
+            _ask(k, at + 64 * line)
+        group = quad * 4 // layout.group
+        four, above, seven_bit = _quad(k, layout, at, quad, in_place=tokens == 1)
+        sums_of_group = dots.setdefault(group, {}).setdefault(above, [k.value(0, I32(ROWS))] * tokens)
+        for t in range(tokens):
+            x = k.load(I32(), q + ((quad // 8 * tokens + t) * 32 + quad % 8 * 4)).spread(ROWS)
+            sums_of_group[t] = k.dot4(sums_of_group[t], four, x, seven_bit=seven_bit)
+        if last[group] == i:
+            _add_group(k, layout, at, group, dots.pop(group), sums, found, shifts)
+    s, m = layout.factors(k, at)
+    if m is None:
+        m = s * -float(layout.zero)
+    for t, total in enumerate(totals):
+        added = k.fma(found[t], s * k.load(F32(), d + 4 * t), total.value)
+        total.value = k.fma(shifts[t], m, added)
+
+
+def _ask(k: Builder, line: Value) -> None:
+    """Asks for the lines that are so far behind this one."""
+    for level, ahead in _AHEAD.items():
+        k.prefetch(line + ahead, level)
+
+
+def _quad(k: Builder, layout: type[BlockLayout], at: Value, quad: int, in_place: bool) -> tuple[Value, int, bool]:
+    """q of four columns, how many bits too high they are, and whether they have seven bits at most."""
+    word, below, mask = layout.field(k, at, quad)
+    mask <<= below
+    if in_place and k.has_dot4 and below > 0 and mask < 0xFF:
+        return word & int.from_bytes(bytes([mask] * 4), "little", signed=True), below, False
+    return layout.quad(k, at, quad), 0, layout.seven_bit
+
+
+def _add_group(
+    k: Builder,
+    layout: type[BlockLayout],
+    at: Value,
+    group: int,
+    dots: dict[int, list[Value]],
+    sums: Value,
+    found: list[Value],
+    shifts: list[Value],
+) -> None:
+    """Adds a group's Σ q·x̂ and Σ x̂ to those of the unit, for each token: all but the unit's own factors."""
+    step = layout.steps(k, at, group)
+    tokens = len(next(iter(dots.values())))
+    for t in range(tokens):
+        parts = [dot[t].shift_signed(above) if above else dot[t] for above, dot in dots.items()]
+        dot = functools.reduce(operator.add, parts).float32()
+        total_x = k.value(k.load(F32(), sums + (group * tokens + t) * 4), F32(ROWS))
+        if step is None:  # the unit is one group
+            found.append(dot)
+            shifts.append(total_x)
+            continue
+        s, m = step[0], step[0] if step[1] is None else step[1]
+        if len(found) <= t:
+            found.append(dot * s)
+            shifts.append(m * total_x)
+        else:
+            found[t] = k.fma(dot, s, found[t])
+            shifts[t] = k.fma(m, total_x, shifts[t])
 
 
 def _exact_unit(k: Builder, layout: type[BlockLayout], at: Value, x: Value, totals: list) -> None:
     """Adds one unit's products with float32 inputs, each weight in float32, to the totals."""
     tokens = len(totals)
-    for column, w in enumerate(_weights(k, layout, at)):
+    for column, w in enumerate(weights(k, layout, at)):
         for t, total in enumerate(totals):
             total.value = k.fma(w, k.load(F32(), x + (column * tokens + t) * 4), total.value)
 
 
-def _weights(k: Builder, layout: type[BlockLayout], at: Value) -> Iterator[Value]:
+def weights(k: Builder, layout: type[BlockLayout], at: Value) -> Iterator[Value]:
     """The weights of a unit, column by column, 16 rows each, in float32."""
     for group in range(layout.columns // layout.group):
         s, m = layout.scales(k, at, group)
@@ -220,7 +290,7 @@ def _weights(k: Builder, layout: type[BlockLayout], at: Value) -> Iterator[Value
                 yield k.fma(q.float32(), s, m)
 
 
-def _as_float32(k: Builder, qtype: GGMLQuantizationType, lanes: int, at: Value) -> Value:
+def as_float32(k: Builder, qtype: GGMLQuantizationType, lanes: int, at: Value) -> Value:
     """Numbers of a float type."""
     loaded = k.load(FLOAT_TYPES[qtype](lanes), at)
     if qtype == GGMLQuantizationType.BF16:
@@ -231,9 +301,9 @@ def _as_float32(k: Builder, qtype: GGMLQuantizationType, lanes: int, at: Value) 
 def _float_tile(k: Builder, qtype: GGMLQuantizationType, at: Value, columns: Value, x: Value, totals: list) -> None:
     tokens, width = len(totals), GGML_QUANT_SIZES[qtype][1]
     with k.loop(0, columns) as c:
-        w = _as_float32(k, qtype, ROWS, at + c * (ROWS * width))
+        w = as_float32(k, qtype, ROWS, at + c * (ROWS * width))
         if tokens == 1:
-            k.prefetch(at + c * (ROWS * width) + _AHEAD)
+            _ask(k, at + c * (ROWS * width))
         for t, total in enumerate(totals):
             total.value = k.fma(w, k.load(F32(), x + (c * tokens + t) * 4), total.value)
 
@@ -247,25 +317,25 @@ def embedding_kernel(qtype: GGMLQuantizationType, tokens: int) -> int:
     """
 
     def emit(k: Builder) -> None:
-        table, row_bytes, units, ids, factor, out, stride, state = _arguments(k, "pii pppi p")
+        table, row_bytes, units, ids, factor, out, stride, state = arguments(k, "pii pppi p")
         factor = k.load(F32(), factor)
         unit_at = k.local(1 if qtype in FLOAT_TYPES else unit_bytes(qtype))
         with (
-            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(k.thread, panels(k, state, tokens), k.threads) as panel,
             k.loop(panel * tokens, k.minimum(panel * tokens + tokens, k.load(I64(), state))) as token,
         ):
             row, to = table + k.load(I64(), ids + token * 8) * row_bytes, out + token * stride
             if qtype in FLOAT_TYPES:
                 width = GGML_QUANT_SIZES[qtype][1]
                 with k.loop(0, units) as c:
-                    k.store(_as_float32(k, qtype, 1, row + c * width) * factor, to + c * 4)
+                    k.store(as_float32(k, qtype, 1, row + c * width) * factor, to + c * 4)
             else:
                 layout = BLOCK_LAYOUTS[qtype]
                 with k.loop(0, units) as unit:
                     block = row + unit * GGML_QUANT_SIZES[qtype][1]
                     # a tile whose 16 rows are all this one
                     layout.interleave(Interleaver(k, block, k.value(0, I64()), unit_at))
-                    for column, w in enumerate(_weights(k, layout, unit_at)):
+                    for column, w in enumerate(weights(k, layout, unit_at)):
                         k.store(w.lane(0) * factor, to + (unit * layout.columns + column) * 4)
 
     return compile_kernel(f"embedding_{qtype.name}_{tokens}", emit)
@@ -283,9 +353,9 @@ def down_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
     rows = ROWS if rounding == EXACT else STAR_ROWS
 
     def emit(k: Builder) -> None:
-        down, groups, terms, q, d, sums, scale, u, state = _arguments(k, "pii ppp pp p")
+        down, groups, terms, q, d, sums, scale, u, state = arguments(k, "pii ppp pp p")
         with (
-            k.loop(k.thread, _panels(k, state, tokens), k.threads) as panel,
+            k.loop(k.thread, panels(k, state, tokens), k.threads) as panel,
             k.loop(0, (terms + (rows - 1)) // rows) as tile,
         ):
             if rounding == EXACT:
@@ -339,6 +409,6 @@ def _down_rounded(
     return [pair - shift.value * 128.0 for pair, shift in zip(pairs, shifts, strict=True)]
 
 
-def _arguments(k: Builder, kinds: str) -> list[Value]:
+def arguments(k: Builder, kinds: str) -> list[Value]:
     """The kernel's arguments: p a pointer, i an integer."""
     return [k.pointer(i) if kind == "p" else k.integer(i) for i, kind in enumerate(kinds.replace(" ", ""))]

@@ -1,0 +1,300 @@
+"""A forward pass on the CPU as one compiled program: the steps, and the arrays that they work on.
+
+The same arithmetic as `nkat.lm.transformer`. One token at a time is decoding; with more, a weight is unpacked once for
+all of them (`nkat.kernels.cpu.batch`), and they may be of several sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES
+
+from nkat.errors import NKATError
+from nkat.gguf.formats import packed_nbytes
+from nkat.kernels.cpu.batch import make_scratch
+from nkat.kernels.cpu.blocks import KEYS, Heads, add_kernel, attention_kernel, gate_kernel, norm_kernel, rope_kernel
+from nkat.kernels.cpu.formats import padded_rows
+from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels
+from nkat.kernels.cpu.matmul import embedding_kernel
+from nkat.kernels.cpu.program import Program, Threads, aligned
+from nkat.lm.architectures import BLOCK_LINEARS
+from nkat.lm.linear import StarLinear
+from nkat.lm.transformer import Block, Transformer, cache_memory
+
+
+class Cache:
+    """Keys and values of every block; see `nkat.kernels.cpu.blocks`. `room`: tokens that there is memory for.
+
+    sequences: how many lie behind one another;  blocks: 1 for all of them where nothing is to be kept
+    """
+
+    def __init__(self, blocks: int, heads: Heads, room: int, sequences: int = 1) -> None:
+        self.heads, self.sequences, self.room = heads, sequences, 0
+        self.keys = [self._array(0) for _ in range(blocks)]
+        self.values = [self._array(0) for _ in range(blocks)]
+        self.grow(room)
+
+    def _array(self, room: int) -> np.ndarray:
+        dtype = np.float16 if self.heads.half else np.float32
+        return aligned((self.sequences * self.heads.kv, room, self.heads.size), dtype)
+
+    def of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values of a block."""
+        place = block % len(self.keys)
+        return self.keys[place], self.values[place]
+
+    def grow(self, room: int) -> None:
+        """Memory for more tokens. Where there is none, nothing has changed.
+
+        The new arrays take no memory until they are written to, so that no more than one is there twice.
+        """
+        room = -(-room // KEYS) * KEYS
+        with cache_memory(room):
+            new = [[self._array(room) for _ in arrays] for arrays in (self.keys, self.values)]
+        for arrays, larger in zip((self.keys, self.values), new, strict=True):
+            for i, array in enumerate(larger):
+                array[:, : self.room] = arrays[i]  # whole blocks of keys, whose order within is the same
+                arrays[i] = array
+        self.room = room
+
+    @property
+    def head_bytes(self) -> int:
+        return self.room * self.heads.size * self.heads.cache_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in (*self.keys, *self.values))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """A layer whose inputs are rounded, and multiplied by the smaller factor of its Θ (u), when a step gets to it."""
+
+    layer: StarLinear
+    linear: CpuLinear
+    panels: Panels
+    u: np.ndarray | None
+
+
+class ForwardPass:
+    """The program for up to `capacity` tokens, `tokens` to a panel, up to what the last block adds to `x` [token, d].
+
+    linear: what multiplies for a layer;  length: tokens of one sequence, of which the capacity may hold several
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        linear: Callable[[StarLinear], CpuLinear],
+        threads: Threads,
+        cache: Cache,
+        capacity: int,
+        tokens: int,
+        length: int = 1 << 40,
+    ) -> None:
+        config = model.config
+        self.model, self.linear, self.threads, self.cache, self.tokens = model, linear, threads, cache, tokens
+        self.heads = cache.heads
+        self.capacity = -(-capacity // tokens) * tokens
+        self.state = np.zeros(8, np.int64)  # how many tokens, position of the first, tokens of one sequence
+        self.state[2] = length
+        self.epsilon = np.array([config.rms_epsilon], np.float32)
+        self.scale = np.array([config.attention_scale], np.float32)
+        self.d = config.embedding_length
+        self.x, self.normed = self._rows(self.d), self._rows(self.d)
+        self.ids = np.zeros(self.capacity, np.int64)
+        self.panels: dict[tuple[str, object], Panels] = {}
+        self.stars: list[tuple[StarLinear, CpuStar, np.ndarray]] = []  # layer, its Θ, how many terms a step adds
+        self.strength = model.gamma  # that the programs are set to
+        self.scratch = make_scratch(threads.count) if tokens > 1 else np.zeros((1, 1), np.uint8)
+        self.program = Program()
+        self._embedding()
+
+        first = model.blocks[0]
+        self.y = {name: self._rows(padded_rows(first.linear(name).shape[0])) for name in BLOCK_LINEARS}
+        self.mixed = self._rows(config.head_count * config.head_dim)
+        self.rows = 8 if tokens > 1 else max(r for r in (1, 2, 4) if r == 1 or r < 2 * config.head_count)
+        self.ropes: list[np.ndarray] = []  # arguments of each block's kernels that read the cache
+        self.attentions: list[np.ndarray] = []
+        for block in model.blocks:
+            self._block(block)
+        self.program.barrier()
+        self.use_cache(self.scores_for(cache.room), rotation_tables(model, cache.room))
+
+    def scores_for(self, room: int) -> np.ndarray:
+        """Scratch for the attention over so many tokens: [thread, row, bytes]."""
+        return np.zeros((self.threads.count, self.rows, 4 * (room + KEYS)), np.uint8)
+
+    def use_cache(self, scores: np.ndarray, angles: list[np.ndarray]) -> None:
+        """Tells the steps where the cache is, which moves when it grows."""
+        self.scores, self.angles = scores, angles
+        cache, score_bytes = self.cache, scores.shape[2]
+        for block, rope, attention in zip(self.model.blocks, self.ropes, self.attentions, strict=True):
+            keys, values = (a.ctypes.data for a in cache.of(block.index))
+            cosines, sines = (table.ctypes.data for table in angles[block.local])
+            rope[6], rope[7], rope[12], rope[13], rope[14] = cosines, sines, keys, values, cache.head_bytes
+            attention[2], attention[3], attention[4] = keys, values, cache.head_bytes
+            attention[7], attention[8], attention[9] = scores.ctypes.data, self.rows * score_bytes, score_bytes
+
+    def _rows(self, columns: int) -> np.ndarray:
+        return aligned((self.capacity, columns), np.float32)
+
+    def forward(self, tokens: np.ndarray, position: int) -> None:
+        """Token ids, int64 [count] → `x`; their keys and values into the cache from `position` on."""
+        count, vocabulary = len(tokens), self.model.config.vocab_size
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocabulary:
+            raise NKATError(f"token id {low} or {high} lies outside the vocabulary of {vocabulary}")
+        self.ids[:count] = tokens
+        self.state[:2] = count, position
+        self._set_strengths()
+        self.program.run(self.threads)
+
+    def _set_strengths(self) -> None:
+        if self.strength == self.model.gamma:
+            return
+        self.strength = self.model.gamma
+        for layer, star, terms in self.stars:
+            star.set_kappa(layer.kappa)
+            terms[0] = star.terms if layer.kappa else 0
+
+    def _star_step(self, layer: StarLinear, star: CpuStar, terms: np.ndarray) -> None:
+        """A step's part in Θ: on while the layer has a strength."""
+        terms[0] = star.terms if layer.kappa else 0
+        self.stars.append((layer, star, terms))
+
+    def prepare(self, program: Program, layers: Sequence[StarLinear], x: np.ndarray, state: np.ndarray) -> list[Ready]:
+        """Steps that round the layers' common input, once for each way of rounding; a barrier ends them."""
+        tokens = self.tokens if len(x) > 1 else 1
+        filled: set[int] = set()
+        ready = []
+        for layer in layers:
+            linear = self.linear(layer)
+            key = (f"{linear.shape[1]} {len(x)} {tokens} {state.ctypes.data}", linear.rounding)
+            if key not in self.panels:
+                self.panels[key] = Panels(linear.rounding, linear.shape[1], len(x), tokens, state)
+            panels = self.panels[key]
+            if id(panels) not in filled:
+                panels.fill(program, x, x.strides[0])
+                filled.add(id(panels))
+            u = None
+            if linear.star is not None:
+                linear.star.set_kappa(layer.kappa)
+                u = np.zeros((len(panels.q), linear.star.terms, tokens), np.float32)
+            ready.append(Ready(layer, linear, panels, u))
+        for step in ready:
+            if step.u is not None and step.linear.star is not None:
+                self._star_step(step.layer, step.linear.star, step.linear.down(program, step.panels, step.u))
+        program.barrier()
+        return ready
+
+    def multiply(
+        self, program: Program, step: Ready, y: np.ndarray, first_tile: int = 0, tiles: int | None = None
+    ) -> None:
+        """The step of a layer's product with the inputs that `prepare` made ready, over some of its tiles."""
+        linear, panels, where = step.linear, step.panels, (step.u, first_tile, tiles)
+        if panels.tokens == 1:
+            terms = linear.matmul(program, panels, y, y.strides[0], *where)
+        else:
+            terms = linear.batch(program, panels, y, y.strides[0], self.scratch, *where)
+        if step.u is not None and linear.star is not None:
+            self._star_step(step.layer, linear.star, terms)
+
+    def _linears(self, layers: Mapping[str, StarLinear], x: np.ndarray) -> None:
+        """Layers with the same input, into the `y` of their names."""
+        ready = self.prepare(self.program, list(layers.values()), x, self.state)
+        for name, step in zip(layers, ready, strict=True):
+            self.multiply(self.program, step, self.y[name])
+        self.program.barrier()
+
+    def norm(self, program: Program, x: np.ndarray, weight: torch.Tensor, out: np.ndarray, state: np.ndarray) -> None:
+        tokens = self.tokens if len(x) > 1 else 1
+        program.add(norm_kernel(self.d, tokens), (x, _numpy(weight), self.epsilon, out, state))
+
+    def _add(self, y: np.ndarray, block: Block, post_norm: str) -> None:
+        """Residual stream += y, through a norm where the model has one there."""
+        normalise = self.model.config.architecture.post_norm
+        weight = _numpy(block.norms[post_norm]) if normalise else 0
+        kernel = add_kernel(self.d, self.tokens, normalise)
+        self.program.add(kernel, (self.x, y, y.strides[0], weight, self.epsilon, self.state))
+
+    def _embedding(self) -> None:
+        """Token ids → residual stream, from the table as the file has it."""
+        table = self.model.embedding
+        factor = np.array([self.model.config.embedding_scale], np.float32)
+        units = self.d // GGML_QUANT_SIZES[table.qtype][0]
+        packed, row_bytes = table.file_bytes.numpy(), packed_nbytes(table.qtype, (self.d,))
+        kernel = embedding_kernel(table.qtype, self.tokens)
+        self.program.add(kernel, (packed, row_bytes, units, self.ids, factor, self.x, self.x.strides[0], self.state))
+
+    def _block(self, block: Block) -> None:
+        program, y, state, norms = self.program, self.y, self.state, block.norms
+        heads, config = self.heads, self.model.config
+        layers = {name: block.linear(name) for name in BLOCK_LINEARS}
+        self.norm(program, self.x, norms["attn_norm"], self.normed, state)
+        self._linears({n: layers[n] for n in ("attn_q", "attn_k", "attn_v")}, self.normed)
+        q, k, v = (y[n] for n in ("attn_q", "attn_k", "attn_v"))
+        q_norm, k_norm = (_numpy(norms[f"attn_{n}_norm"]) if config.architecture.qk_norm else 0 for n in "qk")
+        later = 0  # `use_cache` puts it in
+        rope = program.add(
+            rope_kernel(heads),
+            (
+                *(q, k, v, q.strides[0], k.strides[0], v.strides[0], later, later, q_norm, k_norm, self.epsilon),
+                *(self.scale, later, later, later, state),
+            ),
+        )
+        self.ropes.append(rope)
+        program.barrier()
+        window = config.sliding_window if block.local else 1 << 40
+        attention = program.add(
+            attention_kernel(heads, self.rows),
+            (
+                *(q, q.strides[0], later, later, later),
+                *(self.mixed, self.mixed.strides[0], later, later, later),
+                *(window, state),
+            ),
+        )
+        self.attentions.append(attention)
+        program.barrier()
+        self._linears({"attn_output": layers["attn_output"]}, self.mixed)
+        self._add(y["attn_output"], block, "post_attention_norm")
+        self.norm(program, self.x, norms["ffn_norm"], self.normed, state)
+        self._linears({n: layers[n] for n in ("ffn_gate", "ffn_up")}, self.normed)
+        gate, up = y["ffn_gate"], y["ffn_up"]
+        kernel = gate_kernel(config.feed_forward_length, self.tokens, config.architecture.gelu)
+        program.add(kernel, (gate, up, gate.strides[0], state))
+        self._linears({"ffn_down": layers["ffn_down"]}, gate)
+        self._add(y["ffn_down"], block, "post_ffw_norm")
+
+
+def attention_heads(model: Transformer, *, half: bool) -> Heads:
+    """The shape of a model's attention; half: the KV cache is float16."""
+    config = model.config
+    return Heads(
+        config.head_count,
+        config.kv_head_count,
+        config.head_dim,
+        config.rope.dimensions,
+        config.rope.interleaved,
+        config.architecture.qk_norm,
+        half=half,
+    )
+
+
+def rotation_tables(model: Transformer, room: int) -> list[np.ndarray]:
+    """Cosines, then sines, of the angles at so many positions, float32 [2, room, rotated / 2].
+
+    Of blocks that see everything, and of those with a window.
+    """
+    config, positions = model.config, torch.arange(room, dtype=torch.float64)[:, None]
+    kinds = (model.frequencies, config.rope), (model.local_frequencies, config.local_rope)
+    angles = [(rope.magnitude, positions * frequencies) for frequencies, rope in kinds]
+    return [(factor * torch.stack((a.cos(), a.sin()))).float().numpy() for factor, a in angles]
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()

@@ -1,0 +1,66 @@
+"""−ln p of a text's tokens, chunk by chunk: what perplexities are measured with, whatever the device.
+
+`make_scorer` picks the fastest way that this model and device have.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from nkat.kernels.registry import kernel_types
+from nkat.lm.architectures import BLOCK_LINEARS
+from nkat.lm.linear import StarLinear
+from nkat.lm.transformer import Transformer
+
+
+class Scorer(Protocol):
+    """Made for a model with the Θ that it has then; the strength may change."""
+
+    def score(self, chunks: torch.Tensor) -> torch.Tensor:
+        """Chunks of token ids, int64 [B, context] → −ln p of the tokens behind the first half, each from those before
+        it: float64 [B, context − 1 − context // 2], on the CPU.
+
+        A number that is not finite stands for a prediction that is none (damaged weights).
+        """
+        ...
+
+
+def make_scorer(model: Transformer, batch: int, context: int) -> Scorer:
+    """The fastest scorer of up to `batch` chunks of `context` tokens together, for this model as it was loaded."""
+    if _has_kernels(model):
+        from nkat.engine.compiled_scorer import CompiledScorer  # LLVM is loaded only where it is used
+
+        return CompiledScorer(model, batch, context, torch.get_num_threads())
+    return EagerScorer(model)
+
+
+def _has_kernels(model: Transformer) -> bool:
+    """Whether the compiled CPU program computes what this model's own forward pass does.
+
+    Not where a layer is trained just now, computes in another precision than float32, or has a type without a kernel.
+    """
+    if model.device.type != "cpu":
+        return False
+    linears = [block.linears[name] for block in model.blocks for name in BLOCK_LINEARS]
+    kernels = kernel_types("cpu")
+    return model.embedding.qtype in kernels and all(
+        isinstance(layer, StarLinear) and layer.dtype == torch.float32 and layer.qtype in kernels
+        for layer in (*linears, model.output)
+    )
+
+
+class EagerScorer:
+    """The model's own forward pass, an operation at a time."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def score(self, chunks: torch.Tensor) -> torch.Tensor:
+        first = chunks.shape[1] // 2
+        chunks = chunks.to(self.model.device)
+        hidden = self.model.hidden(chunks)[:, first:-1]
+        targets = chunks[:, first + 1 :]
+        return self.model.nll(hidden.flatten(0, 1), targets.flatten()).view(targets.shape).double().cpu()
