@@ -22,7 +22,7 @@ from nkat.host.console import note
 from nkat.host.files import make_folder
 from nkat.host.record import toolkit_version, write_json
 from nkat.study.options import StudyOptions
-from nkat.study.study import Objective, best_trials, open_storage, open_study, run_trials
+from nkat.study.study import Objective, best_trials, open_storage, open_study, run_trials, without_password
 
 _HISTORY, _STUDY = "optimization_history.json", "optuna_study.json"
 PICTURE = "optimization_results.png"
@@ -108,7 +108,7 @@ def base_record(options: StudyOptions, outcome: Outcome, device: torch.device) -
         "task": options.task,
         "mode": options.mode,
         "study": study.study_name,
-        "storage": options.storage_url,
+        "storage": without_password(options.storage_url),
         "sampler": type(study.sampler).__name__,
         "pruner": type(study.pruner).__name__,
         "seed": options.seed,
