@@ -129,7 +129,7 @@ def system_limit(error: BaseException) -> str | None:
 
 EXIT_STATUS = """\
 exit status:
-  0 done; 2 a mistake or an input that cannot be used (one line on stderr says what); 130 after Ctrl-C, 143 after SIGTERM
+  0 done; 2 a mistake or an input that cannot be used (stderr's line says what); 130 after Ctrl-C, 143 after SIGTERM
 """
 
 
