@@ -2,8 +2,8 @@
 
     python -m examples.walk --guide NKAT_GUIDE.md --output docs/walk.md
 
-Runs them in an empty folder for each page, on SmolLM2 under the names of the models that the pages use. What ran is kept
-there, and the same command goes on behind it. Nothing is judged here: the page says what happened.
+Runs them in an empty folder for each page, on SmolLM2 under the names of the models that the pages use. What ran is
+kept there, and the same command goes on behind it. Nothing is judged here: the page says what happened.
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, architecture_of, base_hash, open_model_file
 from nkat.theta.set import UNFINISHED_KEY, ThetaSet, scale_by_depth, truncate_rank
 
+NO_EFFECT = "warning: gamma 1 couples Θ with strength 0: it will have no effect"
+
 
 def main() -> None:
     options = parse_arguments()
@@ -142,6 +144,8 @@ def truncate_existing(options: ConvertOptions, inputs: Inputs, rank: int) -> dic
     check_outputs(options, model)
     gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
+    if gamma == 1.0:
+        note(NO_EFFECT)
     judge = _merge_judge(options, inputs)
     clock = _Clock()
     theta_set = replace(truncate_rank(model.theta, rank), gamma=gamma)
@@ -163,6 +167,13 @@ def export_existing(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
     parts = lora_parts(model.theta, model.base, options.theta_gamma) if options.export_lora else []
     if options.export_lora:
         write_unless_dry(options, options.export_lora, parts, [model.path])
+        gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
+        print(
+            f"{'would write' if options.dry_run else 'wrote'} {options.export_lora} ({size(parts):,} bytes): Θ of rank "
+            f"{model.theta.rank} at gamma {gamma:g} as a LoRA adapter"
+        )
+        if gamma == 1.0:
+            note(NO_EFFECT)
     return {
         "input": str(model.path),
         "lora": str(options.export_lora) if options.export_lora else None,
@@ -254,7 +265,7 @@ def _theta_options(options: ConvertOptions, inputs: Inputs, names: Sequence[str]
     if gamma == 1.0 and options.theta_source == "fit":
         raise NKATError("--theta-source fit needs gamma below 1: at 1 the coupling is 0, and Θ acts on nothing")
     if gamma == 1.0:
-        note("warning: gamma 1 couples Θ with strength 0: it will have no effect")
+        note(NO_EFFECT)
     elif not 0.90 <= gamma <= 0.99:
         note(f"warning: gamma {gamma:g} is outside the usual range 0.90 to 0.99")
     reference, input_weights = None, None

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from nkat.errors import NKATError
 from nkat.gguf.writer import MetadataValue, write_gguf
 from nkat.host import console
-from nkat.host.console import format_table, note
+from nkat.host.console import counted, format_table, note
 from nkat.host.record import write_json
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.judge import Judge, text_passages
@@ -200,7 +200,8 @@ def report(options: SearchOptions, prepared: Prepared, outcome: Outcome) -> dict
             record["optimal"] = write_optimal(options, prepared, Setting(**winner["setting"]), won)
     folder = options.study.output_dir
     workers.write_records(folder, trials, record)
-    title = f"{options.model.name}: {len(trials)} trials on {prepared.chunks} chunks of {prepared.seen.passages.name}"
+    on = f"{prepared.chunks} chunks of {prepared.seen.passages.name}"
+    title = f"{options.model.name}: {counted(len(trials), 'trial')} on {on}"
     plot_search(folder / workers.PICTURE, trials, record["importances"], title)
     print_report(record, won, folder)
     return record

@@ -18,7 +18,7 @@ import torch
 from optuna.trial import TrialState
 
 from nkat.host import hardware
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.files import make_folder
 from nkat.host.record import toolkit_version, write_json
 from nkat.study.options import StudyOptions
@@ -131,7 +131,7 @@ def counts_line(record: Mapping[str, Any]) -> str:
     """How the trials ended, for people."""
     counts = record["trials"]
     return (
-        f"{counts['COMPLETE']} trials completed, {counts['PRUNED']} stopped early, {counts['FAIL']} failed, "
+        f"{counted(counts['COMPLETE'], 'trial')} completed, {counts['PRUNED']} stopped early, {counts['FAIL']} failed, "
         f"in {record['search_seconds']:.0f} s"
     )
 
