@@ -41,7 +41,17 @@ from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import COLOR_NORMS, POOLS, STEMS
 from nkat_vit.pictures import DPI
 from nkat_vit.predict import judge_once
-from nkat_vit.recipe import AMP, OPTIMIZERS, PRESETS, TTA_CHOICES, Recipe, make_recipe, read_config, with_amp
+from nkat_vit.recipe import (
+    AMP,
+    OPTIMIZERS,
+    PRESETS,
+    TTA_CHOICES,
+    Recipe,
+    describe_presets,
+    make_recipe,
+    read_config,
+    with_amp,
+)
 
 _EXAMPLES = """\
   python -m nkat_vit.train --dataset cifar10 --preset stage2
@@ -106,7 +116,7 @@ _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; settings of the recipe that are not given are absent from the result."""
-    parser = commandline.parser("Train the image model on an image set.", _EXAMPLES)
+    parser = commandline.parser("Train the image model on an image set.", f"{_EXAMPLES}\n\n{describe_presets()}")
     parser.add_argument(
         "--dataset", choices=list(DATASETS), default=argparse.SUPPRESS, metavar="SET", help=", ".join(DATASETS)
     )

@@ -44,6 +44,8 @@ from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, architecture_of, base_hash, open_model_file
 from nkat.theta.set import UNFINISHED_KEY, ThetaSet, scale_by_depth, truncate_rank
 
+NO_EFFECT = "warning: gamma 1 couples Θ with strength 0: it will have no effect"
+
 
 def main() -> None:
     options = parse_arguments()
@@ -159,6 +161,8 @@ def truncate_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorde
     check_outputs(options, model)
     gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
+    if gamma == 1.0:
+        note(NO_EFFECT)
     judge = _merge_judge(options, inputs)
     clock = _Clock()
     theta_set = replace(truncate_rank(model.theta, rank), gamma=gamma)
@@ -191,6 +195,13 @@ def export_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder)
         "dry_run": options.dry_run,
     }
     recorder.keep(record)
+    if options.export_lora:
+        print(
+            f"{'would write' if options.dry_run else 'wrote'} {options.export_lora} ({record['bytes']:,} bytes): Θ of "
+            f"rank {record['rank']} at gamma {record['gamma']:g} as a LoRA adapter"
+        )
+        if record["gamma"] == 1.0:
+            note(NO_EFFECT)
     _merge(options, model, model.theta, judge, record, recorder)
     return record
 
@@ -277,7 +288,7 @@ def _theta_options(options: ConvertOptions, inputs: Inputs, names: Sequence[str]
     if gamma == 1.0 and options.theta_source == "fit":
         raise NKATError("--theta-source fit needs gamma below 1: at 1 the coupling is 0, and Θ acts on nothing")
     if gamma == 1.0:
-        note("warning: gamma 1 couples Θ with strength 0: it will have no effect")
+        note(NO_EFFECT)
     elif not 0.90 <= gamma <= 0.99:
         note(f"warning: gamma {gamma:g} is outside the usual range 0.90 to 0.99")
     reference, input_weights = None, None

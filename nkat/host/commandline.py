@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import re
 import sys
@@ -134,11 +135,44 @@ def system_limit(error: BaseException) -> str | None:
     return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
 
 
+EXIT_STATUS = """\
+exit status:
+  0 done; 2 a mistake or an input that cannot be used (stderr's line says what); 130 after Ctrl-C, 143 after SIGTERM
+"""
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, but a mistake is one line and not the whole usage."""
+    """argparse's, but a mistake is one line and not the whole usage, in words for people who do not know Python."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.register("type", int, whole_number)  # argparse itself says "invalid int value"
+        self.register("type", float, number)
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"error: {streams.printable(message)} (see --help)\n")
+
+    # The overloads of argparse are about kinds of namespaces, of which there is one here.
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's, but a flag that there is not is named even where one that is needed is missing."""
+        needed = [action for action in self._actions if action.required]
+        for action in needed:
+            action.required = False
+        try:
+            unknown = self.parse_known_args(args)[1]
+        finally:
+            for action in needed:
+                action.required = True
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        return super().parse_args(args, namespace)
+
+    def _meant(self, unknown: Sequence[str]) -> str:
+        """The flag that looks most like the first unknown one."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        given = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
+        near = difflib.get_close_matches(given, flags, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 class ShowVersion(argparse.Action):
@@ -155,7 +189,7 @@ def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentP
     made = Parser(
         parents=list(parents),
         description=description,
-        epilog=f"examples:\n{_as_called(examples)}",
+        epilog=f"examples:\n{_as_called(examples).rstrip()}\n\n{EXIT_STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -210,9 +244,25 @@ def check_conflicts(
             parser.error(message.format(o=options))
 
 
+def whole_number(text: str) -> int:
+    """For argparse: an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def number(text: str) -> float:
+    """For argparse: a float."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
 def positive_int(text: str) -> int:
     """For argparse: an integer of at least 1."""
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
@@ -228,7 +278,7 @@ def thread_count(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     """For argparse: an integer of at least 0."""
-    value = int(text)
+    value = whole_number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value

@@ -19,7 +19,7 @@ from nkat.engine.decoder import Decoder, make_decoder
 from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
 from nkat.host import console, hardware
-from nkat.host.console import format_table, note
+from nkat.host.console import counted, format_table, note
 from nkat.host.files import check_apart, check_output, output_folder
 from nkat.host.memory import memory
 from nkat.host.record import check_record, recorded, write_json
@@ -165,6 +165,8 @@ def run(options: EngineOptions) -> None:
     model_file, theta = request.open()
     if model_file.unfinished:
         note(f"warning: the Θ behind {options.model} is incomplete or damaged; using the base model alone")
+    if theta is not None and options.theta_gamma == 1.0:
+        note("warning: --theta-gamma 1 couples Θ with strength 0: it has no effect in this run")
     job = Job(options, device, count, activations, request, model_file, theta)
     if options.command in TAKEN_BY["text"]:
         job.check_text()
@@ -317,14 +319,15 @@ def generate_text(job: Job) -> Result:
     print(flush=True)
     note(
         f"prompt {result.prompt_tokens} tokens, {result.prompt_speed:.1f} tok/s; "
-        f"generated {len(result.tokens)} tokens, {result.speed:.2f} tok/s; stopped by {result.stopped}; seed {seed}"
+        f"generated {len(result.tokens)} tokens, {result.speed:.2f} tok/s; stopped by {result.stopped}"
+        + (f"; seed {seed}" if options.temperature else "")  # at 0 nothing is drawn
     )
     record = {
         "prompt": options.generate,
         "text": result.text,
         "tokens": result.tokens,
         "stopped": result.stopped,
-        "seed": seed,
+        "seed": seed if options.temperature else None,
         **asdict(sampling),
         "chat": options.chat,
         "prompt_tokens": result.prompt_tokens,
@@ -399,7 +402,7 @@ def measure_perplexity(job: Job) -> Result:
         label = f"with Θ (rank {theta.rank}, gamma {loaded.gamma:g})"
         rows.append([label, str(score.perplexity), str(change), f"{score.tpe:.6f}"])
         verdict = f"\n\n{what_it_says(change)}"
-    what = f"{base.chunks} chunks of {base.context} tokens, {base.tokens} scored"
+    what = f"{counted(base.chunks, 'chunk')} of {base.context} tokens, {base.tokens} scored"
     table = format_table(rows, ["", "perplexity", "change", "TPE"])
     return Result(record, f"\n{options.model} on {job.text.name}: {what}\n\n{table}{verdict}")
 

@@ -19,7 +19,7 @@ from nkat.errors import NKATError
 from nkat.gguf.writer import MetadataValue, write_gguf
 from nkat.host import console
 from nkat.host.commandline import toolkit_command
-from nkat.host.console import format_table, note
+from nkat.host.console import counted, format_table, note
 from nkat.host.programs import shell_line
 from nkat.host.record import recorded, write_json
 from nkat.lm.load import LoadedModel, load_model
@@ -232,8 +232,9 @@ def report(options: SearchOptions, prepared: Prepared, outcome: Outcome, judged:
             note_earlier(folder, "optimal_*.nkat", record["optimal"] and record["optimal"]["file"])
         else:
             print_interrupted(record, base, first)
-        title = f"{options.model.name}: {len(trials)} trials on {prepared.chunks} chunks of "
-        plot_search(folder / PICTURE, trials, record["importances"], title + prepared.seen.passages.name)
+        on = f"{prepared.chunks} chunks of {prepared.seen.passages.name}"
+        title = f"{options.model.name}: {counted(len(trials), 'trial')} on {on}"
+        plot_search(folder / PICTURE, trials, record["importances"], title)
         print(f"files are in {folder}")
 
 

@@ -14,7 +14,7 @@ from nkat.host.console import note
 from nkat.host.files import check_apart
 from nkat.host.record import write_json
 from nkat.study.options import StudyOptions
-from nkat.study.study import exists_already, find_study, open_storage, study_id
+from nkat.study.study import exists_already, find_study, open_storage, study_id, without_password
 
 HISTORY, SUMMARY, PICTURE = "optimization_history.json", "optuna_study.json", "optimization_results.png"
 
@@ -34,7 +34,7 @@ def check_place(options: StudyOptions, name: str) -> None:
         names, study = optuna.get_all_study_names(storage), find_study(storage, name)
     if study is None and options.resume:
         held = f"; it holds {', '.join(names)}" if names else ""
-        raise NKATError(f"{where}: there is no study {name!r} to resume{held}")
+        raise NKATError(f"{without_password(where)}: there is no study {name!r} to resume{held}")
     if study is not None and not options.may_join:
         raise exists_already(study)
     if options.force:

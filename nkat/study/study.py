@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import socket
+import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +25,7 @@ from nkat.errors import NKATError
 from nkat.host.console import note
 from nkat.host.interrupts import Gate
 from nkat.host.processes import identity, is_alive
+from nkat.host.programs import shell_line
 from nkat.study.journal import Journal
 from nkat.study.space import POINT, Propose, key_of
 
@@ -35,6 +38,11 @@ _ID = "id"
 _REPEATED = "repeated"
 _INTERRUPTED = "interrupted"
 _OWN = (_WORKER, POINT, _REPEATED, _INTERRUPTED)  # what is in trials for this module's sake
+_DRIVERS = {
+    "psycopg": "psycopg[binary]",
+    "psycopg2": "psycopg2-binary",
+    "MySQLdb": "mysqlclient",
+}  # module → package, where their names differ
 _UNCLAIMED_SECONDS = 60.0  # between a trial's beginning and its worker's name in it lies one write to the storage
 
 Objective = Callable[[optuna.Trial], float]
@@ -61,7 +69,30 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
     except NKATError:
         raise
     except Exception as error:  # each database driver has exceptions of its own
-        raise NKATError(f"storage {where}: {_first_line(error)}") from error
+        raise NKATError(f"storage {without_password(where)}: {_first_line(error)}") from error
+
+
+def check_driver(where: str) -> None:
+    """Raises NKATError where the storage is a database for which this Python has no driver; connects to nothing."""
+    if "://" not in where or where.startswith("grpc://"):
+        return
+    import sqlalchemy
+
+    try:
+        sqlalchemy.create_engine(where)
+    except ModuleNotFoundError as error:
+        package = _DRIVERS.get(error.name or "", error.name)
+        raise NKATError(
+            f"storage {without_password(where)}: this Python has no {error.name}, the driver for such a database; "
+            f"install it: {shell_line([sys.executable, '-m', 'pip', 'install', str(package)])}"
+        ) from None
+    except sqlalchemy.exc.ArgumentError as error:
+        raise NKATError(f"storage {without_password(where)}: {_first_line(error)}") from None
+
+
+def without_password(where: str) -> str:
+    """A storage as it may be shown to others."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", where)
 
 
 class _Database(optuna.storages.RDBStorage):
@@ -282,7 +313,8 @@ def origin(trial: FrozenTrial | optuna.Trial) -> int:
 
 
 def importances(trials: Iterable[tuple[FrozenTrial, float]]) -> dict[str, float]:
-    """Share of the scores' variation among the best trials by parameter (PED-ANOVA); empty when there are too few.
+    """Share of the scores' variation among the best trials by parameter (PED-ANOVA); empty when there are too few,
+    or all score alike.
 
     Watanabe et al., 2023, "PED-ANOVA", arXiv 2304.10255.
     trials: each with the score to explain; those without parameters do not take part
@@ -292,12 +324,14 @@ def importances(trials: Iterable[tuple[FrozenTrial, float]]) -> dict[str, float]
         for t, value in trials
         if t.params
     ]
-    if len(scored) < 4:
+    if len(scored) < 4 or len({trial.value for trial in scored}) < 2:
         return {}
     narrowed = optuna.create_study(direction="maximize")
     narrowed.add_trials(scored)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    return optuna.importance.get_param_importances(narrowed, evaluator=evaluator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of few trials for a parameter that exists for some others only
+        return optuna.importance.get_param_importances(narrowed, evaluator=evaluator)
 
 
 def _room(study: optuna.Study, target: int) -> bool:

@@ -16,7 +16,7 @@ from nkat.study import options as study
 from nkat.study import workers
 from nkat.study.folder import check_place
 from nkat.study.options import StudyOptions
-from nkat.study.study import storage_failures
+from nkat.study.study import check_driver, storage_failures
 
 Options = TypeVar("Options")
 
@@ -55,6 +55,7 @@ def run_task(modules: Mapping[str, str], argv: Sequence[str] | None = None) -> N
     options = task.options(parser, parsed, shared)
     if not shared.join:
         check_record(shared.json, shared.force, task.inputs(options))
+        check_driver(shared.storage_url)
         check_place(shared, task.name(options))
     with output_folder(shared.output_dir), storage_failures():
         task.run(task.options(parser, parsed, workers.prepare(shared)))

@@ -19,7 +19,7 @@ import torch
 from optuna.trial import TrialState
 
 from nkat.host import hardware
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.files import check_output
 from nkat.host.record import toolkit_version
 from nkat.host.start import INTERRUPTED
@@ -35,6 +35,7 @@ from nkat.study.study import (
     retry_unfinished,
     run_trials,
     study_id,
+    without_password,
 )
 
 _STOP_SECONDS = 20  # for the other processes to put their trials back into the queue
@@ -142,7 +143,9 @@ def interruptible(options: StudyOptions) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        note(f"interrupted; finished trials are in {options.storage_url}, --resume goes on from there")
+        note(
+            f"interrupted; finished trials are in {without_password(options.storage_url)}, --resume goes on from there"
+        )
         sys.exit(INTERRUPTED)
 
 
@@ -179,18 +182,18 @@ def _stop(helpers: Sequence[subprocess.Popen]) -> None:
 def base_record(options: StudyOptions, outcome: Outcome, device: torch.device) -> dict[str, Any]:
     """What the record of any search says."""
     study = outcome.study
-    counted = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
     begun = [trial for trial in study.trials if not is_repeated(trial) and not is_interrupted(trial)]
     return {
         "task": options.task,
         "mode": options.mode,
         "study": study.study_name,
         "study_id": study_id(study),
-        "storage": options.storage_url,
+        "storage": without_password(options.storage_url),
         "sampler": type(study.sampler).__name__,
         "pruner": type(study.pruner).__name__,
         "seed": options.seed,
-        "trials": {state.name: sum(t.state == state for t in begun) for state in counted},
+        "trials": {state.name: sum(t.state == state for t in begun) for state in states},
         "interrupted": outcome.interrupted,
         "space_used_up": outcome.used_up,
         "best_trial": next((trial.number for trial in best_trials(study, 1)), None),
@@ -205,7 +208,7 @@ def counts_line(record: Mapping[str, Any]) -> str:
     """How the trials ended, for people."""
     counts = record["trials"]
     return (
-        f"{counts['COMPLETE']} trials completed, {counts['PRUNED']} stopped early, {counts['FAIL']} failed, "
+        f"{counted(counts['COMPLETE'], 'trial')} completed, {counts['PRUNED']} stopped early, {counts['FAIL']} failed, "
         f"in {record['search_seconds']:.0f} s"
     )
 

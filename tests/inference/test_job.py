@@ -419,6 +419,17 @@ def test_theta_and_gamma_reach_generation(script, tiny: Path, base: Path) -> Non
     assert tokens(tiny, "--theta-gamma", 0.5) != tokens(base)
 
 
+def test_what_has_no_effect_is_said(script, tiny: Path) -> None:
+    def said(*more: object) -> str:
+        return script(ENGINE, "--model", tiny, "--generate", "the", "--max-tokens", 2, *more).stderr
+
+    assert "--theta-gamma 1 couples Θ with strength 0: it has no effect" in said("--theta-gamma", 1)
+    assert "seed" not in said("--temperature", 0)
+    control = said()
+    assert "no effect" not in control
+    assert "; seed " in control
+
+
 def test_chat_wraps_the_prompt_in_the_models_template(script, tiny: Path) -> None:
     def tokens(*more: object) -> tuple:
         record = generate(script, "--model", tiny, "--temperature", 0, *more)

@@ -327,6 +327,14 @@ def test_importances_name_the_parameter_that_matters(tmp_path: Path) -> None:
     assert found["x"] > found["y"]
 
 
+def test_nothing_is_important_where_all_score_alike(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    study = new_study(tmp_path / "s.journal")
+    run_some(study, lambda trial: 0 * objective(trial), 6)
+    assert importances((trial, 1.0) for trial in study.trials) == {}
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    assert importances((trial, float(trial.number)) for trial in study.trials)  # the control
+
+
 def test_an_interrupted_trial_ends_at_once_and_is_tried_again(tmp_path: Path) -> None:
     where = tmp_path / "s.journal"
     study = new_study(where, first=[({"x": 0.25, "y": 2}, {"base": True})])
@@ -427,3 +435,16 @@ def test_storages_that_cannot_be(tmp_path: Path) -> None:
         open_storage("nosuch://host/db")
     with pytest.raises(NKATError, match="storage"):
         open_storage(str(tmp_path / "no" / "folder" / "study.journal"))
+
+
+def test_a_database_without_a_driver_is_told_which_one(fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    for driver in ("psycopg2", "psycopg", "MySQLdb"):
+        monkeypatch.setitem(sys.modules, driver, None)  # as where it is not installed
+    asked = ("nkat_auto_optimizer.py", "--model", "no.gguf", "--storage")
+    said = fails(*asked, "postgresql+psycopg2://me:secret@host/db")  # before the model is looked for
+    assert "no psycopg2, the driver" in said
+    assert "pip install psycopg2-binary" in said
+    assert "secret" not in said
+    assert "no MySQLdb, the driver" in fails(*asked, "mysql://host/db")
+    assert "storage foo://host/db: Can't load plugin" in fails(*asked, "foo://host/db")
+    assert "no.gguf" in fails(*asked, "sqlite:///x.db")  # the control
