@@ -437,7 +437,7 @@ def test_storages_that_cannot_be(tmp_path: Path) -> None:
         open_storage(str(tmp_path / "no" / "folder" / "study.journal"))
 
 
-def test_a_database_without_a_driver_is_told_which_one(fails, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_without_a_driver_is_told_which_one(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for driver in ("psycopg2", "psycopg", "MySQLdb"):
         monkeypatch.setitem(sys.modules, driver, None)  # as where it is not installed
     asked = ("nkat_auto_optimizer.py", "--model", "no.gguf", "--storage")
@@ -447,4 +447,4 @@ def test_a_database_without_a_driver_is_told_which_one(fails, monkeypatch: pytes
     assert "secret" not in said
     assert "no MySQLdb, the driver" in fails(*asked, "mysql://host/db")
     assert "storage foo://host/db: Can't load plugin" in fails(*asked, "foo://host/db")
-    assert "no.gguf" in fails(*asked, "sqlite:///x.db")  # the control
+    assert "no.gguf" in fails(*asked, f"sqlite:///{tmp_path}/x.db")  # the control
