@@ -54,16 +54,22 @@ def main() -> None:
     check_output(options.output, options.force)
     trained = load_model(options.run)
     spec, training = find_dataset(trained.recipe.dataset), trained.recipe.train
-    held = split(load_images(trained.recipe.dataset, options.data_root, train=True), training.validation, training.seed)[1]
+    held = split(
+        load_images(trained.recipe.dataset, options.data_root, train=True), training.validation, training.seed
+    )[1]
     shown = held.take(torch.arange(min(options.pictures, len(held))))
     pictures = shown.images.float() / 255
     guesses, by_pixel, by_cell = (part.detach() for part in explain(trained, pictures))
-    figure = new_figure(f"{spec.title}: what speaks for the answer (red) and against it (blue)", (7.5, 2 * len(shown) + 0.6))
+    figure = new_figure(
+        f"{spec.title}: what speaks for the answer (red) and against it (blue)", (7.5, 2 * len(shown) + 0.6)
+    )
     for row, axes in enumerate(figure.subplots(len(shown), 3, squeeze=False)):
         axes[0].imshow(as_picture(pictures[row]), cmap="gray", vmin=0, vmax=1)
         label, guess = (spec.classes[int(index)] for index in (shown.labels[row], guesses[row]))
         axes[0].set_title(f"{label}, taken for {guess}", fontsize=9)
-        for panel, values, title in zip(axes[1:], (by_pixel, by_cell), ("Integrated Gradients", "Grad-CAM, stem"), strict=True):
+        for panel, values, title in zip(
+            axes[1:], (by_pixel, by_cell), ("Integrated Gradients", "Grad-CAM, stem"), strict=True
+        ):
             limit = values[row].abs().max().item() or 1.0
             drawn = panel.imshow(values[row].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
             panel.set_title(title, fontsize=9)

@@ -28,9 +28,9 @@ from nkat.host import commandline
 from nkat.host.console import note
 from nkat.host.distributed import World, join_world
 from nkat.host.figures import new_figure, save_figure
-from nkat.host.files import atomic_output
+from nkat.host.files import atomic_output, make_folder
 from nkat.host.hardware import describe, set_threads
-from nkat.host.record import toolkit_version, write_json
+from nkat.host.record import check_record, recorded, toolkit_version, write_json
 from nkat.host.start import INTERRUPTED
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
@@ -49,6 +49,7 @@ from nkat_vit.recipe import (
     TTA_CHOICES,
     Recipe,
     check_schedule,
+    describe_presets,
     make_recipe,
     read_config,
     with_amp,
@@ -122,7 +123,7 @@ _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; settings of the recipe that are not given are absent from the result."""
-    parser = commandline.parser("Train the image model on an image set.", _EXAMPLES)
+    parser = commandline.parser("Train the image model on an image set.", f"{_EXAMPLES}\n\n{describe_presets()}")
     parser.add_argument(
         "--dataset", choices=list(DATASETS), default=argparse.SUPPRESS, metavar="SET", help=", ".join(DATASETS)
     )
@@ -137,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="EPOCHS",
         help="with --resume: a longer run; the learning rate goes on as one of that length has it, and falls again",
     )
-    parser.add_argument("--force", action="store_true", help="start anew in a folder that holds a run")
+    parser.add_argument("--force", action="store_true", help="start anew in a folder that holds a run; replace --json")
     parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
     parser.add_argument(
         "--save-steps", type=commandline.non_negative_int, default=0, help="checkpoints within epochs, too"
@@ -234,10 +235,11 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
     check_schedule(recipe.train)
     folder = _folder(options, recipe)
     if world.first:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "last.pt").exists() and not options.force:
+        names = ("last.pt", "best.pt", "result.json")
+        if any((folder / name).exists() for name in names) and not options.force:
             raise NKATError(f"{folder}: holds a run already; give --resume to go on with it or --force to replace it")
-        for name in ("last.pt", "best.pt", "result.json"):
+        make_folder(folder)
+        for name in names:
             (folder / name).unlink(missing_ok=True)
         usual = PRESETS[preset]
         if "warmup" not in _chosen(options) and recipe.train.epochs < usual["epochs"]:
@@ -440,6 +442,7 @@ def _tensorboard(folder: Path) -> Any:
 
 def main() -> None:
     options = parse_arguments()
+    check_record(options.json, options.force, [options.config])
     set_threads(options.threads)
     with join_world(allow_cuda=not options.no_cuda) as world:
         try:
@@ -449,10 +452,14 @@ def main() -> None:
             sys.exit(INTERRUPTED)
     if record is None:
         return
+    with recorded(record, options.json, options.force):
+        print_result(record)
+
+
+def print_result(record: Mapping[str, Any]) -> None:
+    """The record's figures, for people."""
     print(f"validation  {100 * record['validation']:.2f} % after epoch {record['epoch']}")
     if "test" in record:
         print(f"test        {100 * record['test']:.2f} % of {record['test_images']} pictures")
         print(f"TPE         {record['tpe']:.4f} at lambda {record['lambda_theory']:.2f}")
     print(f"model       {record['output']}/best.pt")
-    if options.json:
-        write_json(record, options.json)
