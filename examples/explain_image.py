@@ -67,13 +67,14 @@ def main() -> None:
         axes[0].imshow(as_picture(pictures[row]), cmap="gray", vmin=0, vmax=1)
         label, guess = (spec.classes[int(index)] for index in (shown.labels[row], guesses[row]))
         axes[0].set_title(f"{label}, taken for {guess}", fontsize=9)
-        for panel, values, title in zip(
-            axes[1:], (by_pixel, by_cell), ("Integrated Gradients", "Grad-CAM, stem"), strict=True
+        for panel, values, title, unit in (
+            (axes[1], by_pixel, "Integrated Gradients", "change of the logit"),
+            (axes[2], by_cell, "Grad-CAM, stem", "gradient × activation"),
         ):
             limit = values[row].abs().max().item() or 1.0
             drawn = panel.imshow(values[row].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
             panel.set_title(title, fontsize=9)
-            figure.colorbar(drawn, ax=panel, label="change of the logit")
+            figure.colorbar(drawn, ax=panel, label=unit)
         for panel in axes:
             panel.axis("off")
     save_figure(figure, options.output, options.force)
