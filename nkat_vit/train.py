@@ -27,7 +27,7 @@ from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.host.console import note
 from nkat.host.distributed import World, join_world
-from nkat.host.figures import new_figure, save_figure
+from nkat.host.figures import new_figure, save_figure, whole_ticks
 from nkat.host.files import atomic_output, make_folder
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version, write_json
@@ -429,6 +429,7 @@ def _plot_curves(path: Path, history: list[dict[str, float]], recipe: Recipe) ->
     right.plot(epochs, [100 * row["validation_last"] for row in history], ".-", label="last weights")
     right.set(title="validation accuracy, %", xlabel="epoch")
     right.legend()
+    whole_ticks(left.xaxis, right.xaxis)
     save_figure(figure, path, force=True, dpi=DPI)
 
 
