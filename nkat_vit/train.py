@@ -37,7 +37,7 @@ from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import DATASETS, ImageSet, load_images, split
 from nkat_vit.loop import Trainer, measure_amp, measure_threads
-from nkat_vit.metrics import lambda_theory, tpe
+from nkat_vit.metrics import GLOBAL_TARGETS, TARGETS, accuracy_needed, bought_by_size, lambda_theory, tpe
 from nkat_vit.model import COLOR_NORMS, POOLS, STEMS, NKATViT
 from nkat_vit.optim import lr_factor
 from nkat_vit.pictures import DPI
@@ -359,6 +359,18 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
     return _finish(options, folder, trainer)
 
 
+def _say_targets(dataset: str, model: NKATViT) -> None:
+    """What STAGE2's targets take of a model of this size, before it is trained."""
+    lam = lambda_theory(sum(p.numel() for p in model.parameters()))
+    local, whole = (accuracy_needed(t, lam) for t in (TARGETS[dataset].tpe, GLOBAL_TARGETS["Global TPE"]))
+    takes = [f"{100 * n:.1f} %" if n <= 1 else "what no accuracy gives" for n in (local, whole)]
+    note(
+        f"STAGE2's targets: {100 * TARGETS[dataset].accuracy:.0f} % on {dataset}; at lambda {lam:.2f} its TPE "
+        f"{TARGETS[dataset].tpe:.2f} takes {takes[0]}, and Global TPE {GLOBAL_TARGETS['Global TPE']:.2f}, over the "
+        f"four sets, takes {takes[1]}"
+    )
+
+
 def _describe_model(model: NKATViT) -> str:
     """Its size, and what a token of it is."""
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
@@ -463,4 +475,7 @@ def print_result(record: Mapping[str, Any]) -> None:
     if "test" in record:
         print(f"test        {100 * record['test']:.2f} % of {record['test_images']} pictures")
         print(f"TPE         {record['tpe']:.4f} at lambda {record['lambda_theory']:.2f}")
+        target = TARGETS.get(record["recipe"]["dataset"])
+        if target and bought_by_size(record["test"], record["tpe"], target):
+            print(f"            bought by size alone: STAGE2 asks for {100 * target.accuracy:.0f} % as well")
     print(f"model       {record['output']}/best.pt")
