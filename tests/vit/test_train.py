@@ -205,6 +205,18 @@ def test_fewer_threads_are_advised_where_they_are_faster(
     assert run_module("nkat_vit.train", *common, "--threads", 1).returncode == 0
 
 
+def test_what_the_targets_take_is_said_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = NKATViT(make_recipe({"dataset": "cifar10", "embed_dim": 16, "depth": 1}).model)
+    for lam, whole in ((20.0, "92.6 %"), (26.0, "what no accuracy gives")):
+        monkeypatch.setattr(train, "lambda_theory", lambda _, lam=lam: lam)
+        train._say_targets("cifar10", model)
+        said = capsys.readouterr().err
+        assert f"60 % on cifar10; at lambda {lam:.2f} its TPE 0.45 takes {'59.5' if lam == 20 else '64.4'} %" in said
+        assert f"Global TPE 0.70, over the four sets, takes {whole}" in said
+
+
 def test_threads_are_measured_and_left_as_they_were(data: Path) -> None:
     before = torch.get_num_threads()
     recipe = make_recipe({"dataset": "emnist-digits", "embed_dim": 16, "depth": 1, "heads": 2, "batch_size": 8})
