@@ -25,6 +25,7 @@ from torch import Tensor
 from nkat.errors import NKATError
 from nkat.host.commandline import parser, positive_int
 from nkat.host.files import check_output
+from nkat.host.tools import suggest
 from nkat_vit.data import DATASETS, find_dataset, load_images
 from nkat_vit.pictures import save_grid
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, randaugment
@@ -173,3 +174,4 @@ def main() -> None:
         options.output, torch.stack(columns, dim=1), f"{spec.title}: original and nine of its views", options.force
     )
     print(options.output)
+    suggest("vit train", "--dataset", options.dataset, "--data-root", options.data_root)

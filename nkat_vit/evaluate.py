@@ -28,9 +28,10 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host import commandline
-from nkat.host.console import format_table, note
+from nkat.host.console import counted, format_table, note
 from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version
+from nkat.host.tools import suggest
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
 from nkat_vit.data import DATASETS, check_files, find_dataset, load_images
@@ -183,7 +184,7 @@ def table(summary: dict[str, Any], robustness: Spread | None) -> str:
     rows = []
     for name, result in summary["sets"].items():
         targets = TARGETS.get(name, (None, None))
-        title = f"{find_dataset(name).title}, {result['images']:,} pictures"
+        title = f"{find_dataset(name).title}, {counted(result['images'], 'picture')}"
         for label, key, target in ((f"{title}: accuracy", "accuracy", targets[0]), ("  TPE", "tpe", targets[1])):
             rows.append([label, result[key].text(), *verdict(result[key].mean, target)])
     whole = {name: summary[name] for name in ("Global TPE", "Consistency")}
@@ -262,6 +263,7 @@ def main() -> None:
         if robust:
             errors, flips = (100 * fmean(r[key] for r in robust) for key in ("mean_corruption_error", "flip_rate"))
             print(
-                f"\nCIFAR-10-C style, {robust[0]['images']} pictures, frost {frost.source}: "
+                f"\nCIFAR-10-C style, {counted(robust[0]['images'], 'picture')}, frost {frost.source}: "
                 f"mean corruption error {errors:.2f} %, predictions changed {flips:.2f} %"
             )
+    suggest("vit interpret", "--checkpoint", paths[0], "--data-root", options.data_root)

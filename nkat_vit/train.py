@@ -25,13 +25,14 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host import commandline
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.distributed import World, join_world
 from nkat.host.figures import new_figure, save_figure
 from nkat.host.files import atomic_output, make_folder
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version, write_json
 from nkat.host.start import INTERRUPTED
+from nkat.host.tools import suggest
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
@@ -364,12 +365,13 @@ def main() -> None:
         return
     with recorded(record, options.json, options.force):
         print_result(record)
+    suggest("vit interpret", "--checkpoint", record["output"], "--data-root", options.data_root)
 
 
 def print_result(record: Mapping[str, Any]) -> None:
     """The record's figures, for people."""
     print(f"validation  {100 * record['validation']:.2f} % after epoch {record['epoch']}")
     if "test" in record:
-        print(f"test        {100 * record['test']:.2f} % of {record['test_images']} pictures")
+        print(f"test        {100 * record['test']:.2f} % of {counted(record['test_images'], 'picture')}")
         print(f"TPE         {record['tpe']:.4f} at lambda {record['lambda_theory']:.2f}")
     print(f"model       {record['output']}/best.pt")
