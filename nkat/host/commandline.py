@@ -139,7 +139,7 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[argparse.Namespace, list[str]]:
         """As argparse's, of which every way to parse makes use."""
         words = list(sys.argv[1:] if args is None else args)
-        flags = {flag for action in self._actions for flag in action.option_strings}
+        flags = {"--", *(flag for action in self._actions for flag in action.option_strings)}
         texts = {flag for action in self._actions if action.type is any_text for flag in action.option_strings}
         joined: list[str] = []
         for word in words:
