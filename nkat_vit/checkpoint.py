@@ -1,12 +1,14 @@
 """Checkpoints: `last.pt` continues a run bit by bit, `best.pt` is the model to use.
 
 Both are dictionaries of tensors, numbers, strings and lists, written whole or not at all and read with torch's
-restricted loader, which runs no code from the file.
+restricted loader, which runs no code from the file. torch writes a CRC-32 of every tensor and does not look at it when
+it loads; here all of them are compared first, so that no flipped bit becomes a weight.
 """
 
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,8 +47,9 @@ def load(path: Path, kind: str) -> dict[str, Any]:
     """A checkpoint of the kind "run" or "weights", on the CPU. Raises NKATError for anything else."""
     if not path.is_file():
         raise NKATError(f"{path}: there is no such checkpoint")
+    data = _checked_bytes(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(data, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged archive, or the pickle in it, can raise
         reason = str(error).strip().splitlines() or ["damaged"]
         raise NKATError(f"{path}: cannot be loaded safely as a checkpoint: {reason[0]}") from None
@@ -56,6 +59,24 @@ def load(path: Path, kind: str) -> dict[str, Any]:
         wanted = {"run": "last.pt, which continues a run", "weights": "best.pt, a model to use"}[kind]
         raise NKATError(f"{path}: this checkpoint is of the kind {content.get('kind')!r}; needed is {wanted}")
     return content
+
+
+def _checked_bytes(path: Path) -> io.BytesIO:
+    """The file, once every checksum in it is found right."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise NKATError(f"{path}: cannot be read: {error.strerror}") from None
+    if not raw.startswith(b"PK"):
+        raise NKATError(f"{path}: this is no checkpoint: it does not begin as torch's archives do")
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # a cut archive has no table of contents; a damaged one can raise nearly anything
+        raise NKATError(f"{path}: this checkpoint is cut or damaged: {error}") from None
+    if bad is not None:
+        raise NKATError(f"{path}: this checkpoint is damaged: the checksum of {bad} in it is wrong")
+    return io.BytesIO(raw)
 
 
 def recipe_of(content: dict[str, Any], path: Path) -> Recipe:
@@ -78,8 +99,12 @@ def damage(path: Path) -> Iterator[None]:
         raise NKATError(f"{path}: this checkpoint is damaged: {type(error).__name__} {line}"[:300]) from None
 
 
-def load_model(path: Path, device: torch.device | None = None) -> TrainedModel:
-    """The model of a `best.pt`, or of a run's folder."""
+def load_model(path: str | Path, device: torch.device | None = None) -> TrainedModel:
+    """The model of a `best.pt`, or of a run's folder, on the processor unless a device is given.
+
+    Raises NKATError for a file that is absent, cut, damaged, or no such checkpoint.
+    """
+    path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
     content = load(path, "weights")
     recipe = recipe_of(content, path)

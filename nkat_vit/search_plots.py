@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure
+from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure, whole_ticks
 from nkat.study.plots import draw_importances, pareto_front
 from nkat_vit.search import BASELINE, FIRST_SET
 
@@ -36,7 +36,7 @@ def _scores(axes: Any, rows: Rows, gate: float) -> None:
         axes.plot([r["number"] for r in group], [r["local_tpe"] for r in group], "o", color=color, label=label)
     passed = [row for row in rows if row["feasible"]]
     axes.plot([r["number"] for r in passed], [r["value"] for r in passed], "*", ms=14, color=BEST, label="Global TPE")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    whole_ticks(axes.xaxis)
     axes.axhline(gate, color=BASE, linestyle="--", label=f"gate: Local TPE {gate:g} on {FIRST_SET}")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the points
