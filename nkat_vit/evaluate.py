@@ -50,6 +50,7 @@ from nkat_vit.metrics import (
 )
 from nkat_vit.predict import judged_facts, predict_logits
 from nkat_vit.recipe import PRESETS
+from nkat_vit.train import check_finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,18 +168,20 @@ def train_missing(options: TrainingOptions) -> list[Path]:
         for seed in range(options.seeds):
             folder = options.output / f"{name}-seed{seed}"
             folders.append(folder)
-            if (folder / "result.json").exists():
-                note(f"{folder}: done already")
-                continue
-            command = [sys.executable, "-m", "nkat_vit.train", "--dataset", name, "--data-root", options.data_root]
-            command += ["--seed", seed, "--output", folder]
+            words: list[object] = ["--dataset", name, "--data-root", options.data_root, "--seed", seed]
             for flag in ("preset", "config", "epochs", "amp", "threads"):
                 value = getattr(options, flag)
-                command += [f"--{flag}", value] if value is not None else []
-            command += ["--resume"] if (folder / "last.pt").exists() else []
-            command += ["--no-cuda"] if options.no_cuda else []
+                words += [f"--{flag}", value] if value is not None else []
+            if (folder / "result.json").exists():
+                check_finished(folder, words)
+                note(f"{folder}: done already")
+                continue
+            words += ["--output", folder]
+            words += ["--resume"] if (folder / "last.pt").exists() else []
+            words += ["--no-cuda"] if options.no_cuda else []
             note(f"training {name}, seed {seed}")
-            done = subprocess.run([str(part) for part in command], check=False, stdout=subprocess.DEVNULL)
+            command = [sys.executable, "-m", "nkat_vit.train", *map(str, words)]
+            done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
             if done.returncode != 0:
                 raise NKATError(f"training {name} with seed {seed} ended with status {done.returncode}; see above")
     return folders

@@ -252,6 +252,13 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
     return recipe, folder, None
 
 
+def check_finished(folder: Path, words: Sequence[object]) -> None:
+    """Raises NKATError unless the run in a folder was begun with what these words of a command line ask for."""
+    options = parse_arguments([*map(str, words), "--resume", str(folder)])
+    preset = options.preset or "stage2"
+    _resumed(options, with_preset(preset, _chosen(options)))
+
+
 def _resumed(options: TrainOptions, given: dict[str, Any]) -> tuple[Recipe, Path, dict[str, Any]]:
     """What the folder's run was begun with, and its checkpoint; settings given now may repeat it but not differ."""
     named = options.resume
