@@ -444,10 +444,10 @@ def _plot_curves(path: Path, history: list[dict[str, float]], recipe: Recipe) ->
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["loss"] for row in history], ".-")
-    left.set(title="training loss (augmented, mixed labels)", xlabel="epoch")
+    left.set(title="training loss, on augmented pictures", xlabel="epoch", ylabel="cross entropy, nats a picture")
     right.plot(epochs, [100 * row["validation"] for row in history], ".-", label="averaged weights")
     right.plot(epochs, [100 * row["validation_last"] for row in history], ".-", label="last weights")
-    right.set(title="validation accuracy, %", xlabel="epoch")
+    right.set(title="validation accuracy", xlabel="epoch", ylabel="right answers, %")
     right.legend()
     whole_ticks(left.xaxis, right.xaxis)
     save_figure(figure, path, force=True, dpi=DPI)
