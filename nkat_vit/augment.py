@@ -25,6 +25,7 @@ from torch import Tensor
 from nkat.errors import NKATError
 from nkat.host.commandline import parser, positive_int
 from nkat.host.files import check_output
+from nkat.host.tools import suggest
 from nkat_vit.data import DATASETS, ImageSet, find_dataset, load_images
 from nkat_vit.pictures import save_grid
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, randaugment
@@ -211,3 +212,4 @@ def main() -> None:
     images = load_images(options.dataset, options.data_root, train=True)
     draw_examples(options.output, images, config, np.random.default_rng(options.seed), options.rows, options.force)
     print(options.output)
+    suggest("vit train", "--dataset", options.dataset, "--data-root", options.data_root)

@@ -1,14 +1,10 @@
 """Checkpoints: `last.pt` continues a run bit by bit, `best.pt` is the model to use.
 
-Both are dictionaries of tensors, numbers, strings and lists, written whole or not at all and read with torch's
-restricted loader, which runs no code from the file. torch writes a CRC-32 of every tensor and does not look at it when
-it loads; here all of them are compared first, so that no flipped bit becomes a weight.
+Both are dictionaries of tensors, numbers, strings and lists (`nkat.host.tensors`).
 """
 
 from __future__ import annotations
 
-import io
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +14,7 @@ from typing import Any
 import torch
 
 from nkat.errors import NKATError
-from nkat.host.files import atomic_output
+from nkat.host.tensors import load_tensors, save_tensors
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import Recipe, make_recipe
 
@@ -37,46 +33,18 @@ class TrainedModel:
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Replaces `path` in one step."""
-    buffer = io.BytesIO()
-    torch.save(content | {"format": FORMAT}, buffer)
-    with atomic_output(path, buffer.tell(), force=True) as file:
-        file.write(buffer.getbuffer())
+    save_tensors(path, content | {"format": FORMAT})
 
 
 def load(path: Path, kind: str) -> dict[str, Any]:
     """A checkpoint of the kind "run" or "weights", on the CPU. Raises NKATError for anything else."""
-    if not path.is_file():
-        raise NKATError(f"{path}: there is no such checkpoint")
-    data = _checked_bytes(path)
-    try:
-        content = torch.load(data, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged archive, or the pickle in it, can raise
-        reason = str(error).strip().splitlines() or ["damaged"]
-        raise NKATError(f"{path}: cannot be loaded safely as a checkpoint: {reason[0]}") from None
+    content = load_tensors(path, "a checkpoint")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise NKATError(f"{path}: this is no checkpoint of nkat_vit, version {FORMAT}")
     if content.get("kind") != kind:
         wanted = {"run": "last.pt, which continues a run", "weights": "best.pt, a model to use"}[kind]
         raise NKATError(f"{path}: this checkpoint is of the kind {content.get('kind')!r}; needed is {wanted}")
     return content
-
-
-def _checked_bytes(path: Path) -> io.BytesIO:
-    """The file, once every checksum in it is found right."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise NKATError(f"{path}: cannot be read: {error.strerror}") from None
-    if not raw.startswith(b"PK"):
-        raise NKATError(f"{path}: this is no checkpoint: it does not begin as torch's archives do")
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            bad = archive.testzip()
-    except Exception as error:  # a cut archive has no table of contents; a damaged one can raise nearly anything
-        raise NKATError(f"{path}: this checkpoint is cut or damaged: {error}") from None
-    if bad is not None:
-        raise NKATError(f"{path}: this checkpoint is damaged: the checksum of {bad} in it is wrong")
-    return io.BytesIO(raw)
 
 
 def recipe_of(content: dict[str, Any], path: Path) -> Recipe:

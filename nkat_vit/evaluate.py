@@ -30,9 +30,10 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host import commandline
-from nkat.host.console import format_table, note
+from nkat.host.console import counted, format_table, note
 from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version
+from nkat.host.tools import suggest
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
 from nkat_vit.data import DATASETS, check_files, find_dataset, load_images
@@ -49,6 +50,7 @@ from nkat_vit.metrics import (
 )
 from nkat_vit.predict import judged_facts, predict_logits
 from nkat_vit.recipe import PRESETS
+from nkat_vit.train import check_finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,18 +168,20 @@ def train_missing(options: TrainingOptions) -> list[Path]:
         for seed in range(options.seeds):
             folder = options.output / f"{name}-seed{seed}"
             folders.append(folder)
-            if (folder / "result.json").exists():
-                note(f"{folder}: done already")
-                continue
-            command = [sys.executable, "-m", "nkat_vit.train", "--dataset", name, "--data-root", options.data_root]
-            command += ["--seed", seed, "--output", folder]
+            words: list[object] = ["--dataset", name, "--data-root", options.data_root, "--seed", seed]
             for flag in ("preset", "config", "epochs", "amp", "threads"):
                 value = getattr(options, flag)
-                command += [f"--{flag}", value] if value is not None else []
-            command += ["--resume"] if (folder / "last.pt").exists() else []
-            command += ["--no-cuda"] if options.no_cuda else []
+                words += [f"--{flag}", value] if value is not None else []
+            if (folder / "result.json").exists():
+                check_finished(folder, words)
+                note(f"{folder}: done already")
+                continue
+            words += ["--output", folder]
+            words += ["--resume"] if (folder / "last.pt").exists() else []
+            words += ["--no-cuda"] if options.no_cuda else []
             note(f"training {name}, seed {seed}")
-            done = subprocess.run([str(part) for part in command], check=False, stdout=subprocess.DEVNULL)
+            command = [sys.executable, "-m", "nkat_vit.train", *map(str, words)]
+            done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
             if done.returncode != 0:
                 raise NKATError(f"training {name} with seed {seed} ended with status {done.returncode}; see above")
     return folders
@@ -241,7 +245,7 @@ def table(summary: dict[str, Any], robustness: Spread | None) -> str:
     rows = []
     for name, result in summary["sets"].items():
         target = TARGETS.get(name)
-        title = f"{find_dataset(name).title}, {result['images']:,} pictures"
+        title = f"{find_dataset(name).title}, {counted(result['images'], 'picture')}"
         for label, key in ((f"{title}: accuracy", "accuracy"), ("  TPE", "tpe")):
             judged = [f"{getattr(target, key):.2f}", met[name][key]] if target else ["", ""]
             rows.append([label, result[key].text(), *judged])
@@ -325,6 +329,7 @@ def main() -> None:
         if robust:
             errors, flips = (100 * fmean(r[key] for r in robust) for key in ("mean_corruption_error", "flip_rate"))
             print(
-                f"\nCIFAR-10-C style, {robust[0]['images']} pictures, frost {frost.source}: "
+                f"\nCIFAR-10-C style, {counted(robust[0]['images'], 'picture')}, frost {frost.source}: "
                 f"mean corruption error {errors:.2f} %, predictions changed {flips:.2f} %"
             )
+    suggest("vit interpret", "--checkpoint", paths[0], "--data-root", options.data_root)

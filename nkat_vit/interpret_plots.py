@@ -71,25 +71,29 @@ def plot_gauges(path: Path, gauges: Sequence[Gauge]) -> None:
     layers = np.arange(len(gauges))
     strength.plot(layers, strengths, "o-", label="s, learned")
     strength.plot(layers, [gauge.base_strength for gauge in gauges], "--", label="strength · decay^layer")
-    strength.set(title="strength by layer", xlabel="layer")
+    strength.set(title="strength by layer", xlabel="layer", ylabel="s, the factor of θ")
     strength.set_ylim(0, 1.1 * max(*strengths, gauges[0].base_strength))  # a few per cent are no cliff
     strength.legend(loc="lower right")
     sizes = torch.linalg.matrix_norm(thetas, 2)
     shown = norms.imshow(sizes.numpy(), aspect="auto", cmap="viridis")
     norms.set(title="largest singular value of θ", xlabel="head", ylabel="layer")
     whole_ticks(strength.xaxis, norms.xaxis, norms.yaxis)
-    figure.colorbar(shown, ax=norms)
+    figure.colorbar(shown, ax=norms, label="singular value")
     for layer in layers:
         values = torch.linalg.svdvals(thetas[layer]).mean(0)
         spectrum.plot(values[: 4 * gauges[0].p.shape[2]].numpy(), ".-", label=f"layer {layer}")
-    spectrum.set(title="singular values of θ, mean of heads (in pairs: antisymmetric)", xlabel="index")
+    spectrum.set(
+        title="singular values of θ, mean of heads (in pairs: antisymmetric)",
+        xlabel="which, the largest first",
+        ylabel="singular value",
+    )
     spectrum.set_ylim(bottom=0)
     whole_ticks(spectrum.xaxis)
     spectrum.legend(fontsize=7)
     limit = thetas[0, 0].abs().max().item()
     shown = example.imshow(thetas[0, 0].numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
-    example.set(title="θ of layer 0, head 0")
-    figure.colorbar(shown, ax=example)
+    example.set(title="θ of layer 0, head 0", xlabel="dimension of the key", ylabel="dimension of the query")
+    figure.colorbar(shown, ax=example, label="entry of θ")
     save_figure(figure, path, force=False, dpi=DPI)
 
 
@@ -98,19 +102,20 @@ def plot_summary(path: Path, record: Mapping[str, Any], title: str) -> None:
     layers = record["layers"]
     with_terms, without = (100 * record[name] for name in ("accuracy", "accuracy_without_gauge"))
     figure = new_figure(f"{title}; accuracy {with_terms:.2f} %, gauge terms taken out {without:.2f} %", (12, 7))
-    for axes, name, text in zip(
-        figure.subplots(2, 2).flat,
-        ("entropy", "distance", "commutator", "keys"),
-        ("entropy of attention, bits", "distance looked, cells", "½ s qᵀθk relative to qᵀk (rms)", "keys left a query"),
-        strict=True,
-    ):
+    panels = (
+        ("entropy", "how spread attention is", "entropy, bits"),
+        ("distance", "how far a query looks, weighted mean", "distance, cells"),
+        ("commutator", "size of the gauge term", "½ s qᵀθk relative to qᵀk, rms"),
+        ("keys", "keys that a query is left with", "keys"),
+    )
+    for axes, (name, text, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         values = np.array([np.atleast_1d(layer[name]) for layer in layers])
         by_head = values.shape[1] > 1
         if by_head:
             axes.plot(values[:, 0], ".", color=PRUNED, label="a head")
             axes.plot(values[:, 1:], ".", color=PRUNED)
         axes.plot(values.mean(axis=1), "o-", color=TRIAL, label="mean of heads" if by_head else "mean of all")
-        axes.set(title=text, xlabel="layer", ylim=(0, 1.25 * values.max() or 1))  # room for the legend
+        axes.set(title=text, xlabel="layer", ylabel=unit, ylim=(0, 1.25 * values.max() or 1))  # room for the legend
         axes.legend(loc="upper right", ncols=2)
         whole_ticks(axes.xaxis)
     save_figure(figure, path, force=False, dpi=DPI)

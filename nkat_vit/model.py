@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nkat.errors import NKATError
+from nkat.host.console import counted
 from nkat_vit.attention import COLOR_GROUPS, Attention
 from nkat_vit.dropout import dropout
 from nkat_vit.gauge import Gauge
@@ -103,7 +104,7 @@ class ViTConfig:
         _check(0.0 < self.nkat_decay <= 1.0, f"nkat_decay must lie in 0 < decay <= 1, got {self.nkat_decay}")
         for name in ("mean", "std"):
             size = len(getattr(self, name))
-            _check(size == self.channels, f"{name} has {size} numbers for {self.channels} channel(s)")
+            _check(size == self.channels, f"{name} has {size} numbers for {counted(self.channels, 'channel')}")
         _check(min(self.std) > 0, f"std must be positive, got {self.std}")
         if self.channels == 1:
             _check(self.color_norm == "off", "color_norm needs three channels, a grey picture has no colours")

@@ -25,13 +25,14 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host import commandline
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.distributed import World, join_world
 from nkat.host.figures import new_figure, save_figure, whole_ticks
 from nkat.host.files import atomic_output, make_folder
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version, write_json
 from nkat.host.start import INTERRUPTED
+from nkat.host.tools import suggest
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
@@ -251,6 +252,13 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
     return recipe, folder, None
 
 
+def check_finished(folder: Path, words: Sequence[object]) -> None:
+    """Raises NKATError unless the run in a folder was begun with what these words of a command line ask for."""
+    options = parse_arguments([*map(str, words), "--resume", str(folder)])
+    preset = options.preset or "stage2"
+    _resumed(options, with_preset(preset, _chosen(options)))
+
+
 def _resumed(options: TrainOptions, given: dict[str, Any]) -> tuple[Recipe, Path, dict[str, Any]]:
     """What the folder's run was begun with, and its checkpoint; settings given now may repeat it but not differ."""
     named = options.resume
@@ -436,10 +444,10 @@ def _plot_curves(path: Path, history: list[dict[str, float]], recipe: Recipe) ->
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["loss"] for row in history], ".-")
-    left.set(title="training loss (augmented, mixed labels)", xlabel="epoch")
+    left.set(title="training loss, on augmented pictures", xlabel="epoch", ylabel="cross entropy, nats a picture")
     right.plot(epochs, [100 * row["validation"] for row in history], ".-", label="averaged weights")
     right.plot(epochs, [100 * row["validation_last"] for row in history], ".-", label="last weights")
-    right.set(title="validation accuracy, %", xlabel="epoch")
+    right.set(title="validation accuracy", xlabel="epoch", ylabel="right answers, %")
     right.legend()
     whole_ticks(left.xaxis, right.xaxis)
     save_figure(figure, path, force=True, dpi=DPI)
@@ -467,13 +475,14 @@ def main() -> None:
         return
     with recorded(record, options.json, options.force):
         print_result(record)
+    suggest("vit interpret", "--checkpoint", record["output"], "--data-root", options.data_root)
 
 
 def print_result(record: Mapping[str, Any]) -> None:
     """The record's figures, for people."""
     print(f"validation  {100 * record['validation']:.2f} % after epoch {record['epoch']}")
     if "test" in record:
-        print(f"test        {100 * record['test']:.2f} % of {record['test_images']} pictures")
+        print(f"test        {100 * record['test']:.2f} % of {counted(record['test_images'], 'picture')}")
         print(f"TPE         {record['tpe']:.4f} at lambda {record['lambda_theory']:.2f}")
         target = TARGETS.get(record["recipe"]["dataset"])
         if target and bought_by_size(record["test"], record["tpe"], target):

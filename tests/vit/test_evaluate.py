@@ -112,6 +112,11 @@ def test_runs_are_trained_once_and_judged(tmp_path: Path, monkeypatch: pytest.Mo
     again = run_module("nkat_vit.evaluate", *command)
     assert "done already" in again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["runs"] == record["runs"]
+    for more, said in ((["--epochs", 2], "epochs 1"), (["--preset", "fast", "--epochs", 1], "was begun with")):
+        other = run_module("nkat_vit.evaluate", *command, *more)  # not the runs that were asked for
+        assert other.returncode == 2
+        assert said in other.stderr
+        assert "cannot change" in other.stderr
 
 
 def test_all_sets_are_checked_before_the_first_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,4 +155,4 @@ def test_nothing_to_judge_is_a_mistake(tmp_path: Path) -> None:
     assert run_module("nkat_vit.evaluate").returncode == 2
     absent = run_module("nkat_vit.evaluate", tmp_path / "x")
     assert absent.returncode == 2
-    assert "no such checkpoint" in absent.stderr
+    assert "there is no such file" in absent.stderr
