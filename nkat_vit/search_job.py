@@ -28,7 +28,7 @@ from nkat_vit.checkpoint import load_model
 from nkat_vit.data import check_files, load_images
 from nkat_vit.evaluate import run_result, summarise, table
 from nkat_vit.loop import measure_amp
-from nkat_vit.metrics import GLOBAL_TARGETS
+from nkat_vit.metrics import GLOBAL_TARGETS, LAMBDA_OF_BASELINE, TARGETS, accuracy_needed
 from nkat_vit.predict import judge_once
 from nkat_vit.recipe import PRESETS
 from nkat_vit.search import (
@@ -235,6 +235,8 @@ def print_report(record: dict[str, Any], trials: Trials) -> None:
     print(f"\n{'interrupted: ' if record['interrupted'] else ''}{workers.counts_line(record)}")
     floors = ", ".join(f"{100 * floor:.0f} % on {name}" for name, floor in record["accuracy"].items())
     print(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}, with an accuracy of {floors}")
+    takes, asked = 100 * accuracy_needed(gate, LAMBDA_OF_BASELINE), TARGETS[FIRST_SET].tpe
+    print(f"(at the baseline's size Local TPE {gate:g} takes {takes:.1f} %; STAGE2's target there is {asked:g})")
     for row in best:
         accuracy = row["accuracies"][FIRST_SET]
         if row["local_tpe"] >= gate and accuracy < record["accuracy"][FIRST_SET]:
