@@ -293,7 +293,10 @@ def _same_setting(saved: dict[str, Any], name: str, value: Any) -> bool:
 
 def _extended(recipe: Recipe, epochs: int, content: dict[str, Any], folder: Path) -> Recipe:
     """The recipe with more epochs. Says what becomes of the learning rate."""
-    before, done = recipe.train.epochs, len(content["history"])
+    history = content.get("history")
+    if not isinstance(history, list):
+        raise checkpoint.damaged(folder / "last.pt", "history")
+    before, done = recipe.train.epochs, len(history)
     if epochs < before:
         raise NKATError(f"{folder}: was to have {before} epochs; --extend-to {epochs} is no longer run")
     if epochs > before:
@@ -355,8 +358,7 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
             f"{recipe.dataset}: {len(train_set)} to train on, {len(held)} to validate; {_describe_model(trainer.model)}"
         )
     if content is not None:
-        with checkpoint.damage(folder / "last.pt"):
-            trainer.restore(content)
+        trainer.restore(content)
         if begun.train.epochs < config.epochs:
             trainer.extended_from.append(begun.train.epochs)
         note(f"going on after step {trainer.step}, epoch {trainer.step // trainer.epoch_steps}")
