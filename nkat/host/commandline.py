@@ -22,6 +22,7 @@ from nkat.host.programs import shell_line
 from nkat.host.record import git_commit
 from nkat.host.start import INTERRUPTED
 from nkat.host.threads import most_threads
+from nkat.host.tools import is_installed
 from nkat.version import __version__
 
 if TYPE_CHECKING:
@@ -223,33 +224,14 @@ def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentP
 def _as_called(examples: str) -> str:
     """Where a console script was called, which has no script beside it, the examples call that one."""
     command = Path(sys.argv[0]).name.removesuffix(".exe")
-    if not _is_installed():
+    if not is_installed():
         return examples
     return re.sub(r"^  python (-m )?\S+", f"  {command}", examples, flags=re.MULTILINE)
 
 
 def own_command() -> str:
     """This command as it was given, for a record."""
-    return shell_line([*([] if _is_installed() else ["python"]), *sys.argv])
-
-
-def toolkit_command(installed: str, script: str) -> list[str]:
-    """How another command of the toolkit is started where this one was: from beside it, by its name or its script."""
-    beside = Path(sys.argv[0]).absolute().with_name(script)
-    return [sys.executable, str(beside)] if beside.is_file() else _installed(installed)
-
-
-def toolkit_module(installed: str, module: str) -> list[str]:
-    """The same for a command that is a module, which the checkout's own folder has."""
-    return _installed(installed) if _is_installed() else [sys.executable, "-m", module]
-
-
-def _is_installed() -> bool:
-    return Path(sys.argv[0]).name.startswith("nkat-")
-
-
-def _installed(name: str) -> list[str]:
-    return [str(Path(sys.argv[0]).absolute().with_name(name))] if _is_installed() else [name]
+    return shell_line([*([] if is_installed() else ["python"]), *sys.argv])
 
 
 def taken(kind: type[Options], parsed: argparse.Namespace, **others: object) -> Options:

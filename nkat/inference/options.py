@@ -37,7 +37,7 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "repetitions": {"benchmark": 6, "compare": 6, "gemm": 20},
     "chunks": {"compare": 4, "perplexity": 16},
     "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH),
-    "output_dir": {"compare": None},
+    "output_dir": dict.fromkeys(("benchmark", "compare")),
     "max_tokens": {"generate": 256},
     "temperature": {"generate": Sampling().temperature},
     "top_k": {"generate": Sampling().top_k},
@@ -166,7 +166,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "--output-dir",
         type=Path,
         metavar="DIR",
-        help="where --compare writes (default: a new folder in output/compare)",
+        help="where --benchmark and --compare leave their records (default: a new folder in output/benchmark or "
+        "output/compare; none for --benchmark with --json)",
     )
     add("--force", action="store_true", help="replace existing files")
     parsed = parser.parse_args(argv)

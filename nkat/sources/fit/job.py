@@ -14,7 +14,7 @@ import torch
 from nkat.errors import NKATError
 from nkat.gguf.writer import MetadataValue
 from nkat.host import console, hardware, interrupts
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
 from nkat.lm.load import DTYPES, LoadedModel, load_model
@@ -176,7 +176,8 @@ def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | Non
     kept = fit_text(loaded.tokenizer, keep)
     if len(kept.tokens) < context:
         raise NKATError(
-            f"{keep.name}: the text is too short: it has {len(kept.tokens)} tokens, one sequence needs {context}"
+            f"{keep.name}: the text is too short: it has {counted(len(kept.tokens), 'token')}, one sequence needs "
+            f"{context}"
         )
     return FitData(learned, validation, kept)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from nkat.errors import NKATError
-from nkat.host.files import atomic_output
+from nkat.host.tensors import load_tensors, save_tensors
 
 _FORMAT = 1
 _MOST_STEPS = (1 << 31) - 1  # a Θ file notes them
@@ -48,22 +47,13 @@ def run_identity(inputs: Mapping[str, Any]) -> str:
 
 def save_state(path: Path, state: FitState, identity: str) -> None:
     """Writes the state in place of an older one, atomically."""
-    buffer = io.BytesIO()
     values = {name: getattr(state, name) for name in FitState.__slots__}
-    torch.save({"format": _FORMAT, "identity": identity, **values}, buffer)
-    with atomic_output(path, buffer.tell(), force=True) as file:
-        file.write(buffer.getbuffer())
+    save_tensors(path, {"format": _FORMAT, "identity": identity, **values})
 
 
 def load_state(path: Path, identity: str) -> FitState:
     """Reads a state. Raises NKATError when it is damaged, or belongs to other files or settings."""
-    if not path.is_file():  # a pipe would wait for ever
-        raise NKATError(f"{path}: is no file, and so not the state of a fit")
-    try:
-        record = torch.load(path, weights_only=True)
-    except Exception as error:  # whatever a damaged archive, or the pickle in it, can raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise NKATError(f"{path}: cannot be read as the state of a fit: {lines[0]}") from None
+    record = load_tensors(path, "the state of a fit")
     if not isinstance(record, dict) or not _is(record.pop("format", None), _FORMAT):
         raise NKATError(f"{path}: is not the state of a fit made by this version")
     if not _is(record.pop("identity", None), identity):
