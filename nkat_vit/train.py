@@ -293,7 +293,10 @@ def _same_setting(saved: dict[str, Any], name: str, value: Any) -> bool:
 
 def _extended(recipe: Recipe, epochs: int, content: dict[str, Any], folder: Path) -> Recipe:
     """The recipe with more epochs. Says what becomes of the learning rate."""
-    before, done = recipe.train.epochs, len(content["history"])
+    history = content.get("history")
+    if not isinstance(history, list):
+        raise checkpoint.damaged(folder / "last.pt", "history")
+    before, done = recipe.train.epochs, len(history)
     if epochs < before:
         raise NKATError(f"{folder}: was to have {before} epochs; --extend-to {epochs} is no longer run")
     if epochs > before:
