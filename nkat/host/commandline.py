@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound="DataclassInstance")
 
 USER_ERROR = 2
+SEEDS = 1 << 32
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -278,6 +279,14 @@ def thread_count(text: str) -> int:
     value = positive_int(text)
     if value > most_threads():
         raise argparse.ArgumentTypeError(f"must be at most {most_threads()} on this machine, got {value}")
+    return value
+
+
+def seed(text: str) -> int:
+    """For argparse: what every generator of random numbers takes, 32 bits."""
+    value = non_negative_int(text)
+    if value >= SEEDS:
+        raise argparse.ArgumentTypeError(f"must be below {SEEDS}, got {value}")
     return value
 
 

@@ -40,6 +40,20 @@ def test_no_command_takes_a_hundred_thousand_threads(fails, command):
     assert "argument --threads" in fails(*command, "--threads", 100_000)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("nkat_inference_engine.py", "--model", "x.gguf", "--generate", "x"),
+        ("nkat_gguf_converter.py", "--input", "x.gguf", "--output", "y.nkat"),
+        ("nkat_auto_optimizer.py", "--model", "x.gguf", "--output-dir", "x"),
+    ],
+)
+def test_a_seed_has_32_bits(fails, command):
+    for wrong in (1 << 32, 10**40, -1):
+        assert "argument --seed: must be" in fails(*command, "--seed", wrong)
+    assert commandline.seed(str((1 << 32) - 1)) == (1 << 32) - 1
+
+
 def test_text_may_begin_with_a_dash():
     parser = commandline.Parser()
     parser.add_argument("--generate", type=commandline.any_text)
