@@ -109,7 +109,7 @@ def _fail(message: str) -> int:
 # Flags whose value sets how much memory a command takes, in the order in which lowering one helps most.
 _SIZES = (
     "--max-tokens", "--seq-len", "--contextsize", "--batch-size", "--batch", "--chunks", "--theta-rank", "--rank",
-    "--image-size", "--dim", "--depth", "--workers", "--threads",
+    "--embed-dim", "--depth", "--rows", "--workers", "--threads",
 )  # fmt: skip
 _NO_MEMORY = re.compile(
     r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|Storage size calculation overflowed"
@@ -130,7 +130,7 @@ def system_limit(error: BaseException) -> str | None:
             return None
     elif not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
         return None
-    given = [flag for flag in _SIZES if any(word.split("=")[0] == flag for word in sys.argv[1:])]
+    given = [flag for flag in _SIZES if any(word.split("=")[0].replace("_", "-") == flag for word in sys.argv[1:])]
     smaller = f"a smaller {' or '.join(given)}, or " if given else ""
     size = re.search(r"Unable to allocate ([\d.]+ \w+)|tried to allocate ([\d.]+ \w+)", str(error))
     wanted = f" ({size[1] or size[2]} more were wanted)" if size else ""

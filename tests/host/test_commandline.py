@@ -111,7 +111,8 @@ def _python() -> None:
 
 @pytest.mark.parametrize("allocate", [_numpy, _torch, _torch_beyond_counting, _python])
 def test_missing_memory_is_one_line_that_names_what_to_make_smaller(allocate, monkeypatch, capsys):
-    for command, named in ((["x", "--max-tokens", "5"], "--max-tokens"), (["x", "--rank=5"], "--rank"), (["x"], "")):
+    given = {"--max-tokens 5": "--max-tokens", "--rank=5": "--rank", "--embed_dim 5": "--embed-dim", "": ""}
+    for command, named in ((["x", *flags.split()], named) for flags, named in given.items()):
         monkeypatch.setattr("sys.argv", command)
         with pytest.raises(SystemExit) as ended:
             commandline.run(allocate)
