@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import math
 import re
 import sys
 import warnings
@@ -275,10 +276,18 @@ def positive_int(text: str) -> int:
 
 
 def thread_count(text: str) -> int:
-    """For argparse: how many threads, as many as this machine can sensibly run."""
+    """For argparse: how many threads or processes, as many as this machine can sensibly run."""
     value = positive_int(text)
     if value > most_threads():
         raise argparse.ArgumentTypeError(f"must be at most {most_threads()} on this machine, got {value}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """For argparse: a time, which comes to its end."""
+    value = number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {value:g}")
     return value
 
 

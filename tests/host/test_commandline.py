@@ -54,6 +54,13 @@ def test_a_seed_has_32_bits(fails, command):
     assert commandline.seed(str((1 << 32) - 1)) == (1 << 32) - 1
 
 
+def test_workers_and_their_time_are_bounded(fails):
+    command = ("nkat_auto_optimizer.py", "--model", "x.gguf", "--output-dir", "x")
+    assert "argument --workers: must be at most" in fails(*command, "--workers", 100_000)
+    for wrong in ("nan", "inf", -1):
+        assert "argument --timeout: must be" in fails(*command, "--timeout", wrong)
+
+
 def test_text_may_begin_with_a_dash():
     parser = commandline.Parser()
     parser.add_argument("--generate", type=commandline.any_text)
