@@ -28,7 +28,7 @@ from nkat_vit.checkpoint import load_model
 from nkat_vit.data import check_files, load_images
 from nkat_vit.evaluate import run_result, summarise, table
 from nkat_vit.loop import measure_amp
-from nkat_vit.metrics import GLOBAL_TARGETS
+from nkat_vit.metrics import GLOBAL_TARGETS, LAMBDA_OF_BASELINE, TARGETS, accuracy_needed
 from nkat_vit.predict import judge_once
 from nkat_vit.recipe import PRESETS
 from nkat_vit.search import (
@@ -159,7 +159,7 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
         "optimal": None,
     }
     if not outcome.interrupted and ranked and (passed or options.study.force):
-        record["optimal"] = write_optimal(options, ranked[0], test)
+        record["optimal"] = write_optimal(options, budget, ranked[0], test)
     rows = history(study)
     write_records(folder, rows, record)
     with recorded(record, options.study.json, options.study.force):
@@ -172,10 +172,13 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
         print(f"files are in {folder}")
 
 
-def write_optimal(options: ShapeOptions, winner: FrozenTrial, test: dict[str, Any] | None) -> dict[str, Any]:
-    """Writes the winner's settings. test: its scores there, where it passed the gate"""
+def write_optimal(
+    options: ShapeOptions, budget: Budget, winner: FrozenTrial, test: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Writes the winner's settings and how it was trained. test: its scores there, where it passed the gate"""
     setting, path = winner.user_attrs["setting"], options.study.output_dir / OPTIMAL
-    write_json(model_values(setting, FIRST_SET), str(path), force=True)
+    trained = {name: value for name, value in budget.train_values().items() if name in ("opt", "lr", "muon_lr")}
+    write_json(model_values(setting, FIRST_SET) | trained, str(path), force=True)
     words: list[object] = [*tool_command("vit train"), "--dataset", FIRST_SET]
     words += ["--config", path.absolute(), "--data-root", options.data_root.absolute()]
     record = {"file": str(path), "trial": winner.number, "setting": setting, "passed": test is not None}
@@ -232,6 +235,8 @@ def print_report(record: dict[str, Any], trials: Trials) -> None:
     print(f"\n{'interrupted: ' if record['interrupted'] else ''}{workers.counts_line(record)}")
     floors = ", ".join(f"{100 * floor:.0f} % on {name}" for name, floor in record["accuracy"].items())
     print(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}, with an accuracy of {floors}")
+    takes, asked = 100 * accuracy_needed(gate, LAMBDA_OF_BASELINE), TARGETS[FIRST_SET].tpe
+    print(f"(at the baseline's size Local TPE {gate:g} takes {takes:.1f} %; STAGE2's target there is {asked:g})")
     for row in best:
         accuracy = row["accuracies"][FIRST_SET]
         if row["local_tpe"] >= gate and accuracy < record["accuracy"][FIRST_SET]:
