@@ -12,6 +12,7 @@ from gguf.constants import GGMLQuantizationType as QType
 from nkat.gguf.formats import dequantise
 from nkat.kernels import reference
 from nkat.kernels.cpu import jit
+from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, unit_bytes
 from nkat.kernels.cpu.linear import CpuLinear, Panels
 from nkat.kernels.cpu.llvm import F16, F32, I64, Builder
@@ -22,7 +23,6 @@ from nkat.kernels.cpu.matmul import (
     down_kernel,
     embedding_kernel,
     matmul_kernel,
-    panel_tokens,
     round_kernel,
     rounding_of,
 )
@@ -72,22 +72,37 @@ def inputs(count: int, n: int = N, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, n, generator=torch.Generator().manual_seed(seed))
 
 
-def multiply(qtype: QType, packed: torch.Tensor, x: torch.Tensor, tokens: int, exact: bool, isa: str) -> torch.Tensor:
-    """W x by the kernels of one instruction set, [count, M]."""
-    tiles = repack(packed, qtype, (M, N))
-    state = np.array([len(x)], np.int64)
-    panels = Panels(rounding_of(qtype, exact), N, len(x), tokens, state)
-    y = aligned((-(-len(x) // tokens) * tokens, len(tiles) * ROWS), np.float32)
+def multiply(
+    qtype: QType,
+    packed: torch.Tensor,
+    x: torch.Tensor,
+    exact: bool,
+    isa: str,
+    *,
+    repacked: bool = True,
+    shape: tuple[int, int] = (M, N),
+) -> torch.Tensor:
+    """W x by the kernels of one instruction set, [count, m]: one token by one kernel, more by the other."""
+    (m, n), tokens = shape, 1 if len(x) == 1 else batch_tokens(isa)
+    weight = repack(packed, qtype, shape) if repacked else packed.numpy().reshape(m, -1)
+    state, tiles = np.array([len(x)], np.int64), -(-m // ROWS)
+    panels = Panels(rounding_of(qtype, exact), n, len(x), tokens, state)
+    y = aligned((-(-len(x) // tokens) * tokens, tiles * ROWS), np.float32)
     program = Program()
     rows = x.numpy()
-    arguments = (rows, rows.strides[0], N, panels.q, panels.d, panels.sums, state)
+    arguments = (rows, rows.strides[0], n, panels.q, panels.d, panels.sums, state)
     program.add(round_kernel(panels.rounding, tokens, isa), arguments)
     program.barrier()
-    units = N // BLOCK_LAYOUTS[qtype].columns
-    given = (tiles, tiles.shape[1], units, len(tiles), panels.q, panels.d, panels.sums, y, y.strides[0])
-    program.add(matmul_kernel(qtype, tokens, exact, isa), (*given, 0, 0, 0, 0, state))
+    units = n // BLOCK_LAYOUTS[qtype].columns
+    given = (panels.q, panels.d, panels.sums, y, y.strides[0], 0, 0, 0, 0)
+    if tokens == 1:
+        kernel = matmul_kernel(qtype, 1, exact, isa)
+        program.add(kernel, (weight, weight.shape[1], units, tiles, *given, state))
+    else:
+        kernel, scratch = batch_kernel(qtype, tokens, exact, repacked, isa), make_scratch(1, tokens)
+        program.add(kernel, (weight, weight.shape[1], units, tiles, m, *given, scratch, scratch.shape[1], state))
     program.run(pool(1))
-    return torch.from_numpy(y[: len(x), :M].copy())
+    return torch.from_numpy(y[: len(x), :m].copy())
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -99,22 +114,37 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 @every_format
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("count", [1, 11])
+@pytest.mark.parametrize("count", [1, 14])
 def test_int8_products_equal_the_rounded_reference(qtype, isa, count):
     packed, x = packed_weight(qtype), inputs(count)
-    tokens = 1 if count == 1 else panel_tokens(isa)
     weight = dequantise(packed, qtype, (M, N)).double()
     expected = reference.round_activations(x, qtype).double() @ weight.T
-    assert error(multiply(qtype, packed, x, tokens, False, isa), expected) < INT8_TOLERANCE[qtype]
+    assert error(multiply(qtype, packed, x, False, isa), expected) < INT8_TOLERANCE[qtype]
     assert error(x.double() @ weight.T, expected) > 1e-4  # without the rounding it would fail
 
 
 @every_format
 @pytest.mark.parametrize("isa", ISAS)
-def test_exact_products_equal_the_reference(qtype, isa):
-    packed, x = packed_weight(qtype), inputs(5)
+@pytest.mark.parametrize("count", [1, 14])
+def test_exact_products_equal_the_reference(qtype, isa, count):
+    packed, x = packed_weight(qtype), inputs(count)
     expected = x.double() @ dequantise(packed, qtype, (M, N)).double().T
-    assert error(multiply(qtype, packed, x, panel_tokens(isa), True, isa), expected) < EXACT_TOLERANCE[qtype]
+    assert error(multiply(qtype, packed, x, True, isa), expected) < EXACT_TOLERANCE[qtype]
+
+
+@every_format
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_weight_left_in_the_file_gives_the_same_bits(qtype, isa, exact):
+    """Where rows are no whole number of tiles too, and columns more than are unpacked together."""
+    shape = (M + 3, 2048 + 256)
+    packed, x = packed_weight(qtype, *shape), inputs(batch_tokens(isa) + 1, shape[1])
+    repacked, in_place = (multiply(qtype, packed, x, exact, isa, repacked=r, shape=shape) for r in (True, False))
+    assert torch.equal(in_place, repacked)
+    inputs_used = x if exact else reference.round_activations(x, qtype)
+    expected = inputs_used.double() @ dequantise(packed, qtype, shape).double().T
+    assert error(in_place, expected) < 2 * (EXACT_TOLERANCE if exact else INT8_TOLERANCE)[qtype]
+    assert error(in_place.roll(1, dims=1), expected) > 0.1  # a row beside it would be noticed
 
 
 @every_format
@@ -163,8 +193,11 @@ def test_swapped_columns_are_noticed(qtype):
 def test_float_weights(qtype, shape, count):
     packed, x = packed_weight(qtype, *shape), inputs(count, shape[1])
     expected = x.double() @ dequantise(packed, qtype, shape).double().T
-    result = CpuLinear(packed, qtype, shape).rows(x, 0, shape[0], 0.0, 1)
-    assert error(result, expected) < EXACT_TOLERANCE[qtype]
+    results = [CpuLinear(packed, qtype, shape).rows(x, 0, shape[0], 0.0, 1)]
+    if count > 1:
+        results.append(CpuLinear(packed, qtype, shape, in_place=True).rows(x, 0, shape[0], 0.0, 1))
+    assert error(results[0], expected) < EXACT_TOLERANCE[qtype]
+    assert torch.equal(results[0], results[-1])
 
 
 @pytest.mark.parametrize("rounding", [Rounding(32, 32), Rounding(256, 32), Rounding(256, 16)])
@@ -271,7 +304,7 @@ def test_threads_change_no_bit(qtype, count):
 
 
 def test_a_token_does_not_depend_on_its_panel():
-    packed, x = packed_weight(QType.Q6_K), inputs(2 * panel_tokens() + 1)
+    packed, x = packed_weight(QType.Q6_K), inputs(2 * batch_tokens() + 1)
     linear = CpuLinear(packed, QType.Q6_K, (M, N))
     together = linear.rows(x, 0, M, 0.0, 2)
     for i in range(len(x)):
@@ -321,6 +354,9 @@ def test_exp():
     assert np.abs(out[inside] / expected[inside] - 1).max() < 2.5e-7
     assert (out[x < -87.5] == 0).all()
     assert out[0] == out[1] == 1.0
+    x[:2] = np.nan, -np.nan
+    program.run(pool(1))
+    assert np.isnan(out[:2]).all()  # damaged weights must show
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from nkat.kernels.cpu.batch import batch_kernel
+from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, repack_float
 from nkat.kernels.cpu.matmul import (
     EXACT,
@@ -15,7 +15,6 @@ from nkat.kernels.cpu.matmul import (
     Rounding,
     down_kernel,
     matmul_kernel,
-    panel_tokens,
     round_kernel,
     rounding_of,
 )
@@ -210,11 +209,27 @@ class CpuLinear:
         )
         return words[12:13]
 
+    def multiply(
+        self,
+        program: Program,
+        panels: Panels,
+        y: np.ndarray,
+        row_bytes: int,
+        scratch: np.ndarray,
+        u: np.ndarray | None = None,
+        first_tile: int = 0,
+        tiles: int | None = None,
+    ) -> np.ndarray:
+        """`matmul` or `batch`, by how many tokens the panels hold. One needs no scratch."""
+        if panels.tokens == 1:
+            return self.matmul(program, panels, y, row_bytes, u, first_tile, tiles)
+        return self.batch(program, panels, y, row_bytes, scratch, u, first_tile, tiles)
+
     def rows(self, x: torch.Tensor, start: int, stop: int, kappa: float, threads: int) -> torch.Tensor:
         """Outputs [start, stop) for x [..., n]; float32 [..., stop - start]. `start` is a multiple of 16."""
         inputs = x.reshape(-1, self.shape[1]).float().contiguous().numpy()
         count = len(inputs)
-        tokens = 1 if count == 1 else panel_tokens()
+        tokens = 1 if count == 1 else batch_tokens()
         state = np.array([count], dtype=np.int64)
         panels = Panels(self.rounding, self.shape[1], count, tokens, state)
         first, last = start // ROWS, -(-stop // ROWS)
@@ -227,6 +242,6 @@ class CpuLinear:
             self.star.set_kappa(kappa)
             self.down(program, panels, u)
         program.barrier()
-        self.matmul(program, panels, y, y.strides[0], u, first, last - first)
+        self.multiply(program, panels, y, y.strides[0], make_scratch(threads, tokens), u, first, last - first)
         program.run(pool(threads))
         return torch.from_numpy(y)[:count, : stop - start].reshape(*x.shape[:-1], stop - start)

@@ -5,9 +5,9 @@ so that products are sums of bytes. For one group of columns of a row (see `nkat
 
     Σ w·x = s · d · Σ q·x̂  +  m · d · Σ x̂              w = s·q + m, x ≈ d·x̂
 
-and the star term is κ·up·(down·x) with Θ's INT8 factors as they are (`nkat.theta.algebra.low_rank_form`). Several
-tokens go through a weight at once, so that it is taken apart once for all of them: tokens lie in *panels* of
-`panel_tokens()`, padded; the rows of the panel that no token fills are computed and ignored.
+and the star term is κ·up·(down·x) with Θ's INT8 factors as they are (`nkat.theta.algebra.low_rank_form`). Tokens
+lie in *panels*, padded; the rows of the panel that no token fills are computed and ignored. Where there are many,
+`nkat.kernels.cpu.batch` takes the place of `matmul_kernel`.
 
 Float weights (F32, F16, BF16) are multiplied in float32 without rounding, and so are all when *exact* is asked for.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
-from nkat.kernels.cpu.jit import best_isa, compile_kernel
+from nkat.kernels.cpu.jit import compile_kernel
 from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, I64, Builder, Value
 
 FLOAT_TYPES = {
@@ -33,11 +33,6 @@ FLOAT_TYPES = {
 # without, 20 to 22 GB/s from 2 kB (6 kB for Q6_K) on, which is all that reading alone reaches there.
 _AHEAD = 6144
 STAR_ROWS = 8  # rows of `down` in one tile: 2 lanes each
-
-
-def panel_tokens(isa: str | None = None) -> int:
-    """Tokens multiplied at once in prefill: as many as the registers hold sums of."""
-    return 8 if (isa or best_isa()) == "avx512-vnni" else 4
 
 
 @dataclass(frozen=True, slots=True)
