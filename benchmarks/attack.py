@@ -7,6 +7,11 @@ The cases are those of `tests.attack`: the same number is the same file. Ends wi
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.attack")
+
 import json
 import os
 import sys
@@ -33,7 +38,3 @@ def main() -> None:
     print(json.dumps({"count": options.count, "first": options.first, "seconds": seconds, **result.record()}))
     if not result.clean:
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    commandline.run(main)

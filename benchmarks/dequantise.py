@@ -12,6 +12,11 @@ The last line on stdout is the result as JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.dequantise")
+
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +29,7 @@ from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import SUPPORTED_TYPES, dequantise, packed_nbytes
-from nkat.host.commandline import parser, positive_int, run, thread_count
+from nkat.host.commandline import parser, positive_int, thread_count
 from nkat.host.console import format_table
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import write_json
@@ -103,7 +108,3 @@ def main() -> None:
         "machine": describe(torch.device("cpu")),
     }
     write_json(record, "-")
-
-
-if __name__ == "__main__":
-    run(main)

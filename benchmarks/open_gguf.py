@@ -9,6 +9,11 @@ The file is in the page cache after the first, unmeasured round of ours. The las
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.open_gguf")
+
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -63,7 +68,3 @@ def main() -> None:
     ]
     print(format_table(rows, ["file", "tokens", "nkat s", "gguf-py s", "ratio"]))
     write_json({"benchmark": "open_gguf", "results": records, "machine": describe(torch.device("cpu"))}, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -10,6 +10,11 @@ trial costs beside the bare perplexity run. The last line of stdout is JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.optimizer")
+
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -176,7 +181,3 @@ def main() -> None:
         "machine": describe(torch.device("cpu")),
     }
     write_json(record, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

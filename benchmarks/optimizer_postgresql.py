@@ -9,6 +9,11 @@ afterwards. Also counts finished trials per second there and in a journal file. 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.optimizer_postgresql")
+
 import contextlib
 import os
 import shutil
@@ -91,7 +96,3 @@ def main() -> None:
     write_json({"passed": passed, "version": version.strip(), "trials_per_second": speed, "ratio": ratio}, "-")
     if not passed:
         raise NKATError("the test did not pass")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -14,6 +14,11 @@ paired differences from the same model without Θ. The last line of stdout is JS
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.quality")
+
 import argparse
 import json
 import subprocess
@@ -384,7 +389,3 @@ def run(options: argparse.Namespace) -> None:
     machine = hardware.describe(torch.device("cpu"))
     record = {"machine": machine, "dtype": str(bench.dtype), "steps": options.steps, "cases": results}
     write_json(record, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -9,6 +9,11 @@ what weights look like. The error is the largest relative one of the `rank` sing
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.svd")
+
 from statistics import median
 from time import perf_counter
 
@@ -68,7 +73,3 @@ def main() -> None:
     ]
     print(format_table(rows, [f"{options.size}x{options.size}", "truncated s", "full s", "ratio", "error"]))
     write_json({"benchmark": "svd", "results": records, "machine": describe(torch.device("cpu"))}, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -11,6 +11,11 @@ processes can share the work. The last line of stdout is JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.vit_ablation")
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +123,3 @@ def main() -> None:
     )
     machine = describe(world.device)
     write_json({"benchmark": "vit_ablation", "settings": common, "steps": record, "machine": machine}, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

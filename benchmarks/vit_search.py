@@ -12,6 +12,11 @@ line of stdout is JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.vit_search")
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,7 +120,3 @@ def main() -> None:
         "machine": describe(world.device),
     }
     write_json(record, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

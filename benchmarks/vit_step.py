@@ -12,6 +12,11 @@ paired ratios of each round. The last line of stdout is JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.vit_step")
+
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -173,7 +178,3 @@ def main() -> None:
         "machine": describe(device),
     }
     write_json(record, "-")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -1,11 +1,16 @@
-"""Prefill and decoding on the CPU against llama.cpp: same file, same threads, taking turns in one run.
+"""Prefill and decoding on the CPU against llama.cpp: same file, taking turns in one run.
 
-    python -m benchmarks.vs_llama_cpp --llama-bench PATH models/smollm2.gguf models/other.gguf --threads 2
+    python -m benchmarks.vs_llama_cpp --llama-bench PATH models/smollm2.gguf Q4_K_M Q6_K --threads 1 2
     python -m benchmarks.vs_llama_cpp --llama-bench PATH --llama-completion PATH models/smollm2.nkat
 
-llama-bench is llama.cpp's own benchmark (`-p 512 -n 128`, one repetition a turn, after its warm-up). Each turn measures
-it, then this toolkit in this process: 512 tokens of prefill, then 128 steps of decoding from an empty cache, as
-llama-bench does. The ratio is the median over the turns of ours / llama.cpp's, with the smallest and largest.
+A model is a file, or the name of a mix of formats: then a 7B-shaped file is written for it (`benchmarks.shapes`). For
+each number of threads llama-bench, llama.cpp's own benchmark, is tried with up to so many and with and without flash
+attention, and keeps what suits it best, for prefill and decoding apart. Each turn measures it so, one repetition after
+its warm-up, in the environment of the user's shell, and then this toolkit in this process: 512 tokens of prefill, then
+128 steps of decoding from an empty cache, as llama-bench does. The ratio is the median over the turns of ours /
+llama.cpp's, with the smallest and largest. `share` is the file's bytes that a token needs, times its tokens a second,
+over the most that this memory gives (`benchmarks.memory`); above 1 the benchmark fails. A file that the last cache
+could hold is marked, and has none.
 
 Where a model has a Θ and llama-completion is given, a second table has Θ's cost in prefill and decoding: here, as a
 LoRA adapter in llama.cpp (`--lora`), and here as plain torch products beside each layer. llama.cpp's threads wait by
@@ -15,12 +20,18 @@ is JSON.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.vs_llama_cpp")
+
 import gc
 import json
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -28,6 +39,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.memory import Ceiling, last_cache_bytes, measure_ceiling, share_of
+from benchmarks.shapes import BLOCKS, MIXES, write_shaped
 from nkat.engine.decoder import Decoder, make_decoder
 from nkat.errors import NKATError
 from nkat.gguf.writer import write_gguf
@@ -45,11 +58,41 @@ PREFILL, DECODE = 512, 128
 Speeds = tuple[float, float]  # tokens a second: prefill, decoding
 
 
-def llama_bench(program: Path, model: Path, threads: int) -> Speeds:
-    command = [program, "-m", model, "-t", threads, "-p", PREFILL, "-n", DECODE, "-r", 1, "-o", "json"]
-    records = json.loads(_run(command).stdout)
-    prefill = next(r["avg_ts"] for r in records if r["n_prompt"] == PREFILL and r["n_gen"] == 0)
-    return prefill, next(r["avg_ts"] for r in records if r["n_gen"] == DECODE and r["n_prompt"] == 0)
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Of llama-bench: what it is given."""
+
+    threads: int
+    flash_attention: bool
+
+    @property
+    def words(self) -> list[Any]:
+        return ["-t", self.threads, "-fa", int(self.flash_attention)]
+
+
+def best_settings(program: Path, model: Path, threads: int) -> tuple[Setting, Setting]:
+    """What llama-bench is fastest with, in prefill and in decoding, with at most so many threads."""
+    counts = sorted({threads, *(2**i for i in range(threads.bit_length()) if 2**i <= threads)})
+    flags = ["-t", ",".join(map(str, counts)), "-fa", "0,1"]
+    records = _bench(program, model, [*flags, "-p", PREFILL // 2, "-n", DECODE // 4])
+
+    def best(prefill: bool) -> Setting:
+        found = max((r for r in records if (r["n_gen"] == 0) == prefill), key=lambda r: r["avg_ts"])
+        return Setting(found["n_threads"], bool(found["flash_attn"]))
+
+    return best(True), best(False)
+
+
+def llama_bench(program: Path, model: Path, settings: tuple[Setting, Setting]) -> Speeds:
+    prefill, decode = settings
+    return (
+        _bench(program, model, [*prefill.words, "-p", PREFILL, "-n", 0])[0]["avg_ts"],
+        _bench(program, model, [*decode.words, "-p", 0, "-n", DECODE])[0]["avg_ts"],
+    )
+
+
+def _bench(program: Path, model: Path, words: list[Any]) -> list[dict[str, Any]]:
+    return json.loads(_run([program, "-m", model, *words, "-r", 1, "-o", "json"]).stdout)
 
 
 def llama_completion(program: Path, model: Path, threads: int, prompt: Path, lora: Path | None) -> Speeds:
@@ -91,22 +134,38 @@ def ours(decoder: Decoder, tokens: list[int], after_prompt: bool) -> Speeds:
     return prefill, DECODE / (perf_counter() - started)
 
 
-def compare(program: Path, path: Path, threads: int, turns: int) -> dict[str, Any]:
+def compare(program: Path, path: Path, threads: int, turns: int, ceiling: Ceiling) -> dict[str, Any]:
     """Both programs on one model without Θ."""
+    hardware.set_threads(threads)
     loaded = load_model(path, int8_activations=True, repack=True)
     tokens = _tokens(loaded)
     decoder = make_decoder(loaded.model, PREFILL + 1)
     decoder.set_gamma(None)
     ours(decoder, tokens, False)  # compiles
+    settings = best_settings(program, path, threads)
     pairs: list[tuple[Speeds, Speeds]] = []
-    with console.bar(turns, path.name, "turn") as bar:
+    with console.bar(turns, f"{path.name}, {threads} threads", "turn") as bar:
         for _ in range(turns):
-            pairs.append((ours(decoder, tokens, False), llama_bench(program, path, threads)))
+            pairs.append((ours(decoder, tokens, False), llama_bench(program, path, settings)))
             bar.update()
-    return {"model": path.name} | {
-        name: _summary([a[i] for a, _ in pairs], [b[i] for _, b in pairs])
+    record: dict[str, Any] = {"model": path.name, "bytes": path.stat().st_size, "threads": threads}
+    record |= {
+        name: _summary([a[i] for a, _ in pairs], [b[i] for _, b in pairs]) | {"llama_cpp_setting": asdict(settings[i])}
         for i, name in enumerate(("prefill", "decode"))
     }
+    needed = _bytes_a_token(loaded)
+    record["bytes_a_token"], record["fits_the_last_cache"] = needed, needed <= last_cache_bytes()
+    if not record["fits_the_last_cache"]:
+        for name in ("nkat", "llama_cpp"):
+            speed = needed * record["decode"][f"{name}_tokens_per_second"] / 1e9
+            record["decode"][f"{name}_share"] = share_of(speed, ceiling)
+    return record
+
+
+def _bytes_a_token(loaded: LoadedModel) -> int:
+    """Bytes of the file that one token reads: all tensors but an embedding that is no output layer."""
+    tied = not any(name.startswith("output.") for name in loaded.tensors)
+    return sum(t.nbytes for name, t in loaded.tensors.items() if tied or not name.startswith("token_embd."))
 
 
 def theta_cost(program: Path, model_file: ModelFile, threads: int, turns: int) -> dict[str, Any]:
@@ -188,7 +247,8 @@ def _run(command: list[Any]) -> subprocess.CompletedProcess[str]:
     except OSError as error:
         raise NKATError(f"{command[0]}: cannot be run: {error.strerror}") from None
     except subprocess.CalledProcessError as error:
-        raise NKATError(f"{command[0]}: failed: {error.stderr.strip().splitlines()[-1]}") from None
+        said = error.stderr.strip().splitlines() or [f"status {error.returncode}"]
+        raise NKATError(f"{command[0]}: failed: {said[-1]}") from None
 
 
 def _summary(a: list[float], b: list[float]) -> dict[str, float]:
@@ -210,24 +270,48 @@ def main() -> None:
     parser = commandline.parser(
         "CPU speed against llama.cpp.", "  python -m benchmarks.vs_llama_cpp --llama-bench PATH a.gguf"
     )
-    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=f"a file, or one of {', '.join(MIXES)}")
+    parser.add_argument(
+        "--blocks",
+        type=commandline.positive_int,
+        default=BLOCKS,
+        metavar="N",
+        help="of a 7B-shaped file (default: all)",
+    )
     parser.add_argument("--llama-bench", type=Path, required=True, metavar="PATH")
     parser.add_argument("--llama-completion", type=Path, metavar="PATH", help="to compare Θ with a LoRA there")
-    parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
+    parser.add_argument("--threads", type=commandline.thread_count, nargs="+", metavar="N", default=[])
     parser.add_argument("--turns", type=commandline.positive_int, default=5, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write the record to a file too")
     options = parser.parse_args()
-    threads = hardware.set_threads(options.threads)
-    record: dict[str, Any] = {"turns": options.turns, "threads": threads, "speed": [], "theta": []}
-    for path in options.models:
-        model_file = open_model_file(path)
-        if model_file.theta is None:
-            record["speed"].append(compare(options.llama_bench, path, threads, options.turns))
-        elif options.llama_completion is None:
-            note(f"{path}: has a Θ; give --llama-completion to compare its cost")
-        else:
-            record["theta"].append(theta_cost(options.llama_completion, model_file, threads, options.turns))
-        gc.collect()
+    counts = options.threads or [hardware.set_threads(None)]
+    record: dict[str, Any] = {"turns": options.turns, "threads": counts, "speed": [], "theta": []}
+    ceilings: dict[int, Ceiling] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.models:
+            path = Path(name)
+            if name in MIXES and not path.exists():
+                path = Path(folder) / f"{name}-{options.blocks}.gguf"
+                write_shaped(path, name, options.blocks)
+            model_file = open_model_file(path)
+            if model_file.theta is None:
+                for threads in counts:
+                    if threads not in ceilings:
+                        ceilings[threads] = measure_ceiling(hardware.set_threads(threads))
+                    record["speed"].append(
+                        compare(options.llama_bench, path, threads, options.turns, ceilings[threads])
+                    )
+                    gc.collect()
+            elif options.llama_completion is None:
+                note(f"{path}: has a Θ; give --llama-completion to compare its cost")
+            else:
+                threads = hardware.set_threads(counts[-1])
+                record["theta"].append(theta_cost(options.llama_completion, model_file, threads, options.turns))
+            del model_file  # lets the file go
+            gc.collect()
+            if path.parent == Path(folder):
+                path.unlink()
+    record["ceilings"] = {str(threads): asdict(ceiling) for threads, ceiling in ceilings.items()}
     if record["speed"]:
         _print_speed(record["speed"])
     if record["theta"]:
@@ -241,14 +325,15 @@ def main() -> None:
 def _print_speed(records: list[dict[str, Any]]) -> None:
     rows = []
     for r in records:
-        cells = [r["model"]]
+        cells = [r["model"] + (" (in cache)" if r["fits_the_last_cache"] else ""), str(r["threads"])]
         for part in ("prefill", "decode"):
             s = r[part]
             cells += [f"{s['nkat_tokens_per_second']:.1f}", f"{s['llama_cpp_tokens_per_second']:.1f}"]
             cells.append(f"{s['ratio']:.2f} ({s['ratio_min']:.2f}-{s['ratio_max']:.2f})")
-        rows.append(cells)
-    header = ["tok/s", f"prefill {PREFILL}", "llama.cpp", "ratio", f"decode {DECODE}", "llama.cpp", "ratio"]
-    print(format_table(rows, header) + "\n")
+        shares = [r["decode"].get(f"{name}_share") for name in ("nkat", "llama_cpp")]
+        rows.append([*cells, *("-" if share is None else f"{share:.2f}" for share in shares)])
+    header = ["tok/s", "threads", f"prefill {PREFILL}", "llama.cpp", "ratio", f"decode {DECODE}", "llama.cpp", "ratio"]
+    print(format_table(rows, [*header, "share", "llama.cpp"]) + "\n")
 
 
 def _print_theta(records: list[dict[str, Any]]) -> None:
@@ -261,7 +346,3 @@ def _print_theta(records: list[dict[str, Any]]) -> None:
             ]
             rows.append([f"{r['model']}, rank {r['rank']}, {way}", *cells])
     print(format_table(rows, ["Θ's overhead, %", "prefill", "decode"]) + "\n")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

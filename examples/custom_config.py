@@ -8,6 +8,11 @@ the paired difference. The test set is not touched.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("examples.custom_config")
+
 import tempfile
 from pathlib import Path
 from statistics import fmean, stdev
@@ -65,7 +70,3 @@ def main() -> None:
         print(f"seed {seed}: with {accuracies[0]:.2f} %, without {accuracies[1]:.2f} %", flush=True)
     spread = f" ± {stdev(differences):.2f} (sd)" if len(differences) > 1 else ""
     print(f"gauge terms change accuracy by {fmean(differences):+.2f}{spread} points, n = {len(differences)}")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -8,6 +8,11 @@ Runs the scripts as a user would and shows each command. Files go to output/demo
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("examples.demo")
+
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +54,3 @@ def main() -> None:
         arguments = ["--perplexity", "--chunks", options.chunks, *text, "--json", record, "--force"]
         run("nkat_inference_engine.py", "--model", nkat, *arguments)
     print(f"\nfiles are in {folder}: the model with Θ and the records of what was done and measured")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

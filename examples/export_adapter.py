@@ -5,6 +5,11 @@ python -m examples.export_adapter model.nkat theta.bin lora.gguf
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("examples.export_adapter")
+
 from pathlib import Path
 
 import nkat
@@ -27,7 +32,3 @@ def main() -> None:
     nkat.save(model.theta, options.lora, model, layout="lora")
     again = nkat.load_theta(options.theta, model)
     print(f"Θ of rank {again.rank} at gamma {again.gamma:g} in {options.theta} and {options.lora}")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -5,6 +5,11 @@ python -m examples.fit_and_save model.gguf learn.txt judge.txt model.nkat
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("examples.fit_and_save")
+
 from pathlib import Path
 
 import nkat
@@ -28,7 +33,3 @@ def main() -> None:
     print(f"on {options.judge.name}: {nkat.perplexity(model, options.judge, theta, chunks=8).change}")
     nkat.save(theta, options.output, model)
     print(f"wrote {options.output}: {theta.nbytes:,} bytes of Θ")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -9,6 +9,11 @@ Finished runs are kept and unfinished ones go on, so that the command can be sto
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("examples.full_training")
+
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +55,3 @@ def main() -> None:
     cifar = output / "cifar10-seed0"
     run("nkat_vit.interpret", "--checkpoint", cifar, *data, "--output-dir", output / "pictures")
     run("nkat_vit.export", "--checkpoint", cifar, "--output", output / "cifar10.pt2", "--force")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

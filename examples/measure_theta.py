@@ -5,6 +5,11 @@ python -m examples.measure_theta model.gguf my.txt
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("examples.measure_theta")
+
 from pathlib import Path
 
 import nkat
@@ -25,7 +30,3 @@ def main() -> None:
         theta = nkat.make_theta(model, rank=4, gamma=gamma)
         score = nkat.perplexity(model, options.text, theta, chunks=options.chunks)
         print(f"gamma {gamma:g}: perplexity {score.perplexity}, {score.change}, TPE {score.tpe:.6f}")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

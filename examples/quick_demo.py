@@ -8,6 +8,11 @@ Runs the commands as a user would and shows each. Files go to output/quick_demo.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("examples.quick_demo")
+
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +58,3 @@ def main() -> None:
     run("nkat_vit.train", "--dataset", options.dataset, *data, *small, *gentle, *size, "--output", output, "--force")
     run("nkat_vit.interpret", "--checkpoint", output, *data, "--output-dir", output / "pictures")
     print(f"\nthe model is {output / 'best.pt'}, its pictures are in {output / 'pictures'}")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -5,6 +5,11 @@ python -m examples.write_text model.nkat 'Once upon a time'
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("examples.write_text")
+
 from pathlib import Path
 
 import nkat
@@ -29,7 +34,3 @@ def main() -> None:
 
 def print_piece(piece: str) -> None:
     print(piece, end="", flush=True)
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -5,31 +5,34 @@ A command's own modules are imported when it is called, and by name: nothing her
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from nkat.host.commandline import start
+from nkat.host.start import load, start
 
 
-def convert() -> NoReturn:
+def convert() -> None:
     """`nkat-convert`, nkat_gguf_converter.py"""
     start("nkat.convert.job")
 
 
-def engine() -> NoReturn:
+def engine() -> None:
     """`nkat-engine`, nkat_inference_engine.py"""
     start("nkat.inference.job")
 
 
-def optimize() -> NoReturn:
+def optimize() -> None:
     """`nkat-optimize`, nkat_auto_optimizer.py"""
     start("nkat.search.main")
 
 
-def kobold() -> NoReturn:
+def kobold() -> None:
     """`nkat-kobold`, backend_selector.py"""
     start("nkat.kobold.session")
 
 
-def models() -> NoReturn:
+def models() -> None:
     """`nkat-models`, python -m nkat.models"""
     start("nkat.models")
+
+
+def setup() -> None:
+    """`nkat-setup`, setup_nkat_kobold_integration.py, which must run where nothing else can be imported"""
+    load("nkat.setup_check").main()

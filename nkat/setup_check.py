@@ -2,7 +2,7 @@
 
 `setup_nkat_kobold_integration.py` and `nkat-setup` run it. It changes nothing. Its first part runs with the standard
 library alone and on old Pythons, because a machine on which nothing is installed is exactly what it is for; hence no
-import from the toolkit up here but for the version and the streams, and no newer syntax.
+import from the toolkit up here but for the version, the streams and the like, and no newer syntax.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import importlib.metadata
 import json
 import os
 import re
-import shlex
-import subprocess
 import sys
 import sysconfig
 from dataclasses import asdict, dataclass
@@ -21,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nkat.host import streams
+from nkat.host.programs import shell_line
+from nkat.host.start import INTERRUPTED, MESSAGE
 from nkat.version import __version__
 
 if TYPE_CHECKING:
@@ -91,7 +91,11 @@ def parse_arguments() -> SetupOptions:
 def main() -> NoReturn:
     """The command: its exit status says whether anything is missing."""
     with streams.guarded():
-        status = check_everything()
+        try:
+            status = check_everything()
+        except KeyboardInterrupt:
+            print(MESSAGE, file=sys.stderr)
+            status = INTERRUPTED
         lost = streams.lost_output() if sys.stdout is not None else None
         if lost is not None and not isinstance(lost, BrokenPipeError):  # that is `... | head`, which has read enough
             print(f"error: stdout: cannot be written: {lost.strerror or lost}", file=sys.stderr)
@@ -142,7 +146,12 @@ def check_toolkit() -> Check:
         return Check("toolkit", OK, f"nkat {__version__}, {ROOT}")
     absent = [name for name in (*SCRIPTS, REQUIREMENTS) if not (ROOT / name).is_file()]
     if absent:
-        return Check("toolkit", MISSING, f"no {', '.join(absent)} in {ROOT}", f"git -C {quote(ROOT)} checkout -- .")
+        return Check(
+            "toolkit",
+            MISSING,
+            f"no {', '.join(absent)} in {ROOT}",
+            shell_line(["git", "-C", ROOT, "checkout", "--", "."]),
+        )
     return Check("toolkit", OK, str(ROOT))
 
 
@@ -179,16 +188,17 @@ def needed_packages() -> list[tuple[str, str]]:
 def install_command(missing: list[str]) -> str:
     """pip in this Python, or in an environment of its own where the system's Python does not allow that (PEP 668)."""
     if is_installed():  # pip was allowed to install here; by their names, as no index need have this very package
-        return f"{quote(sys.executable)} -m pip install {' '.join(quote(name) for name in missing)}"
+        return shell_line([sys.executable, "-m", "pip", "install", *missing])
     requirements = ROOT / REQUIREMENTS
     managed = Path(sysconfig.get_path("stdlib")) / "EXTERNALLY-MANAGED"
     if sys.prefix != sys.base_prefix or not managed.exists():
-        return f"{quote(sys.executable)} -m pip install -r {quote(requirements)}"
+        return shell_line([sys.executable, "-m", "pip", "install", "-r", requirements])
     folder = ROOT / ".venv"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    make = f"{quote(sys.executable)} -m venv {quote(folder)}"
-    check = f"{quote(python)} {quote(ROOT / SCRIPT)}"
-    return f"{make} && {quote(python)} -m pip install -r {quote(requirements)} && {check}"
+    make = shell_line([sys.executable, "-m", "venv", folder])
+    install = shell_line([python, "-m", "pip", "install", "-r", requirements])
+    check = shell_line([python, ROOT / SCRIPT])
+    return f"{make} && {install} && {check}"
 
 
 def read_requirements(text: str) -> list[tuple[str, str]]:
@@ -210,7 +220,7 @@ def check_machine(options: SetupOptions) -> list[Check]:
         from nkat.host import hardware
         from nkat.kobold.machine import look_at_machine
     except (ImportError, OSError) as error:  # OSError: a library that torch needs does not load
-        command = f"{quote(sys.executable)} -m pip install --force-reinstall torch"
+        command = shell_line([sys.executable, "-m", "pip", "install", "--force-reinstall", "torch"])
         return [Check("packages load", MISSING, str(error).splitlines()[0], command)]
 
     machine = look_at_machine()
@@ -228,7 +238,7 @@ def check_machine(options: SetupOptions) -> list[Check]:
         )
     elif not os.access(Path.cwd(), os.W_OK):
         folder = Path.home() if is_installed() else ROOT
-        checks.append(Check("disk", MISSING, f"{Path.cwd()} is not writable", f"cd {quote(folder)}"))
+        checks.append(Check("disk", MISSING, f"{Path.cwd()} is not writable", shell_line(["cd", folder])))
     else:
         checks.append(Check("disk", OK, found))
     return checks
@@ -236,20 +246,15 @@ def check_machine(options: SetupOptions) -> list[Check]:
 
 def check_processor(machine: Machine) -> Check:
     from nkat.host.console import format_bytes
+    from nkat.kobold.find import download_command
 
     names = {"avx512": "AVX-512", "avx2": "AVX2", "avx": "AVX"}
     best = next((text for name, text in names.items() if name in machine.features), None)
     found = f"{machine.cores} cores, {best or 'no AVX'}, {format_bytes(machine.available)} of memory free"
     if machine.old_cpu:
-        return Check("processor", WARNING, f"{found}; KoboldCpp needs its build for old processors", oldpc_command())
+        mend = download_command(old_processor=True)
+        return Check("processor", WARNING, f"{found}; KoboldCpp needs its build for old processors", mend)
     return Check("processor", OK, found)
-
-
-def oldpc_command() -> str:
-    from nkat.kobold.find import DOWNLOAD
-
-    name = "koboldcpp-oldpc.exe" if os.name == "nt" else "koboldcpp-linux-x64-oldpc"
-    return f"curl -fLO {DOWNLOAD}{name}"
 
 
 def check_gpu(machine: Machine) -> Check:
@@ -343,8 +348,3 @@ def write_record(name: str, force: bool, checks: list[Check], ready: bool) -> in
         print(f"error: {target}: cannot be written: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0 if ready else 1
-
-
-def quote(path: Path | str) -> str:
-    """As it can be pasted into this system's shell."""
-    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))

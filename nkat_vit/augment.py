@@ -9,6 +9,11 @@ where both are given, each picture draws one of the two.
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat_vit.augment")
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nkat.errors import NKATError
-from nkat.host.commandline import parser, positive_int, run
+from nkat.host.commandline import parser, positive_int
 from nkat_vit.data import DATASETS, find_dataset, load_images
 from nkat_vit.pictures import save_grid
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, randaugment
@@ -130,6 +135,9 @@ def _mix(x: Tensor, labels: Tensor, config: AugmentConfig, random: np.random.Gen
     shares = np.where(
         cuts, *(random.beta(a, a, len(x)) if a else np.ones(len(x)) for a in (config.cutmix, config.mixup))
     )
+    # The larger part is the picture's own. Small α makes λ near 0 as often as near 1, and then batches would show some
+    # pictures twice and others not at all.
+    shares = np.maximum(shares, 1 - shares)
     # CutMix: the box has the share 1 − λ of the area; what the edge cuts off changes λ.
     sides = np.where(cuts, np.rint(x.shape[-1] * np.sqrt(1 - shares)), 0).astype(np.int64)
     inside = _boxes(x, sides, random)
@@ -163,7 +171,3 @@ def main() -> None:
         options.output, torch.stack(columns, dim=1), f"{spec.title}: original and nine of its views", options.force
     )
     print(options.output)
-
-
-if __name__ == "__main__":
-    run(main)

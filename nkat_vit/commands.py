@@ -5,36 +5,34 @@ As in `nkat.commands`, a command's own modules are imported when it is called.
 
 from __future__ import annotations
 
-from typing import NoReturn
-
-from nkat.host.commandline import start
+from nkat.host.start import start
 
 
-def download() -> NoReturn:
+def download() -> None:
     """`nkat-vit-download`"""
     start("nkat_vit.download")
 
 
-def train() -> NoReturn:
+def train() -> None:
     """`nkat-vit-train`"""
     start("nkat_vit.train")
 
 
-def evaluate() -> NoReturn:
+def evaluate() -> None:
     """`nkat-vit-evaluate`"""
     start("nkat_vit.evaluate")
 
 
-def interpret() -> NoReturn:
+def interpret() -> None:
     """`nkat-vit-interpret`"""
     start("nkat_vit.interpret")
 
 
-def augment() -> NoReturn:
+def augment() -> None:
     """`nkat-vit-augment`"""
     start("nkat_vit.augment")
 
 
-def export() -> NoReturn:
+def export() -> None:
     """`nkat-vit-export`"""
     start("nkat_vit.export")

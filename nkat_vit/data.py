@@ -169,6 +169,15 @@ def load_images(name: str, root: Path, train: bool) -> ImageSet:
     return ImageSet(name, torch.from_numpy(np.ascontiguousarray(images).copy()), torch.from_numpy(labels), digest)
 
 
+def check_files(name: str, root: Path) -> None:
+    """Raises NKATError where a file of the set, training or test, is absent, damaged or not the published one.
+
+    Before hours of training: a bad test set would else be found after them. Its pictures are used for nothing.
+    """
+    for train in (True, False):
+        load_images(name, root, train)
+
+
 def split(whole: ImageSet, validation: int, seed: int, limit: int | None = None) -> tuple[ImageSet, ImageSet]:
     """Training and validation parts, by seed; `limit` keeps so many training pictures (the validation set stays)."""
     if not 0 < validation < len(whole):
@@ -185,8 +194,7 @@ def split(whole: ImageSet, validation: int, seed: int, limit: int | None = None)
 def _idx_set(name: str, root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
     spec = DATASETS[name]
     prefix = spec.prefixes[0 if train else 1]
-    images = read_idx(_idx_bytes(root, name, f"{prefix}-images-idx3-ubyte"), f"{prefix}-images-idx3-ubyte")
-    labels = read_idx(_idx_bytes(root, name, f"{prefix}-labels-idx1-ubyte"), f"{prefix}-labels-idx1-ubyte")
+    images, labels = (_idx(root, name, f"{prefix}-{part}-ubyte") for part in ("images-idx3", "labels-idx1"))
     if images.ndim != 3 or labels.ndim != 1:
         raise NKATError(f"{name}: pictures and labels are mixed up in {root / spec.folder}")
     if spec.transposed:
@@ -194,24 +202,27 @@ def _idx_set(name: str, root: Path, train: bool) -> tuple[np.ndarray, np.ndarray
     return images[:, None], labels
 
 
-def _idx_bytes(root: Path, name: str, file: str) -> bytes:
+def _idx(root: Path, name: str, file: str) -> np.ndarray:
     folder = DATASETS[name].folder
     raw = root / folder / "raw"
     archive = raw / "gzip.zip"
     most = _MOST_BYTES["EMNIST" if folder == "EMNIST" else "others"]
     if (raw / f"{file}.gz").is_file():
         with _damage(raw / f"{file}.gz"), (raw / f"{file}.gz").open("rb") as packed:
-            data = _gunzip(packed, most)
-    elif (raw / file).is_file():
+            return _checked_idx(folder, file, _gunzip(packed, most))
+    if (raw / file).is_file():
         with _damage(raw / file), (raw / file).open("rb") as plain:
-            data = _at_most(plain, most)
-    elif folder == "EMNIST" and archive.is_file():
+            return _checked_idx(folder, file, _at_most(plain, most))
+    if folder == "EMNIST" and archive.is_file():
         with _damage(archive), zipfile.ZipFile(archive) as opened, opened.open(f"gzip/{file}.gz") as packed:
-            data = _gunzip(packed, most)
-    else:
-        raise _absent(root, name, f"{raw / file}.gz")
+            return _checked_idx(folder, file, _gunzip(packed, most))
+    raise _absent(root, name, f"{raw / file}.gz")
+
+
+def _checked_idx(folder: str, file: str, data: bytes) -> np.ndarray:
+    array = read_idx(data, file)
     _check_content(folder, file, data)
-    return data
+    return array
 
 
 def _gunzip(packed: IO[bytes], most: int) -> bytes:
@@ -229,24 +240,26 @@ def _at_most(file: IO[bytes] | gzip.GzipFile, most: int) -> bytes:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
+    """While a file is read and checked: whatever is wrong with it is one line with its place and what to do."""
     try:
         yield
-    except _DAMAGE as error:
+    except (NKATError, *_DAMAGE) as error:
         raise NKATError(f"{path}: damaged, delete it and fetch it again: {error}") from None
 
 
 def _cifar(root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:
     parts = []
-    for batch, data, is_pickle in _cifar_batches(root, train):
-        images, labels = (read_cifar_pickle if is_pickle else read_cifar_binary)(data, batch)
-        records = np.concatenate([labels[:, None], images.reshape(len(images), -1)], axis=1)
-        _check_content("CIFAR-10", batch, records.tobytes())
+    for path, batch, data, is_pickle in _cifar_batches(root, train):
+        with _damage(path):
+            images, labels = (read_cifar_pickle if is_pickle else read_cifar_binary)(data, batch)
+            records = np.concatenate([labels[:, None], images.reshape(len(images), -1)], axis=1)
+            _check_content("CIFAR-10", batch, records.tobytes())
         parts.append((images, labels))
     return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
 
 
-def _cifar_batches(root: Path, train: bool) -> list[tuple[str, bytes, bool]]:
-    """(name, bytes, whether they are a pickle) of each batch, from the first form that is there."""
+def _cifar_batches(root: Path, train: bool) -> list[tuple[Path, str, bytes, bool]]:
+    """(file it is in, name, bytes, whether they are a pickle) of each batch, from the first form that is there."""
     for kind, suffix in (("bin", ".bin"), ("py", "")):
         folder = root / f"cifar-10-batches-{kind}"
         if folder.is_dir():
@@ -254,12 +267,12 @@ def _cifar_batches(root: Path, train: bool) -> list[tuple[str, bytes, bool]]:
             for path in paths.values():
                 if not path.is_file():
                     raise _absent(root, "cifar10", path)
-            return [(batch, _read(path), kind == "py") for batch, path in paths.items()]
+            return [(path, batch, _read(path), kind == "py") for batch, path in paths.items()]
     for kind, suffix in (("binary", ".bin"), ("python", "")):
         archive = root / f"cifar-10-{kind}.tar.gz"
         if archive.is_file():
             found = _from_tar(archive, {f"{batch}{suffix}" for batch in _CIFAR_BATCHES[train]})
-            return [(batch, found[f"{batch}{suffix}"], kind == "python") for batch in _CIFAR_BATCHES[train]]
+            return [(archive, batch, found[f"{batch}{suffix}"], kind == "python") for batch in _CIFAR_BATCHES[train]]
     raise _absent(root, "cifar10", root / "cifar-10-binary.tar.gz")
 
 
@@ -280,8 +293,8 @@ def _from_tar(archive: Path, wanted: set[str]) -> dict[str, bytes]:
             content = opened.extractfile(member) if member.isfile() and name in wanted else None
             if content is not None:
                 found[name] = _at_most(content, _MOST_BYTES["others"])
-    if set(found) != wanted:
-        raise NKATError(f"{archive}: {', '.join(sorted(wanted - set(found)))} is not in it")
+        if set(found) != wanted:
+            raise NKATError(f"{', '.join(sorted(wanted - set(found)))} is not in it")
     return found
 
 

@@ -6,6 +6,11 @@ where it stopped; each archive's MD5 must be the published one; the next mirror 
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat_vit.download")
+
 import hashlib
 import urllib.error
 import urllib.request
@@ -14,7 +19,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from nkat.errors import NKATError
-from nkat.host.commandline import parser, run
+from nkat.host.commandline import parser
 from nkat.host.console import bar, note
 from nkat.host.files import sync_folder
 from nkat_vit.data import DATASETS, find_dataset
@@ -142,7 +147,3 @@ def main() -> None:
     for name in options.names:
         for archive in archives(name):
             print(fetch(archive, options.data_root))
-
-
-if __name__ == "__main__":
-    run(main)

@@ -10,6 +10,11 @@ seed, from the means, and no spread is given. Robustness is measured on the firs
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat_vit.evaluate")
+
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,7 +33,7 @@ from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, toolkit_version, write_json
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
-from nkat_vit.data import DATASETS, find_dataset, load_images
+from nkat_vit.data import DATASETS, check_files, find_dataset, load_images
 from nkat_vit.metrics import consistency, global_tpe, lambda_theory, measure_robustness, tpe
 from nkat_vit.predict import judged_facts, predict_logits
 from nkat_vit.recipe import PRESETS
@@ -147,6 +152,8 @@ def train_missing(options: TrainingOptions) -> list[Path]:
     """A run for each set and seed below --output, in processes of their own; finished ones are kept."""
     folders = []
     for name in options.sets:
+        check_files(name, options.data_root)
+    for name in options.sets:
         for seed in range(options.seeds):
             folder = options.output / f"{name}-seed{seed}"
             folders.append(folder)
@@ -259,7 +266,3 @@ def main() -> None:
             **toolkit_version(),
         }
         write_json(record, options.json, options.force)
-
-
-if __name__ == "__main__":
-    commandline.run(main)

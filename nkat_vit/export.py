@@ -7,6 +7,11 @@ float32 [batch, channels, side, side] from 0 to 1 (normalising is inside) for an
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat_vit.export")
+
 import importlib.util
 import io
 import tempfile
@@ -128,7 +133,3 @@ def main() -> None:
     with atomic_output(options.output, len(data), options.force) as file:
         file.write(data)
     print(f"{options.output} ({len(data):,} bytes)")
-
-
-if __name__ == "__main__":
-    commandline.run(main)

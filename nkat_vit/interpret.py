@@ -7,6 +7,11 @@ untrained checkpoint is refused: maps of random weights look as convincing as th
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat_vit.interpret")
+
 import math
 from dataclasses import dataclass
 from datetime import datetime
@@ -221,7 +226,3 @@ def main() -> None:
         print(folder / name)
     if options.json:
         write_json(record | {"machine": describe(device)}, options.json, options.force)
-
-
-if __name__ == "__main__":
-    commandline.run(main)

@@ -144,7 +144,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(self.model)
         self.step += 1

@@ -54,13 +54,13 @@ def _affine(x: Tensor, rows: tuple[Tensor, ...]) -> Tensor:
 
 
 def _shear_x(x: Tensor, strength: Tensor) -> Tensor:
-    one, zero = torch.ones_like(strength), torch.zeros_like(strength)
-    return _affine(x, (one, 0.3 * strength, zero, zero, one, zero))
+    one, zero, slope = torch.ones_like(strength), torch.zeros_like(strength), 0.3 * strength
+    return _affine(x, (one, slope, slope, zero, one, zero))
 
 
 def _shear_y(x: Tensor, strength: Tensor) -> Tensor:
-    one, zero = torch.ones_like(strength), torch.zeros_like(strength)
-    return _affine(x, (one, zero, zero, 0.3 * strength, one, zero))
+    one, zero, slope = torch.ones_like(strength), torch.zeros_like(strength), 0.3 * strength
+    return _affine(x, (one, zero, zero, slope, one, slope))
 
 
 def _translate_x(x: Tensor, strength: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class TrainConfig:
     """How a model is trained.
 
     lr, warmup: AdamW's peak learning rate, reached after so many epochs; a cosine to zero follows
-    muon_lr: peak for the matrices of the blocks with `opt` muon; everything else stays with AdamW at `lr`
+    muon_lr: peak for the matrices and convolutions with `opt` muon; everything else stays with AdamW at `lr`
     batch_size: over all processes
     ema: decay of the averaged weights, which are what is judged and kept; 0 is off
     clip_grad: greatest norm of the gradient; 0 is off
@@ -137,7 +137,37 @@ STRONG: dict[str, Any] = STAGE2 | {
     "tta": "auto",
     "ema": 0.999,
 }
-PRESETS = {"stage2": STAGE2, "strong": STRONG}
+# Most accuracy for a quarter of an hour to a few hours on two cores: convolutions before the same gauge attention.
+FAST: dict[str, Any] = {
+    "conv_stem": "deep",
+    "patch_size": 1,
+    "embed_dim": 256,
+    "depth": 4,
+    "color_norm": "off",
+    "split_heads": False,
+    "pool": "seq",
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "nkat_strength": 0.0024,
+    "nkat_decay": 0.99,
+    "dropout_attn": 0.0,
+    "dropout_embed": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "randaugment": [0, 0],
+    "cutout": 8,
+    "opt": "muon",
+    "lr": 2e-3,
+    "muon_lr": 0.02,
+    "epochs": 30,
+    "warmup": 1,
+    "batch_size": 128,
+    "ema": 0.99,
+    "amp": "auto",
+    "tta": "auto",
+}
+PRESETS = {"stage2": STAGE2, "strong": STRONG, "fast": FAST}
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:

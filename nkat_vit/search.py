@@ -26,12 +26,12 @@ from nkat.study.study import origin
 from nkat_vit.data import DATASETS, ImageSet, load_images
 from nkat_vit.loop import DivergedError, Trainer, open_run
 from nkat_vit.metrics import global_tpe, lambda_theory, tpe
-from nkat_vit.model import STEMS, ViTConfig, count_parameters
+from nkat_vit.model import ViTConfig, count_parameters
 from nkat_vit.recipe import PRESETS, Recipe, make_recipe
 
 FIRST_SET = "cifar10"
 OTHER_SETS = ("mnist", "fashion", "emnist")
-CHOICES: dict[str, tuple[Any, ...]] = {"conv_stem": tuple(STEMS), "patch_size": (2, 4)}
+CHOICES: dict[str, tuple[Any, ...]] = {"conv_stem": ("off", "tiny", "small"), "patch_size": (2, 4)}
 # From, to, step; widths are multiples of the eight heads.
 RANGES: dict[str, tuple[Any, Any, Any]] = {
     "embed_dim": (384, 512, 32),

@@ -23,7 +23,7 @@ from nkat.study.study import best_trials, feasible, history, importances, make_s
 from nkat.study.task import Task
 from nkat.study.workers import Outcome, Search
 from nkat_vit.checkpoint import load_model
-from nkat_vit.data import load_images
+from nkat_vit.data import check_files, load_images
 from nkat_vit.evaluate import run_result, summarise, table
 from nkat_vit.loop import measure_amp
 from nkat_vit.predict import judge_once
@@ -38,6 +38,8 @@ AMP_IMAGES = 128
 
 def run(options: ShapeOptions) -> None:
     """The whole search."""
+    for name in (FIRST_SET, *options.sets):
+        check_files(name, options.data_root)
     world = World(0, 1, pick_device(not options.no_cuda))
     budget = make_budget(options, world)
     folder = options.study.output_dir / "trials"

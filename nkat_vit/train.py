@@ -3,10 +3,16 @@
     torchrun --nproc-per-node 2 -m nkat_vit.train …      data parallel; --batch-size is over all processes
 
 The output folder gets last.pt (continues the run), best.pt (the model to use), config.json, log.csv, curves.png and
-result.json. The test set is read once, after the last epoch, for the weights with the best validation accuracy.
+result.json. The test set's files are checked before the first step. It is used once, after the last epoch, for the
+weights with the best validation accuracy.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("nkat_vit.train")
 
 import argparse
 import csv
@@ -25,6 +31,7 @@ from nkat.host.figures import new_figure, save_figure
 from nkat.host.files import atomic_output
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import toolkit_version, write_json
+from nkat.host.start import INTERRUPTED
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
@@ -44,6 +51,7 @@ _EXAMPLES = """\
       --temperature 0.65 --top_k 6 --top_p 0.80 --nkat_strength 0.0024 --nkat_decay 0.99 --dropout_attn 0.17 \\
       --dropout_embed 0.08 --mixup 0.1 --cutmix 0.2 --randaugment 2 9 --lr 2e-4 --epochs 40 --warmup 5 \\
       --ema 0.9995 --clip_grad 1.0
+  python -m nkat_vit.train --dataset cifar10 --preset fast
   torchrun --nproc-per-node 2 -m nkat_vit.train --dataset cifar10 --preset strong"""
 
 # (name, type or choices, help); every name is accepted with hyphens as well. Defaults are those of the preset.
@@ -81,7 +89,7 @@ _AUGMENT_FLAGS: list[tuple[str, Any, str]] = [
 _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
     ("epochs", int, "passes over the training pictures"),
     ("batch_size", int, "over all processes"),
-    ("opt", OPTIMIZERS, "optimiser; muon: for the blocks' matrices, AdamW for the rest"),
+    ("opt", OPTIMIZERS, "optimiser; muon: for matrices and convolutions, AdamW for the rest"),
     ("lr", float, "AdamW's peak learning rate"),
     ("muon_lr", float, "Muon's"),
     ("warmup", float, "epochs until the peak; a cosine follows"),
@@ -220,6 +228,8 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
     """The whole run; returns its record on rank 0."""
     recipe, folder, content = begin_run(options, world)
     whole = load_images(recipe.dataset, options.data_root, train=True)
+    if not options.no_test:
+        load_images(recipe.dataset, options.data_root, train=False)  # a bad file is found now, not after the last epoch
     config = recipe.train
     train_set, held = split(whole, config.validation, config.seed, config.limit_train or None)
     if config.amp == "auto":
@@ -337,7 +347,7 @@ def main() -> None:
             record = train(options, world)
         except KeyboardInterrupt:
             note("interrupted; what was finished is saved, --resume goes on from there")
-            sys.exit(commandline.INTERRUPTED)
+            sys.exit(INTERRUPTED)
     if record is None:
         return
     print(f"validation  {100 * record['validation']:.2f} % after epoch {record['epoch']}")
@@ -347,7 +357,3 @@ def main() -> None:
     print(f"model       {record['output']}/best.pt")
     if options.json:
         write_json(record, options.json)
-
-
-if __name__ == "__main__":
-    commandline.run(main)

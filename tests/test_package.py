@@ -5,11 +5,13 @@ The wheel is installed into an environment of its own, which sees the packages o
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -22,7 +24,7 @@ from typing import Any
 import pytest
 
 import nkat
-from nkat.host import commandline
+from nkat.host.start import start
 from nkat.study import workers
 from tests.conftest import ROOT
 from tests.support.tiny_models import write_tiny_model
@@ -171,9 +173,48 @@ def test_ctrl_c_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     (tmp_path / "slow_to_load.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        commandline.start("slow_to_load")
+        start("slow_to_load")
     assert ended.value.code == 130
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def guards(path: Path) -> list[tuple[int, str]]:
+    """(position, module that is started) of each top-level `if __name__ == "__main__"` that starts a command."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    found = [(i, ast.unparse(node)) for i, node in enumerate(body) if isinstance(node, ast.If)]
+    return [(i, m[1]) for i, text in found if (m := re.search(r"__main__'.*\bstart\('([\w.]+)'\)", text, re.DOTALL))]
+
+
+def test_what_python_dash_m_runs_is_started_before_it_loads() -> None:
+    """A module that is a command: behind its docstring and `from __future__` alone, with its own name."""
+    paths = [path for name in (*PACKAGES, "benchmarks", "examples") for path in (ROOT / name).rglob("*.py")]
+    commands = [
+        path for path in paths if re.search(r"commandline\.run|\brun\(main\)|\bstart\(\"", path.read_text("utf-8"))
+    ]
+    commands = [path for path in commands if path.name not in ("commands.py", "start.py")]
+    assert len(commands) > 20
+    for path in commands:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        assert guards(path) == [(2, name)], path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
+@pytest.mark.parametrize("lost", [False, True])
+def test_ctrl_c_during_imports_is_one_line(tmp_path: Path, lost: bool) -> None:
+    """Also where Python or a library would lose the exception: in a callback, in a `try` of its own."""
+    (tmp_path / "waits.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n", encoding="utf-8")
+    load = "try:\n    import waits\nexcept BaseException:\n    pass\n" if lost else "import waits\n"
+    begin = "if __name__ == '__main__':\n    from nkat.host.start import start\n    start('command')\n"
+    (tmp_path / "command.py").write_text(f"{begin}{load}def main(): print('ran')\n", encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-m", "command"]
+    child = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=tmp_path)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "loading\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=60) == ("", "interrupted; nothing was written\n")
+    assert child.returncode == 130
 
 
 def test_a_searchs_workers_run_what_windows_calls_exe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,13 +11,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import gguf
 import pytest
 
 from nkat import __version__, setup_check
+from nkat.host.programs import shell_line
 from tests.conftest import ROOT
-from tests.support.fake_koboldcpp import NEW, OLD, install
+from tests.support.fake_koboldcpp import NEW, OLD, install, mark_when_run
 from tests.support.tiny_models import write_tiny_model
 from tests.support.user import empty_home
 
@@ -50,7 +52,7 @@ def files_below(*folders: Path) -> dict[str, int]:
 
 
 def test_ready(script, user: Path, tmp_path: Path) -> None:
-    install(user / "koboldcpp", NEW, ("default", "failsafe"))
+    install(tmp_path / "home" / "koboldcpp", NEW, ("default", "failsafe"))
     status, checks = check(script)
     assert status == 0
     assert checks["KoboldCpp"]["found"].startswith(f"{NEW}, ")
@@ -66,6 +68,19 @@ def test_without_koboldcpp(script) -> None:
     assert checks["KoboldCpp"]["mend"].startswith("curl")
 
 
+def test_nothing_of_the_current_folder_is_run(script, user: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = mark_when_run(user / "koboldcpp.py", user / "koboldcpp", user / "nvidia-smi", user / "git")
+    monkeypatch.setenv("PATH", os.pathsep.join(["", ".", str(user)]))
+    status, checks = check(script)
+    assert (status, checks["KoboldCpp"]["state"]) == (1, "missing")
+    assert (
+        "koboldcpp.py is in the current folder and was not run; --kobold koboldcpp.py" in checks["KoboldCpp"]["found"]
+    )
+    assert not ran.exists()
+    check(script, "--kobold", "koboldcpp.py")  # the control
+    assert ran.exists()
+
+
 def test_a_koboldcpp_that_cannot_run(script, tmp_path: Path) -> None:
     bare = install(tmp_path / "kobold", OLD, ())
     status, checks = check(script, "--kobold", bare)
@@ -76,7 +91,7 @@ def test_a_koboldcpp_that_cannot_run(script, tmp_path: Path) -> None:
 
 
 def test_models(script, user: Path, tmp_path: Path) -> None:
-    install(user / "koboldcpp", NEW)
+    install(tmp_path / "home" / "koboldcpp", NEW)
     model = write_tiny_model(tmp_path / "m.gguf", "llama", qtype=gguf.GGMLQuantizationType.Q8_0)
     status, checks = check(script, "--model", model)
     assert (status, "llama, 3 blocks" in checks["model"]["found"]) == (0, True)
@@ -95,7 +110,7 @@ def test_models(script, user: Path, tmp_path: Path) -> None:
 
 
 def test_it_changes_nothing(script, user: Path, tmp_path: Path) -> None:
-    install(user / "koboldcpp", NEW)
+    install(tmp_path / "home" / "koboldcpp", NEW)
     model = write_tiny_model(tmp_path / "m.gguf", "llama")
     before = files_below(tmp_path)
     done = script(SETUP, "--model", model)
@@ -106,7 +121,7 @@ def test_it_changes_nothing(script, user: Path, tmp_path: Path) -> None:
 
 
 def test_record_in_a_file(script, user: Path, tmp_path: Path) -> None:
-    install(user / "koboldcpp", NEW)
+    install(tmp_path / "home" / "koboldcpp", NEW)
     target = tmp_path / "r.json"
     assert script(SETUP, "--json", target).returncode == 0
     assert json.loads(target.read_text(encoding="utf-8"))["ready"] is True
@@ -146,8 +161,9 @@ def test_versions_are_compared_as_numbers(script, tmp_path: Path, monkeypatch: p
 def test_old_pythons_can_read_it() -> None:
     """3.8 parses it and gets as far as saying that it is too old; the toolkit itself needs 3.10 (the control)."""
     first = {"nkat/setup_check.py", "nkat/__init__.py", "nkat/errors.py", "nkat/version.py"}
-    first |= {"nkat/host/__init__.py", "nkat/host/streams.py", "nkat/host/environment.py"}
-    light = {"nkat.errors", "nkat.version", "nkat.host", "nkat.host.environment"}
+    host = ("__init__", "environment", "programs", "start", "streams")
+    first |= {"nkat/commands.py", *(f"nkat/host/{name}.py" for name in host)}
+    light = {"nkat.errors", "nkat.version", *(f"nkat.host.{name}".removesuffix(".__init__") for name in host)}
     for path in (SETUP, *first):
         tree = ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=(3, 8))
         top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -155,6 +171,17 @@ def test_old_pythons_can_read_it() -> None:
         assert {name for name in names if name.startswith("nkat")} <= light, path
     with pytest.raises(SyntaxError):
         ast.parse("match x:\n    case 1:\n        pass", feature_version=(3, 8))
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def interrupted() -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup_check, "check_toolkit", interrupted)
+    monkeypatch.setattr(sys, "argv", [SETUP])
+    with pytest.raises(SystemExit) as ended:
+        setup_check.main()
+    assert (ended.value.code, capsys.readouterr()) == (130, ("", "interrupted; nothing was written\n"))
 
 
 def test_the_script_alone_says_what_is_missing(tmp_path: Path) -> None:
@@ -184,7 +211,7 @@ def setup_says(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str
 
 
 def test_an_installed_package_asks_its_own_metadata(installed: Path, user: Path, capsys) -> None:
-    install(user / "koboldcpp", NEW)
+    install(user.parent / "home" / "koboldcpp", NEW)
     status, said = setup_says(capsys)
     assert status == 0
     assert re.search(rf"^toolkit +ok +nkat {re.escape(__version__)}, {re.escape(str(installed))}$", said, re.MULTILINE)
@@ -195,7 +222,7 @@ def test_what_an_installed_package_lacks(installed: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.metadata.requires", lambda name: ["torch>=2.6", "gguf>=99"])
     status, said = setup_says(capsys)
     assert (status, "gguf (9, needs 99)" in said) == (1, True)
-    assert f"mend: {setup_check.quote(sys.executable)} -m pip install {setup_check.quote('gguf>=99')}\n" in said
+    assert f"mend: {shell_line([sys.executable])} -m pip install {shell_line(['gguf>=99'])}\n" in said
 
 
 def test_help_names_the_command_that_is_there(installed: Path, capsys) -> None:

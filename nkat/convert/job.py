@@ -19,11 +19,12 @@ from nkat.convert.strengths import CHUNKS, report_strengths
 from nkat.errors import NKATError
 from nkat.gguf import quantise
 from nkat.gguf.writer import MetadataValue
-from nkat.host import commandline, console, hardware
+from nkat.host import console, hardware
 from nkat.host.console import format_bytes, note
 from nkat.host.distributed import is_first
 from nkat.host.files import check_output
 from nkat.host.record import check_record, write_json
+from nkat.host.start import INTERRUPTED
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.texts import load_text
 from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
@@ -73,7 +74,7 @@ def _run(options: ConvertOptions) -> None:
         record["machine"] = hardware.describe(hardware.pick_device(allow_cuda=False))
         write_json(record, options.json, options.force)
     if not record.get("fit", {}).get("finished", True):
-        sys.exit(commandline.INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 def convert(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import importlib
 import re
 import sys
 import warnings
@@ -18,6 +17,7 @@ from nkat.errors import NKATError
 from nkat.host import streams
 from nkat.host.interrupts import Terminated, termination
 from nkat.host.record import git_commit
+from nkat.host.start import INTERRUPTED, MESSAGE
 from nkat.host.threads import most_threads
 from nkat.version import __version__
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound="DataclassInstance")
 
 USER_ERROR = 2
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -80,7 +79,7 @@ def _ending(main: Callable[[], None]) -> str | int | None:
         print("terminated; what was not finished is not there", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print(MESSAGE, file=sys.stderr)
         return INTERRUPTED
     except SystemExit as ended:
         if ended.code not in (None, 0):
@@ -125,11 +124,6 @@ def system_limit(error: BaseException) -> str | None:
     size = re.search(r"Unable to allocate ([\d.]+ \w+)|tried to allocate ([\d.]+ \w+)", str(error))
     wanted = f" ({size[1] or size[2]} more were wanted)" if size else ""
     return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
-
-
-def start(module: str) -> NoReturn:
-    """Runs the `main` of a module that is imported only now, so that Ctrl-C while torch loads is no traceback."""
-    run(lambda: importlib.import_module(module).main())
 
 
 class Parser(argparse.ArgumentParser):

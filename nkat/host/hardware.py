@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from nkat.errors import NKATError
+from nkat.host.programs import find_program
 from nkat.host.threads import most_threads
 
 _ASKING_SECONDS = 20  # for a driver to answer; a cold one on Windows takes some seconds
@@ -168,7 +169,7 @@ def vulkan_gpus() -> tuple[list[Gpu], str | None]:
 
 
 def _nvidia_smi() -> tuple[list[Gpu], str | None]:
-    program = shutil.which("nvidia-smi")
+    program = find_program("nvidia-smi")
     if program is None:
         return [], "no NVIDIA driver (neither the package nvidia-ml-py nor nvidia-smi is there)"
     fields = "--query-gpu=index,name,memory.total,memory.free"

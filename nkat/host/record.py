@@ -12,6 +12,7 @@ from typing import Any
 from nkat.errors import NKATError
 from nkat.host import streams
 from nkat.host.files import atomic_output, check_output
+from nkat.host.programs import find_program
 from nkat.version import __version__
 
 
@@ -42,12 +43,11 @@ def toolkit_version() -> dict[str, str | None]:
 def git_commit() -> str | None:
     """The toolkit's own commit, or None where it is not a git checkout or git is missing."""
     folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():  # installed: an environment often lies in a checkout of something else
+    git = find_program("git")
+    if git is None or not (folder / ".git").exists():  # installed: an environment often lies in another checkout
         return None
     try:
-        out = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
+        out = subprocess.run([git, "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return out.stdout.strip()

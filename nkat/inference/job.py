@@ -17,11 +17,12 @@ import torch
 from nkat.engine.decoder import Decoder, make_decoder
 from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
-from nkat.host import commandline, console, hardware
+from nkat.host import console, hardware
 from nkat.host.console import format_table, note
 from nkat.host.files import check_output, make_folder
 from nkat.host.memory import memory
 from nkat.host.record import check_record, write_json
+from nkat.host.start import INTERRUPTED
 from nkat.inference.options import TAKEN_BY, EngineOptions, parse_arguments
 from nkat.inference.plots import plot_comparison
 from nkat.inference.tables import (
@@ -134,7 +135,7 @@ def run(options: EngineOptions) -> None:
     if options.json:
         write_json(record, options.json, options.force)
     if record.get("stopped") == "interrupted":
-        sys.exit(commandline.INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 def benchmark(job: Job) -> Record:

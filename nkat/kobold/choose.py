@@ -6,7 +6,6 @@ the device. KoboldCpp itself checks none of them: without the library it takes i
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.host.console import format_bytes
 from nkat.host.hardware import Gpu
+from nkat.host.programs import shell_line
 from nkat.kobold.backends import BACKENDS, Backend, Place
 from nkat.kobold.files import RunFiles
 from nkat.kobold.find import Kobold
@@ -103,7 +103,7 @@ def advice(choice: Choice, kobold: Kobold) -> str:
     library = choice.libraries[0]
     if not kobold.is_source:
         return f"get a KoboldCpp program that carries {library}, or take another backend (--list shows which there are)"
-    make = f"make -C {shlex.quote(str(kobold.path.parent))} koboldcpp_{library} {choice.backend.make_flag}".rstrip()
+    make = f"make -C {shell_line([kobold.path.parent])} koboldcpp_{library} {choice.backend.make_flag}".rstrip()
     return f"build it with: {make}; or take another backend (--list shows which there are)"
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,11 +54,6 @@ def kobold_command(kobold: Kobold, values: Mapping[str, Any], extra: Sequence[st
         if value is not True:
             words += [str(item) for item in (value if isinstance(value, list) else [value])]
     return [*words, *extra]
-
-
-def shell_line(words: Sequence[str]) -> str:
-    """The command as it can be pasted into this system's shell."""
-    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def check_extra(extra: Sequence[str]) -> None:

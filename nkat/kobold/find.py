@@ -20,7 +20,9 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host.cache import Memo
+from nkat.host.console import note
 from nkat.host.environment import users_environment
+from nkat.host.programs import folders_on_path, is_current, shell_line
 
 ENVIRONMENT = "KOBOLDCPP"
 SOURCE = "koboldcpp.py"
@@ -87,21 +89,39 @@ def find_kobold(given: Path | None) -> Path:
     if named is not None:
         return _check_named(named.expanduser())
     found = next((program for folder in places() for program in programs_in(folder)), None)
+    here = _in_current_folder()
+    if here is None or (found is not None and found.samefile(here)):
+        unasked = ""
+    else:
+        unasked = f"{here} is in the current folder and was not run; --kobold {shell_line([here])} names it"
     if found is None:
         raise NKATError(
             f"no KoboldCpp found in {', '.join(str(p) for p in places()[:3])}, … or on the PATH; "
-            f"download it with: {download_command()}; or name yours with --kobold PATH"
+            + (f"{unasked}; " if unasked else "")
+            + f"download it with: {download_command()}; or name yours with --kobold PATH"
         )
+    if unasked:
+        note(f"note: {unasked}")
     return found
 
 
 def places() -> list[Path]:
-    """Folders to look in, in this order: where the user is, where the toolkit is, the PATH, the user's own."""
+    """Folders to look in, in this order: the toolkit's, the PATH, the user's own. Never the current folder, whose
+    programs are run when they are named only, unless it is one that is there for KoboldCpp.
+    """
     toolkit, home = Path(__file__).resolve().parents[2], Path.home()
-    near = [Path.cwd(), Path.cwd() / "koboldcpp", toolkit, toolkit / "koboldcpp"]
-    on_path = [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
     own = [home / "koboldcpp", home / "KoboldCpp", home / "Downloads", home / "Desktop", home]
-    return list(dict.fromkeys([*near, *on_path, *own]))
+    installed = {toolkit / "koboldcpp", *own[:2]}
+    found = dict.fromkeys([toolkit, toolkit / "koboldcpp", *folders_on_path(), *own])
+    return [folder for folder in found if folder.is_absolute() and (folder in installed or not is_current(folder))]
+
+
+def _in_current_folder() -> Path | None:
+    """A KoboldCpp in the current folder or its `koboldcpp`, by a name that can be given to --kobold."""
+    for folder in (Path(os.curdir), Path("koboldcpp")):
+        for program in programs_in(folder):
+            return program
+    return None
 
 
 def programs_in(folder: Path) -> Iterator[Path]:
@@ -115,12 +135,16 @@ def programs_in(folder: Path) -> Iterator[Path]:
     yield from found
 
 
-def download_command() -> str:
-    """The command that gets KoboldCpp for this system."""
+def download_command(old_processor: bool = False) -> str:
+    """The command that gets KoboldCpp for this system, to where it is looked for."""
+    build = "-oldpc" if old_processor and sys.platform != "darwin" else ""
+    folder = Path.home() / "koboldcpp"
     if os.name == "nt":
-        return f"curl.exe -fLO {DOWNLOAD}koboldcpp.exe"
-    name = "koboldcpp-mac-arm64" if sys.platform == "darwin" else "koboldcpp-linux-x64"
-    return f"curl -fLo koboldcpp {DOWNLOAD}{name} && chmod +x koboldcpp"
+        program = f"koboldcpp{build}.exe"
+        return f"curl.exe --create-dirs -fLo {shell_line([folder / program])} {DOWNLOAD}{program}"
+    name = "koboldcpp-mac-arm64" if sys.platform == "darwin" else f"koboldcpp-linux-x64{build}"
+    program = shell_line([folder / "koboldcpp"])
+    return f"curl --create-dirs -fLo {program} {DOWNLOAD}{name} && chmod +x {program}"
 
 
 def probe_kobold(path: Path, remember: bool = True) -> Kobold:

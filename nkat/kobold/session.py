@@ -11,10 +11,11 @@ from typing import Any
 from nkat.errors import NKATError
 from nkat.host.console import note
 from nkat.host.files import check_output
+from nkat.host.programs import shell_line
 from nkat.host.record import check_record, write_json
 from nkat.kobold.benchmark import fastest
 from nkat.kobold.choose import Choice, advice
-from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings, shell_line
+from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings
 from nkat.kobold.compare import as_run, measure_choices, speed_table
 from nkat.kobold.config import config_with_extra, remember_fastest, write_config
 from nkat.kobold.describe import print_findings, print_layers

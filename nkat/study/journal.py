@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -17,7 +18,7 @@ class Journal(JournalFileBackend):
     """Optuna's, cut back to its last whole record when it is opened; a full disk is one line."""
 
     def __init__(self, path: str) -> None:
-        lock = JournalFileOpenLock(path)
+        lock = _Lock(path)
         if Path(path).is_file():
             with disk_errors(Path(path)):
                 lock.acquire()  # who writes has it
@@ -27,9 +28,49 @@ class Journal(JournalFileBackend):
                     lock.release()
         super().__init__(path, lock_obj=lock)
 
-    def append_logs(self, logs: list[dict[str, object]]) -> None:
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
         with disk_errors(Path(self._file_path)):
             super().append_logs(logs)
+
+
+class _Lock(JournalFileOpenLock):
+    """Whoever has the lock finds a journal that ends in a whole line, and leaves one.
+
+    So a process that is killed while it writes, or whose disk is full, spoils nothing for those that go on: what they
+    would write behind half a line could not be read by anybody.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = Path(path)
+
+    def acquire(self) -> bool:
+        super().acquire()
+        try:
+            if _is_torn(self._path):
+                _mend(self._path)
+        except BaseException:
+            super().release()
+            raise
+        return True
+
+    def release(self) -> None:
+        try:
+            if _is_torn(self._path):  # by this process, which failed to write; nobody has read it
+                _cut(self._path, self._path.read_bytes().rfind(b"\n") + 1)
+        finally:
+            super().release()
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the last line has no end. Nothing is torn in a file that is not there."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
 
 
 def _mend(path: Path) -> None:
@@ -43,15 +84,18 @@ def _mend(path: Path) -> None:
     torn = content[end:]
     if not torn and (not content or content.endswith(b"\n")):
         return
+    if torn:
+        kept = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.cut-{i}")).exists())
+        kept.write_bytes(torn)
+        note(f"note: {path}: its end was not completely written; {len(torn):,} bytes of it are now in {kept}")
+    _cut(path, end, b"" if content[:end].endswith(b"\n") or not end else b"\n")
+
+
+def _cut(path: Path, end: int, then: bytes = b"") -> None:
     with path.open("r+b") as file:
-        if torn:
-            kept = next(p for i in range(1, 10**6) if not (p := path.with_name(f"{path.name}.cut-{i}")).exists())
-            kept.write_bytes(torn)
-            note(f"note: {path}: its end was not completely written; {len(torn):,} bytes of it are now in {kept}")
         file.truncate(end)
-        if end and not content[:end].endswith(b"\n"):  # only the line break is missing
-            file.seek(end)
-            file.write(b"\n")
+        file.seek(end)
+        file.write(then)
         file.flush()
         os.fsync(file.fileno())
 

@@ -6,11 +6,12 @@ file in the output folder; any other Optuna storage is named by its URL.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from time import monotonic
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from time import monotonic, sleep
 from typing import Any
 
 import optuna
@@ -27,6 +28,8 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _SETTINGS = "settings"
 _WORKER = "worker"
 _ORIGIN = "retry of"
+_QUEUED = "fixed_params"  # Optuna's name for what a queued trial shall take, before its objective has asked for it
+_UNCLAIMED_SECONDS = 60.0  # between a trial's beginning and its worker's name in it lies one write to the storage
 
 Objective = Callable[[optuna.Trial], float]
 
@@ -48,6 +51,34 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
         raise
     except Exception as error:  # each database driver has exceptions of its own
         raise NKATError(f"storage {where}: {str(error).strip().splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def storage_failures() -> Iterator[None]:
+    """A storage that fails in the block (a full disk, a database that is gone) is one line."""
+    try:
+        yield
+    except Exception as error:
+        found = _of_the_storage(error)
+        if found is None or (found is error and isinstance(error, NKATError)):
+            raise
+        if isinstance(found, NKATError):
+            raise found from error
+        line = (str(found).strip().splitlines() or [type(found).__name__])[0]
+        raise NKATError(f"the study's storage fails: {line}; what was finished is kept: --resume continues") from error
+
+
+def _of_the_storage(error: BaseException | None) -> BaseException | None:
+    """What a storage raised, in an error or in what led to it; None where no storage did.
+
+    Optuna ends with a failed assertion where the result of a trial cannot be stored.
+    """
+    internal = (AssertionError, optuna.exceptions.StorageInternalError)
+    while isinstance(error, internal):
+        error = error.__cause__ or error.__context__
+    drivers = ("sqlalchemy", "grpc")
+    is_driver = error is not None and type(error).__module__.partition(".")[0] in drivers
+    return error if is_driver or isinstance(error, NKATError) else None
 
 
 def make_sampler(seed: int, conditional: bool = False) -> optuna.samplers.BaseSampler:
@@ -93,7 +124,7 @@ def open_study(
                 raise NKATError(
                     f"study {name!r} was made with another {key}: {found.get(key)!r} there, {settings[key]!r} here"
                 ) from None
-        _retry_dead_trials(study)
+        _retry_dead_trials(study, {})
         return study
     study.set_user_attr(_SETTINGS, dict(settings))
     for parameters, attributes in first_trials:
@@ -101,6 +132,7 @@ def open_study(
     return study
 
 
+@storage_failures()
 def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: float | None, label: str) -> bool:
     """Runs trials until the study has `target` finished ones, all workers' together. False when interrupted.
 
@@ -122,10 +154,14 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
 
         update()
         deadline = math.inf if timeout is None else monotonic() + timeout
+        unclaimed: dict[int, float] = {}
         while not interrupted and monotonic() < deadline:
-            _retry_dead_trials(study)  # of other workers
+            _retry_dead_trials(study, unclaimed)  # of other workers
             if not _room(study, target):
-                break
+                if not unclaimed:
+                    break
+                sleep(0.1)
+                continue
             study.optimize(marked, n_trials=1, callbacks=[update])
         return not interrupted
 
@@ -193,15 +229,28 @@ def _room(study: optuna.Study, target: int) -> bool:
     return len(study.get_trials(deepcopy=False, states=states)) < target
 
 
-def _retry_dead_trials(study: optuna.Study) -> None:
-    """Fails the trials of processes that died on this machine, and queues their parameters again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, _, process = trial.user_attrs.get(_WORKER, "").partition(":")
-        if host != socket.gethostname() or is_alive(process):
-            continue
+def _retry_dead_trials(study: optuna.Study, unclaimed: dict[int, float]) -> None:
+    """Fails the trials of processes that died on this machine, and queues their parameters again.
+
+    unclaimed: running trials that no worker has put its name to, and since when that is known here; kept up to date.
+    One that stays so was begun by a process that died at once.
+    """
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    nameless = {trial.number for trial in running if _WORKER not in trial.user_attrs}
+    for number in unclaimed.keys() - nameless:
+        del unclaimed[number]
+    for trial in running:
+        if trial.number in nameless:
+            if monotonic() - unclaimed.setdefault(trial.number, monotonic()) < _UNCLAIMED_SECONDS:
+                continue
+        else:
+            host, _, process = trial.user_attrs[_WORKER].partition(":")
+            if host != socket.gethostname() or is_alive(process):
+                continue
         try:
             study.tell(trial.number, state=TrialState.FAIL)
         except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
             continue  # another worker saw it first
         attributes = {key: value for key, value in trial.user_attrs.items() if key != _WORKER}
-        study.enqueue_trial(trial.params, user_attrs=attributes | {_ORIGIN: origin(trial)})
+        parameters = trial.system_attrs.get(_QUEUED, {}) | trial.params
+        study.enqueue_trial(parameters, user_attrs=attributes | {_ORIGIN: origin(trial)})

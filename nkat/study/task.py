@@ -13,6 +13,7 @@ from nkat.host.record import check_record
 from nkat.study import options as study
 from nkat.study import workers
 from nkat.study.options import StudyOptions
+from nkat.study.study import storage_failures
 
 Options = TypeVar("Options")
 
@@ -47,4 +48,5 @@ def run_task(modules: Mapping[str, str], argv: Sequence[str] | None = None) -> N
     task.options(parser, parsed, shared)  # what does not go together is said before a folder is made
     if not shared.join:
         check_record(shared.json, shared.force)
-    task.run(task.options(parser, parsed, workers.prepare(shared)))
+    with storage_failures():
+        task.run(task.options(parser, parsed, workers.prepare(shared)))

@@ -13,7 +13,7 @@ from nkat.gguf.formats import dequantise
 from nkat.kernels import reference
 from nkat.kernels.cpu import jit
 from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, unit_bytes
 from nkat.kernels.cpu.linear import CpuLinear, Panels
 from nkat.kernels.cpu.llvm import F16, F32, I64, Builder
 from nkat.kernels.cpu.matmul import (
@@ -27,6 +27,7 @@ from nkat.kernels.cpu.matmul import (
     rounding_of,
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.kernels.cpu.repack import repack
 from nkat.lm.linear import StarLinear
 from nkat.theta.algebra import Theta, low_rank_form, quantise_factors
 from tests.gguf.test_formats import HALVES, finite, random_rows
@@ -171,6 +172,12 @@ def test_embedding_rows_are_the_files(qtype):
 
 
 @every_format
+def test_a_single_token_meets_every_column_once(qtype):
+    layout = BLOCK_LAYOUTS[qtype]
+    assert sorted(layout.order()) == list(range(layout.columns // 4))
+
+
+@every_format
 def test_a_repacked_weight_is_hardly_larger(qtype):
     size = unit_bytes(qtype) / ROWS / GGML_QUANT_SIZES[qtype][1]
     assert size == 1.0 or (qtype in (QType.Q3_K, QType.Q4_K, QType.Q5_K, QType.IQ4_XS) and size < 1.04)
@@ -303,9 +310,11 @@ def test_threads_change_no_bit(qtype, count):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-def test_a_token_does_not_depend_on_its_panel():
-    packed, x = packed_weight(QType.Q6_K), inputs(2 * batch_tokens() + 1)
-    linear = CpuLinear(packed, QType.Q6_K, (M, N))
+@every_format
+def test_a_token_does_not_depend_on_its_panel(qtype):
+    """A single token, as in decoding, goes through other instructions than a panel of them."""
+    packed, x = packed_weight(qtype), inputs(2 * batch_tokens() + 1)
+    linear = CpuLinear(packed, qtype, (M, N))
     together = linear.rows(x, 0, M, 0.0, 2)
     for i in range(len(x)):
         assert torch.equal(linear.rows(x[i : i + 1], 0, M, 0.0, 1)[0], together[i])

@@ -11,8 +11,9 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.host.hardware import Gpu
+from nkat.host.programs import shell_line
 from nkat.kobold.choose import Choice, advice, choices, prefer
-from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings, shell_line
+from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings
 from nkat.kobold.files import RunFiles
 from nkat.kobold.find import Kobold
 from nkat.kobold.layers import ModelMemory
@@ -196,7 +197,7 @@ def test_the_command_is_the_settings() -> None:
 def test_what_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["/home/me/my koboldcpp", "--model", "it's.gguf", "$HOME", "a&b"]
     assert shlex.split(shell_line(words)) == words
-    monkeypatch.setattr("nkat.kobold.command.sys.platform", "win32")
+    monkeypatch.setattr("nkat.host.programs.sys.platform", "win32")
     assert shell_line(["C:\\my k\\k.exe", "--model", "C:\\a b.gguf"]) == '"C:\\my k\\k.exe" --model "C:\\a b.gguf"'
 
 

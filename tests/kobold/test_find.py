@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 
 from nkat.errors import NKATError
 from nkat.kobold import find as kobold_find
-from nkat.kobold.find import find_kobold, libraries_in_program, parse_help, probe_kobold, programs_in
-from tests.support.fake_koboldcpp import NEW, OLD, archive, install, install_program
+from nkat.kobold.find import (
+    download_command,
+    find_kobold,
+    libraries_in_program,
+    parse_help,
+    places,
+    probe_kobold,
+    programs_in,
+)
+from tests.support.fake_koboldcpp import NEW, OLD, archive, install, install_program, mark_when_run
 from tests.support.user import empty_home
 
 posix = pytest.mark.skipif(os.name == "nt", reason="the stand-in for a one-file program is a shell script")
@@ -61,12 +70,12 @@ def test_source_folder(tmp_path: Path, version: str, cuda: str) -> None:
 
 @posix
 def test_one_file_program(alone: Path, tmp_path: Path) -> None:
-    path = install_program(alone / "koboldcpp-linux-x64", NEW, ("default", "vulkan_noavx2"))
+    path = install_program(tmp_path / "home" / "koboldcpp-linux-x64", NEW, ("default", "vulkan_noavx2"))
     kobold = probe_kobold(find_kobold(None))
     assert (kobold.path, kobold.version, kobold.is_source) == (path.resolve(), NEW, False)
     assert kobold.libraries == {"default", "vulkan_noavx2"}
     # The answer is remembered until the file changes: this one can no longer answer.
-    (alone / ".koboldcpp-linux-x64-unpacked" / "koboldcpp.py").unlink()
+    (tmp_path / "home" / ".koboldcpp-linux-x64-unpacked" / "koboldcpp.py").unlink()
     assert probe_kobold(path) == kobold
     path.write_bytes(path.read_bytes() + b"\0")
     with pytest.raises(NKATError, match="is not a KoboldCpp that runs here"):
@@ -113,16 +122,71 @@ def test_table_of_contents(tmp_path: Path) -> None:
 
 
 def test_order_of_places(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NKATError, match=r"no KoboldCpp found .* download it with: curl"):
+    with pytest.raises(NKATError, match=r"no KoboldCpp found .* download it with: curl .*koboldcpp"):
         find_kobold(None)
     at_home = install(tmp_path / "home" / "koboldcpp", OLD)
     assert find_kobold(None) == at_home
-    here = install(alone / "koboldcpp", NEW)
-    assert find_kobold(None) == here
+    with_the_toolkit = install(tmp_path / "toolkit" / "koboldcpp", NEW)
+    assert find_kobold(None) == with_the_toolkit
     other = install(tmp_path / "other", NEW)
     monkeypatch.setenv("KOBOLDCPP", str(tmp_path / "other"))
     assert find_kobold(None) == other
-    assert find_kobold(here) == here
+    assert find_kobold(at_home) == at_home
+
+
+def test_where_the_download_goes_is_where_it_is_looked_for(alone: Path) -> None:
+    words = shlex.split(download_command(), posix=os.name != "nt")
+    target = Path(words[words.index("-fLo") + 1].strip('"'))
+    assert target.parent in places()
+    assert target.parent == Path.home() / "koboldcpp"
+
+
+@pytest.mark.parametrize("entries", [[], ["", "."], [".", "HERE"], ["koboldcpp"], ["HERE/koboldcpp/.."]])
+@pytest.mark.parametrize("toolkit", ["toolkit", "work"])
+def test_what_is_in_the_current_folder_is_not_run_unasked(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, entries: list[str], toolkit: str
+) -> None:
+    monkeypatch.setenv("PATH", os.pathsep.join(entries).replace("HERE", str(alone)))
+    monkeypatch.setattr(kobold_find, "__file__", str(tmp_path / toolkit / "nkat" / "kobold" / "find.py"))
+    here = install(alone, NEW)
+    with pytest.raises(NKATError, match=r"koboldcpp.py is in .* not run; --kobold koboldcpp.py"):
+        find_kobold(None)
+    at_home = install(tmp_path / "home" / "koboldcpp", NEW)
+    assert find_kobold(None) == at_home
+    assert capsys.readouterr().err.count("was not run") == 1
+    assert find_kobold(Path("koboldcpp.py")).samefile(here)
+    monkeypatch.setenv("KOBOLDCPP", "koboldcpp.py")
+    assert find_kobold(None).samefile(here)
+
+
+def test_list_runs_nothing_of_the_current_folder(script, alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = mark_when_run(alone / "koboldcpp.py", alone / "koboldcpp", alone / "nvidia-smi", alone / "git")
+    monkeypatch.setenv("PATH", os.pathsep.join(["", ".", str(alone)]))
+    done = script("backend_selector.py", "--list")
+    assert (done.returncode, done.stderr.count("\n"), ran.exists()) == (2, 1, False)
+    assert "--kobold koboldcpp.py" in done.stderr
+    install(alone.parent / "home" / "koboldcpp", NEW)
+    done = script("backend_selector.py", "--list")
+    assert (done.returncode, done.stderr.count("\n"), ran.exists()) == (0, 1, False)
+    assert "koboldcpp.py is in the current folder and was not run; --kobold koboldcpp.py names it" in done.stderr
+    script("backend_selector.py", "--list", "--kobold", "koboldcpp.py")  # the control
+    assert ran.exists()
+
+
+def test_the_folder_that_is_there_for_it_may_be_the_current_one(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    at_home = install(tmp_path / "home" / "koboldcpp", NEW)
+    monkeypatch.chdir(at_home.parent)
+    assert find_kobold(None) == at_home
+    monkeypatch.chdir(tmp_path / "home")
+    assert find_kobold(None) == at_home
+    assert capsys.readouterr().err == ""
+    install(tmp_path / "home" / "Downloads", NEW)
+    at_home.unlink()
+    monkeypatch.chdir(tmp_path / "home" / "Downloads")
+    with pytest.raises(NKATError, match="was not run"):
+        find_kobold(None)
 
 
 def test_what_was_named_must_be_one(alone: Path, tmp_path: Path) -> None:

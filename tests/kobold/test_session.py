@@ -275,7 +275,7 @@ def check_hidden_library(fails_with_log, tmp_path: Path, nkat: Path, port: int) 
 
 
 def test_without_arguments_it_never_waits(script, process, user: Path, base: Path, nkat: Path) -> None:
-    install(user / "koboldcpp", NEW)
+    install(user.parent / "home" / "koboldcpp", NEW)
     done = script(SELECTOR)
     assert (done.returncode, "name a model with --model" in done.stderr) == (0, True)
     (user / "models").mkdir()
@@ -290,7 +290,7 @@ def test_without_arguments_it_never_waits(script, process, user: Path, base: Pat
 
 @posix
 def test_menu(user: Path, nkat: Path, base: Path, port: int) -> None:
-    install(user / "koboldcpp", NEW, ("default", "failsafe"))
+    install(user.parent / "home" / "koboldcpp", NEW, ("default", "failsafe"))
     (user / nkat.name).write_bytes(nkat.read_bytes())
     (user / base.name).write_bytes(base.read_bytes())
     said, status = on_terminal(["", "7", "2"], "--port", str(port), until="ready")
@@ -303,7 +303,7 @@ def test_menu(user: Path, nkat: Path, base: Path, port: int) -> None:
 
 @posix
 def test_menu_enter_starts_the_first(user: Path, nkat: Path, port: int) -> None:
-    install(user / "koboldcpp", NEW, ("default", "failsafe"))
+    install(user.parent / "home" / "koboldcpp", NEW, ("default", "failsafe"))
     (user / nkat.name).write_bytes(nkat.read_bytes())
     said, status = on_terminal([""], "--port", str(port), until="ready")
     assert "koboldcpp_default really loaded" in said

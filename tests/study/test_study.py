@@ -117,6 +117,19 @@ def test_a_killed_trial_is_tried_again_with_its_parameters(tmp_path: Path) -> No
     assert study.trials[1].user_attrs["base"] is True
 
 
+def test_a_trial_that_nobody_claims_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its process was killed between beginning it and putting its name to it."""
+    monkeypatch.setattr("nkat.study.study._UNCLAIMED_SECONDS", 0.3)
+    where = tmp_path / "study.journal"
+    new_study(where, first=[({"x": 0.25, "y": 1}, {"base": True})]).ask()
+    study = new_study(where, resume=True)
+    assert [t.state for t in study.trials] == [TrialState.RUNNING]  # it may have been begun this moment
+    run_trials(study, objective, 1, None, "test")
+    assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    assert study.trials[1].params == {"x": 0.25, "y": 1}
+    assert study.trials[1].user_attrs["base"] is True
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no zombies")
 def test_a_killed_worker_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
     where = tmp_path / "study.journal"
@@ -163,6 +176,58 @@ def test_a_torn_journal_is_resumed_from_its_last_whole_record(tmp_path: Path, ca
         # where the last record of a trial is lost it counts as running, as long as this process is there
         assert len(new_study(where, resume=True).get_trials(states=FINISHED)) == (6 if good == whole else 5), name
     assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_journal_torn_while_others_go_on(tmp_path: Path, capsys) -> None:
+    """What a killed worker had half written is cut off by the next that writes, not written on."""
+    where = tmp_path / "study.journal"
+    here, there = new_study(where), new_study(where, resume=True)
+    run_trials(here, objective, 2, None, "test")
+    run_trials(there, objective, 3, None, "test")
+    for number, torn in enumerate((b'{"op_code":6,"worker_id":"', bytes(40), b"\xff"), 1):
+        with where.open("ab") as file:
+            file.write(torn)
+        assert len(there.get_trials(states=FINISHED)) == 2 + number  # reading alone leaves it
+        run_trials(here if number % 2 else there, objective, 3 + number, None, "test")
+        assert (tmp_path / f"study.journal.cut-{number}").read_bytes() == torn
+        assert capsys.readouterr().err.count("note: ") == 1
+    for study in (here, there, new_study(where, resume=True)):
+        assert len(study.get_trials(states=FINISHED)) == 6
+    assert not list(tmp_path.glob("*.lock"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit of a file's size")
+@pytest.mark.parametrize("room", [0, 1, 50, 300])
+def test_a_full_disk_is_one_line_and_tears_nothing(tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the system's limit of a file's size: like a full disk, it takes the first part of what is written."""
+    import resource
+
+    where = tmp_path / "study.journal"
+    study = new_study(where)
+    run_trials(study, objective, 2, None, "test")
+    before = where.read_bytes()
+    program = f"from nkat.host.commandline import run\ndef main():\n{textwrap.indent(WORKER, '    ')}\nrun(main)\n"
+    limit = len(before) + room
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(where), "5", "0.01"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: {where}: cannot be written: File too large (nothing was changed)"]
+    assert "Traceback" not in done.stderr
+    after = where.read_bytes()
+    assert after.startswith(before)
+    assert len(after) <= limit
+    assert after.endswith(b"\n")
+    assert not list(tmp_path.glob("*.cut-*"))
+    monkeypatch.setattr("nkat.study.study._UNCLAIMED_SECONDS", 0.2)  # a trial may have been begun, and no more
+    run_trials(study, objective, 4, None, "test")  # who was there all the time goes on
+    assert len(new_study(where, resume=True).get_trials(states=FINISHED)) == 4
 
 
 def test_a_seed_gives_the_same_trials(tmp_path: Path) -> None:

@@ -132,6 +132,42 @@ def test_cifar_from_folder_and_archive(tmp_path: Path, monkeypatch: pytest.Monke
         load_images("cifar10", tmp_path / "a", train=True)
 
 
+def test_damage_of_any_form_names_the_file_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bins = write_cifar(tmp_path / "bin") / "cifar-10-batches-bin" / "test_batch.bin"
+    content = bins.read_bytes()
+    pickled = tmp_path / "py" / "cifar-10-batches-py" / "test_batch"
+    packed = tmp_path / "tar" / "cifar-10-binary.tar.gz"
+    for path in (pickled, packed):
+        path.parent.mkdir(parents=True)
+
+    def advice(root: str, path: Path, reason: str) -> None:
+        with pytest.raises(NKATError) as raised:
+            load_images("cifar10", tmp_path / root, train=False)
+        assert str(raised.value).startswith(f"{path}: damaged, delete it and fetch it again: ")
+        assert reason in str(raised.value)
+
+    for change, reason in ((content[:-1], "no whole number"), (content, "the published one")):
+        bins.write_bytes(change)
+        advice("bin", bins, reason)
+        with tarfile.open(packed, "w:gz") as archive:
+            info = tarfile.TarInfo("folder/test_batch.bin")
+            info.size = len(change)
+            archive.addfile(info, io.BytesIO(change))
+        advice("tar", packed, reason)
+    with tarfile.open(packed, "w:gz"):
+        pass
+    advice("tar", packed, "test_batch.bin is not in it")
+    pickled.write_bytes(python2_pickle(*read_cifar_binary(content, "x"))[:-9])
+    advice("py", pickled, "no CIFAR-10 batch")
+    monkeypatch.setattr(data, "_CONTENTS", {})
+    bins.write_bytes(content)
+    assert len(load_images("cifar10", tmp_path / "bin", train=False)) == 24
+    raw = write_digits(tmp_path) / "EMNIST" / "raw" / "emnist-digits-test-labels-idx1-ubyte.gz"
+    raw.write_bytes(gzip.compress(gzip.decompress(raw.read_bytes())[:-1]))
+    with pytest.raises(NKATError, match=f"{raw}: damaged, delete it and fetch it again: .*promises"):
+        load_images("emnist-digits", tmp_path, train=False)
+
+
 @pytest.mark.parametrize("name", ["mnist", "emnist", "cifar10"])
 def test_absent_data_names_the_command(tmp_path: Path, name: str) -> None:
     with pytest.raises(NKATError, match=f"python -m nkat_vit.download {name} --data-root"):

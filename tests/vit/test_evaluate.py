@@ -15,7 +15,7 @@ from nkat_vit import checkpoint, data
 from nkat_vit.evaluate import RunResult, Spread, summarise, table
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import make_recipe
-from tests.support.vit_data import run_in_process, run_module, write_cifar, write_digits
+from tests.support.vit_data import run_in_process, run_module, write_cifar, write_digits, write_grey
 
 SMALL = {"embed_dim": 32, "depth": 1, "heads": 4, "gauge_rank": 2, "validation": 24, "batch_size": 24, "warmup": 0}
 
@@ -69,6 +69,19 @@ def test_runs_are_trained_once_and_judged(tmp_path: Path, monkeypatch: pytest.Mo
     again = run_module("nkat_vit.evaluate", *command)
     assert "done already" in again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["runs"] == record["runs"]
+
+
+def test_all_sets_are_checked_before_the_first_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_CONTENTS", {})
+    for name in ("mnist", "fashion"):
+        write_grey(tmp_path, name, train=60, test=30)
+    broken = tmp_path / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    broken.write_bytes(broken.read_bytes()[:-40])
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("something was trained"))
+    command = ["--train", "--sets", "mnist", "fashion", "--data-root", tmp_path, "--output", tmp_path / "runs"]
+    done = run_module("nkat_vit.evaluate", *command)
+    assert done.returncode == 2
+    assert f"{broken}: damaged" in done.stderr
 
 
 def test_robustness_of_a_cifar_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

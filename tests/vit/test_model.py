@@ -47,6 +47,7 @@ def test_the_plans_baseline_has_the_plans_size() -> None:
     assert count_parameters(plain) == pytest.approx(8.4e6, rel=5e-3)
     assert count_parameters(replace(plain, mlp_ratio=4.0)) == pytest.approx(12.6e6, rel=5e-3)
     assert count_parameters(ViTConfig()) == pytest.approx(8.4e6, rel=0.02)
+    assert count_parameters(ViTConfig()) == 8_479_127  # λ_theory is measured in it: 20 is this many
     stem = count_parameters(plain) - count_parameters(replace(plain, conv_stem="off", patch_size=8))
     assert abs(stem) < 60_000  # the plan says about 30 K
 
@@ -57,6 +58,7 @@ def test_the_plans_baseline_has_the_plans_size() -> None:
         ({}, 4),
         ({"conv_stem": "off", "patch_size": 4}, 8),
         ({"conv_stem": "small", "patch_size": 1, "pool": "seq"}, 8),
+        ({"conv_stem": "deep", "patch_size": 1, "pool": "seq"}, 4),
         ({"color_norm": "on", "pool": "mean"}, 4),
         ({"color_norm": "off", "split_heads": False}, 4),
     ],
@@ -87,7 +89,7 @@ def test_grey_pictures_of_28_pixels(patch: int, grid: int) -> None:
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"temperature": 0.0}, "temperature"),
-        ({"conv_stem": "huge"}, "off, tiny, small"),
+        ({"conv_stem": "huge"}, "off, tiny, small, deep"),
         ({"channels": 1}, "numbers for 1 channel"),
         ({"channels": 1, "mean": (0.5,), "std": (0.5,)}, "three channels"),
         ({"nkat_decay": 1.5}, "nkat_decay"),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nkat.errors import NKATError
-from nkat_vit.model import NKATViT, count_parameters
-from nkat_vit.optim import Average, Muon, lr_factor, make_optimizers, orthogonalise, set_lr
+from nkat_vit.metrics import lambda_theory
+from nkat_vit.model import NKATViT, ViTConfig, count_parameters
+from nkat_vit.muon import Muon, orthogonalise
+from nkat_vit.optim import Average, lr_factor, make_optimizers, set_lr
 from nkat_vit.recipe import PRESETS, Recipe, make_recipe, read_config
 from nkat_vit.train import given_values, parse_arguments
 
@@ -100,28 +103,82 @@ def test_strong_has_the_size_of_the_baseline() -> None:
     assert strong.tokens >= 64
 
 
+def test_fast_is_gauge_attention_behind_deep_convolutions() -> None:
+    recipe = make_recipe(PRESETS["fast"] | {"dataset": "cifar10"})
+    model, train = NKATViT(recipe.model), recipe.train
+    assert [m.weight.shape[0] for m in model.stem if isinstance(m, torch.nn.Conv2d)] == [64, 64, 128, 128, 256, 256]
+    assert (recipe.model.tokens, recipe.model.embed_dim, recipe.model.depth) == (16, 256, 4)
+    assert all(block.attention.gauge is not None for block in model.blocks)
+    assert (train.opt, train.muon_lr, train.lr, train.ema, train.batch_size) == ("muon", 0.02, 2e-3, 0.99, 128)
+    convolutions = sum(p.numel() for p in model.stem.parameters())
+    assert convolutions > 1_100_000
+    shallow = count_parameters(replace(recipe.model, conv_stem="off", patch_size=8)) - (192 - 256) * 256
+    assert lambda_theory(count_parameters(recipe.model)) == pytest.approx(
+        20 * (shallow + convolutions) / count_parameters(ViTConfig())
+    )
+    letters = make_recipe(PRESETS["fast"] | {"dataset": "mnist"})
+    assert (letters.model.tokens, letters.augment.flip, letters.train.tta) == (16, False, "none")
+
+
 @pytest.mark.parametrize("shape", [(24, 24), (48, 24), (24, 96)])
 def test_orthogonalise_against_the_svd(shape: tuple[int, int]) -> None:
-    matrices = torch.randn(3, *shape) * torch.tensor([1.0, 1e-3, 50.0]).view(3, 1, 1)
-    got = orthogonalise(matrices)
-    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
-    values = torch.linalg.svdvals(got)
-    strong = s > 0.1 * s[:, :1]
-    assert (values[strong] > 0.5).all()
-    assert values.max() < 1.35
-    cosine = (got * (u @ vh)).sum((1, 2)) / (got.norm(dim=(1, 2)) * (u @ vh).norm(dim=(1, 2)))
-    assert (cosine > 0.95).all()
-    raw = (matrices * (u @ vh)).sum((1, 2)) / (matrices.norm(dim=(1, 2)) * (u @ vh).norm(dim=(1, 2)))
-    assert (raw < cosine).all()  # control: without it the direction is another
+    for scale in (1.0, 1e-3, 50.0):
+        matrix = torch.randn(*shape) * scale
+        got = orthogonalise(matrix).float()
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        values = torch.linalg.svdvals(got)
+        assert (values[s > 0.1 * s[:1]] > 0.5).all()
+        assert values.max() < 1.35
+        cosine = (got * (u @ vh)).sum() / (got.norm() * (u @ vh).norm())
+        assert cosine > 0.95
+        raw = (matrix * (u @ vh)).sum() / (matrix.norm() * (u @ vh).norm())
+        assert raw < cosine  # control: without it the direction is another
 
 
-def test_muon_treats_packed_maps_apart() -> None:
-    torch.manual_seed(0)
-    packed = torch.nn.Parameter(torch.zeros(24, 8))
-    packed.grad = torch.cat([torch.randn(8, 8) * scale for scale in (1.0, 100.0, 0.01)])
-    Muon([{"params": [packed], "parts": 3}], lr=1.0, weight_decay=0.0).step()
-    for part, gradient in zip(packed.detach().chunk(3), packed.grad.chunk(3), strict=True):
-        torch.testing.assert_close(-part, orthogonalise(gradient[None] * (1 - 0.95**2))[0], atol=0.02, rtol=0.02)
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_our_muon_is_torchs_bit_by_bit() -> None:
+    start = [torch.randn(shape) for shape in ((24, 24), (48, 24), (24, 96), (1, 8))]
+    gradients = [[torch.randn_like(matrix) for matrix in start] for _ in range(3)]
+    ended = []
+    for kind in (torch.optim.Muon, Muon):
+        matrices = [matrix.clone() for matrix in start]
+        optimizer = kind(matrices, lr=0.02, weight_decay=0.05)
+        for row in gradients:
+            for matrix, gradient in zip(matrices, row, strict=True):
+                matrix.grad = gradient
+            optimizer.step()
+        ended.append(matrices)
+    assert all(torch.equal(a, b) for a, b in zip(*ended, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(start, ended[0], strict=True))  # control: they moved
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_muon_moves_packed_maps_apart_and_convolutions_too(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
+    if not present:
+        monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    model, recipe = small("muon")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.randn_like(parameter)
+        if name.endswith("kv.weight"):
+            parameter.grad[: len(parameter) // 2] *= 100  # keys and values of unlike size: each gets its own length
+    for optimizer in make_optimizers(model, recipe.train):
+        optimizer.step()
+
+    def direction(gradient: torch.Tensor) -> torch.Tensor:
+        matrix = gradient.flatten(1)
+        rows, columns = matrix.shape
+        return orthogonalise(matrix * (1 - 0.95**2)) * max(1, rows / columns) ** 0.5
+
+    config = recipe.train
+    for name in ("stem.0.weight", "embed.weight", "blocks.1.attention.kv.weight", "blocks.0.mlp_in.weight"):
+        parameter = model.get_parameter(name)
+        parts = 2 if "kv" in name else 1
+        expected = torch.cat([direction(part) for part in parameter.grad.chunk(parts)]).view_as(parameter)
+        kept = before[name] * (1 - config.muon_lr * config.weight_decay)
+        torch.testing.assert_close((kept - parameter.detach()) / config.muon_lr, expected.float(), atol=0.02, rtol=0.02)
+    moved = (model.head.weight.detach() - before["head.weight"]).abs().max()
+    assert moved < 2 * config.lr  # AdamW's step
 
 
 def small(opt: str) -> tuple[NKATViT, Recipe]:
@@ -135,13 +192,16 @@ def test_every_parameter_has_one_optimiser_and_vectors_do_not_decay(opt: str) ->
     model, recipe = small(opt)
     optimizers = make_optimizers(model, recipe.train)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    owned = [id(p) for group in groups for p in group["params"]]
-    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+    owned = [p for group in groups for p in group["params"]]
+    assert sum(p.numel() for p in owned) == sum(p.numel() for p in model.parameters())
+    places = {p.data_ptr() for p in owned}
+    assert len(places) == len(owned)
+    assert {p.data_ptr() for p in model.parameters()} <= places
     assert len(optimizers) == (2 if opt == "muon" else 1)
     for group in groups:
         assert all(p.ndim >= 2 for p in group["params"]) or group["weight_decay"] == 0
-    if opt == "muon":
-        assert sum(len(group["params"]) for group in optimizers[1].param_groups) == 5 * recipe.model.depth
+    if opt == "muon":  # of each block six, keys and values being two; of the stem two, and the patches' embedding
+        assert len(optimizers[1].param_groups[0]["params"]) == 6 * recipe.model.depth + 3
     set_lr(optimizers, 0.25)
     assert [o.param_groups[0]["lr"] for o in optimizers] == [0.25 * o.param_groups[0]["peak_lr"] for o in optimizers]
 
@@ -159,18 +219,21 @@ def test_learning_rate_rises_and_falls() -> None:
 def test_average_is_the_recursion_written_out() -> None:
     model, _ = small("adamw")
     average = Average(model, decay=0.5)
-    name = "head.weight"
-    expected = model.state_dict()[name].clone()
+    names = ("head.weight", "stem.1.running_mean", "stem.1.running_var")  # BatchNorm's belong to the weights
+    expected = {name: model.state_dict()[name].clone() for name in names}
     for n in range(12):
         with torch.no_grad():
             model.head.weight.add_(torch.randn_like(model.head.weight))
             model.stem[1].running_mean.add_(1.0)
+            model.stem[1].running_var.mul_(1.5)
+            model.stem[1].num_batches_tracked.add_(1)
         average.update(model)
         decay = min(0.5, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * model.state_dict()[name]
-    torch.testing.assert_close(average.weights[name], expected)
-    assert torch.equal(average.weights["stem.1.running_mean"], model.stem[1].running_mean)
+        expected = {name: decay * value + (1 - decay) * model.state_dict()[name] for name, value in expected.items()}
+    for name, value in expected.items():
+        torch.testing.assert_close(average.weights[name], value)
+    assert average.weights["stem.1.num_batches_tracked"] == 12
     other = Average(model, decay=0.5)
     other.restore(average.state())
     assert other.updates == 12
-    assert torch.equal(other.weights[name], average.weights[name])
+    assert all(torch.equal(other.weights[name], average.weights[name]) for name in average.weights)

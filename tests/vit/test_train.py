@@ -225,6 +225,23 @@ def test_checkpoints_that_are_none(tmp_path: Path) -> None:
         load_model(path)
 
 
+def test_a_bad_test_set_is_found_before_the_first_step(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = data / "EMNIST" / "raw" / "emnist-digits-test-images-idx3-ubyte.gz"
+    broken.write_bytes(broken.read_bytes()[:-40])
+    steps = []
+    whole = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self: steps.append(self.step) or whole(self))
+    command = ["--data-root", data, "--output", tmp_path / "r", *COMMON, "--epochs", 2]
+    done = run_module("nkat_vit.train", *command)
+    assert done.returncode == 2
+    assert f"{broken}: damaged" in done.stderr
+    assert not steps
+    assert run_module("nkat_vit.train", *command, "--no-test").returncode == 0  # it needs none
+    assert steps
+
+
 def test_too_few_pictures_for_a_batch(tmp_path: Path, data: Path) -> None:
     done = run_module(
         "nkat_vit.train", "--data-root", data, "--output", tmp_path / "r", *COMMON, "--batch-size", 100, "--epochs", 1

@@ -12,21 +12,18 @@ the byte numbers below are those of the drawing of a layout's `block`.
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from typing import TypeAlias
 
-import numpy as np
-import torch
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType
 from llvmlite import ir
-from torch import Tensor
 
 from nkat.gguf import formats
-from nkat.gguf.formats import BlockFormat, packed_nbytes
-from nkat.kernels.cpu.jit import compile_kernel
+from nkat.gguf.formats import BlockFormat
 from nkat.kernels.cpu.llvm import F16, I8, I16, I32, Builder, Operand, Value
-from nkat.kernels.cpu.program import aligned, pool
 
 ROWS = 16  # of a tile: the lanes of a 512-bit vector of float32
+Field: TypeAlias = "tuple[Value, int, int]"  # a word, how many bits of each byte are below the field, its mask
 
 BLOCK_LAYOUTS: dict[GGMLQuantizationType, type[BlockLayout]] = {}
 
@@ -70,6 +67,13 @@ class Interleaver:
         for byte in range(4):
             self.store((word >> 8 * byte).narrow(I8()) - minus, _BYTE)
 
+    def bundles(self, count: int, words: int, make: Callable[[Value], list[Value]]) -> None:
+        """make(i): so many words, for each i below count."""
+        with self.k.loop(0, count) as i:
+            for j, word in enumerate(make(i)):
+                self.k.store(word, self.out + (i * (words * _WORD) + (self.size + j * _WORD)))
+        self.size += count * words * _WORD
+
     def spread_bits(self, byte: int) -> None:
         """32 bits: bit i goes to bit i // 4 of byte i % 4, so that a shift and a mask find those of four neighbours."""
         word = self.vector(I32(), byte)
@@ -88,18 +92,26 @@ class BlockLayout:
     block: the format, with the drawing of its bits
     columns:  of a unit, a block's weights
     group:    columns that share s and m
+    zero:     the q that stands for 0 in a format without a minimum: m = -zero·s
     seven_bit: no q is above 127
     wider: bytes that a block takes more than in the file
-    interleave(rows): stores a unit's parts, in the order in which the next two look for them
-    scales(k, unit, group): s and m of the tile's rows, float32 vectors
-    quad(k, unit, quad): q of the columns 4·quad to 4·quad + 3: four bytes a lane, as int32
+    parts, bundle: in each of so many parts of a unit, so many quads, at equal distances, have their bits in the same
+        words
+    interleave(rows): stores a unit's parts, in the order in which the next three look for them
+    factors(k, unit): the parts of s and m that a whole unit shares, float32 vectors; no second one where zero says it
+    steps(k, unit, group): what a group multiplies them by: whole numbers, float32 vectors; None where group == columns
+    field(k, unit, quad): q of the columns 4·quad to 4·quad + 3, four bytes a lane, as a word of int32 lanes, and the
+        bits of each byte that are q: how many lie below them, and a mask of one byte
     """
 
     block: type[BlockFormat]
     columns: int
     group = 32
+    zero = 0
     seven_bit = True
     wider = 0
+    parts = 1
+    bundle = 1
 
     def __init_subclass__(cls, block: type[BlockFormat]) -> None:
         cls.block, cls.columns = block, block.block_size
@@ -110,12 +122,44 @@ class BlockLayout:
         raise NotImplementedError
 
     @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
+    def factors(k: Builder, unit: Value) -> tuple[Value, Value | None]:
         raise NotImplementedError
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
+    def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
+        return None
+
+    @staticmethod
+    def field(k: Builder, unit: Value, quad: int) -> Field:
         raise NotImplementedError
+
+    @classmethod
+    def scales(cls, k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
+        """s and m of a group of the tile's rows, float32 vectors."""
+        s, m = cls.factors(k, unit)
+        step = cls.steps(k, unit, group)
+        if step is not None:
+            s = step[0] * s
+            m = step[1] * m if step[1] is not None and m is not None else m
+        return s, s * -float(cls.zero) if m is None else m
+
+    @classmethod
+    def quad(cls, k: Builder, unit: Value, quad: int) -> Value:
+        """q of the columns 4·quad to 4·quad + 3: four bytes a lane, as int32."""
+        word, below, mask = cls.field(k, unit, quad)
+        return word if mask == 0xFF else _bits(word, below, mask)
+
+    @classmethod
+    def order(cls) -> list[int]:
+        """A unit's quads, those that share words next to one another."""
+        quads = cls.columns // 4 // cls.parts
+        apart = quads // cls.bundle
+        return [
+            part * quads + place + apart * i
+            for part in range(cls.parts)
+            for place in range(apart)
+            for i in range(cls.bundle)
+        ]
 
 
 # What stands in a unit: the parts below one after the other, each so many bytes a field of the 16 rows
@@ -138,89 +182,106 @@ def _word(k: Builder, unit: Value, byte: int) -> Value:
     return k.load(I32(ROWS), unit + byte)
 
 
-def _shifted(word: Value, by: int) -> Value:
-    """Right by so many bits; left where negative."""
-    return word >> by if by > 0 else word << -by if by < 0 else word
-
-
 def _bits(word: Value, shift: int, mask: int) -> Value:
-    """Bits `shift`... of each byte, moved to the bottom, under a mask of one byte."""
-    return _shifted(word, shift) & (mask * 0x01010101)
+    """Bits `shift`... of each byte, moved to the bottom, under a mask of one byte; to the left where negative."""
+    moved = word >> shift if shift > 0 else word << -shift if shift < 0 else word
+    return moved & (mask * 0x01010101)
 
 
-def _nibble(k: Builder, unit: Value, quad: int, apart: int) -> Value:
+def _whole(word: Value) -> Field:
+    """A word whose bytes are q."""
+    return word, 0, 0xFF
+
+
+def _nibble(k: Builder, unit: Value, quad: int, apart: int) -> Field:
     """Four nibbles a lane, where byte i of the format has q[i] below and q[i + 4·apart] above."""
     pair, place = divmod(quad, 2 * apart)
     word = _word(k, unit, _WORD * (pair * apart + place % apart))
-    return _bits(word, 4 * (place // apart), 0x0F)
+    return word, 4 * (place // apart), 0x0F
+
+
+def _join(words: list[Value]) -> Value:
+    """The 6 bits that the top two of each byte of three words make, those of the first word lowest."""
+    a, b, c = words
+    return _bits(a, 6, 0x03) | _bits(b, 4, 0x0C) | _bits(c, 2, 0x30)
+
+
+def _split(words: list[Value], top: Value) -> list[Value]:
+    """The three words with 6 more bits at the top of their bytes: `_join` backwards."""
+    return [word | _bits(top, -shift, 0xC0) for word, shift in zip(words, (6, 4, 2), strict=True)]
 
 
 class _Q4_0(BlockLayout, block=formats.Q4_0):
+    zero = 8
+    bundle = 2
+
     @staticmethod
     def interleave(rows: Interleaver) -> None:
         rows.halves(0, 1)
         rows.words(2, 4)
 
     @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        s = _half(k, unit, 0)
-        return s, s * -8.0
+    def factors(k: Builder, unit: Value) -> tuple[Value, Value | None]:
+        return _half(k, unit, 0), None
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
+    def field(k: Builder, unit: Value, quad: int) -> Field:
         return _nibble(k, unit + _HALF, quad, 4)
 
 
 class _Q4_1(BlockLayout, block=formats.Q4_1):
+    bundle = 2
+
     @staticmethod
     def interleave(rows: Interleaver) -> None:
         rows.halves(0, 2)
         rows.words(4, 4)
 
     @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
+    def factors(k: Builder, unit: Value) -> tuple[Value, Value | None]:
         return _half(k, unit, 0), _half(k, unit, _HALF)
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
+    def field(k: Builder, unit: Value, quad: int) -> Field:
         return _nibble(k, unit + 2 * _HALF, quad, 4)
 
 
 class _Q5_0(BlockLayout, block=formats.Q5_0):
+    zero = 16
+    bundle = 2
+
     @staticmethod
     def interleave(rows: Interleaver) -> None:
         rows.halves(0, 1)
         rows.spread_bits(2)
         rows.words(6, 4)
 
-    @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        s = _half(k, unit, 0)
-        return s, s * -16.0
+    factors = _Q4_0.factors
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
+    def field(k: Builder, unit: Value, quad: int) -> Field:
         high = _bits(_word(k, unit, _HALF), quad - 4, 0x10)
-        return _nibble(k, unit + _HALF + _WORD, quad, 4) | high
+        return _whole(_bits(*_nibble(k, unit + _HALF + _WORD, quad, 4)) | high)
 
 
 class _Q5_1(BlockLayout, block=formats.Q5_1):
+    bundle = 2
+
     @staticmethod
     def interleave(rows: Interleaver) -> None:
         rows.halves(0, 2)
         rows.spread_bits(4)
         rows.words(8, 4)
 
-    @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        return _half(k, unit, 0), _half(k, unit, _HALF)
+    factors = _Q4_1.factors
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
-        return _Q5_0.quad(k, unit + _HALF, quad)
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        return _Q5_0.field(k, unit + _HALF, quad)
 
 
 class _Q8_0(BlockLayout, block=formats.Q8_0):
+    zero = 128
     seven_bit = False
 
     @staticmethod
@@ -228,24 +289,17 @@ class _Q8_0(BlockLayout, block=formats.Q8_0):
         rows.halves(0, 1)
         rows.words(2, 8, flip=-0x7F7F7F80)
 
-    @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        s = _half(k, unit, 0)
-        return s, s * -128.0
+    factors = _Q4_0.factors
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
-        return _word(k, unit, _HALF + _WORD * quad)
-
-
-def _two_bits(k: Builder, unit: Value, quad: int) -> Value:
-    """Four fields of two bits a lane, which Q2_K and Q3_K keep alike."""
-    half, place = divmod(quad, 32)
-    return _bits(_word(k, unit, _WORD * (8 * half + place % 8)), 2 * (place // 8), 0x03)
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        return _whole(_word(k, unit, _HALF + _WORD * quad))
 
 
 class _Q2_K(BlockLayout, block=formats.Q2_K):
     group = 16
+    parts = 2
+    bundle = 4
 
     @staticmethod
     def interleave(rows: Interleaver) -> None:
@@ -254,19 +308,28 @@ class _Q2_K(BlockLayout, block=formats.Q2_K):
         rows.words(16, 16)
 
     @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        both = k.load(I8(ROWS), unit + (2 * _HALF + _BYTE * group)).unsigned(I32())
-        s, t = (both & 0x0F).float32(), (both >> 4).float32()
-        return s * _half(k, unit, 0), t * (_half(k, unit, _HALF) * -1.0)
+    def factors(k: Builder, unit: Value) -> tuple[Value, Value | None]:
+        return _half(k, unit, 0), _half(k, unit, _HALF) * -1.0
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
-        return _two_bits(k, unit + (2 * _HALF + 16 * _BYTE), quad)
+    def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
+        both = k.load(I8(ROWS), unit + (2 * _HALF + _BYTE * group)).unsigned(I32())
+        return (both & 0x0F).float32(), (both >> 4).float32()
+
+    @staticmethod
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        half, place = divmod(quad, 32)
+        word = _word(k, unit, 2 * _HALF + 16 * _BYTE + _WORD * (8 * half + place % 8))
+        return word, 2 * (place // 8), 0x03
 
 
 class _Q3_K(BlockLayout, block=formats.Q3_K):
+    """Kept in words of three: each byte has q of two quads, and two of the six bits of two more."""
+
     group = 16
+    zero = 4
     wider = 4
+    bundle = 8
 
     @staticmethod
     def interleave(rows: Interleaver) -> None:
@@ -279,18 +342,26 @@ class _Q3_K(BlockLayout, block=formats.Q3_K):
             (middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030),
         ):
             rows.four_bytes(word, minus=32)
-        rows.words(0, 24)
+
+        def bundle(place: Value) -> list[Value]:
+            fourth, *two = (rows.vector(I32(), place * 4 + byte) for byte in (0, 32, 64))
+            q = [_bits(two[i // 4], 2 * (i % 4), 0x03) | _bits(fourth, i - 2, 0x04) for i in range(8)]
+            pairs = [q[i] | q[i + 1] << 3 for i in range(0, 8, 2)]
+            return _split(pairs[:3], pairs[3])
+
+        rows.bundles(8, 3, bundle)
+
+    factors = _Q4_0.factors
 
     @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        s = _signed_byte(k, unit, _HALF + _BYTE * group) * _half(k, unit, 0)
-        return s, s * -4.0
+    def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
+        return _signed_byte(k, unit, _HALF + _BYTE * group), None
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
-        unit = unit + (_HALF + 16 * _BYTE)
-        high = _bits(_word(k, unit, _WORD * (quad % 8)), quad // 8 - 2, 0x04)
-        return _two_bits(k, unit + 8 * _WORD, quad) | high
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        i, place = divmod(quad, 8)
+        words = [_word(k, unit, _HALF + 16 * _BYTE + _WORD * (3 * place + j)) for j in range(3)]
+        return words[i // 2] if i < 6 else _join(words), 3 * (i % 2), 0x07
 
 
 def _k_scales(rows: Interleaver) -> None:
@@ -304,6 +375,8 @@ def _k_scales(rows: Interleaver) -> None:
 
 class _Q4_K(BlockLayout, block=formats.Q4_K):
     wider = 4
+    parts = 4
+    bundle = 2
 
     @staticmethod
     def interleave(rows: Interleaver) -> None:
@@ -311,19 +384,22 @@ class _Q4_K(BlockLayout, block=formats.Q4_K):
         _k_scales(rows)
         rows.words(16, 32)
 
-    @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        s = _unsigned_byte(k, unit, 2 * _HALF + _BYTE * group)
-        t = _unsigned_byte(k, unit, 2 * _HALF + _BYTE * (8 + group))
-        return s * _half(k, unit, 0), t * (_half(k, unit, _HALF) * -1.0)
+    factors = _Q2_K.factors
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
+    def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
+        s = _unsigned_byte(k, unit, 2 * _HALF + _BYTE * group)
+        return s, _unsigned_byte(k, unit, 2 * _HALF + _BYTE * (8 + group))
+
+    @staticmethod
+    def field(k: Builder, unit: Value, quad: int) -> Field:
         return _nibble(k, unit + (2 * _HALF + 16 * _BYTE), quad, 8)
 
 
 class _Q5_K(BlockLayout, block=formats.Q5_K):
     wider = 4
+    parts = 4
+    bundle = 2
 
     @staticmethod
     def interleave(rows: Interleaver) -> None:
@@ -331,35 +407,50 @@ class _Q5_K(BlockLayout, block=formats.Q5_K):
         _k_scales(rows)
         rows.words(16, 40)
 
-    scales = _Q4_K.scales
+    factors = _Q4_K.factors
+    steps = _Q4_K.steps
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
+    def field(k: Builder, unit: Value, quad: int) -> Field:
         unit = unit + (2 * _HALF + 16 * _BYTE)
         high = _bits(_word(k, unit, _WORD * (quad % 8)), quad // 8 - 4, 0x10)
-        return _nibble(k, unit + 8 * _WORD, quad, 8) | high
+        return _whole(_bits(*_nibble(k, unit + 8 * _WORD, quad, 8)) | high)
 
 
 class _Q6_K(BlockLayout, block=formats.Q6_K):
+    """Kept in words of three: each byte has q of one quad, and two of the bits of a fourth."""
+
     group = 16
+    zero = 32
+    parts = 2
+    bundle = 4
 
     @staticmethod
     def interleave(rows: Interleaver) -> None:
         rows.halves(208, 1)
         rows.bytes(192, 16)
-        rows.words(0, 48)
+
+        for half in range(2):
+
+            def bundle(place: Value, half: int = half) -> list[Value]:
+                starts = (64 * half, 64 * half + 32, 128 + 32 * half)
+                *four, two = (rows.vector(I32(), place * 4 + byte) for byte in starts)
+                q = [_bits(four[i % 2], 4 * (i // 2), 0x0F) | _bits(two, 2 * i - 4, 0x30) for i in range(4)]
+                return _split(q[:3], q[3])
+
+            rows.bundles(8, 3, bundle)
+
+    factors = _Q4_0.factors
 
     @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        s = _signed_byte(k, unit, _HALF + _BYTE * group) * _half(k, unit, 0)
-        return s, s * -32.0
+    def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
+        return _signed_byte(k, unit, _HALF + _BYTE * group), None
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
-        unit = unit + (_HALF + 16 * _BYTE)
-        half, place = divmod(quad, 32)
-        high = _bits(_word(k, unit, _WORD * (32 + 8 * half + place % 8)), 2 * (place // 8) - 4, 0x30)
-        return _nibble(k, unit, quad, 16) | high
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        half, i, place = quad // 32, quad % 32 // 8, quad % 8
+        words = [_word(k, unit, _HALF + 16 * _BYTE + _WORD * (3 * (8 * half + place) + j)) for j in range(3)]
+        return (words[i], 0, 0x3F) if i < 3 else _whole(_join(words))
 
 
 def _levels(k: Builder, nibbles: Value) -> Value:
@@ -369,21 +460,20 @@ def _levels(k: Builder, nibbles: Value) -> Value:
 
 
 class _IQ4_NL(_Q4_0, block=formats.IQ4_NL):
+    zero = 128
     seven_bit = False
 
     @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        s = _half(k, unit, 0)
-        return s, s * -128.0
-
-    @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
-        return _levels(k, _Q4_0.quad(k, unit, quad))
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        return _whole(_levels(k, _bits(*_Q4_0.field(k, unit, quad))))
 
 
 class _IQ4_XS(BlockLayout, block=formats.IQ4_XS):
+    zero = 128
     seven_bit = False
     wider = 2
+    parts = 8
+    bundle = 2
 
     @staticmethod
     def interleave(rows: Interleaver) -> None:
@@ -394,67 +484,18 @@ class _IQ4_XS(BlockLayout, block=formats.IQ4_XS):
             rows.store((s - 32).narrow(I8()), _BYTE)
         rows.words(8, 32)
 
-    @staticmethod
-    def scales(k: Builder, unit: Value, group: int) -> tuple[Value, Value]:
-        s = _signed_byte(k, unit, _HALF + _BYTE * group) * _half(k, unit, 0)
-        return s, s * -128.0
+    factors = _Q4_0.factors
 
     @staticmethod
-    def quad(k: Builder, unit: Value, quad: int) -> Value:
-        return _levels(k, _nibble(k, unit + (_HALF + 8 * _BYTE), quad, 4))
+    def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
+        return _signed_byte(k, unit, _HALF + _BYTE * group), None
+
+    @staticmethod
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        return _whole(_levels(k, _bits(*_nibble(k, unit + (_HALF + 8 * _BYTE), quad, 4))))
 
 
 def unit_bytes(qtype: GGMLQuantizationType) -> int:
     """Bytes of one unit of a tile."""
     layout = BLOCK_LAYOUTS[qtype]
     return ROWS * (layout.block.block_bytes + layout.wider)
-
-
-@functools.cache
-def _repack_kernel(qtype: GGMLQuantizationType) -> int:
-    """arguments: packed rows, bytes of a row, units, tiles, out. Each thread takes some of the tiles."""
-    layout = BLOCK_LAYOUTS[qtype]
-
-    def emit(k: Builder) -> None:
-        packed, row_bytes, units, tiles, out = (k.pointer(0), k.integer(1), k.integer(2), k.integer(3), k.pointer(4))
-        with (
-            k.loop(tiles * k.thread // k.threads, tiles * (k.thread + 1) // k.threads) as tile,
-            k.loop(0, units) as unit,
-        ):
-            block = packed + (tile * row_bytes * ROWS + unit * layout.block.block_bytes)
-            rows = Interleaver(k, block, row_bytes, out + (tile * units + unit) * unit_bytes(qtype))
-            layout.interleave(rows)
-            assert rows.size == unit_bytes(qtype)
-
-    return compile_kernel(f"repack_{qtype.name}", emit)
-
-
-def repack(packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, int], threads: int = 1) -> np.ndarray:
-    """A block-quantised weight [m, n] in tiles: uint8 [ceil(m / 16), bytes of a tile], rows beyond m zero."""
-    m, n = shape
-    units, row_bytes = n // BLOCK_LAYOUTS[qtype].columns, packed_nbytes(qtype, shape) // m
-    rows = packed.numpy()
-    out = aligned((-(-m // ROWS), units * unit_bytes(qtype)), np.uint8)
-    whole = m // ROWS
-    arguments = np.array([rows.ctypes.data, row_bytes, units, whole, out.ctypes.data], np.int64)
-    pool(threads).run(_repack_kernel(qtype), arguments)
-    if whole < len(out):
-        rest = np.zeros(ROWS * row_bytes, np.uint8)
-        rest[: (m - whole * ROWS) * row_bytes] = rows[whole * ROWS * row_bytes :]
-        arguments[:] = rest.ctypes.data, row_bytes, units, 1, out[whole:].ctypes.data
-        pool(threads).run(_repack_kernel(qtype), arguments)
-    return out
-
-
-def repack_float(packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, int]) -> np.ndarray:
-    """A float weight [m, n] in tiles of [column, 16 rows]: uint8 [ceil(m / 16), 16·n·width], rows beyond m zero."""
-    m, n = shape
-    width = GGML_QUANT_SIZES[qtype][1]
-    words = packed.clone().view({2: torch.int16, 4: torch.int32}[width]).view(m, n)
-    tiles = -(-m // ROWS)
-    out = words.new_zeros(tiles, n, ROWS)
-    whole = m // ROWS
-    out[:whole] = words[: whole * ROWS].view(whole, ROWS, n).transpose(1, 2)
-    if whole < tiles:
-        out[whole, :, : m - whole * ROWS] = words[whole * ROWS :].T
-    return out.view(tiles, -1).view(torch.uint8).numpy()

@@ -7,7 +7,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, repack, repack_float
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS
 from nkat.kernels.cpu.matmul import (
     EXACT,
     FLOAT_TYPES,
@@ -19,6 +19,7 @@ from nkat.kernels.cpu.matmul import (
     rounding_of,
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.kernels.cpu.repack import repack, repack_float
 from nkat.theta.algebra import Theta
 
 

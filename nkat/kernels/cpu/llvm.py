@@ -316,10 +316,10 @@ class Builder:
         align = 8 if kind in (_I64, _POINTER) else 1
         return Value(self, self.ir.load(address.raw, typ=kind, align=align))
 
-    def prefetch(self, address: Value) -> None:
-        """Asks for the cache line there: it will be read soon."""
-        read, all_levels, data = (self.value(x, _I32) for x in (0, 3, 1))
-        self.perform("llvm.prefetch.p0", [address, read, all_levels, data])
+    def prefetch(self, address: Value, level: int = 1) -> None:
+        """Asks for the cache line there, into the cache of that level: it will be read soon."""
+        read, locality, data = (self.value(x, _I32) for x in (0, 4 - level, 1))
+        self.perform("llvm.prefetch.p0", [address, read, locality, data])
 
     def load_pointer(self, address: Value) -> Value:
         return self.load(_POINTER, address)
@@ -443,6 +443,11 @@ class Builder:
         safe = self.maximum(n, -126.0)
         power = ((safe.truncated() + 127) << 23).bits(x.kind)
         return self.select(x < -87.0, self.value(0.0, x.kind), p * power)
+
+    @property
+    def has_dot4(self) -> bool:
+        """Whether the processor sums four products of bytes, whatever they are, in one instruction."""
+        return self.isa in ("avx512-vnni", "avx-vnni")
 
     def dot4(self, total: Value, unsigned: Value, signed: Value, *, seven_bit: bool) -> Value:
         """total + the sums of four products of bytes in each int32 lane. seven_bit: the unsigned ones are below 128."""

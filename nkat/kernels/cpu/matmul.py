@@ -15,6 +15,7 @@ Float weights (F32, F16, BF16) are multiplied in float32 without rounding, and s
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,9 +30,8 @@ FLOAT_TYPES = {
     GGMLQuantizationType.F16: F16,
     GGMLQuantizationType.BF16: I16,
 }
-# Bytes by which decoding asks for a weight before it needs it. Measured on a Xeon with two threads: 13 to 19 GB/s
-# without, 20 to 22 GB/s from 2 kB (6 kB for Q6_K) on, which is all that reading alone reaches there.
-_AHEAD = 6144
+# Bytes by which decoding asks for a weight before it needs it, by the cache that it shall come into
+_AHEAD = {2: 3072, 1: 512}
 STAR_ROWS = 8  # rows of `down` in one tile: 2 lanes each
 
 
@@ -155,9 +155,6 @@ def matmul_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, isa: st
                     with k.loop(0, units) as unit:
                         number = panel * units + unit
                         here = at + unit * unit_bytes(qtype)
-                        if tokens == 1:
-                            for line in range(0, unit_bytes(qtype), 64):
-                                k.prefetch(here + (_AHEAD + line))
                         if exact:
                             _exact_unit(k, layout, here, q + number * (layout.columns * tokens * 4), totals)
                         else:
@@ -180,20 +177,86 @@ def matmul_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, isa: st
 
 
 def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, sums: Value, totals: list) -> None:
-    """Adds one unit's products to the totals."""
+    """Adds one unit's products with the tokens of a panel to the totals.
+
+    With a single token, as in decoding, taking the weight apart is all the work, and memory the limit: then each word
+    is read once, fields stay where they are in their bytes if sums of products have room for that (their sum is moved
+    down instead), and the weights to come are asked for line by line between the products. What is computed is the same
+    for any number of tokens, and so is every bit of it.
+    """
     tokens = len(totals)
-    for group in range(layout.columns // layout.group):
-        s, m = layout.scales(k, at, group)
-        dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
-        for quad in range(group * layout.group // 4, (group + 1) * layout.group // 4):
-            four = layout.quad(k, at, quad)
-            for t in range(tokens):
-                x = k.load(I32(), q + ((quad // 8 * tokens + t) * 32 + quad % 8 * 4)).spread(ROWS)
-                dots[t] = k.dot4(dots[t], four, x, seven_bit=layout.seven_bit)
-        for t, total in enumerate(totals):
-            scale = k.load(F32(), d + (group * layout.group // 32 * tokens + t) * 4)
-            added = k.fma(dots[t].float32() * scale, s, total.value)
-            total.value = k.fma(m, k.load(F32(), sums + (group * tokens + t) * 4), added)
+    order = layout.order()
+    last = {quad * 4 // layout.group: i for i, quad in enumerate(order)}
+    if tokens > 1:  # one group after another, in the order in which they are complete above
+        size = layout.group // 4
+        order = [group * size + i for group in sorted(last, key=last.__getitem__) for i in range(size)]
+        last = {quad * 4 // layout.group: i for i, quad in enumerate(order)}
+    lines = unit_bytes(layout.block.qtype) // 64 if tokens == 1 else 0
+    dots: dict[int, dict[int, list[Value]]] = {}  # of a group, by how many bits too high they are
+    found: list[Value] = []
+    shifts: list[Value] = []
+    for i, quad in enumerate(order):
+        for line in range(i * lines // len(order), (i + 1) * lines // len(order)):
+            _ask(k, at + 64 * line)
+        group = quad * 4 // layout.group
+        four, above, seven_bit = _quad(k, layout, at, quad, in_place=tokens == 1)
+        sums_of_group = dots.setdefault(group, {}).setdefault(above, [k.value(0, I32(ROWS))] * tokens)
+        for t in range(tokens):
+            x = k.load(I32(), q + ((quad // 8 * tokens + t) * 32 + quad % 8 * 4)).spread(ROWS)
+            sums_of_group[t] = k.dot4(sums_of_group[t], four, x, seven_bit=seven_bit)
+        if last[group] == i:
+            _add_group(k, layout, at, group, dots.pop(group), sums, found, shifts)
+    s, m = layout.factors(k, at)
+    if m is None:
+        m = s * -float(layout.zero)
+    for t, total in enumerate(totals):
+        added = k.fma(found[t], s * k.load(F32(), d + 4 * t), total.value)
+        total.value = k.fma(shifts[t], m, added)
+
+
+def _ask(k: Builder, line: Value) -> None:
+    """Asks for the lines that are so far behind this one."""
+    for level, ahead in _AHEAD.items():
+        k.prefetch(line + ahead, level)
+
+
+def _quad(k: Builder, layout: type[BlockLayout], at: Value, quad: int, in_place: bool) -> tuple[Value, int, bool]:
+    """q of four columns, how many bits too high they are, and whether they have seven bits at most."""
+    word, below, mask = layout.field(k, at, quad)
+    mask <<= below
+    if in_place and k.has_dot4 and below > 0 and mask < 0xFF:
+        return word & int.from_bytes(bytes([mask] * 4), "little", signed=True), below, False
+    return layout.quad(k, at, quad), 0, layout.seven_bit
+
+
+def _add_group(
+    k: Builder,
+    layout: type[BlockLayout],
+    at: Value,
+    group: int,
+    dots: dict[int, list[Value]],
+    sums: Value,
+    found: list[Value],
+    shifts: list[Value],
+) -> None:
+    """Adds a group's Σ q·x̂ and Σ x̂ to those of the unit, for each token: all but the unit's own factors."""
+    step = layout.steps(k, at, group)
+    tokens = len(next(iter(dots.values())))
+    for t in range(tokens):
+        parts = [dot[t].shift_signed(above) if above else dot[t] for above, dot in dots.items()]
+        dot = functools.reduce(operator.add, parts).float32()
+        total_x = k.value(k.load(F32(), sums + (group * tokens + t) * 4), F32(ROWS))
+        if step is None:  # the unit is one group
+            found.append(dot)
+            shifts.append(total_x)
+            continue
+        s, m = step[0], step[0] if step[1] is None else step[1]
+        if len(found) <= t:
+            found.append(dot * s)
+            shifts.append(m * total_x)
+        else:
+            found[t] = k.fma(dot, s, found[t])
+            shifts[t] = k.fma(m, total_x, shifts[t])
 
 
 def _exact_unit(k: Builder, layout: type[BlockLayout], at: Value, x: Value, totals: list) -> None:
@@ -228,7 +291,7 @@ def _float_tile(k: Builder, qtype: GGMLQuantizationType, at: Value, columns: Val
     with k.loop(0, columns) as c:
         w = as_float32(k, qtype, ROWS, at + c * (ROWS * width))
         if tokens == 1:
-            k.prefetch(at + c * (ROWS * width) + _AHEAD)
+            _ask(k, at + c * (ROWS * width))
         for t, total in enumerate(totals):
             total.value = k.fma(w, k.load(F32(), x + (c * tokens + t) * 4), total.value)
 

@@ -1,0 +1,178 @@
+"""Writes a model file of a 7B model's shape with random weights, in the mix of block formats that llama-quantize makes.
+
+    python -m benchmarks.shapes Q4_K_M model.gguf                32 blocks, 4.1 GB
+    python -m benchmarks.shapes Q6_K model.gguf --blocks 8       a quarter of the blocks, where memory is short
+
+Speed depends on shapes and formats, not on the values, so that such a file stands for the 7B files that people run;
+its text means nothing. The shape is Llama 2 7B's (d 4096, FFN 11008, 32 heads, vocabulary 32000). Which tensor gets
+which format follows llama.cpp (`llama_tensor_get_type` in src/llama-quant.cpp); llama.cpp reads the files too. Weights
+have mean near 0 and a standard deviation of 0.02. One block's weights stand in every block of its format: neither
+program reads values twice for that, since the file holds each copy.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no traceback
+    from nkat.host.start import start
+
+    start("benchmarks.shapes")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf.constants import GGMLQuantizationType as Q
+
+from benchmarks.dequantise import random_rows
+from nkat.errors import NKATError
+from nkat.gguf.formats import dequantise
+from nkat.host import commandline
+
+DIM, FFN, HEADS, BLOCKS, VOCABULARY = 4096, 11008, 32, 32, 32000
+BLOCK_WEIGHTS = {
+    "attn_q": (DIM, DIM),
+    "attn_k": (DIM, DIM),
+    "attn_v": (DIM, DIM),
+    "attn_output": (DIM, DIM),
+    "ffn_gate": (FFN, DIM),
+    "ffn_up": (FFN, DIM),
+    "ffn_down": (DIM, FFN),
+}
+WEIGHT_STD = 0.02
+# Of a block: where its float16 numbers are; the second, of what is taken off, in units of the first
+_HALVES: dict[Q, dict[int, float]] = {
+    Q.Q4_0: {0: 1.0},
+    Q.Q8_0: {0: 1.0},
+    Q.Q2_K: {80: 1.0, 82: 1.5},
+    Q.Q3_K: {108: 1.0},
+    Q.Q4_K: {0: 1.0, 2: 7.5},
+    Q.Q5_K: {0: 1.0, 2: 15.5},
+    Q.Q6_K: {208: 1.0},
+    Q.IQ4_XS: {0: 1.0},
+}
+
+
+def _more_bits(block: int, blocks: int) -> bool:
+    """The blocks that llama.cpp gives more bits to: the first and last eighth, and every third between."""
+    return block < blocks // 8 or block >= 7 * blocks // 8 or (block - blocks // 8) % 3 == 2
+
+
+def _uniform(qtype: Q) -> Callable[[str, int, int], Q]:
+    return lambda name, block, blocks: qtype
+
+
+def _k_mix(most: Q, better: Q) -> Callable[[str, int, int], Q]:
+    """Q4_K_M and Q5_K_M."""
+
+    def choose(name: str, block: int, blocks: int) -> Q:
+        return better if name in ("attn_v", "ffn_down") and _more_bits(block, blocks) else most
+
+    return choose
+
+
+def _q3_k_m(name: str, block: int, blocks: int) -> Q:
+    if name == "attn_v":
+        return Q.Q5_K if block < 2 else Q.Q4_K
+    if name == "ffn_down" and block < blocks // 16:
+        return Q.Q5_K
+    return Q.Q4_K if name in ("attn_output", "ffn_down") else Q.Q3_K
+
+
+def _q2_k(name: str, block: int, blocks: int) -> Q:
+    return Q.Q3_K if name in ("attn_v", "attn_output", "ffn_down") else Q.Q2_K
+
+
+def _iq4_xs(name: str, block: int, blocks: int) -> Q:
+    return Q.Q5_K if name == "ffn_down" and block < blocks // 8 else Q.IQ4_XS
+
+
+# Formats of the blocks' weights, the embedding and the output layer
+MIXES: dict[str, tuple[Callable[[str, int, int], Q], Q, Q]] = {
+    "Q2_K": (_q2_k, Q.Q2_K, Q.Q6_K),
+    "Q3_K_M": (_q3_k_m, Q.Q3_K, Q.Q6_K),
+    "Q4_0": (_uniform(Q.Q4_0), Q.Q4_0, Q.Q6_K),
+    "Q4_K": (_uniform(Q.Q4_K), Q.Q4_K, Q.Q4_K),
+    "Q4_K_M": (_k_mix(Q.Q4_K, Q.Q6_K), Q.Q4_K, Q.Q6_K),
+    "Q5_K_M": (_k_mix(Q.Q5_K, Q.Q6_K), Q.Q5_K, Q.Q6_K),
+    "Q6_K": (_uniform(Q.Q6_K), Q.Q6_K, Q.Q6_K),
+    "Q8_0": (_uniform(Q.Q8_0), Q.Q8_0, Q.Q8_0),
+    "IQ4_XS": (_iq4_xs, Q.IQ4_XS, Q.Q6_K),
+}
+
+
+def weights(qtype: Q, shape: tuple[int, int]) -> np.ndarray:
+    """Packed random weights, uint8 [m, bytes of a row], of mean near 0 and standard deviation WEIGHT_STD."""
+    m, n = shape
+    packed = random_rows(qtype, m, n)
+    block_bytes = gguf.GGML_QUANT_SIZES[qtype][1]
+    blocks = packed.reshape(-1, block_bytes)
+
+    def scaled(by: float) -> np.ndarray:
+        for at, factor in _HALVES[qtype].items():
+            blocks[:, at : at + 2] = np.array([by * factor], np.float16).view(np.uint8)
+        return packed
+
+    sample = torch.from_numpy(scaled(1.0)[:16].reshape(-1).copy())
+    return scaled(WEIGHT_STD / float(dequantise(sample, qtype, (16, n)).std()))
+
+
+def tensor_types(mix: str, blocks: int) -> Iterator[tuple[str, Q, tuple[int, int]]]:
+    """Name, format and shape of each weight."""
+    choose, embedding, output = MIXES[mix]
+    yield "token_embd.weight", embedding, (VOCABULARY, DIM)
+    for block in range(blocks):
+        for name, shape in BLOCK_WEIGHTS.items():
+            yield f"blk.{block}.{name}.weight", choose(name, block, blocks), shape
+    yield "output.weight", output, (VOCABULARY, DIM)
+
+
+def _describe(writer: gguf.GGUFWriter, blocks: int) -> None:
+    """Hyper-parameters and a vocabulary of bytes and made-up words."""
+    writer.add_name("random weights")
+    writer.add_block_count(blocks)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(DIM)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(DIM // HEADS)
+    writer.add_tokenizer_model("llama")
+    words = [f"▁w{i}" for i in range(VOCABULARY - 259)]
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words])
+    writer.add_token_scores([0.0] * 259 + [-float(i) for i in range(len(words))])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(words))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def write_shaped(path: Path, mix: str, blocks: int = BLOCKS) -> int:
+    """Writes the model and returns its size in bytes."""
+    writer = gguf.GGUFWriter(path, "llama")
+    _describe(writer, blocks)
+    packed: dict[tuple[Q, tuple[int, int]], np.ndarray] = {}
+    for name, qtype, shape in tensor_types(mix, blocks):
+        if (qtype, shape) not in packed:
+            packed[qtype, shape] = weights(qtype, shape)
+        writer.add_tensor(name, packed[qtype, shape], raw_dtype=qtype)
+    norms = [f"blk.{i}.{name}.weight" for i in range(blocks) for name in ("attn_norm", "ffn_norm")]
+    for name in [*norms, "output_norm.weight"]:
+        writer.add_tensor(name, np.ones(DIM, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file(progress=True)
+    writer.close()
+    return path.stat().st_size
+
+
+def main() -> None:
+    parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.shapes Q4_K_M model.gguf --blocks 8")
+    parser.add_argument("mix", choices=MIXES, metavar="MIX", help=", ".join(MIXES))
+    parser.add_argument("output", type=Path, metavar="FILE")
+    parser.add_argument("--blocks", type=commandline.positive_int, default=BLOCKS, metavar="N")
+    options = parser.parse_args()
+    if options.output.exists():
+        raise NKATError(f"{options.output}: exists already")
+    write_shaped(options.output, options.mix, options.blocks)
