@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nkat.errors import NKATError
-from nkat.host.cache import Memo, cache_folder
+from nkat.host.cache import Memo, cache_folder, checked_sha256
 from nkat.host.commandline import parser
 from nkat.host.console import format_table, note
 from nkat.host.files import atomic_output, disk_errors, make_folder
@@ -89,7 +89,7 @@ def _sha256(path: Path) -> str:
     """Remembered as long as the file keeps its size and time."""
     found = path.stat()
     key, memo = f"{path.resolve()}|{found.st_size}|{found.st_mtime_ns}", Memo.open("models.json")
-    known = memo.get(lambda hashes: str(hashes[key]))
+    known = memo.get(lambda hashes: checked_sha256(hashes[key]))
     if known is None:
         digest = hashlib.sha256()
         with path.open("rb") as file:

@@ -26,11 +26,13 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """One or two optimisers; vectors (biases, norms, gains) and positions are not decayed."""
     decayed, others = [], []
     packed: list[tuple[nn.Parameter, int]] = []
+    # By the module's kind: the shape does not tell, the norm of colours has [3, 1, 1].
+    norms = {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         parts = _packed_maps(name, parameter)
         if config.opt == "muon" and parts:
             packed.append((parameter, parts))
-        elif parameter.ndim < 2 or name in ("position", "cls"):
+        elif parameter.ndim < 2 or id(parameter) in norms or name in ("position", "cls"):
             others.append(parameter)
         else:
             decayed.append(parameter)

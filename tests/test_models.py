@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,15 @@ def test_it_is_hashed_once(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
     os.utime(model, (1, 1))
     assert models.cached("smollm2") == model
     assert hashed
+
+
+@pytest.mark.parametrize("value", [5, None, [], "x", "0" * 63])
+def test_a_remembered_hash_that_is_none_is_made_anew(model: Path, tmp_path: Path, value: object) -> None:
+    model.write_bytes(CONTENT)
+    assert models.cached("smollm2") == model
+    (memory,) = tmp_path.rglob("models.json")
+    memory.write_text(json.dumps(dict.fromkeys(json.loads(memory.read_text()), value)))
+    assert models.cached("smollm2") == model
 
 
 def test_without_a_cache_nothing_is_fetched(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache, ForwardPass, attention_heads, padded_rows, rotation_tables
+from nkat.engine.forward import Cache, ForwardPass, attention_heads, rotation_tables
 from nkat.errors import NKATError
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import KEYS
+from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import FIRST_ROOM, Transformer, cache_memory, next_room
@@ -28,7 +29,8 @@ class CompiledDecoder:
     def __init__(self, model: Transformer, capacity: int, threads: int) -> None:
         self.model, self.capacity, self.length = model, capacity, 0
         self.name = f"compiled CPU program, {threads} thread{'s' if threads > 1 else ''}"
-        self.cache = Cache(model.config.block_count, attention_heads(model), min(capacity, FIRST_ROOM))
+        heads = attention_heads(model, half=model.output.int8_activations)  # as in llama.cpp
+        self.cache = Cache(model.config.block_count, heads, min(capacity, FIRST_ROOM))
         self._made_for = model.theta_changes
         self._one = _LastLogits(self, threads, 1, 1)
         self._many = _LastLogits(self, threads, min(PREFILL_TOKENS, capacity), batch_tokens())
@@ -89,7 +91,7 @@ class _LastLogits(ForwardPass):
         super().__init__(model, StarLinear.require_compiled, pool(threads), decoder.cache, capacity, tokens)
         self.last = np.ones(8, np.int64)  # the state of the output layer: one token
         self.head = self.program if self.capacity == 1 else Program()
-        self.logits = aligned((1, padded_rows(model.output)), np.float32)
+        self.logits = aligned((1, padded_rows(model.output.shape[0])), np.float32)
         normed = aligned((1, self.d), np.float32)
         self.last_row = self.x if self.head is self.program else aligned((1, self.d), np.float32)
         self.norm(self.head, self.last_row, model.output_norm, normed, self.last)

@@ -7,8 +7,6 @@ the model, or of tokens × vocabulary, is made.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 
@@ -31,8 +29,8 @@ class CompiledScorer(ForwardPass):
         self.first = context // 2
         self.scored = context - 1 - self.first
         tokens = batch_tokens()
-        # keys and values of one block, not rounded: what rounding changes is then that of the layers' inputs alone
-        cache = Cache(1, replace(attention_heads(model), half=False), context, batch)
+        # INT8 activations change the inputs of the layers here, and nothing else: the cache is not rounded.
+        cache = Cache(1, attention_heads(model, half=False), context, batch)
         super().__init__(model, _linear, pool(threads), cache, batch * context, tokens, context)
         rows = -(-batch * self.scored // tokens) * tokens
         self.out_state = np.zeros(8, np.int64)

@@ -17,7 +17,7 @@ from nkat.errors import NKATError
 from nkat.gguf.formats import packed_nbytes
 from nkat.kernels.cpu.batch import make_scratch
 from nkat.kernels.cpu.blocks import KEYS, Heads, add_kernel, attention_kernel, gate_kernel, norm_kernel, rope_kernel
-from nkat.kernels.cpu.formats import ROWS
+from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels
 from nkat.kernels.cpu.matmul import embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
@@ -115,7 +115,7 @@ class ForwardPass:
         self._embedding()
 
         first = model.blocks[0]
-        self.y = {name: self._rows(padded_rows(first.linear(name))) for name in BLOCK_LINEARS}
+        self.y = {name: self._rows(padded_rows(first.linear(name).shape[0])) for name in BLOCK_LINEARS}
         self.mixed = self._rows(config.head_count * config.head_dim)
         self.rows = 8 if tokens > 1 else max(r for r in (1, 2, 4) if r == 1 or r < 2 * config.head_count)
         self.ropes: list[np.ndarray] = []  # arguments of each block's kernels that read the cache
@@ -268,8 +268,8 @@ class ForwardPass:
         self._add(y["ffn_down"], block, "post_ffw_norm")
 
 
-def attention_heads(model: Transformer) -> Heads:
-    """The shape of a model's attention; with INT8 activations the KV cache is float16, as in llama.cpp."""
+def attention_heads(model: Transformer, *, half: bool) -> Heads:
+    """The shape of a model's attention; half: the KV cache is float16."""
     config = model.config
     return Heads(
         config.head_count,
@@ -278,13 +278,8 @@ def attention_heads(model: Transformer) -> Heads:
         config.rope.dimensions,
         config.rope.interleaved,
         config.architecture.qk_norm,
-        half=model.output.int8_activations,
+        half=half,
     )
-
-
-def padded_rows(layer: StarLinear) -> int:
-    """Columns that a buffer for a layer's outputs needs: whole tiles."""
-    return -(-layer.shape[0] // ROWS) * ROWS
 
 
 def rotation_tables(model: Transformer, room: int) -> list[np.ndarray]:

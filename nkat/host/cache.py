@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -158,6 +159,13 @@ class Memo:
         except (OSError, ValueError, RecursionError):  # RecursionError: brackets without end
             return {}
         return content if isinstance(content, dict) else {}
+
+
+def checked_sha256(found: object) -> str:
+    """What a `Memo` holds as a file's SHA-256. Raises ValueError where it is none, so that it counts as unknown."""
+    if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
+        raise ValueError("not a SHA-256")
+    return found
 
 
 def _absolute(variable: str, named: str) -> Path | None:

@@ -40,8 +40,18 @@ def check_output(path: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         raise NKATError(f"{path}: this is {kinds.get(stat.S_IFMT(found), 'no file')}, which is not replaced by a file")
     if found is not None and not force:
         raise NKATError(f"{path}: exists already; give --force to replace it")
+    if found is not None and not _may_replace(target):
+        raise NKATError(f"{path}: belongs to another user, and in {target.parent} only its owner may replace it")
     if not os.access(target.parent, os.W_OK):
         raise NKATError(f"{path}: the folder {target.parent} is not writable")
+
+
+def _may_replace(path: Path) -> bool:
+    """In a folder with the sticky bit, as /tmp has it, not what is another user's."""
+    if os.name == "nt":
+        return True
+    folder = path.parent.stat()
+    return not folder.st_mode & stat.S_ISVTX or os.geteuid() in (0, folder.st_uid, path.stat().st_uid)
 
 
 def _kind(path: Path) -> tuple[int | None, Path]:

@@ -20,11 +20,6 @@ _HOSTILE_BESIDE_BARS = re.compile(r"(?!\r|\x1b\[A)(?<!\x1b\[A)" + _CONTROLS)  # 
 _LINE_BREAKS = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
-def visible(text: str) -> str:
-    """The text as stdout shows it: line breaks and tabs stay, other control characters are escapes."""
-    return _HOSTILE.sub(_escape, text)
-
-
 def printable(text: str) -> str:
     """The text on one line, with control characters as escapes: for what a file says, in a table or a message."""
     return re.sub(_CONTROLS + "|[\n\t\u2028\u2029]", lambda found: _LINE_BREAKS.get(found[0]) or _escape(found), text)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, GGUFFile
 from nkat.gguf.writer import FileRange, part_size, sha256_of_parts, write_gguf
-from nkat.host.cache import Memo, own_folder
+from nkat.host.cache import Memo, checked_sha256, own_folder
 from nkat.host.console import bar, format_bytes, note
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, theta_for
@@ -178,18 +177,12 @@ def _theta_key(thetas: ThetaSet) -> str:
     return digest.hexdigest()[:16]
 
 
-def _checked_sha256(found: object) -> str:
-    if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
-        raise ValueError("not a SHA-256")
-    return found
-
-
 def _sha256(model: ModelFile) -> str:
     """SHA-256 of the base in a file, remembered as long as the file keeps its size and time."""
     found = model.path.stat()
     key = f"{model.path.resolve()}|{found.st_size}|{found.st_mtime_ns}"
     memo = Memo.open("kobold/hashes.json")
-    known = memo.get(lambda hashes: _checked_sha256(hashes[key]))
+    known = memo.get(lambda hashes: checked_sha256(hashes[key]))
     if known is not None:
         return known
     with _hashing(model) as progress:

@@ -87,7 +87,10 @@ def find_kobold(given: Path | None) -> Path:
     """
     named = given or (Path(os.environ[ENVIRONMENT]) if os.environ.get(ENVIRONMENT) else None)
     if named is not None:
-        return _check_named(named.expanduser())
+        try:
+            return _check_named(named.expanduser())
+        except RuntimeError:
+            raise NKATError(f"{named}: there is no such user's home folder") from None
     found = next((program for folder in places() for program in programs_in(folder)), None)
     here = _in_current_folder()
     if here is None or (found is not None and found.samefile(here)):
@@ -109,11 +112,19 @@ def places() -> list[Path]:
     """Folders to look in, in this order: the toolkit's, the PATH, the user's own. Never the current folder, whose
     programs are run when they are named only, unless it is one that is there for KoboldCpp.
     """
-    toolkit, home = Path(__file__).resolve().parents[2], Path.home()
-    own = [home / "koboldcpp", home / "KoboldCpp", home / "Downloads", home / "Desktop", home]
+    toolkit, home = Path(__file__).resolve().parents[2], _home()
+    own = [] if home is None else [home / "koboldcpp", home / "KoboldCpp", home / "Downloads", home / "Desktop", home]
     installed = {toolkit / "koboldcpp", *own[:2]}
     found = dict.fromkeys([toolkit, toolkit / "koboldcpp", *folders_on_path(), *own])
     return [folder for folder in found if folder.is_absolute() and (folder in installed or not is_current(folder))]
+
+
+def _home() -> Path | None:
+    """None for a user without one, as in a container that runs under any number."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def _in_current_folder() -> Path | None:
@@ -138,7 +149,7 @@ def programs_in(folder: Path) -> Iterator[Path]:
 def download_command(old_processor: bool = False) -> str:
     """The command that gets KoboldCpp for this system, to where it is looked for."""
     build = "-oldpc" if old_processor and sys.platform != "darwin" else ""
-    folder = Path.home() / "koboldcpp"
+    folder = (_home() or Path(__file__).resolve().parents[2]) / "koboldcpp"
     if os.name == "nt":
         program = f"koboldcpp{build}.exe"
         return f"curl.exe --create-dirs -fLo {shell_line([folder / program])} {DOWNLOAD}{program}"

@@ -11,7 +11,7 @@ from typing import Any
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from nkat.host.console import note
-from nkat.host.files import disk_errors
+from nkat.host.files import check_output, disk_errors
 
 
 class Journal(JournalFileBackend):
@@ -19,7 +19,8 @@ class Journal(JournalFileBackend):
 
     def __init__(self, path: str) -> None:
         lock = _Lock(path)
-        if Path(path).is_file():
+        if Path(path).exists():
+            check_output(Path(path), force=True)  # a pipe would wait for ever
             with disk_errors(Path(path)):
                 lock.acquire()  # who writes has it
                 try:

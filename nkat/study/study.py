@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.host import interrupts
+from nkat.host.console import note
 from nkat.host.processes import identity, is_alive
 from nkat.study.journal import Journal
 
@@ -45,12 +46,26 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
             host, _, port = where.removeprefix("grpc://").partition(":")
             return optuna.storages.GrpcStorageProxy(host=host, port=int(port or 13000))
         if "://" in where:
-            return optuna.storages.RDBStorage(where, heartbeat_interval=60, grace_period=180)
+            # With `pool_pre_ping` a server that was started anew while a trial ran is connected to again.
+            return _Database(where, engine_kwargs={"pool_pre_ping": True}, heartbeat_interval=60, grace_period=180)
         return optuna.storages.JournalStorage(Journal(where))
     except NKATError:
         raise
     except Exception as error:  # each database driver has exceptions of its own
-        raise NKATError(f"storage {where}: {str(error).strip().splitlines()[0]}") from error
+        raise NKATError(f"storage {where}: {_first_line(error)}") from error
+
+
+class _Database(optuna.storages.RDBStorage):
+    """Optuna's, whose heartbeat, in a thread of its own, survives that the database is gone for a while."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        try:
+            super().record_heartbeat(trial_id)
+        except Exception as error:
+            found = _of_the_storage(error)
+            if found is None:
+                raise
+            note(f"warning: the study's storage fails: {_first_line(found)}; trying again")
 
 
 @contextlib.contextmanager
@@ -64,16 +79,20 @@ def storage_failures() -> Iterator[None]:
             raise
         if isinstance(found, NKATError):
             raise found from error
-        line = (str(found).strip().splitlines() or [type(found).__name__])[0]
+        line = _first_line(found)
         raise NKATError(f"the study's storage fails: {line}; what was finished is kept: --resume continues") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _of_the_storage(error: BaseException | None) -> BaseException | None:
     """What a storage raised, in an error or in what led to it; None where no storage did.
 
-    Optuna ends with a failed assertion where the result of a trial cannot be stored.
+    Where the result of a trial cannot be stored, Optuna ends with faults of its own.
     """
-    internal = (AssertionError, optuna.exceptions.StorageInternalError)
+    internal = (AssertionError, UnboundLocalError, optuna.exceptions.StorageInternalError)
     while isinstance(error, internal):
         error = error.__cause__ or error.__context__
     drivers = ("sqlalchemy", "grpc")

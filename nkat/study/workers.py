@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from nkat.host import hardware
 from nkat.host.console import note
-from nkat.host.files import make_folder
+from nkat.host.files import check_output, make_folder
 from nkat.host.record import toolkit_version, write_json
 from nkat.study.options import StudyOptions
 from nkat.study.study import Objective, best_trials, open_storage, open_study, run_trials
@@ -155,6 +155,7 @@ def _start_worker(options: StudyOptions, study_name: str, number: int) -> subpro
     command = [sys.executable, own_program(), *sys.argv[1:], "--join", "--workers", "1", "--study-name", study_name]
     command += ["--storage", options.storage_url]
     command += ["--threads", str(options.threads)] if options.threads else []
+    check_output(_worker_log(options, number), force=True)  # a pipe would wait for ever
     with _worker_log(options, number).open("w") as log:
         return subprocess.Popen(
             command,

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -105,6 +106,49 @@ def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path: Path) -> None:
         raise RuntimeError
     assert target.read_bytes() == b"new"
     assert not unfinished(folder)
+
+
+@posix
+def test_another_users_file_in_a_sticky_folder() -> None:
+    """As in /tmp: it is known before the work is done, and one's own file can be replaced."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    program = """
+import os, sys
+from pathlib import Path
+from nkat.errors import NKATError
+from nkat.host.files import atomic_output, check_output
+folder = Path(sys.argv[1])
+os.chdir(folder)
+os.setegid(65534)
+os.seteuid(65534)
+def replaced(name):
+    with atomic_output(Path(name), 3, force=True) as file:
+        file.write(b"new")
+for name in ("mine", "mine"):
+    replaced(name)
+for name in ("theirs", "link"):
+    for use in (lambda: check_output(Path(name), True), lambda: replaced(name)):
+        try:
+            use()
+        except NKATError as error:
+            print(error)
+"""
+    with tempfile.TemporaryDirectory() as name:  # pytest's own lie below one that is closed to others
+        folder = Path(name)
+        folder.chmod(0o1777)
+        (folder / "theirs").write_bytes(b"old")
+        (folder / "theirs").chmod(0o666)
+        (folder / "link").symlink_to("theirs")
+        (folder / ".x.nkat-999999999-1-a.tmp").write_bytes(b"left by another user")
+        command = [sys.executable, "-c", program, name]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        said = [line.partition(": ")[2][:28] for line in done.stdout.splitlines()]
+        assert said == ["belongs to another user, and"] * 4
+        assert (folder / "theirs").read_bytes() == b"old"
+        assert (folder / "mine").read_bytes() == b"new"
+        assert len(unfinished(folder)) == 1
 
 
 @posix

@@ -1,7 +1,9 @@
 """The CPU kernels: every block format on every instruction set against float64, threads, Θ, and the code cache."""
 
 import hashlib
+import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,13 +97,13 @@ def multiply(
     program.add(round_kernel(panels.rounding, tokens, isa), arguments)
     program.barrier()
     units = n // BLOCK_LAYOUTS[qtype].columns
-    given = (panels.q, panels.d, panels.sums, y, y.strides[0], 0, 0, 0, 0)
+    given, star = (panels.q, panels.d, panels.sums, y), (0, 0, 0, 0)
     if tokens == 1:
-        kernel = matmul_kernel(qtype, 1, exact, isa)
-        program.add(kernel, (weight, weight.shape[1], units, tiles, *given, state))
+        program.add(matmul_kernel(qtype, exact, isa), (weight, weight.shape[1], units, tiles, *given, *star))
     else:
         kernel, scratch = batch_kernel(qtype, tokens, exact, repacked, isa), make_scratch(1, tokens)
-        program.add(kernel, (weight, weight.shape[1], units, tiles, m, *given, scratch, scratch.shape[1], state))
+        end = (y.strides[0], *star, scratch, scratch.shape[1], state)
+        program.add(kernel, (weight, weight.shape[1], units, tiles, m, *given, *end))
     program.run(pool(1))
     return torch.from_numpy(y[: len(x), :m].copy())
 
@@ -311,13 +313,19 @@ def test_threads_change_no_bit(qtype, count):
 
 
 @every_format
-def test_a_token_does_not_depend_on_its_panel(qtype):
-    """A single token, as in decoding, goes through other instructions than a panel of them."""
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_token_does_not_depend_on_its_panel(qtype, exact):
+    """Bit by bit. A single token, as in decoding, is added up in another order."""
     packed, x = packed_weight(qtype), inputs(2 * batch_tokens() + 1)
-    linear = CpuLinear(packed, qtype, (M, N))
+    linear = CpuLinear(packed, qtype, (M, N), exact=exact)
     together = linear.rows(x, 0, M, 0.0, 2)
+    for first in (1, 5, batch_tokens()):
+        assert torch.equal(linear.rows(x[first:], 0, M, 0.0, 1), together[first:])
+    tolerance = (EXACT_TOLERANCE if exact else INT8_TOLERANCE)[qtype]
     for i in range(len(x)):
-        assert torch.equal(linear.rows(x[i : i + 1], 0, M, 0.0, 1)[0], together[i])
+        alone = linear.rows(x[i : i + 1], 0, M, 0.0, 1)[0]
+        assert error(alone, together[i].double()) < 2 * tolerance
+        assert error(alone, together[i - 1].double()) > 0.1
 
 
 # --- programs, threads and the cache of machine code
@@ -325,6 +333,30 @@ def test_a_token_does_not_depend_on_its_panel(qtype):
 
 def add_one(k: Builder) -> None:
     k.fetch_add(k.pointer(0), 1)
+
+
+def test_large_arrays_are_private_zeros_on_large_pages():
+    """Shared memory would be kept on small pages, and seen by forked processes."""
+    large, small = aligned((3, 1 << 20), np.int16), aligned((3, 5), np.int16)
+    assert large.ctypes.data % (1 << 21 if hasattr(mmap, "MADV_HUGEPAGE") else 64) == 0
+    assert small.ctypes.data % 64 == 0
+    assert not large.any()
+    assert not small.any()
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not show its mappings")
+    for line in maps.read_text().splitlines():
+        span, permissions = line.split()[:2]
+        first, last = (int(end, 16) for end in span.split("-"))
+        if first <= large.ctypes.data < last:
+            assert permissions == "rw-p"
+            return
+    raise AssertionError("the array is in no mapping")
+
+
+def test_no_room_for_an_array_is_a_memory_error():
+    with pytest.raises(MemoryError):
+        aligned((1 << 50,), np.uint8)
 
 
 def test_a_barrier_waits_for_all():
@@ -429,7 +461,7 @@ def test_another_processor_gets_code_of_its_own(tmp_path, monkeypatch):
 
 
 def test_kernels_are_compiled_once():
-    assert matmul_kernel(QType.Q4_0, 1, False) == matmul_kernel(QType.Q4_0, 1, False)
+    assert matmul_kernel(QType.Q4_0, False) == matmul_kernel(QType.Q4_0, False)
     assert down_kernel(Rounding(32, 32), 1) != down_kernel(Rounding(256, 32), 1)
 
 

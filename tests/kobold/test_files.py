@@ -71,6 +71,21 @@ def test_odd_neighbours_stop_nothing(script, base: Path, monkeypatch: pytest.Mon
         open_model_file(base.parent / "aaa.gguf")
 
 
+@pytest.mark.parametrize("value", [5, None, [], {}, "x", "0" * 63, "F" * 64, ["a" * 64]])
+@pytest.mark.parametrize("shape", ["known", "list", "text"])
+def test_remembered_hashes_of_another_shape_are_made_anew(
+    script, base: Path, tmp_path: Path, value: object, shape: str
+) -> None:
+    nkat = convert(script, base, base.parent / "m.nkat")
+    assert prepare_files(nkat, None, None).model == base
+    memory = tmp_path / "cache" / "kobold" / "hashes.json"
+    good = json.loads(memory.read_text())
+    bad = {"known": dict.fromkeys(good, value), "list": [value], "text": str(value)}[shape]
+    memory.write_text(json.dumps(bad))
+    assert prepare_files(nkat, None, None).model == base
+    assert good.items() <= json.loads(memory.read_text()).items()
+
+
 def test_the_optimisers_record_says_where(script, base: Path, tmp_path: Path) -> None:
     nkat = convert(script, base, tmp_path / "best.nkat")
     record = tmp_path / "best.json"

@@ -189,6 +189,17 @@ def test_the_folder_that_is_there_for_it_may_be_the_current_one(
         find_kobold(None)
 
 
+def test_a_user_without_a_home(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(NKATError, match="no KoboldCpp found"):
+        find_kobold(None)
+    with pytest.raises(NKATError, match="no such user's home"):
+        find_kobold(Path("~nobody-of-this-name/koboldcpp"))
+
+
 def test_what_was_named_must_be_one(alone: Path, tmp_path: Path) -> None:
     with pytest.raises(NKATError, match="no such file"):
         find_kobold(tmp_path / "nowhere")

@@ -67,7 +67,8 @@ def test_scores_are_the_log_softmax_of_the_second_half(family, request):
     with torch.inference_mode():
         log_p = loaded.model(cut).double().log_softmax(dim=-1)
     expected = -log_p[:, 16:31].gather(2, cut[:, 17:, None])[..., 0]
-    assert (score_chunks(loaded.model, cut) - expected).abs().max() < 1e-5
+    # in float32 a logit of 14 has steps of 1e-6, and each kernel adds in an order of its own
+    torch.testing.assert_close(score_chunks(loaded.model, cut), expected, atol=1e-5, rtol=4e-6)
     shifted = -log_p[:, 15:30].gather(2, cut[:, 16:31, None])[..., 0]
     assert (score_chunks(loaded.model, cut) - shifted).abs().max() > 0.1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,10 +10,13 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import optuna
 import pytest
+from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
 
 from nkat.errors import NKATError
 from nkat.study.study import FINISHED, best_trials, history, importances, open_storage, open_study, run_trials
@@ -289,6 +293,54 @@ def test_interrupt_lets_the_running_trial_finish(tmp_path: Path) -> None:
     assert worker.wait(timeout=60) == 0
     states = [t.state for t in new_study(where, resume=True).trials]
     assert states == [TrialState.COMPLETE]
+
+
+@pytest.mark.parametrize("call", ["set_trial_state_values", "set_trial_user_attr", "get_trial", "get_all_trials"])
+@pytest.mark.parametrize("of_the_database", [True, False])
+def test_a_database_that_is_gone_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, of_the_database: bool
+) -> None:
+    """Whatever is asked of it when it goes; a fault of ours keeps its traceback."""
+    study = new_study(f"sqlite:///{tmp_path}/s.db")
+    run_trials(study, objective, 2, None, "test")
+    gone = OperationalError("select", {}, Exception("the server closed the connection\nunexpectedly"))
+
+    def fail(*_: object, **__: object) -> None:
+        if of_the_database:
+            raise optuna.exceptions.StorageInternalError("during the commit") from gone
+        raise KeyError("ours")
+
+    def objective_then_gone(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", 0, 1)
+        for owner in (optuna.storages.RDBStorage, _CachedStorage):
+            monkeypatch.setattr(owner, call, fail)
+        return 1.0
+
+    with pytest.raises(NKATError if of_the_database else (KeyError, AssertionError, UnboundLocalError)) as ended:
+        run_trials(study, objective_then_gone, 4, None, "test")
+    if of_the_database:
+        assert str(ended.value).startswith("the study's storage fails: (builtins.Exception) the server closed")
+        assert "\n" not in str(ended.value)
+
+
+def test_a_heartbeat_survives_a_database_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    storage = open_storage(f"sqlite:///{tmp_path}/s.db")
+    gone = OperationalError("select", {}, Exception("no route"))
+    for error, survives in ((gone, True), (KeyError("ours"), False)):
+        monkeypatch.setattr(optuna.storages.RDBStorage, "record_heartbeat", Mock(side_effect=error))
+        with contextlib.nullcontext() if survives else pytest.raises(KeyError):
+            storage.record_heartbeat(0)
+    assert capsys.readouterr().err.count("warning: the study's storage fails: (builtins.Exception) no route") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX's kinds of file")
+def test_a_journal_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "study.journal")
+    with pytest.raises(NKATError, match="this is a pipe"):
+        open_storage(str(tmp_path / "study.journal"))
+    (tmp_path / "folder.journal").mkdir()
+    with pytest.raises(NKATError, match="this is a folder"):
+        open_storage(str(tmp_path / "folder.journal"))
 
 
 def test_storages_that_cannot_be(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from nkat.errors import NKATError
+from nkat_vit import corruptions
 from nkat_vit.corruptions import (
     CORRUPTIONS,
     SEVERITIES,
@@ -160,3 +161,23 @@ def test_robustness_of_classifiers_that_are_known() -> None:
     assert parrot.flip_rate == pytest.approx(parrot.mean_corruption_error)
     assert len(parrot.record()["accuracy"]) == 15
     assert all(len(row) == 5 for row in parrot.accuracies.values())
+
+
+def test_another_corruption_in_the_table_does_not_change_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = np.full((2, 32, 32, 3), 128, np.uint8)
+    before = corrupt(images, "shot noise", 2, 0, FROST)
+    monkeypatch.setattr(corruptions, "CORRUPTIONS", {"new": CORRUPTIONS["contrast"]} | CORRUPTIONS)
+    assert np.array_equal(before, corrupt(images, "shot noise", 2, 0, FROST))
+
+
+def test_glass_blur_copies_pixels_as_the_published_code_does() -> None:
+    """That code for one picture, its "exchange" of NumPy views written as it is there."""
+    images = np.random.default_rng(3).random((1, 32, 32, 3))
+    got = CORRUPTIONS["glass blur"](images, 1, np.random.default_rng(5))
+    random = np.random.default_rng(5)
+    x = np.floor(ndimage.gaussian_filter(images[0], (0.05, 0.05, 0)) * 255).astype(np.uint8)
+    for h in range(31, 1, -1):
+        for w in range(31, 1, -1):
+            dy, dx = random.integers(-1, 1, (2, 1))[:, 0]
+            x[h, w], x[h + dy, w + dx] = x[h + dy, w + dx], x[h, w]
+    assert np.allclose(got[0], ndimage.gaussian_filter(x / 255, (0.05, 0.05, 0)))

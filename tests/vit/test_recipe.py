@@ -16,7 +16,7 @@ from nkat_vit.metrics import lambda_theory
 from nkat_vit.model import NKATViT, ViTConfig, count_parameters
 from nkat_vit.muon import Muon, orthogonalise
 from nkat_vit.optim import Average, lr_factor, make_optimizers, set_lr
-from nkat_vit.recipe import PRESETS, Recipe, make_recipe, read_config
+from nkat_vit.recipe import PRESETS, Recipe, TrainConfig, make_recipe, read_config
 from nkat_vit.train import given_values, parse_arguments
 
 # STAGE2's command, as it stands.
@@ -237,3 +237,13 @@ def test_average_is_the_recursion_written_out() -> None:
     other.restore(average.state())
     assert other.updates == 12
     assert all(torch.equal(other.weights[name], average.weights[name]) for name in average.weights)
+
+
+def test_no_norm_is_decayed() -> None:
+    model = NKATViT(ViTConfig(color_norm="concat"))
+    groups = [group for optimizer in make_optimizers(model, TrainConfig()) for group in optimizer.param_groups]
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    norms = [p for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)]
+    assert decayed
+    assert id(model.color_norm.weight) in map(id, norms)
+    assert not decayed & set(map(id, norms))

@@ -19,8 +19,8 @@ from llvmlite import ir
 
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
 from nkat.kernels.cpu.jit import best_isa, compile_kernel
-from nkat.kernels.cpu.llvm import F32, I8, I32, I64, Builder, Operand, Value, Variable
-from nkat.kernels.cpu.matmul import FLOAT_TYPES, arguments, as_float32, panels, share, weights
+from nkat.kernels.cpu.llvm import F32, I32, I64, Builder, Operand, Value, Variable
+from nkat.kernels.cpu.matmul import FLOAT_TYPES, add_bias_and_star, arguments, as_float32, panels, share, weights
 from nkat.kernels.cpu.program import aligned
 
 _TILES = 8  # that are unpacked together
@@ -103,15 +103,7 @@ def batch_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, repacked
                     unit_sums = sums + number * (columns // layout.group * tokens * 4)
                     _byte_products(k, layout, here, (stop - start) * (columns // 32), at, scales, unit_sums, totals)
                 with k.when(stop >= units):
-                    with k.when(k.is_set(bias)):
-                        offset = k.load(F32(ROWS), bias + tile * _VECTOR)
-                        for total in totals:
-                            total.value = total.value + offset
-                    with k.loop(0, terms) as term:
-                        factor = k.load(I8(ROWS), up + (tile * terms + term) * ROWS).signed(I32()).float32()
-                        for t, total in enumerate(totals):
-                            strength = k.load(F32(), u + ((panel * terms + term) * tokens + t) * 4)
-                            total.value = k.fma(factor, strength, total.value)
+                    add_bias_and_star(k, tile, panel, bias, up, terms, u, totals)
                 for total, out in zip(totals, outputs, strict=True):
                     k.store(total.value, out)
 

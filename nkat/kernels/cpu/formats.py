@@ -499,3 +499,8 @@ def unit_bytes(qtype: GGMLQuantizationType) -> int:
     """Bytes of one unit of a tile."""
     layout = BLOCK_LAYOUTS[qtype]
     return ROWS * (layout.block.block_bytes + layout.wider)
+
+
+def padded_rows(rows: int) -> int:
+    """Rows of whole tiles: the columns that a buffer for a weight's outputs needs."""
+    return -(-rows // ROWS) * ROWS

@@ -7,7 +7,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, padded_rows
 from nkat.kernels.cpu.matmul import (
     EXACT,
     FLOAT_TYPES,
@@ -56,7 +56,7 @@ class CpuStar:
         # up·down of nkat.theta.algebra.low_rank_form, with all scales in one factor a term
         self.product = np.concatenate([theta.scale[0] * theta.scale[1]] * 2).astype(np.float32)
         self.strength = np.zeros(self.terms, np.float32)
-        up = np.zeros((-(-m // ROWS) * ROWS, self.terms), np.int8)
+        up = np.zeros((padded_rows(m), self.terms), np.int8)
         up[: min(m, len(p))] = np.concatenate([p, -q], axis=1)[:m]
         self.up = np.ascontiguousarray(up.reshape(-1, ROWS, self.terms).transpose(0, 2, 1))
         rows = ROWS if float_inputs else STAR_ROWS
@@ -90,7 +90,7 @@ class CpuLinear:
         in_place: bool = False,
     ) -> None:
         """exact: multiply the inputs as they are, in float32, instead of rounding them to INT8.
-        in_place: leave the weight as the file has it: it takes no memory, and can do `batch` only
+        in_place: leave the weight as the file has it: it takes no memory, and multiplies many tokens only
         """
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
         self.rounding = rounding_of(qtype, exact)
@@ -111,7 +111,7 @@ class CpuLinear:
     @property
     def padded_rows(self) -> int:
         """Outputs, rounded up to whole tiles: the columns that a buffer for y needs."""
-        return -(-self.shape[0] // ROWS) * ROWS
+        return padded_rows(self.shape[0])
 
     @property
     def nbytes(self) -> int:
@@ -133,83 +133,6 @@ class CpuLinear:
         )
         return words[2:3]
 
-    def matmul(
-        self,
-        program: Program,
-        panels: Panels,
-        y: np.ndarray,
-        row_bytes: int,
-        u: np.ndarray | None = None,
-        first_tile: int = 0,
-        tiles: int | None = None,
-    ) -> np.ndarray:
-        """Adds the product's step, over some of the tiles; returns how many terms of Θ it adds, int64 [1]: 0 is off.
-
-        u: what `down` computed, None for no star term
-        """
-        assert not self.in_place
-        count = len(self.tiles) - first_tile if tiles is None else tiles
-        star = self.star if u is not None else None
-        words = program.add(
-            matmul_kernel(self.qtype, panels.tokens, self.exact),
-            (
-                self.tiles[first_tile:],
-                self.tiles.shape[1],
-                self.units,
-                count,
-                panels.q,
-                panels.d,
-                panels.sums,
-                y,
-                row_bytes,
-                0 if self.bias is None else self.bias[first_tile * ROWS :],
-                0 if star is None else star.up[first_tile:],
-                0 if star is None else star.terms,
-                0 if u is None else u,
-                panels.state,
-            ),
-        )
-        return words[11:12]
-
-    def batch(
-        self,
-        program: Program,
-        panels: Panels,
-        y: np.ndarray,
-        row_bytes: int,
-        scratch: np.ndarray,
-        u: np.ndarray | None = None,
-        first_tile: int = 0,
-        tiles: int | None = None,
-    ) -> np.ndarray:
-        """The same for many tokens, whose panels are of `batch_tokens()`; `scratch` is of `make_scratch`."""
-        count = self.padded_rows // ROWS - first_tile if tiles is None else tiles
-        first_row = first_tile * ROWS
-        star = self.star if u is not None else None
-        words = program.add(
-            batch_kernel(self.qtype, panels.tokens, self.exact, not self.in_place),
-            (
-                self.tiles[first_row if self.in_place else first_tile :],
-                self.tiles.shape[1],
-                self.units,
-                count,
-                self.shape[0] - first_row,
-                panels.q,
-                panels.d,
-                panels.sums,
-                y,
-                row_bytes,
-                0 if self.bias is None else self.bias[first_row:],
-                0 if star is None else star.up[first_tile:],
-                0 if star is None else star.terms,
-                0 if u is None else u,
-                scratch,
-                scratch.shape[1],
-                panels.state,
-            ),
-        )
-        return words[12:13]
-
     def multiply(
         self,
         program: Program,
@@ -221,10 +144,44 @@ class CpuLinear:
         first_tile: int = 0,
         tiles: int | None = None,
     ) -> np.ndarray:
-        """`matmul` or `batch`, by how many tokens the panels hold. One needs no scratch."""
+        """Adds the product's step, over some of the tiles; returns how many terms of Θ it adds, int64 [1]: 0 is off.
+
+        panels: of one token, or of `batch_tokens()`, which need `scratch` of `make_scratch`
+        u: what `down` computed, None for no star term
+        """
+        count = self.padded_rows // ROWS - first_tile if tiles is None else tiles
+        first_row = first_tile * ROWS
+        star = self.star if u is not None else None
+        weight = self.tiles[first_row if self.in_place else first_tile :]
+        inputs = (panels.q, panels.d, panels.sums)
+        end = (
+            0 if self.bias is None else self.bias[first_row:],
+            0 if star is None else star.up[first_tile:],
+            0 if star is None else star.terms,
+            0 if u is None else u,
+        )
         if panels.tokens == 1:
-            return self.matmul(program, panels, y, row_bytes, u, first_tile, tiles)
-        return self.batch(program, panels, y, row_bytes, scratch, u, first_tile, tiles)
+            assert not self.in_place
+            kernel = matmul_kernel(self.qtype, self.exact)
+            return program.add(kernel, (weight, self.tiles.shape[1], self.units, count, *inputs, y, *end))[10:11]
+        words = program.add(
+            batch_kernel(self.qtype, panels.tokens, self.exact, not self.in_place),
+            (
+                weight,
+                self.tiles.shape[1],
+                self.units,
+                count,
+                self.shape[0] - first_row,
+                *inputs,
+                y,
+                row_bytes,
+                *end,
+                scratch,
+                scratch.shape[1],
+                panels.state,
+            ),
+        )
+        return words[12:13]
 
     def rows(self, x: torch.Tensor, start: int, stop: int, kappa: float, threads: int) -> torch.Tensor:
         """Outputs [start, stop) for x [..., n]; float32 [..., stop - start]. `start` is a multiple of 16."""

@@ -110,13 +110,16 @@ _HUGE = 1 << 21  # bytes of a large page on x86-64 and most of ARM
 
 
 def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    """Zeros that begin on a cache line; large arrays on a large page.
+    """Zeros that begin on a cache line; large arrays on a large page. Raises MemoryError where there is no room.
 
     Reading a weight of which a part lies on small pages takes up to a fifth longer: more addresses to be looked up.
     """
     count = int(np.prod(shape)) * np.dtype(dtype).itemsize
     if count >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages = mmap.mmap(-1, count + _HUGE)
+        try:  # private: the system keeps what processes share on small pages
+            pages = mmap.mmap(-1, count + _HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{count} bytes: {error.strerror}") from None
         pages.madvise(mmap.MADV_HUGEPAGE)
         raw, alignment = np.frombuffer(pages, np.uint8), _HUGE
     else:
