@@ -140,3 +140,7 @@ def _moments(model: Path, calibrate: Path) -> Mapping[str, torch.Tensor]:
     if (model, calibrate) not in _known:
         _known[model, calibrate] = input_second_moments(load_model(model), load_text(calibrate))[0]
     return _known[model, calibrate]
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nIt is a part of another command: python -m benchmarks.quality --help")

@@ -92,3 +92,7 @@ def _won_back(results: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     return "\n" + format_table(rows, ["repair", "original", "coarse", "repaired", "won back, %"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nIt is a part of another command: python -m benchmarks.quality --help")

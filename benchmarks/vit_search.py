@@ -32,14 +32,14 @@ from nkat.host.record import write_json
 from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import count_parameters
 from nkat_vit.recipe import PRESETS
-from nkat_vit.search import BASELINE, FIRST_SET, REDUCTION, Budget, Trials, recipe_of, suggest
+from nkat_vit.search import BASELINE, FIRST_SET, REDUCTION, Budget, Shapes, Trials, recipe_of
 from nkat_vit.search_options import BUDGETS
 
 
 def draw_shapes(count: int, seed: int, max_tokens: int) -> list[dict[str, Any]]:
     """The baseline and `count` − 1 random points of the space."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
-    return [dict(BASELINE), *(suggest(study.ask(), max_tokens) for _ in range(count - 1))]
+    return [dict(BASELINE), *(Shapes(max_tokens).suggest(study.ask()) for _ in range(count - 1))]
 
 
 def accuracies(trials: Trials, shape: dict[str, Any], folder: Path, label: str) -> list[float]:

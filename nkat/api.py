@@ -149,6 +149,7 @@ def fit_theta(
             seed=seed,
             steps=steps,
             learning_rate=learning_rate,
+            context=min(_FIT.context, model.exact.config.context_length),
             nested=rank > 1,
             reference_share=0.0 if reference is None else 1.0,
         ),

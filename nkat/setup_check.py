@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from nkat.host import streams
 from nkat.host.programs import shell_line
 from nkat.host.start import INTERRUPTED, MESSAGE
+from nkat.host.start import SETUP as SCRIPT
 from nkat.version import __version__
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]  # of a checkout; beside an installed package stands nothing of the toolkit
 REQUIREMENTS = "requirements.txt"
-SCRIPT = "setup_nkat_kobold_integration.py"
 NEEDED_PYTHON = (3, 10)
 OK, WARNING, MISSING = "ok", "warning", "missing"
 SCRIPTS = ("nkat_gguf_converter.py", "nkat_inference_engine.py", "nkat_auto_optimizer.py", "backend_selector.py")
@@ -39,7 +39,9 @@ examples:
   {command} --model models/llama-7b-q4_k_m.gguf --kobold ~/koboldcpp
   {command} --json
 
-exit status: 0 when nothing is missing (warnings do not count), 1 when something is, 2 for a mistake on the command line
+exit status:
+  0 when nothing is missing (warnings do not count), 1 when something is, 2 for a mistake on the command line, 130 after
+  Ctrl-C
 """
 
 
@@ -112,12 +114,15 @@ def check_everything() -> int:
         checks.append(
             Check("the rest", MISSING, "cannot be checked before the above is mended", "mend it, run this again")
         )
-    print(table(checks))
     ready = all(check.state != MISSING for check in checks)
+    status = 0 if ready else 1
+    if options.json not in (None, "-"):
+        status = write_record(options.json, options.force, checks, ready)
+    print(table(checks))
     print(f"\n{'ready: the workflow of the guide can run here' if ready else 'not ready: see what is missing above'}")
-    if options.json:
-        return write_record(options.json, options.force, checks, ready)
-    return 0 if ready else 1
+    if options.json == "-":
+        status = write_record(options.json, options.force, checks, ready)
+    return status
 
 
 def check_python() -> Check:
@@ -348,3 +353,7 @@ def write_record(name: str, force: bool, checks: list[Check], ready: bool) -> in
         print(f"error: {target}: cannot be written: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0 if ready else 1
+
+
+if __name__ == "__main__":
+    main()

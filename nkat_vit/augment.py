@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nkat.errors import NKATError
 from nkat.host.commandline import parser, positive_int
+from nkat.host.files import check_output
 from nkat_vit.data import DATASETS, find_dataset, load_images
 from nkat_vit.pictures import save_grid
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, randaugment
@@ -160,6 +161,7 @@ def main() -> None:
     arguments.add_argument("--randaugment", type=int, nargs=2, default=(2, 9), metavar=("N", "M"))
     arguments.add_argument("--force", action="store_true", help="replace an existing file")
     options = arguments.parse_args()
+    check_output(options.output, options.force)
     spec = find_dataset(options.dataset)
     images = load_images(options.dataset, options.data_root, train=True)
     config = AugmentConfig(flip=spec.mirrored, randaugment=tuple(options.randaugment))

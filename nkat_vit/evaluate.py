@@ -30,7 +30,7 @@ from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.host.console import format_table, note
 from nkat.host.hardware import describe, pick_device, set_threads
-from nkat.host.record import check_record, toolkit_version, write_json
+from nkat.host.record import check_record, recorded, toolkit_version
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
 from nkat_vit.data import DATASETS, check_files, find_dataset, load_images
@@ -241,28 +241,27 @@ def main() -> None:
             )
     summary = summarise(runs)
     robustness = Spread.of([record["robustness"] for record in robust]) if robust else None
-    print(table(summary, robustness))
-    if robust:
-        errors, flips = (100 * fmean(r[key] for r in robust) for key in ("mean_corruption_error", "flip_rate"))
-        print(
-            f"\nCIFAR-10-C style, {robust[0]['images']} pictures, frost {frost.source}: "
-            f"mean corruption error {errors:.2f} %, predictions changed {flips:.2f} %"
-        )
-    if options.json:
-        sets = {
-            name: {key: value.record() if isinstance(value, Spread) else value for key, value in result.items()}
-            for name, result in summary["sets"].items()
-        }
-        record = {
-            "sets": sets,
-            "lambda_theory": summary["lambda"],
-            "global_tpe": summary["Global TPE"].record(),
-            "consistency": summary["Consistency"].record(),
-            "robustness": robustness.record() if robustness else None,
-            "corruptions": robust,
-            "targets": {"sets": {n: list(t) for n, t in TARGETS.items()}, **GLOBAL_TARGETS},
-            "runs": [{name: getattr(run, name) for name in RunResult.__slots__} for run in runs],
-            "machine": describe(device),
-            **toolkit_version(),
-        }
-        write_json(record, options.json, options.force)
+    sets = {
+        name: {key: value.record() if isinstance(value, Spread) else value for key, value in result.items()}
+        for name, result in summary["sets"].items()
+    }
+    record = {
+        "sets": sets,
+        "lambda_theory": summary["lambda"],
+        "global_tpe": summary["Global TPE"].record(),
+        "consistency": summary["Consistency"].record(),
+        "robustness": robustness.record() if robustness else None,
+        "corruptions": robust,
+        "targets": {"sets": {n: list(t) for n, t in TARGETS.items()}, **GLOBAL_TARGETS},
+        "runs": [{name: getattr(run, name) for name in RunResult.__slots__} for run in runs],
+        "machine": describe(device),
+        **toolkit_version(),
+    }
+    with recorded(record, options.json, options.force):
+        print(table(summary, robustness))
+        if robust:
+            errors, flips = (100 * fmean(r[key] for r in robust) for key in ("mean_corruption_error", "flip_rate"))
+            print(
+                f"\nCIFAR-10-C style, {robust[0]['images']} pictures, frost {frost.source}: "
+                f"mean corruption error {errors:.2f} %, predictions changed {flips:.2f} %"
+            )

@@ -24,8 +24,9 @@ from torch import Tensor
 from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.host.console import note
+from nkat.host.files import output_folder
 from nkat.host.hardware import describe, pick_device
-from nkat.host.record import write_json
+from nkat.host.record import check_record, recorded
 from nkat_vit.attention import Attention
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.data import ImageSet, find_dataset, load_images, split
@@ -212,17 +213,17 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device(not options.no_cuda)
     trained = load_model(options.checkpoint, device)
+    check_record(options.json, options.force, [trained.path])
     check_trained(trained)
     folder = options.output_dir or trained.path.parent
-    folder.mkdir(parents=True, exist_ok=True)
     whole = load_images(trained.recipe.dataset, options.data_root, train=True)
     _, held = split(whole, trained.recipe.train.validation, trained.recipe.train.seed)
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
-    record = interpret(trained, held.to(device), folder, stamp, options.pictures)
-    print(f"accuracy on {record['pictures']} validation pictures  {100 * record['accuracy']:.2f} %")
-    print(f"with the gauge terms taken out        {100 * record['accuracy_without_gauge']:.2f} %")
-    print(f"predictions that they change          {100 * record['changed_by_gauge']:.2f} %")
-    for name in record["files"]:
-        print(folder / name)
-    if options.json:
-        write_json(record | {"machine": describe(device)}, options.json, options.force)
+    with output_folder(folder):
+        record = interpret(trained, held.to(device), folder, stamp, options.pictures)
+    with recorded(record | {"machine": describe(device)}, options.json, options.force):
+        print(f"accuracy on {record['pictures']} validation pictures  {100 * record['accuracy']:.2f} %")
+        print(f"with the gauge terms taken out        {100 * record['accuracy_without_gauge']:.2f} %")
+        print(f"predictions that they change          {100 * record['changed_by_gauge']:.2f} %")
+        for name in record["files"]:
+            print(folder / name)

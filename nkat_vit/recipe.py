@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -201,6 +202,24 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         AugmentConfig(**_pick(given, AUGMENT_NAMES)),
         TrainConfig(**_pick(given, TRAIN_NAMES)),
     )
+
+
+def describe_presets() -> str:
+    """For --help: all values of the first preset, and of each other one those that differ."""
+    lines: list[str] = []
+    first: dict[str, Any] = {}
+    for name, preset in PRESETS.items():
+        values = make_recipe({"dataset": "cifar10"} | preset).values()
+        changed = {key: value for key, value in values.items() if value != first.get(key, ...)}
+        head = f"{name}, as {next(iter(PRESETS))} but" if first else f"{name} (for cifar10; grey sets have no colours)"
+        first = first or values
+        words = [
+            f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            for key, value in changed.items()
+            if key != "dataset"
+        ]
+        lines.append(textwrap.fill(f"{head}: {', '.join(words)}", 118, initial_indent="  ", subsequent_indent="    "))
+    return "\n".join(["presets:", *lines])
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ All accuracies here are on pictures held out of the training sets. The test sets
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,26 +86,54 @@ class Budget:
         }
 
 
-def suggest(trial: optuna.Trial, max_tokens: int = 0) -> dict[str, Any]:
-    """One point of the space; every point is a model that can be built, of at most so many tokens (0: any number)."""
-    fitting = {
-        stem: [p for p in CHOICES["patch_size"] if not max_tokens or tokens_of(stem, p) <= max_tokens]
-        for stem in CHOICES["conv_stem"]
-    }
-    stems = [stem for stem, patches in fitting.items() if patches]
-    if not stems:
-        raise NKATError(f"no stem and patch have as few as {max_tokens} tokens")
-    stem = trial.suggest_categorical("conv_stem", stems)
-    patches = fitting[stem]
-    # A choice of one is none: Optuna wants the same choices whenever it is asked for a parameter.
-    patch = patches[0] if len(patches) == 1 else trial.suggest_categorical("patch_size", CHOICES["patch_size"])
-    point = {"conv_stem": stem, "patch_size": patch}
-    for name, (low, high, step) in RANGES.items():
-        if isinstance(step, int):
-            point[name] = trial.suggest_int(name, low, high, step=step)
-        else:
-            point[name] = round(trial.suggest_float(name, low, high, step=step), 6)
-    return point
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The space; every point is a model that can be built, of at most so many tokens (0: any number)."""
+
+    max_tokens: int = 0
+
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
+        """One point."""
+        fitting = self._fitting()
+        stem = trial.suggest_categorical("conv_stem", list(fitting))
+        patches = fitting[stem]
+        # A choice of one is none: Optuna wants the same choices whenever it is asked for a parameter.
+        patch = patches[0] if len(patches) == 1 else trial.suggest_categorical("patch_size", CHOICES["patch_size"])
+        point = {"conv_stem": stem, "patch_size": patch}
+        for name, (low, high, step) in RANGES.items():
+            if isinstance(step, int):
+                point[name] = trial.suggest_int(name, low, high, step=step)
+            else:
+                point[name] = round(trial.suggest_float(name, low, high, step=step), 6)
+        return point
+
+    def parameters(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """A point's parameters as a trial has them: a patch without an alternative is none."""
+        alone = len(self._fitting().get(point["conv_stem"], ())) == 1
+        return {name: value for name, value in point.items() if name != "patch_size" or not alone}
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """The parameters of every point."""
+        steps = [
+            [round(low + i * step, 6) for i in range(round((high - low) / step) + 1)]
+            for low, high, step in RANGES.values()
+        ]
+        for stem, patches in self._fitting().items():
+            for patch in patches:
+                first = self.parameters({"conv_stem": stem, "patch_size": patch})
+                for values in itertools.product(*steps):
+                    yield first | dict(zip(RANGES, values, strict=True))
+
+    def _fitting(self) -> dict[str, list[int]]:
+        """By stem, the patches that it allows."""
+        patches = {
+            stem: [p for p in CHOICES["patch_size"] if not self.max_tokens or tokens_of(stem, p) <= self.max_tokens]
+            for stem in CHOICES["conv_stem"]
+        }
+        fitting = {stem: found for stem, found in patches.items() if found}
+        if not fitting:
+            raise NKATError(f"no stem and patch have as few as {self.max_tokens} tokens")
+        return fitting
 
 
 def tokens_of(stem: str, patch: int, dataset: str = FIRST_SET) -> int:
@@ -143,7 +171,7 @@ class Trials:
 
     def objective(self, trial: optuna.Trial) -> float:
         """Global TPE of a trial that passes the gate, else its Local TPE on CIFAR-10 and a broken constraint."""
-        parameters = suggest(trial, self.budget.max_tokens)
+        parameters = Shapes(self.budget.max_tokens).suggest(trial)
         trial.set_user_attr("setting", parameters)
         recipes = {name: recipe_of(parameters, name, self.budget) for name in (FIRST_SET, *self.sets)}
         sizes = {name: count_parameters(recipe.model) for name, recipe in recipes.items()}

@@ -5,20 +5,22 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+from nkat.host.commandline import toolkit_module
 from nkat.host.console import format_table, note
 from nkat.host.distributed import World
 from nkat.host.hardware import pick_device
-from nkat.host.record import write_json
+from nkat.host.programs import shell_line
+from nkat.host.record import recorded, write_json
 from nkat.study import workers
+from nkat.study.folder import PICTURE, note_earlier, write_records
 from nkat.study.study import best_trials, feasible, history, importances, make_sampler
 from nkat.study.task import Task
 from nkat.study.workers import Outcome, Search
@@ -27,11 +29,13 @@ from nkat_vit.data import check_files, load_images
 from nkat_vit.evaluate import run_result, summarise, table
 from nkat_vit.loop import measure_amp
 from nkat_vit.predict import judge_once
-from nkat_vit.search import BASELINE, FIRST_SET, Budget, Trials, model_values, recipe_of
+from nkat_vit.search import BASELINE, FIRST_SET, Budget, Shapes, Trials, model_values, recipe_of
 from nkat_vit.search_options import BUDGETS, DESCRIPTION, EXAMPLES, ShapeOptions, add_options, shape_options
 from nkat_vit.search_plots import plot_image_search
 
 TRIALS = {"quick": 12, "full": 50}
+OPTIMAL = "optimal_vit.json"
+STUDY_NAME = "nkat-vit-round2"
 TOP = 5
 AMP_IMAGES = 128
 
@@ -45,13 +49,11 @@ def run(options: ShapeOptions) -> None:
     folder = options.study.output_dir / "trials"
     trials = Trials(options.data_root, folder, budget, options.local_tpe, tuple(options.sets), world)
     search = describe_search(options, trials)
-    study = workers.connect(options.study, search)
-    outcome = workers.run(options.study, search, study, trials.objective)
-    if options.study.join:
-        return
-    record = report(options, trials, outcome)
-    if options.study.json:
-        write_json(record, options.study.json, options.study.force)
+    with workers.interruptible(options.study):
+        study = workers.connect(options.study, search)
+        outcome = workers.run(options.study, search, study, trials.objective)
+        if not options.study.join:
+            workers.report(outcome, partial(judge_best, options, trials), partial(report, options, trials))
 
 
 def make_budget(options: ShapeOptions, world: World) -> Budget:
@@ -80,18 +82,25 @@ def describe_search(options: ShapeOptions, trials: Trials) -> Search:
         **{name: value for name, value in asdict(trials.budget).items() if name != "amp"},
     }
     sampler = partial(make_sampler, conditional=True)
-    return Search("nkat-vit-round2", settings, [(BASELINE, {})], sampler, trials.budget.pruner(), TRIALS)
+    space = Shapes(trials.budget.max_tokens)
+    first: list[tuple[dict[str, Any], dict[str, Any]]] = [(space.parameters(BASELINE), {})]
+    return Search(STUDY_NAME, settings, first, space, sampler, trials.budget.pruner(), TRIALS)
 
 
-def report(options: ShapeOptions, trials: Trials, outcome: Outcome) -> dict[str, Any]:
-    """Judges the winner on the test sets, writes every file of the output folder, prints what came out."""
-    study, budget = outcome.study, trials.budget
-    tried = study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
-    ranked = sorted(tried, key=_rank, reverse=True)
-    passed = best_trials(study, len(tried))
+def judge_best(options: ShapeOptions, trials: Trials, study: optuna.Study) -> dict[str, Any] | None:
+    """The best one on the test sets, where it passed the gate."""
+    ranked = _ranked(study)
+    return judge_winner(options, trials, ranked[0]) if ranked and best_trials(study, 1) else None
+
+
+def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[str, Any] | None) -> None:
+    """Writes every file of the output folder and prints what came out. test: of the winner; None: it was not judged"""
+    study, budget, folder = outcome.study, trials.budget, options.study.output_dir
+    ranked = _ranked(study)
+    passed = best_trials(study, len(ranked))
     # Where all trials were: at the first rung.
     rung = budget.first_rung
-    first_scores = [(t, t.intermediate_values[rung]) for t in tried if rung in t.intermediate_values]
+    first_scores = [(t, t.intermediate_values[rung]) for t in ranked if rung in t.intermediate_values]
     record = workers.base_record(options.study, outcome, trials.world.device) | {
         "sets": [FIRST_SET, *trials.sets],
         "local_tpe": trials.gate,
@@ -100,29 +109,30 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome) -> dict[str,
         "importances_of": f"Local TPE after {rung} epochs",
         "passed": len(passed),
         "best": [_row(trial) for trial in ranked[:TOP]],
-        "baseline": next((_row(trial) for trial in tried if trial.user_attrs["setting"] == BASELINE), None),
+        "baseline": next((_row(trial) for trial in ranked if trial.user_attrs["setting"] == BASELINE), None),
         "optimal": None,
     }
-    if ranked and (passed or options.study.force):
-        record["optimal"] = write_optimal(options, trials, ranked[0], bool(passed))
+    if not outcome.interrupted and ranked and (passed or options.study.force):
+        record["optimal"] = write_optimal(options, ranked[0], test)
     rows = history(study)
-    workers.write_records(options.study.output_dir, rows, record)
-    title = f"Round-2: {len(tried)} trials, up to {budget.epochs} epochs of {budget.limit_train or 'all'} pictures"
-    plot_image_search(options.study.output_dir / workers.PICTURE, rows, record["importances"], trials.gate, title)
-    print_report(record, trials, options.study.output_dir)
-    return record
+    write_records(folder, rows, record)
+    with recorded(record, options.study.json, options.study.force):
+        print_report(record, trials)
+        title = f"Round-2: {len(ranked)} trials, up to {budget.epochs} epochs of {budget.limit_train or 'all'} pictures"
+        plot_image_search(folder / PICTURE, rows, record["importances"], trials.gate, title)
+        if not outcome.interrupted:
+            note_earlier(folder, OPTIMAL, record["optimal"] and record["optimal"]["file"])
+        print(f"files are in {folder}")
 
 
-def write_optimal(options: ShapeOptions, trials: Trials, winner: FrozenTrial, passed: bool) -> dict[str, Any]:
-    """Writes the winner's settings; one that passed the gate is judged on the test sets."""
-    setting, path = winner.user_attrs["setting"], options.study.output_dir / "optimal_vit.json"
+def write_optimal(options: ShapeOptions, winner: FrozenTrial, test: dict[str, Any] | None) -> dict[str, Any]:
+    """Writes the winner's settings. test: its scores there, where it passed the gate"""
+    setting, path = winner.user_attrs["setting"], options.study.output_dir / OPTIMAL
     write_json(model_values(setting, FIRST_SET), str(path), force=True)
-    record: dict[str, Any] = {"file": str(path), "trial": winner.number, "setting": setting, "passed": passed}
-    words = ["python", "-m", "nkat_vit.train", "--dataset", FIRST_SET, "--config", path]
-    record["command"] = shlex.join(str(word) for word in [*words, "--data-root", options.data_root])
-    if passed:
-        record["test"] = judge_winner(options, trials, winner)
-    return record
+    words: list[object] = [*toolkit_module("nkat-vit-train", "nkat_vit.train"), "--dataset", FIRST_SET]
+    words += ["--config", path.absolute(), "--data-root", options.data_root.absolute()]
+    record = {"file": str(path), "trial": winner.number, "setting": setting, "passed": test is not None}
+    return record | {"command": shell_line(words)} | ({} if test is None else {"test": test})
 
 
 def judge_winner(options: ShapeOptions, trials: Trials, winner: FrozenTrial) -> dict[str, Any]:
@@ -154,7 +164,7 @@ def judge_winner(options: ShapeOptions, trials: Trials, winner: FrozenTrial) -> 
     }
 
 
-def print_report(record: dict[str, Any], trials: Trials, folder: Path) -> None:
+def print_report(record: dict[str, Any], trials: Trials) -> None:
     """What came out, for people."""
     gate, best, optimal = record["local_tpe"], record["best"], record["optimal"]
     names = [FIRST_SET, *trials.sets] if record["passed"] else [FIRST_SET]
@@ -171,7 +181,7 @@ def print_report(record: dict[str, Any], trials: Trials, folder: Path) -> None:
     heads = ["setting", "trial", "epochs", *(f"{name} %" for name in names), "Local TPE", "Global TPE"]
     print("\non pictures held out of the training sets:\n")
     print(format_table(rows, heads))
-    print(f"\n{workers.counts_line(record)}")
+    print(f"\n{'interrupted: ' if record['interrupted'] else ''}{workers.counts_line(record)}")
     print(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}")
     if not record["passed"] and best:
         top = best[0]
@@ -184,7 +194,11 @@ def print_report(record: dict[str, Any], trials: Trials, folder: Path) -> None:
         print(optimal["test"]["table"])
     if optimal:
         print(f"\nits settings: {optimal['file']}; train it with\n  {optimal['command']}")
-    print(f"files are in {folder}")
+
+
+def _ranked(study: optuna.Study) -> list[FrozenTrial]:
+    """The finished trials, best first."""
+    return sorted(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)), key=_rank, reverse=True)
 
 
 def _rank(trial: FrozenTrial) -> tuple[bool, float]:
@@ -207,4 +221,4 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
-TASK = Task(DESCRIPTION, EXAMPLES, TRIALS, add_options, shape_options, run)
+TASK = Task(DESCRIPTION, EXAMPLES, TRIALS, lambda _: STUDY_NAME, lambda _: (), add_options, shape_options, run)

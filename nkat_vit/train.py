@@ -28,9 +28,9 @@ from nkat.host import commandline
 from nkat.host.console import note
 from nkat.host.distributed import World, join_world
 from nkat.host.figures import new_figure, save_figure
-from nkat.host.files import atomic_output
+from nkat.host.files import atomic_output, make_folder
 from nkat.host.hardware import describe, set_threads
-from nkat.host.record import toolkit_version, write_json
+from nkat.host.record import check_record, recorded, toolkit_version, write_json
 from nkat.host.start import INTERRUPTED
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
@@ -41,7 +41,17 @@ from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import COLOR_NORMS, POOLS, STEMS
 from nkat_vit.pictures import DPI
 from nkat_vit.predict import judge_once
-from nkat_vit.recipe import AMP, OPTIMIZERS, PRESETS, TTA_CHOICES, Recipe, make_recipe, read_config, with_amp
+from nkat_vit.recipe import (
+    AMP,
+    OPTIMIZERS,
+    PRESETS,
+    TTA_CHOICES,
+    Recipe,
+    describe_presets,
+    make_recipe,
+    read_config,
+    with_amp,
+)
 
 _EXAMPLES = """\
   python -m nkat_vit.train --dataset cifar10 --preset stage2
@@ -106,7 +116,7 @@ _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line; settings of the recipe that are not given are absent from the result."""
-    parser = commandline.parser("Train the image model on an image set.", _EXAMPLES)
+    parser = commandline.parser("Train the image model on an image set.", f"{_EXAMPLES}\n\n{describe_presets()}")
     parser.add_argument(
         "--dataset", choices=list(DATASETS), default=argparse.SUPPRESS, metavar="SET", help=", ".join(DATASETS)
     )
@@ -115,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
     parser.add_argument("--output", type=Path, help="folder for the run (output/vit/SET-PRESET-seedN)")
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="go on with the run in the folder")
-    parser.add_argument("--force", action="store_true", help="start anew in a folder that holds a run")
+    parser.add_argument("--force", action="store_true", help="start anew in a folder that holds a run; replace --json")
     parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
     parser.add_argument(
         "--save-steps", type=commandline.non_negative_int, default=0, help="checkpoints within epochs, too"
@@ -203,12 +213,13 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
         recipe = make_recipe(PRESETS[options.preset or "stage2"] | given)
         folder = _folder(options, recipe)
         if world.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "last.pt").exists() and not options.force:
+            names = ("last.pt", "best.pt", "result.json")
+            if any((folder / name).exists() for name in names) and not options.force:
                 raise NKATError(
                     f"{folder}: holds a run already; give --resume to go on with it or --force to replace it"
                 )
-            for name in ("last.pt", "best.pt", "result.json"):
+            make_folder(folder)
+            for name in names:
                 (folder / name).unlink(missing_ok=True)
         world.wait()
         return recipe, folder, None
@@ -341,6 +352,7 @@ def _tensorboard(folder: Path) -> Any:
 
 def main() -> None:
     options = parse_arguments()
+    check_record(options.json, options.force, [options.config])
     set_threads(options.threads)
     with join_world(allow_cuda=not options.no_cuda) as world:
         try:
@@ -350,10 +362,14 @@ def main() -> None:
             sys.exit(INTERRUPTED)
     if record is None:
         return
+    with recorded(record, options.json, options.force):
+        print_result(record)
+
+
+def print_result(record: Mapping[str, Any]) -> None:
+    """The record's figures, for people."""
     print(f"validation  {100 * record['validation']:.2f} % after epoch {record['epoch']}")
     if "test" in record:
         print(f"test        {100 * record['test']:.2f} % of {record['test_images']} pictures")
         print(f"TPE         {record['tpe']:.4f} at lambda {record['lambda_theory']:.2f}")
     print(f"model       {record['output']}/best.pt")
-    if options.json:
-        write_json(record, options.json)

@@ -10,6 +10,7 @@ import gguf
 import pytest
 
 import nkat
+from examples import walk
 from nkat.measure.texts import default_text
 from tests.conftest import ROOT
 from tests.support.tiny_models import write_tiny_model
@@ -28,6 +29,20 @@ def run(
         runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
     assert not ended.value.code
     return capsys.readouterr().out.splitlines()
+
+
+def test_a_walk_takes_every_command_of_a_page_and_shows_no_path(tmp_path: Path) -> None:
+    page = "```bash\n# 1\npy -3 a.py \\\n  --x 1 # one\n```\n```console\n$ make demo\nsaid\n```\n```json\n{}\n```\n"
+    assert walk.commands(page) == ["python a.py --x 1", "make demo"]
+    (tmp_path / "models").mkdir()
+    ran = walk.run("python nkat_gguf_converter.py --input no.gguf --output x.nkat", tmp_path, 60)
+    assert ran["status"] == 2
+    assert ran["lines"] == ["error: no.gguf: no such file"]
+    ran = walk.run("python setup_nkat_kobold_integration.py", tmp_path, 60)
+    assert not [line for line in ran["lines"] if str(tmp_path) in line or str(ROOT) in line]
+    assert "exit status 2" in walk.describe(
+        [{"page": "a", "command": "b", "status": 2, "seconds": 1.0, "lines": ["c"]}]
+    )
 
 
 def test_measure_theta(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:

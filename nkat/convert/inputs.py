@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from nkat.lm.load import LoadedModel, load_model
-from nkat.measure.judge import Judge
+from nkat.measure.judge import Judge, note_missing_chunks
 from nkat.theta.modelfile import ModelFile, open_model_file
 
 
@@ -36,4 +36,6 @@ class Inputs:
     @cached_property
     def judge(self) -> Judge:
         """On the user's text, else on the one that every Python carries; the input without Θ is scored there once."""
-        return Judge.open(self.loaded, self._text, self._chunks)
+        judge = Judge.open(self.loaded, self._text, self._chunks)
+        note_missing_chunks(judge.passages, self._chunks)
+        return judge

@@ -15,20 +15,26 @@ from nkat.convert import merge, rank_search, tables
 from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions, parse_arguments
 from nkat.convert.outputs import check_outputs, size, write, write_unless_dry
-from nkat.convert.strengths import CHUNKS, report_strengths
+from nkat.convert.strengths import CHUNKS, measure_strengths, print_strengths
 from nkat.errors import NKATError
 from nkat.gguf import quantise
 from nkat.gguf.writer import MetadataValue
 from nkat.host import console, hardware
 from nkat.host.console import format_bytes, note
 from nkat.host.distributed import is_first
-from nkat.host.files import check_output
-from nkat.host.record import check_record, write_json
+from nkat.host.files import check_apart, check_output
+from nkat.host.record import Recorder, check_record
 from nkat.host.start import INTERRUPTED
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.texts import load_text
 from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
-from nkat.sources.make import check_options, describe_theta_set, make_thetas, residual_errors
+from nkat.sources.make import (
+    check_options,
+    check_reference_is_better,
+    describe_theta_set,
+    make_thetas,
+    residual_errors,
+)
 from nkat.sources.moments import input_second_moments
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, ThetaOptions
 from nkat.theta import inplace
@@ -37,6 +43,8 @@ from nkat.theta.layers import select_layers
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, architecture_of, base_hash, open_model_file
 from nkat.theta.set import UNFINISHED_KEY, ThetaSet, scale_by_depth, truncate_rank
+
+NO_EFFECT = "warning: gamma 1 couples Θ with strength 0: it will have no effect"
 
 
 def main() -> None:
@@ -49,7 +57,8 @@ def main() -> None:
 
 
 def run(options: ConvertOptions) -> None:
-    check_record(options.json, options.force)
+    check_apart(options.outputs)
+    check_record(options.json, options.force, options.inputs)
     hardware.set_threads(options.threads)
     changes_input = options.in_place and not options.dry_run and is_first() and options.input.is_file()
     # From before the file is read: what is put behind it must not be put in place of another process's.
@@ -62,22 +71,24 @@ def _run(options: ConvertOptions) -> None:
     if model.unfinished:
         note(f"note: {options.input} ends in remains of a Θ that was not completely written; they are left out")
     inputs = Inputs(model, options.reference, options.text, options.chunks)
+    recorder = Recorder(
+        options.json, options.force, {"machine": hardware.describe(hardware.pick_device(allow_cuda=False))}
+    )
     if options.remove:
-        record = remove_theta(options, model)
+        record = remove_theta(options, model, recorder)
     elif not options.writes_model and not _makes_theta_to_merge(options, model):
-        record = export_existing(options, inputs)
+        record = export_existing(options, inputs, recorder)
     elif options.truncate_rank:
-        record = truncate_existing(options, inputs, options.truncate_rank)
+        record = truncate_existing(options, inputs, recorder, options.truncate_rank)
     else:
-        record = convert(options, inputs)
-    if options.json and record:
-        record["machine"] = hardware.describe(hardware.pick_device(allow_cuda=False))
-        write_json(record, options.json, options.force)
+        record = convert(options, inputs, recorder)
+    if record:
+        recorder.finish(record)
     if not record.get("fit", {}).get("finished", True):
         sys.exit(INTERRUPTED)
 
 
-def convert(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
+def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict[str, Any]:
     """Makes Θ and writes it in the form asked for; {} in a process of torchrun's that does not write."""
     model = inputs.model
     base = model.require_base()
@@ -121,18 +132,26 @@ def convert(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
         options.fit_state.unlink(missing_ok=True)
     clock.lap("write")
     record |= _describe(options, model, theta_set, written, clock.seconds)
+    recorder.keep(record)
+    if "rank_search" in record:
+        rank_search.print_decision(record["rank_search"])
     tables.print_summary(record)
     if "residual" in record:
         tables.print_errors(record["residual"])
-    if finished:
-        record["merge"] = _merge(options, model, theta_set, merge_judge)
-    if options.theta_source != "weight":
+    if "fit" in record:
+        tables.print_fit(record["fit"])
+    if not finished:
+        return record
+    _merge(options, model, theta_set, merge_judge, record, recorder)
+    if options.strengths:
         judge = _strengths_judge(options, inputs, validation)
-        record["report"] = report_strengths(judge, theta_set, inputs.loaded_reference)
+        record["report"] = measure_strengths(judge, theta_set, inputs.loaded_reference)
+        recorder.keep(record)
+        print_strengths(record["report"])
     return record
 
 
-def truncate_existing(options: ConvertOptions, inputs: Inputs, rank: int) -> dict[str, Any]:
+def truncate_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder, rank: int) -> dict[str, Any]:
     """Writes the input with the first `rank` columns of the Θ it has, at another strength where one is given."""
     model = inputs.model
     if model.theta is None or model.base is None:
@@ -142,18 +161,21 @@ def truncate_existing(options: ConvertOptions, inputs: Inputs, rank: int) -> dic
     check_outputs(options, model)
     gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
+    if gamma == 1.0:
+        note(NO_EFFECT)
     judge = _merge_judge(options, inputs)
     clock = _Clock()
     theta_set = replace(truncate_rank(model.theta, rank), gamma=gamma)
     written = write(options, model, theta_set)
     clock.lap("write")
     record = _describe(options, model, theta_set, written, clock.seconds)
+    recorder.keep(record)
     tables.print_summary(record)
-    record["merge"] = _merge(options, model, theta_set, judge)
+    _merge(options, model, theta_set, judge, record, recorder)
     return record
 
 
-def export_existing(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
+def export_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict[str, Any]:
     """Writes the Θ that the input has as a LoRA adapter, or merged into the model's weights, or both."""
     model = inputs.model
     if model.theta is None or model.base is None:
@@ -163,18 +185,28 @@ def export_existing(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
     parts = lora_parts(model.theta, model.base, options.theta_gamma) if options.export_lora else []
     if options.export_lora:
         write_unless_dry(options, options.export_lora, parts, [model.path])
-    return {
+    record = {
         "input": str(model.path),
         "lora": str(options.export_lora) if options.export_lora else None,
         "rank": model.theta.rank,
         "gamma": model.theta.gamma if options.theta_gamma is None else options.theta_gamma,
         "bytes": size(parts),
-        "merge": _merge(options, model, model.theta, judge),
+        "merge": None,
         "dry_run": options.dry_run,
     }
+    recorder.keep(record)
+    if options.export_lora:
+        print(
+            f"{'would write' if options.dry_run else 'wrote'} {options.export_lora} ({record['bytes']:,} bytes): Θ of "
+            f"rank {record['rank']} at gamma {record['gamma']:g} as a LoRA adapter"
+        )
+        if record["gamma"] == 1.0:
+            note(NO_EFFECT)
+    _merge(options, model, model.theta, judge, record, recorder)
+    return record
 
 
-def remove_theta(options: ConvertOptions, model: ModelFile) -> dict[str, Any]:
+def remove_theta(options: ConvertOptions, model: ModelFile, recorder: Recorder) -> dict[str, Any]:
     """Restores the base model, checked by its hash."""
     if model.base is None or (model.theta is None and not model.unfinished):
         raise NKATError(f"{model.path}: has no Θ to remove")
@@ -189,17 +221,19 @@ def remove_theta(options: ConvertOptions, model: ModelFile) -> dict[str, Any]:
         inplace.truncate(model.path, model.base.data_end)
     elif not options.in_place:
         write_unless_dry(options, target, model.base_parts(), [model.path])
-    print(
-        f"{'would restore' if options.dry_run else 'restored'} {target}: {model.base_size:,} bytes, "
-        f"sha256 {base_sha256}"
-    )
-    return {
+    record = {
         "input": str(model.path),
         "output": str(target),
         "base_sha256": base_sha256,
         "bytes": model.base_size,
         "dry_run": options.dry_run,
     }
+    recorder.keep(record)
+    print(
+        f"{'would restore' if options.dry_run else 'restored'} {target}: {model.base_size:,} bytes, "
+        f"sha256 {base_sha256}"
+    )
+    return record
 
 
 class _Clock:
@@ -234,7 +268,7 @@ def _fit(
         model=inputs.loaded,
         base_sha256=base_sha256,
         names=names,
-        settings=fit.fit_settings(made_as.rank, made_as.gamma, options.seed, has_reference),
+        settings=fit.fit_settings(inputs.loaded.config, made_as.rank, made_as.gamma, options.seed, has_reference),
         calibrate=load_text(options.calibrate),
         reference=inputs.loaded_reference,
         keep=None if options.keep is None else load_text(options.keep),
@@ -254,13 +288,14 @@ def _theta_options(options: ConvertOptions, inputs: Inputs, names: Sequence[str]
     if gamma == 1.0 and options.theta_source == "fit":
         raise NKATError("--theta-source fit needs gamma below 1: at 1 the coupling is 0, and Θ acts on nothing")
     if gamma == 1.0:
-        note("warning: gamma 1 couples Θ with strength 0: it will have no effect")
+        note(NO_EFFECT)
     elif not 0.90 <= gamma <= 0.99:
         note(f"warning: gamma {gamma:g} is outside the usual range 0.90 to 0.99")
     reference, input_weights = None, None
     notes: dict[str, MetadataValue] = {}
     if options.theta_source == "residual" and inputs.reference is not None:
         reference = inputs.reference.require_base().file
+        check_reference_is_better(inputs.model.require_base().file, reference, names)
         if options.calibrate:
             input_weights, notes = input_second_moments(inputs.loaded, load_text(options.calibrate), names=names)
     # with --optimize-rank the lower ranks are the first columns of the highest
@@ -299,14 +334,21 @@ def _strengths_judge(options: ConvertOptions, inputs: Inputs, validation: Passag
 
 
 def _merge(
-    options: ConvertOptions, model: ModelFile, theta_set: ThetaSet, judge: Judge | None
-) -> dict[str, Any] | None:
+    options: ConvertOptions,
+    model: ModelFile,
+    theta_set: ThetaSet,
+    judge: Judge | None,
+    record: dict[str, Any],
+    recorder: Recorder,
+) -> None:
+    """Writes and measures what --merge asks for, and adds it to the record."""
+    record["merge"] = None
     if options.merge is None:
-        return None
+        return
     gamma = theta_set.gamma if options.theta_gamma is None else options.theta_gamma
-    record = merge.merge_model(options.merge, model, theta_set, gamma, judge, options.force)
-    merge.print_merge(record)
-    return record
+    record["merge"] = merge.merge_model(options.merge, model, theta_set, gamma, judge, options.force)
+    recorder.keep(record)
+    merge.print_merge(record["merge"])
 
 
 def _is_unfinished(path: Path) -> bool:

@@ -34,7 +34,7 @@ from nkat.host.console import bar, format_table
 from nkat.host.files import atomic_output
 from nkat.lm.load import load_model
 from nkat.measure.judge import Judge
-from nkat.measure.perplexity import change_text, paired, perplexity_text
+from nkat.measure.perplexity import Perplexity, change_text, paired, perplexity_text
 from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
@@ -132,6 +132,7 @@ def measure_merge(judge: Judge, theta_set: ThetaSet, gamma: float, merged_path: 
     base, with_theta = judge.without(), judge.score(theta_set, gamma)
     merged = judge.other(load_model(merged_path)).without(progress="merged")
     gain, kept = with_theta.change, paired(base, merged)
+    share = gain_kept(base, with_theta.perplexity, merged)
     return {
         "text": judge.passages.name,
         "text_sha256": judge.passages.sha256,
@@ -141,8 +142,22 @@ def measure_merge(judge: Judge, theta_set: ThetaSet, gamma: float, merged_path: 
         "theta": {**with_theta.perplexity.record(), **gain.record()},
         "merged": {**merged.record(), **kept.record()},
         "merged_against_theta": paired(with_theta.perplexity, merged).record(),
-        "gain_kept": kept.log_ratio / gain.log_ratio if gain.clear and gain.log_ratio < 0 else None,
+        "gain_kept": None if share is None else share[0],
+        "gain_kept_stderr": None if share is None else share[1],
     }
+
+
+def gain_kept(base: Perplexity, with_theta: Perplexity, merged: Perplexity) -> tuple[float, float] | None:
+    """The share of Θ's gain (of ln perplexity) that the merged model has, and its standard error; None: no gain.
+
+    The error is the ratio's from the tokens (delta method): that of the mean of Δmerged − share·ΔΘ, over ΔΘ's mean.
+    """
+    gain, kept = paired(base, with_theta), paired(base, merged)
+    if not gain.clear or gain.log_ratio >= 0:
+        return None
+    share = kept.log_ratio / gain.log_ratio
+    rest = Perplexity(base.nll + (merged.nll - base.nll) - share * (with_theta.nll - base.nll), base.context)
+    return share, paired(base, rest).log_ratio_stderr / abs(gain.log_ratio)
 
 
 def merge_model(
@@ -179,6 +194,7 @@ def describe_losses(losses: Mapping[str, MergeLoss], tensors: Mapping[str, Tenso
     for name in losses:
         types.setdefault(tensors[name].type_name, []).append(name)
     return {
+        "all": sum(losses.values(), MergeLoss()).describe(),
         "types": [
             {"type": kind, "tensors": len(names), **sum((losses[name] for name in names), MergeLoss()).describe()}
             for kind, names in types.items()
@@ -216,8 +232,23 @@ def print_merge(record: Mapping[str, Any]) -> None:
     if measured["gain_kept"] is None:
         print("Θ makes this model no better on this text beyond two standard errors, so there is no gain to keep.")
     else:
-        print(f"merging keeps {100 * measured['gain_kept']:.0f} % of Θ's gain (of ln perplexity).")
+        print(gain_text(measured["gain_kept"], measured["gain_kept_stderr"], record["all"]["theta_kept"]))
     print(f"wrote {record['output']} ({record['bytes']:,} bytes)")
+
+
+def gain_text(share: float, stderr: float, theta_kept: float | None) -> str:
+    """The share of the gain, and a word where it is far from the share of κΘ in the weights.
+
+    theta_kept: of κΘ over all tensors; None for a Θ that is zero
+    """
+    text = f"merging keeps {100 * share:.0f} % ± {100 * stderr:.0f} of Θ's gain (of ln perplexity)"
+    if theta_kept is None or abs(share - theta_kept) <= max(2 * stderr, 0.1):
+        return f"{text}."
+    return (
+        f"{text}, though the weights keep {100 * theta_kept:.0f} % of κΘ. Both are measured: κΘ counts every weight's "
+        "change alike, the gain what the changes do to this text, those of rounding among them. On another text the "
+        "gain may be another."
+    )
 
 
 def _row(label: str, figures: Mapping[str, float]) -> list[str]:

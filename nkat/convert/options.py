@@ -48,6 +48,7 @@ class ConvertOptions:
     calibrate: Path | None
     keep: Path | None
     truncate_rank: int | None
+    strengths: bool
     seed: int
     threads: int | None
     dry_run: bool
@@ -70,6 +71,17 @@ class ConvertOptions:
     def final_layout(self) -> str:
         """Where Θ goes in a file that holds the model too."""
         return "appended" if self.in_place else self.layout or "tensors"
+
+    @property
+    def inputs(self) -> list[Path | None]:
+        """What is read, and never to be replaced by what is written."""
+        return [self.input, self.reference, self.text, self.calibrate, self.keep]
+
+    @property
+    def outputs(self) -> dict[str, Path | str | None]:
+        """The files to write, by the flags that name them."""
+        named = {"--output": self.output, "--export-lora": self.export_lora, "--merge": self.merge}
+        return {**named, "--json": self.json}
 
     @property
     def fit_state(self) -> Path:
@@ -146,6 +158,10 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
             not o.writes_model and o.merge is None and (o.makes_theta or o.theta_only or o.truncate_rank is not None)
         ),
         "--export-lora alone exports the Θ the input has; to make a new one give --output or --in-place too",
+    ),
+    (
+        lambda o: o.strengths and (o.truncate_rank or o.remove or (not o.writes_model and not o.merge)),
+        "--strengths measures a Θ that is made; for the one a file has use the inference engine's --theta-gamma",
     ),
 )  # the first that holds is what the user is told
 
@@ -230,6 +246,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         type=commandline.positive_int,
         metavar="R",
         help="make no new Θ: keep the first R columns of the one the input has",
+    )
+    add(
+        "--strengths",
+        action="store_true",
+        help="also measure perplexity at gamma 0.90 to 0.99 and, with --reference, beside the larger file",
     )
     add("--seed", type=commandline.non_negative_int, default=0, help="of whatever is random in making Θ (default 0)")
     add("--threads", type=commandline.thread_count, metavar="N", help="processor threads (default: torch's choice)")

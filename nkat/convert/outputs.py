@@ -18,18 +18,10 @@ from nkat.theta.set import ThetaSet
 
 def check_outputs(options: ConvertOptions, model: ModelFile) -> None:
     """Everything about the outputs that can be known before time is spent on Θ."""
-    seen: dict[Path, str] = {}
-    for flag, path in (
-        ("--output", options.output),
-        ("--export-lora", options.export_lora),
-        ("--merge", options.merge),
-    ):
-        if path is None:
-            continue
-        check_output(path, options.force, [model.path])
-        other = seen.setdefault(path.absolute(), flag)
-        if other != flag:
-            raise NKATError(f"{path}: {other} and {flag} are the same file")
+    inputs = [path for path in options.inputs if path is not None]
+    for path in (options.output, options.export_lora, options.merge):
+        if path is not None:
+            check_output(path, options.force, inputs)
     if options.in_place:
         if model.layout == "tensors":
             raise NKATError(f"{model.path}: Θ stands among the tensors (layout 'tensors'); give --output instead")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nkat.host.console import format_table
@@ -24,8 +24,8 @@ def search_rank(judge: Judge, theta_set: ThetaSet, ranks: Sequence[int] = RANKS)
     rows += [_row(rank, judge.score(cut, progress=f"rank {rank}")) for rank, cut in candidates.items()]
     best = max(rows[1:], key=lambda row: row["tpe"])
     measured, passages = base.perplexity, judge.passages
-    _print_decision(rows, best, f"{measured.chunks} chunks of {measured.context} tokens of {passages.name}")
-    record = {"text": passages.name, "text_sha256": passages.sha256, "chunks": measured.chunks}
+    record: dict[str, Any] = {"text": passages.name, "text_sha256": passages.sha256}
+    record |= {"chunks": measured.chunks, "context": measured.context}
     return candidates[best["rank"]], {**record, "rows": rows, "rank": best["rank"]}
 
 
@@ -33,7 +33,11 @@ def _row(rank: int | None, score: Score) -> dict[str, Any]:
     return {"rank": rank, **score.record()}
 
 
-def _print_decision(rows: list[dict[str, Any]], best: dict[str, Any], where: str) -> None:
+def print_decision(record: Mapping[str, Any]) -> None:
+    """The record as a table, and the rank that is kept."""
+    rows = record["rows"]
+    best = next(row for row in rows if row["rank"] == record["rank"])
+    where = f"{record['chunks']} chunks of {record['context']} tokens of {record['text']}"
     cells = [
         [
             "without Θ" if row["rank"] is None else f"rank {row['rank']}",

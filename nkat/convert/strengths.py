@@ -1,8 +1,8 @@
-"""What a Θ is worth at other strengths, and beside the model it was made from: measured, for the converter's report."""
+"""What a Θ is worth at other strengths, and beside the model it was made from: measured, for `--strengths`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nkat.host.console import format_bytes, format_table
@@ -25,44 +25,54 @@ def gamma_sweep(judge: Judge, theta_set: ThetaSet, gammas: Sequence[float] = GAM
     return [*rows, {"gamma": 1.0, "perplexity": base.ppl, "change_percent": 0.0, "change_percent_stderr": 0.0}]
 
 
-def report_strengths(judge: Judge, theta_set: ThetaSet, reference: LoadedModel | None) -> dict[str, Any]:
-    """Prints and returns perplexity over γ, and beside the reference's where there is one."""
-    rows = gamma_sweep(judge, theta_set)
-    chunks, name = judge.passages.chunks, judge.passages.name
-    print(f"\nperplexity by gamma, {len(chunks)} chunks of {chunks.shape[1]} tokens of {name}:\n")
-    cells = [
-        [
-            f"{row['gamma']:g}" + (" (made for)" if row["gamma"] == theta_set.gamma else ""),
-            f"{row['perplexity']:.3f}",
-            change_text(row["change_percent"], row["change_percent_stderr"], ""),
-        ]
-        for row in rows
-    ]
-    print(format_table(cells, ["gamma", "perplexity", "change %"]))
-    record: dict[str, Any] = {"text": name, "chunks": len(chunks), "gammas": rows}
+def measure_strengths(judge: Judge, theta_set: ThetaSet, reference: LoadedModel | None) -> dict[str, Any]:
+    """The record: perplexity over γ, and beside the reference's where there is one."""
+    chunks = judge.passages.chunks
+    record: dict[str, Any] = {
+        "text": judge.passages.name,
+        "chunks": len(chunks),
+        "context": chunks.shape[1],
+        "made_for": theta_set.gamma,
+        "gammas": gamma_sweep(judge, theta_set),
+    }
     if reference is not None:
         record["reference"] = _beside_reference(judge, theta_set, reference)
     return record
 
 
-def _beside_reference(judge: Judge, theta_set: ThetaSet, reference: LoadedModel) -> dict[str, Any]:
-    """The larger file is what the user could take instead: what it costs in bytes and what it gives."""
-    base_bytes, reference_bytes = judge.loaded.file.base_size, reference.file.base_size
-    base = judge.without().ppl
-    fitted = judge.score(theta_set).perplexity.ppl
-    better = judge.other(reference).without(progress="reference").ppl
-    bytes_with = base_bytes + theta_set.nbytes
-    more = reference_bytes - bytes_with
+def print_strengths(record: Mapping[str, Any]) -> None:
+    """The record as a table, and what the reference's bytes buy."""
+    print(f"\nperplexity by gamma, {record['chunks']} chunks of {record['context']} tokens of {record['text']}:\n")
+    cells = [
+        [
+            f"{row['gamma']:g}" + (" (made for)" if row["gamma"] == record["made_for"] else ""),
+            f"{row['perplexity']:.3f}",
+            change_text(row["change_percent"], row["change_percent_stderr"], ""),
+        ]
+        for row in record["gammas"]
+    ]
+    print(format_table(cells, ["gamma", "perplexity", "change %"]))
+    if "reference" not in record:
+        return
+    found, base = record["reference"], record["gammas"][-1]["perplexity"]
+    fitted, better = found["perplexity_with_theta"], found["perplexity"]
+    more = found["bytes"] - found["bytes_with_theta"]
     verdict = (
         "Θ gives more for less" if fitted <= better and more > 0 else f"{format_bytes(more)} more buy {better:.3f}"
     )
     print(
-        f"\nper byte: {format_bytes(base_bytes)} give {base:.3f}, {format_bytes(bytes_with)} with Θ "
-        f"{fitted:.3f}, the reference's {format_bytes(reference_bytes)} {better:.3f}: {verdict}"
+        f"\nper byte: {format_bytes(found['base_bytes'])} give {base:.3f}, {format_bytes(found['bytes_with_theta'])} "
+        f"with Θ {fitted:.3f}, the reference's {format_bytes(found['bytes'])} {better:.3f}: {verdict}"
     )
+
+
+def _beside_reference(judge: Judge, theta_set: ThetaSet, reference: LoadedModel) -> dict[str, Any]:
+    """The larger file is what the user could take instead: what it costs in bytes and what it gives."""
+    base_bytes = judge.loaded.file.base_size
     return {
-        "bytes": reference_bytes,
-        "perplexity": better,
-        "bytes_with_theta": bytes_with,
-        "perplexity_with_theta": fitted,
+        "bytes": reference.file.base_size,
+        "perplexity": judge.other(reference).without(progress="reference").ppl,
+        "base_bytes": base_bytes,
+        "bytes_with_theta": base_bytes + theta_set.nbytes,
+        "perplexity_with_theta": judge.score(theta_set).perplexity.ppl,
     }

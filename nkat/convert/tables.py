@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nkat.host.console import format_table
+from nkat.measure.perplexity import change_text
 from nkat.sources.residual import ErrorsLeft
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
@@ -59,6 +60,15 @@ def print_summary(record: Mapping[str, Any]) -> None:
         print(f"wrote {record['output']} ({record['output_bytes']:,} bytes)")
     if record["lora"]:
         print(f"wrote {record['lora']} ({record['lora_bytes']:,} bytes)")
+
+
+def print_fit(record: Mapping[str, Any]) -> None:
+    """What a fit gained where it did not learn."""
+    change = change_text(record["heldout_change_percent"], record["heldout_change_percent_stderr"])
+    kept = f"of step {record['kept_step']} of {record['steps']}"
+    print(f"fit: the Θ {kept} changes perplexity by {change} on the part of the text that was kept back")
+    if not record["finished"]:
+        print("the fit was interrupted: this is the best Θ so far, and the same command with --resume goes on")
 
 
 def describe_errors(errors: Mapping[str, ErrorsLeft], moments: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 
 from nkat.gguf.file import GGUFFile
@@ -12,3 +15,14 @@ def read_weight(file: GGUFFile, name: str) -> torch.Tensor:
     """A tensor as float32 of its shape. Raises UnsupportedTypeError naming the tensor for types we cannot read."""
     info = file.tensors[name]
     return dequantise(packed_tensor(file.raw(name)), info.type, info.shape, name=name)
+
+
+def same_weights(a: GGUFFile, b: GGUFFile, names: Iterable[str]) -> bool:
+    """Whether both files have the same bytes in all named tensors, whatever else is in them."""
+    for name in names:
+        one, other = a.tensors.get(name), b.tensors.get(name)
+        if one is None or other is None or one.type != other.type or not np.array_equal(a.raw(name), b.raw(name)):
+            return False
+        a.release(name)
+        b.release(name)
+    return True

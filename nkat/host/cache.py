@@ -104,7 +104,7 @@ def keep_sealed(name: str, data: bytes) -> None:
     with _cannot_be_kept(path[0]):
         key = _key(path[0])
         if key is not None:
-            with atomic_output(path[1], _DIGEST + len(data), force=True) as file:
+            with atomic_output(path[1], _DIGEST + len(data), force=True, cache=True) as file:
                 file.write(_seal(key, name, data) + data)
 
 
@@ -142,7 +142,7 @@ class Memo:
         if path is None:
             return
         data = json.dumps(self._content() | dict(found), indent=2).encode()
-        with _cannot_be_kept(path.parent), atomic_output(path, len(data), force=True) as file:
+        with _cannot_be_kept(path.parent), atomic_output(path, len(data), force=True, cache=True) as file:
             file.write(data)
 
     def _own(self, make: bool) -> Path | None:

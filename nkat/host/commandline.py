@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import re
 import sys
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from nkat.errors import NKATError
 from nkat.host import streams
+from nkat.host.files import taken_outputs
 from nkat.host.interrupts import Terminated, termination
+from nkat.host.programs import shell_line
 from nkat.host.record import git_commit
-from nkat.host.start import INTERRUPTED, MESSAGE
+from nkat.host.start import INTERRUPTED
 from nkat.host.threads import most_threads
 from nkat.version import __version__
 
@@ -63,6 +66,7 @@ def _status(main: Callable[[], None]) -> str | int | None:
 
 
 def _ending(main: Callable[[], None]) -> str | int | None:
+    taken_outputs()  # of a command before this one in the same process
     try:
         main()
     except NKATError as error:
@@ -76,11 +80,9 @@ def _ending(main: Callable[[], None]) -> str | int | None:
             raise
         return _fail(problem)
     except Terminated:
-        print("terminated; what was not finished is not there", file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted("terminated")
     except KeyboardInterrupt:
-        print(MESSAGE, file=sys.stderr)
-        return INTERRUPTED
+        return _interrupted("interrupted")
     except SystemExit as ended:
         if ended.code not in (None, 0):
             return ended.code
@@ -88,6 +90,13 @@ def _ending(main: Callable[[], None]) -> str | int | None:
     if lost is None or isinstance(lost, BrokenPipeError):  # `... | head` has read enough, and the work is done
         return 0
     return _fail(f"stdout: cannot be written: {lost.strerror or lost}")
+
+
+def _interrupted(how: str) -> int:
+    written = ", ".join(str(path) for path in taken_outputs())
+    what = f"what was finished before is there: {written}" if written else "nothing was written"
+    print(f"{how}; {streams.printable(what)}", file=sys.stderr)
+    return INTERRUPTED
 
 
 def _fail(message: str) -> int:
@@ -126,11 +135,44 @@ def system_limit(error: BaseException) -> str | None:
     return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
 
 
+EXIT_STATUS = """\
+exit status:
+  0 done; 2 a mistake or an input that cannot be used (stderr's line says what); 130 after Ctrl-C, 143 after SIGTERM
+"""
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, but a mistake is one line and not the whole usage."""
+    """argparse's, but a mistake is one line and not the whole usage, in words for people who do not know Python."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.register("type", int, whole_number)  # argparse itself says "invalid int value"
+        self.register("type", float, number)
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"error: {streams.printable(message)} (see --help)\n")
+
+    # The overloads of argparse are about kinds of namespaces, of which there is one here.
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's, but a flag that there is not is named even where one that is needed is missing."""
+        needed = [action for action in self._actions if action.required]
+        for action in needed:
+            action.required = False
+        try:
+            unknown = self.parse_known_args(args)[1]
+        finally:
+            for action in needed:
+                action.required = True
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
+        return super().parse_args(args, namespace)
+
+    def _meant(self, unknown: Sequence[str]) -> str:
+        """The flag that looks most like the first unknown one."""
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        given = next((word.partition("=")[0] for word in unknown if word.startswith("-")), "")
+        near = difflib.get_close_matches(given, flags, n=1)
+        return f"; did you mean {near[0]}?" if near else ""
 
 
 class ShowVersion(argparse.Action):
@@ -147,7 +189,7 @@ def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentP
     made = Parser(
         parents=list(parents),
         description=description,
-        epilog=f"examples:\n{_as_called(examples)}",
+        epilog=f"examples:\n{_as_called(examples).rstrip()}\n\n{EXIT_STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -158,9 +200,33 @@ def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentP
 def _as_called(examples: str) -> str:
     """Where a console script was called, which has no script beside it, the examples call that one."""
     command = Path(sys.argv[0]).name.removesuffix(".exe")
-    if not command.startswith("nkat-"):
+    if not _is_installed():
         return examples
     return re.sub(r"^  python (-m )?\S+", f"  {command}", examples, flags=re.MULTILINE)
+
+
+def own_command() -> str:
+    """This command as it was given, for a record."""
+    return shell_line([*([] if _is_installed() else ["python"]), *sys.argv])
+
+
+def toolkit_command(installed: str, script: str) -> list[str]:
+    """How another command of the toolkit is started where this one was: from beside it, by its name or its script."""
+    beside = Path(sys.argv[0]).absolute().with_name(script)
+    return [sys.executable, str(beside)] if beside.is_file() else _installed(installed)
+
+
+def toolkit_module(installed: str, module: str) -> list[str]:
+    """The same for a command that is a module, which the checkout's own folder has."""
+    return _installed(installed) if _is_installed() else [sys.executable, "-m", module]
+
+
+def _is_installed() -> bool:
+    return Path(sys.argv[0]).name.startswith("nkat-")
+
+
+def _installed(name: str) -> list[str]:
+    return [str(Path(sys.argv[0]).absolute().with_name(name))] if _is_installed() else [name]
 
 
 def taken(kind: type[Options], parsed: argparse.Namespace, **others: object) -> Options:
@@ -178,9 +244,25 @@ def check_conflicts(
             parser.error(message.format(o=options))
 
 
+def whole_number(text: str) -> int:
+    """For argparse: an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def number(text: str) -> float:
+    """For argparse: a float."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
 def positive_int(text: str) -> int:
     """For argparse: an integer of at least 1."""
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
@@ -196,7 +278,7 @@ def thread_count(text: str) -> int:
 
 def non_negative_int(text: str) -> int:
     """For argparse: an integer of at least 0."""
-    value = int(text)
+    value = whole_number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
     return value

@@ -42,6 +42,11 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def counted(count: int, noun: str) -> str:
+    """1 trial, 2 trials."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def note(text: str) -> None:
     """A remark or warning, on stderr: stdout is for results."""
     print("\n".join(printable(line) for line in text.split("\n")), file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,6 +20,33 @@ from nkat.host.processes import identity, is_alive
 
 _SUFFIX = ".tmp"
 _LEFTOVER = re.compile(r"\.nkat-(\d+-\d+)-[^.]*\.tmp$")
+
+
+_finished: list[Path] = []
+
+
+def note_output(path: Path) -> None:
+    """Remembers an output that is whole, for what an interrupted command says. `atomic_output` does it by itself."""
+    if path not in _finished:
+        _finished.append(path)
+
+
+def taken_outputs() -> list[Path]:
+    """The outputs that were finished since this was last asked for."""
+    found = list(_finished)
+    _finished.clear()
+    return found
+
+
+def check_apart(outputs: Mapping[str, Path | str | None]) -> None:
+    """Raises NKATError when two of the outputs, by the flags that name them, are one file. None, "-": not a file."""
+    seen: dict[str, str] = {}
+    for flag, path in outputs.items():
+        if path in (None, "-"):
+            continue
+        other = seen.setdefault(os.path.realpath(path), flag)
+        if other != flag:
+            raise NKATError(f"{path}: {other} and {flag} are the same file")
 
 
 def check_output(path: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -76,12 +103,30 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_output(path: Path, size: int, force: bool = False, inputs: Iterable[Path] = ()) -> Iterator[BinaryIO]:
+def output_folder(path: Path) -> Iterator[None]:
+    """Makes a folder and those above it for what the block writes. Those that were made go again if they stay empty."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path)
+    try:
+        yield
+    finally:
+        for folder in made:
+            try:
+                folder.rmdir()
+            except OSError:  # something is in it
+                break
+
+
+@contextlib.contextmanager
+def atomic_output(
+    path: Path, size: int, force: bool = False, inputs: Iterable[Path] = (), *, cache: bool = False
+) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` in one step when the block ends, and leaves nothing behind when it fails.
 
     A symbolic link stays one, and what it points to is replaced. What killed processes left in the folder is removed.
 
     Written beside the target, so that the rename stays within one file system, and flushed to the disk first.
+    cache: it is no output that a user asked for
     `size` bytes are reserved before the first is written, so that a full disk is known at the start.
     """
     check_output(path, force, inputs)
@@ -103,6 +148,8 @@ def atomic_output(path: Path, size: int, force: bool = False, inputs: Iterable[P
             temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
             temporary.replace(target)
         sync_folder(target.parent)
+        if not cache:
+            note_output(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -77,6 +78,53 @@ def interrupt_after() -> Iterator[None]:
         yield
     if received:
         raise KeyboardInterrupt
+
+
+class Gate:
+    """Ctrl-C and SIGTERM wait, but for the blocks that let them through; a second one does not wait."""
+
+    def __init__(self) -> None:
+        self._waiting: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._open = False
+
+    def check(self) -> None:
+        """Lets through what waits."""
+        if self._waiting:
+            self._deliver(self._waiting.pop(), None)
+
+    @contextmanager
+    def let_through(self) -> Iterator[None]:
+        """What comes during the block, or waits, ends it."""
+        self.check()
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+
+    @contextmanager
+    def closed(self) -> Iterator[Gate]:
+        """The block. Outside the main thread, and for a signal that is ignored, nothing waits."""
+        if threading.current_thread() is threading.main_thread():
+            for each in (signal.SIGINT, signal.SIGTERM):
+                if callable(before := signal.getsignal(each)):
+                    self._before[each] = before
+                    signal.signal(each, self._handle)
+        try:
+            yield self
+        finally:
+            for number, before in self._before.items():
+                signal.signal(number, before)
+        self.check()
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self._open or self._waiting:
+            self._deliver(number, frame)
+        self._waiting.append(number)
+
+    def _deliver(self, number: int, frame: object) -> None:
+        self._before[number](number, frame)  # raises KeyboardInterrupt
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def find_program(name: str) -> str | None:
     return next((str(path) for path in found if path.is_file() and os.access(path, os.X_OK)), None)
 
 
-def shell_line(words: Sequence[str | Path]) -> str:
+def shell_line(words: Sequence[object]) -> str:
     """A command, or a part of one, as it can be pasted into this system's shell."""
     texts = [str(word) for word in words]
     return subprocess.list2cmdline(texts) if sys.platform == "win32" else shlex.join(texts)

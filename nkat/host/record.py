@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from nkat.host.programs import find_program
 from nkat.version import __version__
 
 
-def check_record(target: str | None, force: bool) -> None:
-    """Raises NKATError when `write_json` could not write there: to be known before hours are spent."""
+def check_record(target: str | None, force: bool, inputs: Iterable[Path | None] = ()) -> None:
+    """Raises NKATError when `write_json` could not write there, or would replace an input: before hours are spent."""
     if target not in (None, "-"):
-        check_output(Path(target), force)
+        check_output(Path(target), force, [path for path in inputs if path is not None])
 
 
 def write_json(record: Mapping[str, Any], target: str, force: bool = False) -> None:
@@ -33,6 +34,37 @@ def write_json(record: Mapping[str, Any], target: str, force: bool = False) -> N
     data = (json.dumps(_plain(record), indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     with atomic_output(Path(target), len(data), force) as file:
         file.write(data)
+
+
+@contextlib.contextmanager
+def recorded(record: Mapping[str, Any], target: str | None, force: bool = False) -> Iterator[None]:
+    """Around the printing of a result: a file has the record before it, stdout, for target "-", as its last line."""
+    if target not in (None, "-"):
+        write_json(record, target, force)
+    yield
+    if target == "-":
+        write_json(record, target)
+
+
+class Recorder:
+    """A record that grows: a file has it from the first moment there is something to lose, stdout at the end.
+
+    common: what is in it whatever else is
+    """
+
+    def __init__(self, target: str | None, force: bool, common: Mapping[str, Any] | None = None) -> None:
+        self._target, self._force, self._common = target, force, common or {}
+
+    def keep(self, record: Mapping[str, Any]) -> None:
+        """Writes the file, or replaces what was written before. To be called before what is new in it is printed."""
+        if self._target not in (None, "-"):
+            write_json({**record, **self._common}, self._target, self._force)
+            self._force = True
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Prints the last line."""
+        if self._target == "-":
+            write_json({**record, **self._common}, self._target)
 
 
 def toolkit_version() -> dict[str, str | None]:

@@ -1,4 +1,5 @@
-"""How a command begins: Ctrl-C while its modules load, which takes seconds, is one line and no traceback.
+"""How a command begins: Ctrl-C while its modules load, which takes seconds, is one line and no traceback; so is a
+package that is not installed.
 
 Whoever starts a command imports this before anything else, so this imports nearly nothing; the setup check uses it on
 old Pythons too.
@@ -8,8 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
@@ -17,11 +20,34 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 MESSAGE = "interrupted; nothing was written"
+SETUP = "setup_nkat_kobold_integration.py"
 
 
 def start(module: str) -> None:
     """Runs the `main` of a module, which is loaded only now, as a command (`nkat.host.commandline.run`)."""
-    load("nkat.host.commandline").run(lambda: load(module).main())
+    try:
+        load("nkat.host.commandline").run(lambda: load(module).main())
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or (_ROOT / package).is_dir():  # one of ours: a fault, or half of a checkout
+            raise
+        print(
+            f"error: this Python has no {package}; what else is missing, and how to get it: {_setup()}", file=sys.stderr
+        )
+        sys.exit(2)
+
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def _setup() -> str:
+    """The command of the setup check, which needs no package."""
+    script = _ROOT / SETUP
+    if not script.is_file():
+        return "nkat-setup"
+    beside = Path.cwd() == _ROOT
+    line: str = load("nkat.host.programs").shell_line(["python", SETUP if beside else script])
+    return line
 
 
 def load(module: str) -> ModuleType:

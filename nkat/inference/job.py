@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -18,12 +19,12 @@ from nkat.engine.decoder import Decoder, make_decoder
 from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
 from nkat.host import console, hardware
-from nkat.host.console import format_table, note
-from nkat.host.files import check_output, make_folder
+from nkat.host.console import counted, format_table, note
+from nkat.host.files import check_apart, check_output, output_folder
 from nkat.host.memory import memory
-from nkat.host.record import check_record, write_json
+from nkat.host.record import check_record, recorded, write_json
 from nkat.host.start import INTERRUPTED
-from nkat.inference.options import TAKEN_BY, EngineOptions, parse_arguments
+from nkat.inference.options import TAKEN_BY, USUAL_LENGTHS, EngineOptions, parse_arguments
 from nkat.inference.plots import plot_comparison
 from nkat.inference.tables import (
     Comparison,
@@ -34,9 +35,10 @@ from nkat.inference.tables import (
     comparison_text,
 )
 from nkat.lm.chat import chat_messages, encode_chat, render_chat
+from nkat.lm.config import ModelConfig
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
-from nkat.measure.judge import Judge
+from nkat.measure.judge import Judge, note_missing_chunks
 from nkat.measure.layer_speed import bench_gemm, copy_speed, gemm_table
 from nkat.measure.perplexity import PairedChange, paired
 from nkat.measure.provenance import file_hash, provenance
@@ -48,6 +50,7 @@ from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet, check_judging_text
 
 Record = dict[str, Any]
+PICTURE, DETAILS = "comparison.png", "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,48 @@ class Job:
     def load(self) -> LoadedModel:
         return self.request.load(self.model_file, self.theta)
 
+    @cached_property
+    def config(self) -> ModelConfig:
+        base = self.model_file.require_base()
+        return ModelConfig.from_gguf(base.file.metadata, base.tensors)
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where --compare writes."""
+        name = f"{self.options.model.stem}_{datetime.now():%Y%m%d-%H%M%S}"
+        return self.options.output_dir or Path("output", "compare", name)
+
+    @cached_property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens to prefill, and steps behind them: as asked, else as usual as far as the model was made for them.
+
+        Raises NKATError for more than it was made for.
+        """
+        options, context = self.options, self.config.context_length
+        asked = options.seq_len, options.iterations
+        iterations = options.iterations or min(USUAL_LENGTHS[1], max(1, context // 2))
+        seq_len = options.seq_len or min(USUAL_LENGTHS[0], max(1, context - iterations))
+        if asked == (None, None) and (seq_len, iterations) != USUAL_LENGTHS:
+            note(f"warning: the model was made for {context} tokens: {seq_len} are run, and {iterations} behind them")
+        self.config.check_length(seq_len + iterations, "--seq-len and --iterations", bool(options.beyond_context))
+        return seq_len, iterations
+
     def tokens(self, loaded: LoadedModel) -> tuple[list[int], list[int]]:
-        """The text's first --seq-len tokens, and the --iterations behind them."""
-        first, total = self.options.seq_len, self.options.seq_len + self.options.iterations
+        """The text's first tokens, and those behind them; see `lengths`."""
+        first, total = self.lengths[0], sum(self.lengths)
         ids = loaded.tokenizer.encode(self.text.content, add_special=True)
         if len(ids) < total:
             raise NKATError(f"the text is too short: it has {len(ids)} tokens, and {total} are to be run")
-        if total > loaded.config.context_length:
-            note(f"warning: {total} tokens, but the model was made for {loaded.config.context_length}")
         return ids[:first], ids[first:total]
+
+    def judge(self, loaded: LoadedModel) -> Judge:
+        """On the text's first chunks."""
+        options = self.options
+        if options.context is not None:
+            self.config.check_length(options.context, "--context", bool(options.beyond_context))
+        judge = Judge.open(loaded, self.text, options.chunks, context=options.context, batch=options.batch)
+        note_missing_chunks(judge.passages, options.chunks)
+        return judge
 
 
 def main() -> None:
@@ -101,8 +137,16 @@ def main() -> None:
         ) from None
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a command found: its record, and the text for people that is made from it."""
+
+    record: Record
+    text: str = ""
+
+
 def run(options: EngineOptions) -> None:
-    check_record(options.json, options.force)
+    check_record(options.json, options.force, [options.model, options.theta, options.text])
     count = hardware.set_threads(options.threads)
     device = hardware.pick_device(allow_cuda=not options.no_cuda)
     fast = device.type == "cpu" and options.command != "perplexity"
@@ -121,24 +165,32 @@ def run(options: EngineOptions) -> None:
     model_file, theta = request.open()
     if model_file.unfinished:
         note(f"warning: the Θ behind {options.model} is incomplete or damaged; using the base model alone")
+    if theta is not None and options.theta_gamma == 1.0:
+        note("warning: --theta-gamma 1 couples Θ with strength 0: it has no effect in this run")
     job = Job(options, device, count, activations, request, model_file, theta)
     if options.command in TAKEN_BY["text"]:
         job.check_text()
-    commands: dict[str, Callable[[Job], Record]] = {
+    if options.command in TAKEN_BY["seq_len"]:
+        _ = job.lengths  # what cannot be run is known before time is spent
+    commands: dict[str, Callable[[Job], Result]] = {
         "benchmark": benchmark,
         "compare": compare,
         "perplexity": measure_perplexity,
         "generate": generate_text,
         "gemm": gemm,
     }
-    record = commands[options.command](job)
-    if options.json:
-        write_json(record, options.json, options.force)
-    if record.get("stopped") == "interrupted":
+    with compare_folder(job) if options.command == "compare" else contextlib.nullcontext():
+        result = commands[options.command](job)
+        with recorded(result.record, options.json, options.force):
+            if result.text:
+                print(result.text)
+            if options.command == "compare":
+                draw_comparison(job, result.record)
+    if result.record.get("stopped") == "interrupted":
         sys.exit(INTERRUPTED)
 
 
-def benchmark(job: Job) -> Record:
+def benchmark(job: Job) -> Result:
     """Prefill and decoding, with and without Θ where there is one; loading and memory in a fresh process."""
     options = job.options
     with console.bar(1, "loading in a fresh process", "start"):
@@ -152,25 +204,28 @@ def benchmark(job: Job) -> Record:
         "peak_memory_bytes": held.peak,
         "memory": asdict(held),
     }
-    print_subject(job, record, f"{options.seq_len} tokens, then {options.iterations} more one by one")
-    print(benchmark_text(record))
-    return record
+    return Result(record, f"{speed_subject(job, record)}\n{benchmark_text(record)}")
 
 
-def compare(job: Job) -> Record:
-    """Both arms, everything; a picture and a record in a folder."""
+@contextlib.contextmanager
+def compare_folder(job: Job) -> Iterator[None]:
+    """The folder, if there is nothing in the way of what --compare writes there."""
+    paths = {name: job.folder / name for name in (PICTURE, DETAILS)}
+    check_apart({"--json": job.options.json, **paths})
+    with output_folder(job.folder):
+        for path in paths.values():
+            check_output(path, job.options.force)
+        yield
+
+
+def compare(job: Job) -> Result:
+    """Both arms, everything."""
     options = job.options
     if job.theta is None:
         raise NKATError(
             f"{options.model}: has no Θ, so there is nothing to compare; --benchmark or --perplexity measure it alone, "
             "nkat_gguf_converter.py adds Θ"
         )
-    folder = options.output_dir or Path("output", "compare", f"{options.model.stem}_{datetime.now():%Y%m%d-%H%M%S}")
-    picture, details = folder / "comparison.png", folder / "comparison.json"
-    if options.output_dir:  # a name of our own is new; it is made when there is something to put there
-        make_folder(folder)
-        for path in (picture, details):
-            check_output(path, options.force)
     with console.bar(2, "loading in fresh processes", "start") as progress:
         starts = []
         for with_theta in (False, True):
@@ -190,18 +245,20 @@ def compare(job: Job) -> Record:
         "peak_memory_bytes": held.peak,
         "memory": asdict(held),
     }
-    print_subject(job, record, f"{options.seq_len} tokens, then {options.iterations} more one by one")
-    print(comparison_text(record))
-    make_folder(folder)
-    plot_comparison(picture, record, f"{options.model.name} without and with Θ", options.force)
-    write_json(record, str(details), options.force)
-    print(f"\nfiles are in {folder}")
-    return record
+    write_json(record, str(job.folder / DETAILS), options.force)
+    return Result(record, f"{speed_subject(job, record)}\n{comparison_text(record)}")
+
+
+def draw_comparison(job: Job, record: Record) -> None:
+    """The picture, beside the record in the folder."""
+    options = job.options
+    plot_comparison(job.folder / PICTURE, record, f"{options.model.name} without and with Θ", options.force)
+    print(f"\nfiles are in {job.folder}")
 
 
 def measure_quality(job: Job, loaded: LoadedModel, theta: ThetaSet) -> Quality:
     """Perplexity of both arms; and, where activations are rounded, what that changes without Θ."""
-    judge = Judge.open(loaded, job.text, job.options.chunks, batch=job.options.batch)
+    judge = job.judge(loaded)
     without, score = judge.without(), judge.score(theta, loaded.gamma)
     if job.activations == "float":
         return Quality(without, score, None)
@@ -219,11 +276,12 @@ def measure_speed(job: Job, loaded: LoadedModel) -> tuple[Arms, Arms, Decoder]:
     return prefill, decode, decoder
 
 
-def print_subject(job: Job, record: Record, what: str) -> None:
-    """Two lines: what was measured, and how."""
+def speed_subject(job: Job, record: Record) -> str:
+    """What was measured, and how."""
     options = job.options
-    print(f"\n{options.model} on {job.text.name}: {what}, {options.repetitions} times over")
-    print(
+    return (
+        f"\n{options.model} on {job.text.name}: {record['seq_len']} tokens, then {record['iterations']} more "
+        f"one by one, {options.repetitions} times over\n"
         f"{record['machine']['device_name']}, {threads(job)}, {record['dtype']}, "
         f"activations {job.activations}, {record['decoder']}\n"
     )
@@ -233,7 +291,7 @@ def threads(job: Job) -> str:
     return f"{job.threads} thread{'s' if job.threads > 1 else ''}"
 
 
-def generate_text(job: Job) -> Record:
+def generate_text(job: Job) -> Result:
     """Streams to stdout; the speed goes to stderr, where it does not mix with the text."""
     options = job.options
     seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
@@ -245,27 +303,31 @@ def generate_text(job: Job) -> Record:
         prompt = encode_chat(tokenizer, rendered)
     else:
         prompt = tokenizer.encode(options.generate, add_special=True, parse_special=True)
-    total = len(prompt) + options.max_tokens
-    if total > loaded.config.context_length:
-        note(f"warning: up to {total} tokens, but the model was made for {loaded.config.context_length}")
-    decoder = make_decoder(loaded.model, total)
+    most = options.max_tokens
+    if not options.beyond_context:
+        loaded.config.check_length(len(prompt) + 1, "the prompt")
+        most = min(most, loaded.config.context_length - len(prompt))
+    if most < options.max_tokens:
+        note(f"warning: the model was made for {loaded.config.context_length} tokens: the text has at most {most} more")
+    decoder = make_decoder(loaded.model, len(prompt) + most)
     decoder.set_gamma(loaded.gamma)
 
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    result = generate(decoder, tokenizer, prompt, Sampler(sampling, seed), max_tokens=options.max_tokens, on_text=show)
+    result = generate(decoder, tokenizer, prompt, Sampler(sampling, seed), max_tokens=most, on_text=show)
     print(flush=True)
     note(
         f"prompt {result.prompt_tokens} tokens, {result.prompt_speed:.1f} tok/s; "
-        f"generated {len(result.tokens)} tokens, {result.speed:.2f} tok/s; stopped by {result.stopped}; seed {seed}"
+        f"generated {len(result.tokens)} tokens, {result.speed:.2f} tok/s; stopped by {result.stopped}"
+        + (f"; seed {seed}" if options.temperature else "")  # at 0 nothing is drawn
     )
-    return {
+    record = {
         "prompt": options.generate,
         "text": result.text,
         "tokens": result.tokens,
         "stopped": result.stopped,
-        "seed": seed,
+        "seed": seed if options.temperature else None,
         **asdict(sampling),
         "chat": options.chat,
         "prompt_tokens": result.prompt_tokens,
@@ -274,9 +336,10 @@ def generate_text(job: Job) -> Record:
         "tokens_per_second": result.speed,
         **conditions(job, loaded, decoder),
     }
+    return Result(record)
 
 
-def gemm(job: Job) -> Record:
+def gemm(job: Job) -> Result:
     """Each kind of layer of the model by itself."""
     options = job.options
     loaded = job.load()
@@ -285,10 +348,9 @@ def gemm(job: Job) -> Record:
     copy = copy_speed(job.device)
     rows = [row.record(copy) for row in bench_gemm(loaded.model, loaded.gamma, repetitions=options.repetitions)]
     record = {"copy_gb_per_second": copy / 1e9, "rows": rows, **conditions(job, loaded)}
-    print(f"\n{options.model}: packed weight × x, {options.repetitions} calls of each, median; {record['dtype']}")
-    print(f"{record['machine']['device_name']}, {threads(job)}; a copy reaches {copy / 1e9:.1f} GB/s\n")
-    print(gemm_table(rows))
-    return record
+    how = f"packed weight × x, {options.repetitions} calls of each, median; {record['dtype']}"
+    where = f"{record['machine']['device_name']}, {threads(job)}; a copy reaches {copy / 1e9:.1f} GB/s"
+    return Result(record, f"\n{options.model}: {how}\n{where}\n\n{gemm_table(rows)}")
 
 
 def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) -> Record:
@@ -296,19 +358,20 @@ def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) ->
     options = job.options
     text = job.text if options.command in TAKEN_BY["text"] else None
     record = provenance(options.model, loaded, theta=job.theta, theta_path=options.theta, text=text, decoder=decoder)
-    for name in ("command", "seq_len", "iterations", "repetitions"):
-        if getattr(options, name):
-            record[name] = getattr(options, name)
+    if options.command in TAKEN_BY["seq_len"]:
+        record["seq_len"], record["iterations"] = job.lengths
+    if options.repetitions:
+        record["repetitions"] = options.repetitions
     if options.json or options.command == "compare":
         record["model_sha256"] = file_hash(options.model)
     return record
 
 
-def measure_perplexity(job: Job) -> Record:
-    """Scores the same chunks without Θ and, where there is one, with it; prints the table."""
+def measure_perplexity(job: Job) -> Result:
+    """Scores the same chunks without Θ and, where there is one, with it."""
     options, theta = job.options, job.theta
     loaded = job.load()
-    judge = Judge.open(loaded, job.text, options.chunks, batch=options.batch)
+    judge = job.judge(loaded)
     started = perf_counter()
     base = judge.without()
     record = {
@@ -338,14 +401,10 @@ def measure_perplexity(job: Job) -> Record:
         }
         label = f"with Θ (rank {theta.rank}, gamma {loaded.gamma:g})"
         rows.append([label, str(score.perplexity), str(change), f"{score.tpe:.6f}"])
-        verdict = f"\n{what_it_says(change)}"
-    print(
-        f"\n{options.model} on {job.text.name}: {base.chunks} chunks of {base.context} tokens, {base.tokens} scored\n"
-    )
-    print(format_table(rows, ["", "perplexity", "change", "TPE"]))
-    if verdict:
-        print(verdict)
-    return record
+        verdict = f"\n\n{what_it_says(change)}"
+    what = f"{counted(base.chunks, 'chunk')} of {base.context} tokens, {base.tokens} scored"
+    table = format_table(rows, ["", "perplexity", "change", "TPE"])
+    return Result(record, f"\n{options.model} on {job.text.name}: {what}\n\n{table}{verdict}")
 
 
 def what_it_says(change: PairedChange) -> str:

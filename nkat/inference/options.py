@@ -30,8 +30,10 @@ COMMANDS = ("benchmark", "compare", "perplexity", "generate", "gemm")
 # Flags that only some commands take, and what they default to there.
 TAKEN_BY: dict[str, dict[str, Any]] = {
     "text": dict.fromkeys(("benchmark", "compare", "perplexity")),
-    "seq_len": dict.fromkeys(("benchmark", "compare"), 512),
-    "iterations": dict.fromkeys(("benchmark", "compare"), 100),
+    "seq_len": dict.fromkeys(("benchmark", "compare")),
+    "iterations": dict.fromkeys(("benchmark", "compare")),
+    "context": {"perplexity": None},
+    "beyond_context": dict.fromkeys(("benchmark", "compare", "perplexity", "generate"), False),
     "repetitions": {"benchmark": 6, "compare": 6, "gemm": 20},
     "chunks": {"compare": 4, "perplexity": 16},
     "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH),
@@ -45,7 +47,9 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "chat": {"generate": False},
     "system": {"generate": None},
 }
-_NUMBERS = TAKEN_BY.keys() - {"text", "output_dir", "seed", "chat", "system"}
+_OPTIONAL = ("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "seed", "chat", "system")
+_NUMBERS = TAKEN_BY.keys() - set(_OPTIONAL)
+USUAL_LENGTHS = 512, 100  # of --seq-len and --iterations, where the model was made for as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class EngineOptions:
     """What is asked of the engine: `command`, one of COMMANDS, and the flags of their names.
 
     generate: the prompt, "" for another command. Numbers that the command does not take are 0.
+    seq_len, iterations, context: None where the user named none
     """
 
     command: str
@@ -61,10 +66,12 @@ class EngineOptions:
     theta_gamma: float | None
     generate: str
     text: Path | None
-    seq_len: int
-    iterations: int
+    seq_len: int | None
+    iterations: int | None
     repetitions: int
     chunks: int
+    context: int | None
+    beyond_context: bool | None
     batch: int
     max_tokens: int
     temperature: float
@@ -112,7 +119,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "--chunks",
         type=commandline.non_negative_int,
         metavar="N",
-        help="chunks of 512 tokens for perplexity, at most (default 16; --compare 4, and 0 leaves perplexity out)",
+        help="chunks for perplexity, at most (default 16; --compare 4, and 0 leaves perplexity out)",
+    )
+    measure(
+        "--context", type=commandline.positive_int, metavar="N", help="tokens of a chunk of --perplexity (default 512)"
+    )
+    measure(
+        "--beyond-context",
+        action="store_true",
+        default=None,
+        help="run more tokens than the model was made for; otherwise they are refused",
     )
     measure("--batch", type=commandline.positive_int, metavar="N", help="chunks in one forward pass (default 4)")
     text = parser.add_argument_group("generating").add_argument

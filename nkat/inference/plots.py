@@ -37,6 +37,8 @@ def plot_comparison(path: Path, record: Mapping[str, Any], title: str, force: bo
         panels[2].set_title(f"perplexity: {change_text(change, error)}", fontsize=10)
         errors = [arm["perplexity_stderr"] for arm in arms]
         _bars(panels[2], "perplexity (lower is better)", [arm["perplexity"] for arm in arms], errors, "{:.3f}")
+    bars = "bars: median; lines on them: 10th to 90th percentile of single runs"
+    figure.supxlabel(bars + (", of perplexity ± its standard error" if record["chunks"] else ""), fontsize=9)
     save_figure(figure, path, force)
 
 

@@ -49,7 +49,7 @@ def print_layers(choice: Choice, memory: ModelMemory, machine: Machine, options:
         )
     if not choice.backend.on_gpu and options.gpulayers:
         note(f"note: {choice.backend.name} runs on the processor, so --gpulayers has no meaning")
-    if not is_private(options.host):
+    if not is_private(options.host) and not any(word.partition("=")[0] == "--password" for word in options.extra):
         note(
             f"warning: --host {options.host or '(empty)'}: everybody in your network can use this KoboldCpp; "
             "-- --password WORD asks them for a password"

@@ -114,7 +114,12 @@ def _near(path: Path, theta_set: ThetaSet) -> Iterator[Path]:
     yield from (folder for folder in dict.fromkeys(folders) if folder.is_dir())
 
 
-def _candidates(folder: Path, theta_set: ThetaSet) -> Iterator[ModelFile]:
+def _candidates(folder: Path, theta_set: ThetaSet) -> list[ModelFile]:
+    """Those of the base's size, plain files first: one with a Θ behind it carries bytes that nothing needs."""
+    return sorted(_of_its_size(folder, theta_set), key=lambda found: found.layout != "plain")
+
+
+def _of_its_size(folder: Path, theta_set: ThetaSet) -> Iterator[ModelFile]:
     for path in sorted([*folder.glob("*.gguf"), *folder.glob("*.nkat")]):
         if not path.is_file():  # a folder, a link to nowhere, or a pipe, which would never open
             continue

@@ -122,4 +122,9 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _layers(text: str) -> int | None:
-    return None if text == AUTO else commandline.non_negative_int(text)
+    if text == AUTO:
+        return None
+    try:
+        return commandline.non_negative_int(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or {AUTO}") from None

@@ -10,9 +10,9 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host.console import note
-from nkat.host.files import check_output
+from nkat.host.files import check_apart, check_output
 from nkat.host.programs import shell_line
-from nkat.host.record import check_record, write_json
+from nkat.host.record import Recorder, check_record
 from nkat.kobold.benchmark import fastest
 from nkat.kobold.choose import Choice, advice
 from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings
@@ -31,7 +31,7 @@ from nkat.kobold.options import AUTO, KoboldOptions, parse_arguments
 class Outcome:
     """What a session leaves.
 
-    record: for --json; None when it was written already
+    record: for --json; None when stdout had it already
     status: to end with
     """
 
@@ -42,7 +42,9 @@ class Outcome:
 def main() -> None:
     options = parse_arguments(sys.argv[1:])
     check_extra(options.extra)
-    check_record(options.json, options.force)
+    check_apart({"--save-config": options.save_config, "--json": options.json})
+    inputs = [options.model, options.theta, options.base]
+    check_record(options.json, options.force, inputs)
     if options.save_config is not None:
         check_output(options.save_config, options.force)  # before a benchmark of minutes
     interactive = options.action is None and options.backend == AUTO and sys.stdin.isatty() and sys.stdout.isatty()
@@ -51,9 +53,10 @@ def main() -> None:
     if model is None and options.action is None:
         model = default_model(interactive)
     findings = gather_findings(options, model, kobold, look_at_machine())
-    outcome = run_session(options, findings, interactive)
+    recorder = Recorder(options.json, options.force)
+    outcome = run_session(options, findings, interactive, recorder)
     if outcome.record is not None:
-        write_record(outcome.record, options)
+        recorder.finish(outcome.record)
     if outcome.status:
         sys.exit(outcome.status)
 
@@ -72,9 +75,10 @@ def default_model(interactive: bool) -> Path | None:
     return found[0] if found else None
 
 
-def run_session(options: KoboldOptions, findings: Findings, interactive: bool) -> Outcome:
+def run_session(options: KoboldOptions, findings: Findings, interactive: bool, recorder: Recorder) -> Outcome:
     """Says what was found, and does with it what was asked for, or picked from the menu."""
     record = findings.record()
+    recorder.keep(record)
     print_findings(findings)
     if findings.model is None:
         if options.action is None:
@@ -83,14 +87,17 @@ def run_session(options: KoboldOptions, findings: Findings, interactive: bool) -
     if options.action == "list":
         return Outcome(record)
     if options.action == "benchmark":
-        return Outcome(record | run_benchmark(options, findings, findings.model))
+        return Outcome(run_benchmark(options, findings, findings.model, recorder))
     choice = ask_backend(findings.choices) if interactive else pick_choice(findings, options.backend)
     if choice is None:
         return Outcome(record)
-    return run_choice(options, findings, findings.model, choice, launch=interactive or options.action == "launch")
+    launch = interactive or options.action == "launch"
+    return run_choice(options, findings, findings.model, choice, launch, recorder)
 
 
-def run_choice(options: KoboldOptions, findings: Findings, model: Model, choice: Choice, launch: bool) -> Outcome:
+def run_choice(
+    options: KoboldOptions, findings: Findings, model: Model, choice: Choice, launch: bool, recorder: Recorder
+) -> Outcome:
     """Launches KoboldCpp with this choice, or prints the command that would."""
     kobold = findings.kobold
     print_layers(choice, model.memory, findings.machine, options)
@@ -100,6 +107,7 @@ def run_choice(options: KoboldOptions, findings: Findings, model: Model, choice:
         save_config(options.save_config, values, words, kobold, options)
     record = findings.record()
     chosen = record | {"chosen": choice.record(), "config": values, "command": words}
+    recorder.keep(chosen)
     if not launch:
         if options.action is None:
             note("add --launch to start it, or paste this:")
@@ -107,7 +115,9 @@ def run_choice(options: KoboldOptions, findings: Findings, model: Model, choice:
         return Outcome(chosen)
 
     def on_ready(found: dict[str, Any]) -> None:  # now, not when the user has closed it
-        write_record(record | {"command": words} | found, options)
+        ready = record | {"command": words} | found
+        recorder.keep(ready)
+        recorder.finish(ready)
 
     ended = launch_kobold(words, choice, kobold, model.files.lora is not None, options, on_ready)
     return Outcome(None if ended.was_ready else chosen, ended.status)
@@ -129,7 +139,7 @@ def pick_choice(findings: Findings, asked: str) -> Choice:
     return choice
 
 
-def run_benchmark(options: KoboldOptions, findings: Findings, model: Model) -> dict[str, Any]:
+def run_benchmark(options: KoboldOptions, findings: Findings, model: Model, recorder: Recorder) -> dict[str, Any]:
     """Every usable backend and split, with and without the adapter; the fastest with it becomes the default."""
     kobold, settings = findings.kobold, settings_from(options, findings)
     usable = [choice for choice in findings.choices if choice.lacks is None]
@@ -139,6 +149,9 @@ def run_benchmark(options: KoboldOptions, findings: Findings, model: Model) -> d
     choice, speed = fastest(as_run(measured))
     values = kobold_settings(kobold, choice, model.files, settings)
     path = remember_fastest(kobold, model.files, choice, speed, values)
+    records = [item.record() for item in measured]
+    found = {"benchmark": records, "fastest": choice.record(), "default_config": path and str(path)}
+    recorder.keep(findings.record() | found)
     print(speed_table(measured))
     kept = "" if path is None else f", now this model's default at --contextsize {speed.context}"
     print(f"\nfastest: {choice.backend.name}{kept}")
@@ -146,8 +159,7 @@ def run_benchmark(options: KoboldOptions, findings: Findings, model: Model) -> d
         print(f"load it with: {config_line(kobold, path)}")
     if options.save_config is not None:
         save_config(options.save_config, values, kobold_command(kobold, values, options.extra), kobold, options)
-    records = [item.record() for item in measured]
-    return {"benchmark": records, "fastest": choice.record(), "default_config": path and str(path)}
+    return findings.record() | found
 
 
 def settings_from(options: KoboldOptions, findings: Findings) -> Settings:
@@ -168,9 +180,3 @@ def save_config(
 def config_line(kobold: Kobold, path: Path) -> str:
     """The command that runs KoboldCpp with the settings of a file."""
     return shell_line([*kobold.prefix(), "--config", str(path)])
-
-
-def write_record(record: dict[str, Any], options: KoboldOptions) -> None:
-    """Writes what --json asked for."""
-    if options.json:
-        write_json(record, options.json, options.force)

@@ -99,6 +99,17 @@ class ModelConfig:
         _check_tensors(config, tensors)
         return config
 
+    def check_length(self, tokens: int, what: str, beyond: bool = False) -> None:
+        """Raises ConfigError for more tokens than the model was made for, unless they are wanted all the same.
+
+        what: the flag that asks for them
+        """
+        if tokens > self.context_length and not beyond:
+            raise ConfigError(
+                f"{what}: {tokens} tokens are more than the {self.context_length} that the model was made for; "
+                "--beyond-context runs them all the same"
+            )
+
     def linear_shape(self, linear: str) -> tuple[int, int]:
         """(outputs, inputs) of one of BLOCK_LINEARS."""
         d, ff = self.embedding_length, self.feed_forward_length

@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 
+from nkat.host.console import note
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
 from nkat.measure.perplexity import (
     DEFAULT_BATCH,
     PairedChange,
     Perplexity,
+    chunk_context,
     paired,
     score_chunks,
     scored_tokens,
     text_chunks,
+    warn_of_short_chunks,
 )
 from nkat.measure.texts import Text, load_text
 from nkat.measure.tpe import byte_ratio, tpe
@@ -83,14 +86,20 @@ class Judge:
 
     @classmethod
     def open(
-        cls, loaded: LoadedModel, text: Text | Path | None, chunks: int | None, *, batch: int = DEFAULT_BATCH
+        cls,
+        loaded: LoadedModel,
+        text: Text | Path | None,
+        chunks: int | None,
+        *,
+        context: int | None = None,
+        batch: int = DEFAULT_BATCH,
     ) -> Judge:
         """A judge on a text's first chunks. Raises NKATError for what cannot be measured, before time is spent.
 
-        text: None: the one that every Python carries;  chunks: at most so many; None: all
+        text: None: the one that every Python carries;  chunks, context: as `text_passages` has them
         """
         text = text if isinstance(text, Text) else load_text(text)
-        return cls(loaded, text_passages(loaded, text, chunks), batch=batch)
+        return cls(loaded, text_passages(loaded, text, chunks, context), batch=batch)
 
     def without(self, progress: str | None = "without Θ") -> Perplexity:
         """The model without Θ, scored once."""
@@ -134,6 +143,20 @@ class Judge:
         return Perplexity(nll if nll.ndim == 2 else nll[None], self.passages.chunks.shape[1])
 
 
-def text_passages(loaded: LoadedModel, text: Text, chunks: int | None) -> Passages:
-    """A text's first chunks, of which every scored token counts."""
-    return Passages(text_chunks(loaded.tokenizer, text.content, chunks), None, text.name, text.sha256)
+def text_passages(loaded: LoadedModel, text: Text, chunks: int | None, context: int | None = None) -> Passages:
+    """A text's first chunks, of which every scored token counts.
+
+    chunks: at most so many; None: all;  context: tokens of each; None: 512, or fewer where the model was made for fewer
+    """
+    length = chunk_context(loaded.config.context_length) if context is None else context
+    cut = text_chunks(loaded.tokenizer, text.content, chunks, length)
+    if context is None:
+        warn_of_short_chunks(length)
+    return Passages(cut, None, text.name, text.sha256)
+
+
+def note_missing_chunks(passages: Passages, asked: int) -> None:
+    """Says so where a text has fewer chunks than a user asked for."""
+    count, context = passages.chunks.shape
+    if count < asked:
+        note(f"note: {passages.name} has {count} chunks of {context} tokens, and not the {asked} that were asked for")

@@ -7,13 +7,14 @@ the predictions in a chunk of 512 the last 255 are scored, so that every one of 
 
     ppl = exp(mean nll)        ± = ppl · sqrt(variance of nll / (n − 1))        n scored tokens
 
-Unlike llama.cpp, one chunk of text is enough (it asks for two). Nothing compares `context` with the length the model
-was trained for.
+Unlike llama.cpp, one chunk of text is enough (it asks for two), and chunks are no longer than what the model was made
+for unless that is asked for (`chunk_context`).
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,21 @@ def change_text(percent: float, stderr: float, unit: str = " %") -> str:
 def scored_tokens(context: int) -> int:
     """Scored predictions of one chunk: 255 of 512."""
     return context - 1 - context // 2
+
+
+def chunk_context(made_for: int) -> int:
+    """Tokens of a chunk where the user names no number: 512, or all that a model is made for."""
+    return min(CONTEXT, made_for)
+
+
+def warn_of_short_chunks(context: int) -> None:
+    """Where `chunk_context` is not the usual one."""
+    if context < CONTEXT:
+        warnings.warn(
+            f"the model was made for {context} tokens: chunks have as many, where others have {CONTEXT}; perplexities "
+            "of different contexts are not to be compared",
+            stacklevel=3,
+        )
 
 
 def text_chunks(tokenizer: Tokenizer, text: str, chunks: int | None = None, context: int = CONTEXT) -> torch.Tensor:

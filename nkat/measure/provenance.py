@@ -9,6 +9,7 @@ from typing import Any
 from nkat.engine.decoder import Decoder
 from nkat.gguf.writer import FileRange, sha256_of_parts
 from nkat.host import hardware
+from nkat.host.commandline import own_command
 from nkat.host.console import bar
 from nkat.host.record import toolkit_version
 from nkat.lm.load import LoadedModel
@@ -29,13 +30,14 @@ def provenance(
 ) -> dict[str, Any]:
     """For a JSON record. The model's hash is not here: `file_hash` reads all of it.
 
-    theta_path: of the file with Θ alone, where it is one
+    theta_path: of the file with Θ alone, where it is one; the record's `theta_file` is whichever file Θ came from
     """
     device = loaded.model.device
     machine = hardware.describe(device)
     record: dict[str, Any] = {
         "model": str(model),
-        "theta": str(theta_path) if theta_path else None,
+        "command": own_command(),
+        "theta_file": None if theta is None else str(theta_path or model),
         "theta_enabled": theta is not None,
         "device": str(device),
         "threads": machine["threads"],

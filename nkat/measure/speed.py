@@ -217,15 +217,16 @@ def _alternate(
     strengths = [None] if gamma is None else [None, gamma]
     seconds: dict[float | None, list[float]] = {strength: [] for strength in strengths}
     means: dict[float | None, list[float]] = {strength: [] for strength in strengths}
-    with bar(repetitions * blocks, what, "block") as progress:
+    with bar((repetitions * blocks + 1) * len(strengths), what, "block") as progress:
         for strength in strengths:
             run(strength, 0)
+            progress.update()
         for count in range(repetitions * blocks):
             for strength in strengths[:: -1 if count % 2 else 1]:
                 took = run(strength, count % blocks)
                 seconds[strength] += took
                 means[strength].append(fmean(took) / tokens)
-            progress.update()
+                progress.update()
     decoder.set_gamma(gamma)
     without = Timings(tuple(seconds[None]), tokens)
     if gamma is None:

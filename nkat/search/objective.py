@@ -7,10 +7,11 @@ than the best on the same chunks beyond doubt (Wilcoxon's signed-rank test) ends
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -69,6 +70,14 @@ class Space:
         depth_decay = trial.suggest_categorical("depth_decay", (False, True))
         return Setting(rank, round(gamma, 6), layers, depth_decay)
 
+    def points(self) -> Iterator[dict[str, Any]]:
+        """The parameters of every setting."""
+        low, high = GAMMA_RANGE
+        steps = round((high - low) / GAMMA_STEP)
+        gammas = [round(low + i * GAMMA_STEP, 6) for i in range(steps + 1)] if self.gamma is None else [self.gamma]
+        for rank, gamma, layers, decay in itertools.product(self.ranks, gammas, GROUPS, (False, True)):
+            yield Setting(rank, gamma, layers, decay).parameters()
+
     def guide_default(self) -> dict[str, Any]:
         """The guide's default, as far as the fixed values allow it."""
         default = dict(GUIDE_DEFAULT)
@@ -98,7 +107,6 @@ class SettingJudge:
         random.Random(seed).shuffle(self.order)
         self.judge = Judge(judge.loaded, judge.passages.pick(self.order), batch=_GROUP)
         self.theta_set = theta_set
-        self.measured: dict[Setting, Perplexity] = {}  # samplers do repeat themselves
 
     def base(self) -> Score:
         """The model without Θ, measured once."""
@@ -111,17 +119,13 @@ class SettingJudge:
         on_chunk: called with each chunk's number and its ln TPE; True ends the measurement
         """
         base = self.base()
-        known = self.measured.get(setting)
         chosen = self.apply(setting)
         ratio = self.judge.ratio(chosen)
         self.judge.put_on(chosen)
         parts = []
         for start in range(0, len(self.order), _GROUP):
             group = slice(start, start + _GROUP)
-            if known is None:
-                nll = self.judge.passages.pick(group).score(self.judge.loaded.model, batch=_GROUP)
-            else:
-                nll = known.nll[group]
+            nll = self.judge.passages.pick(group).score(self.judge.loaded.model, batch=_GROUP)
             parts.append(nll)
             if on_chunk is None:
                 continue
@@ -129,7 +133,7 @@ class SettingJudge:
             stop = [on_chunk(chunk, value) for chunk, value in zip(self.order[group], values, strict=True)]
             if stop[-1] and start + _GROUP < len(self.order):
                 return None
-        measured = self.measured[setting] = Perplexity(torch.cat(parts))
+        measured = Perplexity(torch.cat(parts), self.judge.passages.chunks.shape[1])
         return Score(measured, paired(base.perplexity, measured), ratio)
 
     def score(self, setting: Setting) -> Score:

@@ -36,19 +36,20 @@ def plot_search(
 
 def _history(axes: Any, rows: Sequence[Mapping], base: Any, searched: list[Mapping], best: Any) -> None:
     axes.set(title="TPE by trial (higher is better)", xlabel="trial", ylabel="TPE")
-    axes.plot([r["number"] for r in searched], [r["value"] for r in searched], "o", color=TRIAL, label="trial")
     pruned = [r["number"] for r in rows if r["state"] == "PRUNED"]
     if searched:
+        axes.plot([r["number"] for r in searched], [r["value"] for r in searched], "o", color=TRIAL, label="trial")
         ordered = sorted(searched, key=lambda r: r["number"])
         running = [max(r["value"] for r in ordered[: i + 1]) for i in range(len(ordered))]
         axes.step([r["number"] for r in ordered], running, where="post", color=BEST, label="best so far")
     if pruned:
-        low = min([r["value"] for r in searched] or [base["value"] if base else 0.0])
-        axes.plot(pruned, [low] * len(pruned), "x", color=PRUNED, label="stopped early")
+        axes.margins(y=0.1)  # they have no TPE: at the foot of the panel, below every trial
+        foot = axes.get_xaxis_transform()
+        axes.plot(pruned, [0.03] * len(pruned), "x", color=PRUNED, transform=foot, label="stopped early (no TPE)")
     if base:
         axes.axhline(base["value"], color=BASE, linestyle="--", label="without Θ")
     axes.ticklabel_format(axis="y", useOffset=False)
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)  # below, where it covers no trial
 
 
 def _rank_gamma(axes: Any, figure: Any, searched: list[Mapping], best: Any) -> None:
@@ -58,21 +59,27 @@ def _rank_gamma(axes: Any, figure: Any, searched: list[Mapping], best: Any) -> N
         return
     ranks = sorted({r["parameters"]["rank"] for r in searched})
     axes.set_yticks(range(len(ranks)), [str(rank) for rank in ranks])
+    axes.set_ylim(-0.5, len(ranks) - 0.5)
+    for between in range(1, len(ranks)):
+        axes.axhline(between - 0.5, color=PRUNED, lw=0.5)
     spread = max(abs(r["change_percent"]) for r in searched) or 1.0
     # Trials of one rank and γ differ in their other parameters: drawn beside each other, not on top.
+    # They stay within their rank's band, however many they are.
+    keys = [(row["parameters"]["rank"], row["parameters"]["gamma"]) for row in searched]
     seen: dict[tuple, int] = {}
     x, y = [], []
     for row in searched:
         key = row["parameters"]["rank"], row["parameters"]["gamma"]
         x.append(key[1])
-        y.append(ranks.index(key[0]) + 0.13 * seen.get(key, 0))
+        beside = keys.count(key)
+        y.append(ranks.index(key[0]) + min(0.13, 0.7 / beside) * (seen.get(key, 0) - (beside - 1) / 2))
         seen[key] = seen.get(key, 0) + 1
     colors = [r["change_percent"] for r in searched]
     points = axes.scatter(x, y, c=colors, cmap="RdYlGn_r", vmin=-spread, vmax=spread, s=90, edgecolors="black", lw=0.5)
     figure.colorbar(points, ax=axes, label="change, %")
     at = searched.index(best)
     axes.scatter([x[at]], [y[at]], s=240, facecolors="none", edgecolors=BEST, lw=2, label=f"trial {best['number']}")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)  # below, where it covers no trial
 
 
 def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
@@ -92,4 +99,4 @@ def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
             [best["theta_bytes"] / 1e6], [best["perplexity"]], "o", ms=14, mfc="none", mec=BEST, label="highest TPE"
         )
     axes.ticklabel_format(axis="y", useOffset=False)
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)  # below, where it covers no trial

@@ -10,7 +10,7 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile, TensorInfo
-from nkat.gguf.weights import read_weight
+from nkat.gguf.weights import read_weight, same_weights
 from nkat.gguf.writer import MetadataValue
 from nkat.sources.options import SOURCES, ThetaOptions
 from nkat.sources.residual import ErrorsLeft, errors_left, factors_from_residual
@@ -39,6 +39,15 @@ def check_options(tensors: Mapping[str, TensorInfo], names: Sequence[str], optio
         _check_reference(tensors, names, options)
 
 
+def check_reference_is_better(file: GGUFFile, reference: GGUFFile, names: Sequence[str]) -> None:
+    """Raises NKATError for a reference with the very weights of the input, from which there is nothing to win back."""
+    if same_weights(file, reference, names):
+        raise NKATError(
+            f"{reference.path}: has the same weights as the input, so that nothing is to be won back from it; "
+            "--reference is the same model at a higher precision"
+        )
+
+
 def make_thetas(
     file: GGUFFile, names: Sequence[str], options: ThetaOptions, on_layer: Callable[[], object] | None = None
 ) -> dict[str, Theta]:
@@ -48,6 +57,8 @@ def make_thetas(
     layer. Raises ThetaError naming the layer whose weight is not finite.
     """
     check_options(file.tensors, names, options)
+    if options.source == "residual" and options.reference is not None:
+        check_reference_is_better(file, options.reference, names)
 
     def make(name: str) -> Theta:
         return quantise_factors(*_factors(read_weight(file, name), name, options))

@@ -17,7 +17,7 @@ from nkat.gguf.writer import MetadataValue
 from nkat.host.console import format_bytes, note
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
-from nkat.measure.perplexity import DEFAULT_BATCH, text_chunks
+from nkat.measure.perplexity import CONTEXT, DEFAULT_BATCH, chunk_context, text_chunks
 from nkat.measure.texts import Text
 from nkat.theta.layers import adaptable_layers
 from nkat.theta.set import CALIBRATION_KEY
@@ -35,11 +35,13 @@ def input_second_moments(
 ) -> tuple[dict[str, torch.Tensor], dict[str, MetadataValue]]:
     """E[x xᵀ] [n, n] or E[x_j²] [n] of the named layers' inputs, float32 by weight name; and what a Θ file records.
 
-    The model runs without Θ. names: None for all that Θ adapts by default; full_bytes: budget of the full matrices.
+    The model runs without Θ. chunks: of 512 tokens, or as many tokens in shorter ones
+    names: None for all that Θ adapts by default; full_bytes: budget of the full matrices.
     Raises NKATError for a text that is empty or shorter than one chunk.
     """
     loaded.model.set_gamma(None)
-    cut = text_chunks(loaded.tokenizer, text.content, chunks)
+    context = chunk_context(loaded.config.context_length)
+    cut = text_chunks(loaded.tokenizer, text.content, chunks * CONTEXT // context, context)
     names = adaptable_layers(loaded.tensors) if names is None else names
     moments = gather_moments(loaded.model, cut, names, full_bytes)
     return moments, {CALIBRATION_KEY: text.sha256, "nkat.calibration.tokens": cut.numel()}

@@ -39,6 +39,11 @@ class StudyOptions:
         """Where the study is: what the user named, else a journal file in the output folder."""
         return self.storage or str(self.output_dir / JOURNAL_NAME)
 
+    @property
+    def may_join(self) -> bool:
+        """Whether a study that is there already is gone on with."""
+        return self.resume or self.join or bool(self.storage and self.study_name)
+
 
 def add_options(parser: argparse.ArgumentParser, trials: Mapping[str, int]) -> None:
     """Adds the group of flags; `trials` says how many a mode has."""
@@ -68,7 +73,8 @@ def add_options(parser: argparse.ArgumentParser, trials: Mapping[str, int]) -> N
     add(
         "--force",
         action="store_true",
-        help="write the best setting even if it misses what it has to reach; replace --json",
+        help="write the best setting even if it misses what it has to reach; replace --json, and another search's "
+        "reports in --output-dir",
     )
     add("--json", metavar="FILE", help='write the summary; "-" for stdout')
     add("--join", action="store_true", help=argparse.SUPPRESS)  # a worker that --workers starts: trials, no report

@@ -12,7 +12,7 @@ def draw_importances(axes: Any, importances: Mapping[str, float]) -> None:
     """One panel: `nkat.study.study.importances` as bars."""
     axes.set(title="which parameter decides (PED-ANOVA)", xlabel="importance")
     if not importances:
-        axes.text(0.5, 0.5, "too few finished trials", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "too few finished trials, or all score alike", ha="center", transform=axes.transAxes)
         return
     names = sorted(importances, key=lambda name: importances[name])
     axes.barh(names, [importances[name] for name in names], color=TRIAL)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import socket
+import sys
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from time import monotonic, sleep
@@ -19,20 +22,34 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from nkat.errors import NKATError
-from nkat.host import interrupts
 from nkat.host.console import note
+from nkat.host.interrupts import Gate
 from nkat.host.processes import identity, is_alive
+from nkat.host.programs import shell_line
 from nkat.study.journal import Journal
+from nkat.study.space import POINT, Propose, key_of
 
 JOURNAL_NAME = "study.journal"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _SETTINGS = "settings"
 _WORKER = "worker"
 _ORIGIN = "retry of"
-_QUEUED = "fixed_params"  # Optuna's name for what a queued trial shall take, before its objective has asked for it
+_ID = "id"
+_REPEATED = "repeated"
+_INTERRUPTED = "interrupted"
+_OWN = (_WORKER, POINT, _REPEATED, _INTERRUPTED)  # what is in trials for this module's sake
+_DRIVERS = {
+    "psycopg": "psycopg[binary]",
+    "psycopg2": "psycopg2-binary",
+    "MySQLdb": "mysqlclient",
+}  # module → package, where their names differ
 _UNCLAIMED_SECONDS = 60.0  # between a trial's beginning and its worker's name in it lies one write to the storage
 
 Objective = Callable[[optuna.Trial], float]
+
+
+class _RepeatedError(Exception):
+    """Two processes proposed the same setting at once; the later trial ends without having been anything."""
 
 
 def open_storage(where: str) -> optuna.storages.BaseStorage:
@@ -52,7 +69,30 @@ def open_storage(where: str) -> optuna.storages.BaseStorage:
     except NKATError:
         raise
     except Exception as error:  # each database driver has exceptions of its own
-        raise NKATError(f"storage {where}: {_first_line(error)}") from error
+        raise NKATError(f"storage {without_password(where)}: {_first_line(error)}") from error
+
+
+def check_driver(where: str) -> None:
+    """Raises NKATError where the storage is a database for which this Python has no driver; connects to nothing."""
+    if "://" not in where or where.startswith("grpc://"):
+        return
+    import sqlalchemy
+
+    try:
+        sqlalchemy.create_engine(where)
+    except ModuleNotFoundError as error:
+        package = _DRIVERS.get(error.name or "", error.name)
+        raise NKATError(
+            f"storage {without_password(where)}: this Python has no {error.name}, the driver for such a database; "
+            f"install it: {shell_line([sys.executable, '-m', 'pip', 'install', str(package)])}"
+        ) from None
+    except sqlalchemy.exc.ArgumentError as error:
+        raise NKATError(f"storage {without_password(where)}: {_first_line(error)}") from None
+
+
+def without_password(where: str) -> str:
+    """A storage as it may be shown to others."""
+    return re.sub(r"(://[^:/@]*):.*@", r"\1:***@", where)
 
 
 class _Database(optuna.storages.RDBStorage):
@@ -114,51 +154,71 @@ def open_study(
     settings: Mapping[str, Any],
     first_trials: list[tuple[dict[str, Any], dict[str, Any]]],
     *,
-    sampler: Callable[[int], optuna.samplers.BaseSampler],
+    sampler: optuna.samplers.BaseSampler,
     pruner: optuna.pruners.BasePruner,
     resume: bool,
 ) -> optuna.Study:
     """Creates the study, or joins or continues one that was made with the same settings.
 
     settings: all that two trials must share to be comparable; checked when joining
-    first_trials: (parameters, user attributes) to run before the sampler's own
-    sampler: makes one, given how many trials the study has
+    first_trials: (parameters, user attributes) to run before those that are proposed
+    sampler: of the kind that proposes; for the record
     resume: an existing study is continued; otherwise it is an error. Trials whose process died are tried again.
     """
     try:
         study = optuna.create_study(
-            study_name=name, direction="maximize", sampler=sampler(0), storage=storage, pruner=pruner
+            study_name=name, direction="maximize", sampler=sampler, storage=storage, pruner=pruner
         )
     except optuna.exceptions.DuplicatedStudyError:
-        study = optuna.load_study(study_name=name, storage=storage, pruner=pruner)
-        study.sampler = sampler(len(study.trials))
+        study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
         if not resume:
-            raise NKATError(
-                f"study {name!r} exists already with {len(study.trials)} trials: give --resume to continue or join it, "
-                "or another --output-dir or --study-name"
-            ) from None
+            raise exists_already(study) from None
         found = study.user_attrs.get(_SETTINGS, {})
         for key in settings:
             if found.get(key) != settings[key]:
                 raise NKATError(
                     f"study {name!r} was made with another {key}: {found.get(key)!r} there, {settings[key]!r} here"
                 ) from None
-        _retry_dead_trials(study, {})
+        retry_unfinished(study)
         return study
     study.set_user_attr(_SETTINGS, dict(settings))
+    study.set_user_attr(_ID, uuid.uuid4().hex)
     for parameters, attributes in first_trials:
-        study.enqueue_trial(parameters, user_attrs=attributes)
+        _queue(study, parameters, attributes)
     return study
 
 
-@storage_failures()
-def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: float | None, label: str) -> bool:
-    """Runs trials until the study has `target` finished ones, all workers' together. False when interrupted.
+def find_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study | None:
+    """The study of this name, if there is one."""
+    if name not in optuna.get_all_study_names(storage):
+        return None
+    return optuna.load_study(study_name=name, storage=storage)
 
-    The first Ctrl-C (or SIGTERM) lets the running trial finish; a second one ends at once.
+
+def exists_already(study: optuna.Study) -> NKATError:
+    """What to tell a user who did not ask to go on with it."""
+    return NKATError(
+        f"study {study.study_name!r} exists already with {len(study.trials)} trials: give --resume to continue or join "
+        "it, or another --output-dir or --study-name"
+    )
+
+
+def study_id(study: optuna.Study) -> str | None:
+    """Another one for each study, whatever its name and storage; None for one that an earlier version made."""
+    return study.user_attrs.get(_ID)
+
+
+@storage_failures()
+def run_trials(
+    study: optuna.Study, objective: Objective, propose: Propose, target: int, timeout: float | None, label: str
+) -> bool:
+    """Runs trials until the study has `target` finished ones, all workers' together. True: every setting was tried.
+
+    propose: the parameters of the next trial. A KeyboardInterrupt ends the running trial at once; then
+    `retry_unfinished`, on a study that is opened anew, puts it back.
     """
     bar = tqdm(total=target, desc=label, unit="trial", leave=False, smoothing=0.1)
-    with bar, interrupts.interrupts("the running trial") as interrupted:
+    with bar, Gate().closed() as gate:  # outside the objective an interruption could leave a trial that is nobody's
 
         def update(*_: object) -> None:
             finished = study.get_trials(deepcopy=False, states=FINISHED)
@@ -168,21 +228,35 @@ def run_trials(study: optuna.Study, objective: Objective, target: int, timeout: 
                 bar.set_postfix_str(f"best {best[0].value:.6f} (trial {best[0].number})")
 
         def marked(trial: optuna.Trial) -> float:
+            if _comes_second(study, trial):
+                trial.set_user_attr(_REPEATED, True)
+                raise _RepeatedError
             trial.set_user_attr(_WORKER, f"{socket.gethostname()}:{identity()}")
-            return objective(trial)
+            try:
+                with gate.let_through():
+                    return objective(trial)
+            except KeyboardInterrupt:
+                trial.set_user_attr(_INTERRUPTED, True)
+                raise
 
         update()
         deadline = math.inf if timeout is None else monotonic() + timeout
         unclaimed: dict[int, float] = {}
-        while not interrupted and monotonic() < deadline:
-            _retry_dead_trials(study, unclaimed)  # of other workers
+        while monotonic() < deadline:
+            gate.check()
+            retry_unfinished(study, unclaimed)  # of other workers
             if not _room(study, target):
                 if not unclaimed:
-                    break
+                    return False
                 sleep(0.1)
                 continue
-            study.optimize(marked, n_trials=1, callbacks=[update])
-        return not interrupted
+            if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+                proposed = propose(study.get_trials(deepcopy=False))
+                if proposed is None:
+                    return True
+                _queue(study, proposed, {})
+            study.optimize(marked, n_trials=1, catch=(_RepeatedError,), callbacks=[update])
+    return False
 
 
 def best_trials(study: optuna.Study, count: int) -> list[FrozenTrial]:
@@ -198,14 +272,19 @@ def feasible(trial: FrozenTrial) -> bool:
 
 
 def history(study: optuna.Study) -> list[dict[str, Any]]:
-    """Every trial: number, state, value, parameters, what its objective recorded, seconds."""
+    """Every trial that was begun: number, state, value, parameters, what its objective recorded, seconds.
+
+    The state is Optuna's, or REPEATED: another process was trying the same setting already.
+    """
     rows = []
     for trial in study.get_trials(deepcopy=False):
-        attributes = {key: value for key, value in trial.user_attrs.items() if key != _WORKER}
+        if trial.state == TrialState.WAITING:
+            continue
+        attributes = {name: value for name, value in trial.user_attrs.items() if name not in _OWN}
         rows.append(
             {
                 "number": trial.number,
-                "state": trial.state.name,
+                "state": "REPEATED" if is_repeated(trial) else trial.state.name,
                 "value": trial.value if trial.state == TrialState.COMPLETE else None,
                 "parameters": {k: round(v, 9) if isinstance(v, float) else v for k, v in trial.params.items()},
                 **attributes,
@@ -218,13 +297,24 @@ def history(study: optuna.Study) -> list[dict[str, Any]]:
     return rows
 
 
+def is_repeated(trial: FrozenTrial) -> bool:
+    """Whether it ended because another process was trying its setting already."""
+    return bool(trial.user_attrs.get(_REPEATED))
+
+
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Whether it ended because the user wanted to: another one tries its setting again."""
+    return bool(trial.user_attrs.get(_INTERRUPTED))
+
+
 def origin(trial: FrozenTrial | optuna.Trial) -> int:
     """The trial's number; of one that repeats a trial whose process died, the number of that."""
     return trial.user_attrs.get(_ORIGIN, trial.number)
 
 
 def importances(trials: Iterable[tuple[FrozenTrial, float]]) -> dict[str, float]:
-    """Share of the scores' variation among the best trials by parameter (PED-ANOVA); empty when there are too few.
+    """Share of the scores' variation among the best trials by parameter (PED-ANOVA); empty when there are too few,
+    or all score alike.
 
     Watanabe et al., 2023, "PED-ANOVA", arXiv 2304.10255.
     trials: each with the score to explain; those without parameters do not take part
@@ -234,12 +324,14 @@ def importances(trials: Iterable[tuple[FrozenTrial, float]]) -> dict[str, float]
         for t, value in trials
         if t.params
     ]
-    if len(scored) < 4:
+    if len(scored) < 4 or len({trial.value for trial in scored}) < 2:
         return {}
     narrowed = optuna.create_study(direction="maximize")
     narrowed.add_trials(scored)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-    return optuna.importance.get_param_importances(narrowed, evaluator=evaluator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of few trials for a parameter that exists for some others only
+        return optuna.importance.get_param_importances(narrowed, evaluator=evaluator)
 
 
 def _room(study: optuna.Study, target: int) -> bool:
@@ -248,28 +340,51 @@ def _room(study: optuna.Study, target: int) -> bool:
     return len(study.get_trials(deepcopy=False, states=states)) < target
 
 
-def _retry_dead_trials(study: optuna.Study, unclaimed: dict[int, float]) -> None:
-    """Fails the trials of processes that died on this machine, and queues their parameters again.
+def retry_unfinished(study: optuna.Study, unclaimed: dict[int, float] | None = None) -> None:
+    """Queues again what interrupted trials, and those of processes that died on this machine, were trying.
 
     unclaimed: running trials that no worker has put its name to, and since when that is known here; kept up to date.
     One that stays so was begun by a process that died at once.
     """
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    nameless = {trial.number for trial in running if _WORKER not in trial.user_attrs}
+    unclaimed = {} if unclaimed is None else unclaimed
+    unfinished = study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.FAIL))
+    nameless = {t.number for t in unfinished if t.state == TrialState.RUNNING and _WORKER not in t.user_attrs}
     for number in unclaimed.keys() - nameless:
         del unclaimed[number]
-    for trial in running:
-        if trial.number in nameless:
+    for trial in unfinished:
+        if trial.state == TrialState.FAIL:
+            if not trial.user_attrs.get(_INTERRUPTED) or _is_retried(study, trial):
+                continue
+        elif trial.number in nameless:
             if monotonic() - unclaimed.setdefault(trial.number, monotonic()) < _UNCLAIMED_SECONDS:
                 continue
         else:
             host, _, process = trial.user_attrs[_WORKER].partition(":")
             if host != socket.gethostname() or is_alive(process):
                 continue
-        try:
-            study.tell(trial.number, state=TrialState.FAIL)
-        except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
-            continue  # another worker saw it first
-        attributes = {key: value for key, value in trial.user_attrs.items() if key != _WORKER}
-        parameters = trial.system_attrs.get(_QUEUED, {}) | trial.params
-        study.enqueue_trial(parameters, user_attrs=attributes | {_ORIGIN: origin(trial)})
+        if trial.state == TrialState.RUNNING:
+            try:
+                study.tell(trial.number, state=TrialState.FAIL)
+            except (ValueError, optuna.exceptions.UpdateFinishedTrialError):
+                continue  # another worker saw it first
+        attributes = {name: value for name, value in trial.user_attrs.items() if name not in _OWN}
+        _queue(study, trial.user_attrs.get(POINT, trial.params), attributes | {_ORIGIN: origin(trial)})
+
+
+def _is_retried(study: optuna.Study, trial: FrozenTrial) -> bool:
+    later = study.get_trials(deepcopy=False)[trial.number + 1 :]
+    return any(other.user_attrs.get(_ORIGIN) == origin(trial) for other in later)
+
+
+def _queue(study: optuna.Study, parameters: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+    study.enqueue_trial(dict(parameters), user_attrs={**attributes, POINT: dict(parameters)})
+
+
+def _comes_second(study: optuna.Study, trial: optuna.Trial) -> bool:
+    """Whether an earlier trial has the same setting, or this one none: another process took the one from the queue."""
+    if POINT not in trial.user_attrs:
+        return True
+    # A trial has its number and its setting from the same moment, so that all processes see the same one first.
+    *earlier, this = study.get_trials(deepcopy=False)[: trial.number + 1]
+    tried = {key_of(other) for other in earlier if other.state != TrialState.FAIL}
+    return bool(this.user_attrs[POINT]) and key_of(this) in tried

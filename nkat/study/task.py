@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from nkat.host import commandline
+from nkat.host.files import output_folder
 from nkat.host.record import check_record
 from nkat.study import options as study
 from nkat.study import workers
+from nkat.study.folder import check_place
 from nkat.study.options import StudyOptions
-from nkat.study.study import storage_failures
+from nkat.study.study import check_driver, storage_failures
 
 Options = TypeVar("Options")
 
@@ -23,12 +26,16 @@ class Task(Generic[Options]):
     """A search: what its help says, its own flags, and the job.
 
     trials: how many a mode has
+    name: of the study, where the user gives none
+    inputs: the files that are read, which nothing may replace
     options: makes the frozen options out of the parsed command line; ends the program for flags that do not go together
     """
 
     description: str
     examples: str
     trials: Mapping[str, int]
+    name: Callable[[Options], str]
+    inputs: Callable[[Options], Iterable[Path | None]]
     add_options: Callable[[argparse.ArgumentParser], None]
     options: Callable[[argparse.ArgumentParser, argparse.Namespace, StudyOptions], Options]
     run: Callable[[Options], None]
@@ -45,8 +52,10 @@ def run_task(modules: Mapping[str, str], argv: Sequence[str] | None = None) -> N
     study.add_options(parser, task.trials)
     parsed = parser.parse_args(argv)
     shared = study.study_options(parser, parsed)
-    task.options(parser, parsed, shared)  # what does not go together is said before a folder is made
+    options = task.options(parser, parsed, shared)
     if not shared.join:
-        check_record(shared.json, shared.force)
-    with storage_failures():
+        check_record(shared.json, shared.force, task.inputs(options))
+        check_driver(shared.storage_url)
+        check_place(shared, task.name(options))
+    with output_folder(shared.output_dir), storage_failures():
         task.run(task.options(parser, parsed, workers.prepare(shared)))

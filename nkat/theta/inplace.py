@@ -16,7 +16,7 @@ from pathlib import Path
 
 from nkat.errors import NKATError
 from nkat.gguf.writer import Part, part_size, write_parts
-from nkat.host.files import disk_errors
+from nkat.host.files import disk_errors, note_output
 from nkat.host.locks import try_lock
 from nkat.theta.modelfile import MARKER_SIZE
 
@@ -68,6 +68,7 @@ def append(path: Path, base_end: int, parts: Sequence[Part]) -> None:
         except BaseException:
             file.truncate(base_end)
             raise
+    note_output(path)
 
 
 def truncate(path: Path, base_end: int) -> None:
@@ -75,3 +76,4 @@ def truncate(path: Path, base_end: int) -> None:
     with exclusive(path), disk_errors(path), path.open("r+b") as file:
         file.truncate(base_end)
         os.fsync(file.fileno())
+    note_output(path)

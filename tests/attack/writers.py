@@ -127,6 +127,14 @@ def study_is_whole(folder: Path, old: bytes | None) -> str | None:
     return None if len(found) == len(told) else f"{len(told)} trials were finished, {len(found)} are there"
 
 
+def resume_search(folder: Path) -> str:
+    """--resume where there is a study to go on with: whole lines of the journal that make one."""
+    journal = folder / "search" / "study.journal"
+    lines = journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+    made = any(b'"op_code":0' in line and line.endswith(b"\n") for line in lines)
+    return "--resume --force" if made else "--force"
+
+
 def run_is_whole(folder: Path, old: bytes | None) -> str | None:
     for name, kind in (("last.pt", "run"), ("best.pt", "weights")):
         if (folder / "run" / name).exists():
@@ -157,7 +165,7 @@ WRITERS = {
         "nkat.search.main",
         "--model base.gguf --text text.txt --chunks 2 --threads 1 --mode custom --trials 3 --output-dir search",
         study_is_whole, "search/study.journal",
-        lambda folder: "--resume --force",
+        resume_search,
     ),
     "image training": Writer(
         "nkat_vit.train", f"{IMAGES} --data-root data --output run --epochs 2 --save-steps 1 --threads 1",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 import pytest
 
 from nkat.gguf.file import GGUFFile
+from nkat.gguf.weights import same_weights
 from nkat.lm.load import load_model
 from nkat.lm.tokenizer import Tokenizer
 from nkat.measure.texts import default_text
@@ -56,7 +58,7 @@ def test_a_fit_with_everything_opens_and_loads_each_model_once(
     judged.write_text(default_text().content[20000:26000])
     done = script(
         *(CONVERTER, "--input", low, "--output", tmp_path / "out.nkat", "--calibrate", text, "--reference", high),
-        *(*FIT, "--fit-precision", precision, "--theta-rank", 2, "--text", judged, "--chunks", 2),
+        *(*FIT, "--fit-precision", precision, "--theta-rank", 2, "--text", judged, "--chunks", 2, "--strengths"),
     )
     assert done.returncode == 0, done.stderr
     assert opened == {"low.gguf": 1, "high.gguf": 1, "vocabularies": 2}
@@ -72,6 +74,7 @@ def test_ranks_and_residual_share_one_load(
     done = script(
         *(CONVERTER, "--input", low, "--output", tmp_path / "out.nkat", "--theta-source", "residual"),
         *("--reference", high, "--calibrate", calibrate, "--optimize-rank", "--text", judged, "--chunks", 2),
+        "--strengths",
     )
     assert done.returncode == 0, done.stderr
     assert opened == {"low.gguf": 1, "high.gguf": 1, "vocabularies": 2}
@@ -84,3 +87,30 @@ def test_a_second_load_would_be_counted(models: tuple[Path, Path], opened: Count
     assert opened == {"low.gguf": 1, "vocabularies": 1}
     load_model(models[0])
     assert opened == {"low.gguf": 2, "vocabularies": 2}
+
+
+def test_a_reference_with_the_inputs_weights_is_refused(tmp_path: Path, fails: Callable[..., str]) -> None:
+    """Whatever it is called, and whatever else is in it."""
+    model, better = tmp_path / "model.gguf", tmp_path / "better.gguf"
+    for path, quantised in ((model, gguf.GGMLQuantizationType.Q8_0), (better, gguf.GGMLQuantizationType.F32)):
+        write_tiny_model(path, "llama", qtype=quantised)
+    renamed = tmp_path / "renamed.gguf"
+    renamed.write_bytes(model.read_bytes().replace(b"tiny llama", b"TINY LLAMA"))
+    assert renamed.read_bytes() != model.read_bytes()
+    text = tmp_path / "text.txt"
+    text.write_text(default_text().content[:20000])
+    common = (CONVERTER, "--input", model, "--output", tmp_path / "out.nkat", "--theta-source")
+    searched = ("nkat_auto_optimizer.py", "--model", model, "--output-dir", tmp_path / "out", "--text", text)
+    for same in (model, renamed):
+        commands = [
+            (*common, "residual", "--reference", same),
+            (*common, "fit", "--calibrate", text, "--reference", same, "--fit-steps", 1),
+            (*searched, "--chunks", 2, "--theta-source", "residual", "--reference", same),
+        ]
+        for command in commands:
+            assert f"{same}: has the same weights as the input" in fails(*command)
+    files = [GGUFFile.open(path) for path in (model, renamed, better)]
+    names = list(files[0].tensors)
+    assert same_weights(files[0], files[1], names)
+    assert not same_weights(files[0], files[2], names)  # control
+    assert not same_weights(files[0], files[1], [*names, "no such tensor"])

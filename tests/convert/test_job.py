@@ -171,6 +171,18 @@ def test_of_two_in_place_at_once_one_is_refused(fails, script, tmp_path: Path, b
     assert open_model_file(base).theta is not None
 
 
+def test_an_adapter_alone_is_reported(script, tmp_path: Path, base: Path) -> None:
+    convert(script, "--input", base, "--output", tmp_path / "m.nkat")
+    asked = ("--input", tmp_path / "m.nkat", "--export-lora", tmp_path / "a.gguf")
+    done = script(CONVERTER, *asked)
+    size = (tmp_path / "a.gguf").stat().st_size
+    assert done.stdout == f"wrote {tmp_path / 'a.gguf'} ({size:,} bytes): Θ of rank 4 at gamma 0.97 as a LoRA adapter\n"
+    assert "no effect" not in done.stderr
+    done = script(CONVERTER, *asked, "--theta-gamma", 1, "--dry-run", "--force")
+    assert done.stdout.startswith("would write ")
+    assert "no effect" in done.stderr
+
+
 def test_theta_only_and_lora(script, fails, tmp_path: Path, base: Path) -> None:
     theta, lora, late = tmp_path / "theta_rank4.bin", tmp_path / "lora.gguf", tmp_path / "late.gguf"
     convert(script, "--input", base, "--output", theta, "--theta-only", "--export-lora", lora)

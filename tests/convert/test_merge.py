@@ -14,12 +14,13 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 
-from nkat.convert.merge import merge_weight, write_merged
+from nkat.convert.merge import gain_kept, gain_text, merge_weight, write_merged
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import dequantise
 from nkat.gguf.quantise import quantisation_steps, quantise, requantise
 from nkat.gguf.weights import read_weight
+from nkat.measure.perplexity import Perplexity
 from nkat.theta.algebra import quantise_factors
 from nkat.theta.modelfile import open_model_file
 from tests.support.oracle import dense_theta
@@ -264,3 +265,27 @@ def test_a_theta_made_from_the_judging_text_is_refused(script, fails, tmp_path: 
     message = fails(CONVERTER, "--input", made, "--merge", out, "--text", words)
     assert "made from that very text" in message
     assert not out.exists()
+
+
+def test_a_gain_that_the_kept_share_does_not_explain_is_not_printed_without_a_word() -> None:
+    assert gain_text(0.6, 0.02, 0.58) == "merging keeps 60 % ± 2 of Θ's gain (of ln perplexity)."
+    said = gain_text(1.0, 0.04, 0.259)
+    assert said.startswith(
+        "merging keeps 100 % ± 4 of Θ's gain (of ln perplexity), though the weights keep 26 % of κΘ."
+    )
+    assert "though" not in gain_text(1.0, 0.5, 0.259)  # within its error, there is nothing to explain
+    assert "though" not in gain_text(0.9, 0.0, None)
+
+
+def test_the_share_of_the_gain_has_the_error_of_a_ratio() -> None:
+    """Against resampling the tokens."""
+    draw = torch.Generator().manual_seed(0)
+    base = torch.rand(40, 50, generator=draw, dtype=torch.float64) * 5
+    gain = 0.1 + 0.3 * torch.randn(40, 50, generator=draw, dtype=torch.float64)
+    merged = 0.5 * gain + 0.1 * torch.randn(40, 50, generator=draw, dtype=torch.float64)
+    share, stderr = gain_kept(*(Perplexity(nll) for nll in (base, base - gain, base - merged)))
+    assert share == pytest.approx(float(merged.sum() / gain.sum()))
+    picks = torch.randint(2000, (4000, 2000), generator=draw)
+    ratios = merged.flatten()[picks].sum(1) / gain.flatten()[picks].sum(1)
+    assert stderr == pytest.approx(float(ratios.std()), rel=0.1)
+    assert gain_kept(*(Perplexity(nll) for nll in (base, base + gain, base))) is None  # no gain, no share

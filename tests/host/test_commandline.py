@@ -40,6 +40,29 @@ def test_no_command_takes_a_hundred_thousand_threads(fails, command):
     assert "argument --threads" in fails(*command, "--threads", 100_000)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("nkat_gguf_converter.py", "--theta-rnk", 4), "--theta-rnk 4; did you mean --theta-rank?"),  # and no --input
+        (("nkat_inference_engine.py", "--modell", "x"), "--modell x; did you mean --model?"),
+        (("nkat_auto_optimizer.py", "--modell=x"), "--modell=x; did you mean --model?"),
+        (("backend_selector.py", "--nothing-like-it"), "unrecognized arguments: --nothing-like-it (see"),
+        (("nkat_gguf_converter.py", "--input", "x", "--chunks", "a"), "--chunks: must be a whole number, got 'a'"),
+        (("nkat_gguf_converter.py", "--input", "x", "--seed", "1.5"), "--seed: must be a whole number, got '1.5'"),
+        (("nkat_inference_engine.py", "--model", "x", "--top-p", "a"), "--top-p: must be a number, got 'a'"),
+        (("backend_selector.py", "--gpulayers", "a"), "--gpulayers: must be a whole number, got 'a'; or auto"),
+    ],
+)
+def test_a_mistake_is_named_in_the_users_words(fails, command, said):
+    line = fails(*command)
+    assert said in line
+    assert "invalid" not in line
+
+
+def test_a_flag_that_is_needed_is_asked_for(fails):
+    assert "required: --input" in fails("nkat_gguf_converter.py", "--theta-rank", 4)  # the control
+
+
 def _numpy() -> None:
     import numpy as np
 

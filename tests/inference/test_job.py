@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import torch
 from gguf import GGMLQuantizationType
 
 from nkat.engine.eager import EagerDecoder
+from nkat.errors import NKATError
 from nkat.gguf.writer import gguf_parts, write_gguf
 from nkat.host.record import git_commit
 from nkat.host.streams import shown
 from nkat.lm.load import load_model
 from nkat.measure import startup
 from nkat.measure.startup import measure_startup
-from nkat.measure.texts import load_text
+from nkat.measure.texts import default_text, load_text
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
 from tests.support.perplexity import measure
@@ -48,9 +50,9 @@ def test_measures_both_arms_on_the_same_chunks(script, nkat: Path, stories: Path
     text = shared_text("alice29.txt")
     record = run(script, "--model", nkat, "--text", text)
     assert record["theta_enabled"] is True
-    assert (record["chunks"], record["scored_tokens"]) == (2, 510)
+    assert (record["chunks"], record["context"], record["scored_tokens"]) == (2, 128, 2 * 63)  # what it was made for
     plain = load_model(stories)
-    expected = measure(plain.model, plain.tokenizer, text.read_bytes().decode(), chunks=2)
+    expected = measure(plain.model, plain.tokenizer, text.read_bytes().decode(), chunks=2, context=128)
     assert record["baseline_perplexity"] == pytest.approx(expected.ppl, rel=1e-9)
     assert record["nkat_perplexity"] != record["baseline_perplexity"]
     assert record["nkat_tpe"] < 1 / record["nkat_perplexity"]
@@ -108,7 +110,7 @@ def test_mistakes(fails, tmp_path: Path, nkat: Path, stories: Path) -> None:
     empty.write_text("")
     short.write_text("too short")
     assert "the text is empty" in fails(ENGINE, "--model", nkat, "--perplexity", "--text", empty)
-    assert "one chunk needs 512" in fails(ENGINE, "--model", nkat, "--perplexity", "--text", short)
+    assert "one chunk needs 128" in fails(ENGINE, "--model", nkat, "--perplexity", "--text", short)
     assert "no such text file" in fails(ENGINE, "--model", nkat, "--perplexity", "--text", tmp_path / "no")
     assert "no such file" in fails(ENGINE, "--model", tmp_path / "no", "--perplexity")
     assert "say what to do" in fails(ENGINE, "--model", nkat)
@@ -212,8 +214,86 @@ def test_benchmark_writes_json_where_asked(script, fails, tiny: Path, tmp_path: 
     target = tmp_path / "b.json"
     done = script(ENGINE, "--model", tiny, "--benchmark", *QUICK, "--json", target)
     assert done.returncode == 0
-    assert json.loads(target.read_text())["command"] == "benchmark"
+    record = json.loads(target.read_text())
+    assert record["theta_file"] == str(tiny)
+    assert record["command"].startswith("python ")
+    assert f"--model {tiny} --benchmark --seq-len 12" in record["command"]
+    target.unlink()
+    words = [word for word in shlex.split(record["command"])[1:] if word != str(ROOT / ENGINE)]
+    assert script(ENGINE, *words).returncode == 0  # it runs as recorded
     assert "exists already" in fails(ENGINE, "--model", tiny, "--benchmark", *QUICK, "--json", target)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_no_more_tokens_than_the_model_was_made_for(script, fails, tmp_path: Path) -> None:
+    """Unless asked for twice. Where the user names no number, it follows the model, with a warning."""
+    short, text = write_tiny_model(tmp_path / "short.gguf", "llama", context=64), tmp_path / "text.txt"
+    text.write_text(default_text().content[:3000], encoding="utf-8")
+    common = ("--model", short, "--text", text, "--no-cuda", "--threads", 1)
+
+    def record(*more: object) -> tuple[dict, str]:
+        done = script(ENGINE, *common, *more, "--json", "-")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    found, said = record("--perplexity", "--chunks", 3)
+    assert (found["chunks"], found["context"]) == (3, 64)
+    assert "warning: the model was made for 64 tokens: chunks have as many, where others have 512" in said
+    assert record("--perplexity", "--context", 32, "--chunks", 2)[0]["context"] == 32
+    refused = fails(ENGINE, *common, "--perplexity", "--context", 65)
+    assert "--context: 65 tokens are more than the 64 that the model was made for; --beyond-context" in refused
+    assert record("--perplexity", "--context", 65, "--chunks", 2, "--beyond-context")[0]["context"] == 65
+    found, said = record("--perplexity", "--chunks", 10**6)
+    assert f"note: text.txt has {found['chunks']} chunks of 64 tokens, and not the 1000000 that were asked for" in said
+    found, said = record("--benchmark", "--repetitions", 1)
+    assert (found["seq_len"], found["iterations"]) == (32, 32)
+    assert "warning: the model was made for 64 tokens: 32 are run, and 32 behind them" in said
+    refused = fails(ENGINE, *common, "--benchmark", "--seq-len", 100000)
+    assert "--seq-len and --iterations: 100032 tokens are more than the 64" in refused
+    assert record("--benchmark", "--seq-len", 70, "--repetitions", 1, "--beyond-context")[0]["seq_len"] == 70
+    generate = ("--model", short, "--no-cuda", "--temperature", 0, "--generate")
+    done = script(ENGINE, *generate, "the", "--json", "-")
+    record_of_text = json.loads(done.stdout.splitlines()[-1])
+    assert record_of_text["prompt_tokens"] + record_of_text["generated_tokens"] <= 64
+    assert "warning: the model was made for 64 tokens: the text has at most" in done.stderr
+    assert "the prompt: " in fails(ENGINE, *generate, "the " * 80)
+
+
+def test_a_record_never_replaces_what_is_read(fails, tiny: Path, tmp_path: Path) -> None:
+    before = tiny.read_bytes()
+    same = "the output is the same file as the input"
+    assert same in fails(ENGINE, "--model", tiny, "--perplexity", "--force", "--json", tiny)
+    assert same in fails(CONVERTER, "--input", tiny, "--output", tmp_path / "x", "--force", "--json", tiny)
+    out = tmp_path / "out"
+    out.mkdir()
+    taken = fails(ENGINE, "--model", tiny, "--compare", "--output-dir", out, "--json", out / "comparison.json")
+    assert "--json and comparison.json are the same file" in taken
+    both = fails(CONVERTER, "--input", tiny, "--output", tmp_path / "x", "--json", tmp_path / "x")
+    assert "--output and --json are the same file" in both
+    assert tiny.read_bytes() == before
+
+
+def test_what_is_measured_is_recorded_before_it_is_printed(script, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    text, record = tmp_path / "text.txt", tmp_path / "record.json"
+    text.write_text(default_text().content[:3000], encoding="utf-8")
+
+    def fail(*_: object) -> str:
+        raise NKATError("the table cannot be made")
+
+    monkeypatch.setattr("nkat.inference.job.print", fail, raising=False)
+    done = script(ENGINE, "--model", tiny, "--perplexity", "--text", text, "--chunks", 1, "--json", record)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert json.loads(record.read_text())["nkat_perplexity"] > 0
+
+
+def test_an_interrupted_comparison_leaves_no_folder(script, tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nkat.inference.job.fresh_startup", interrupt)
+    done = script(ENGINE, "--model", tiny, "--compare", *QUICK, "--output-dir", tmp_path / "out" / "compare")
+    assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_compare_measures_both_arms(script, fails, tiny: Path, tmp_path: Path) -> None:
@@ -337,6 +417,17 @@ def test_theta_and_gamma_reach_generation(script, tiny: Path, base: Path) -> Non
 
     assert tokens(tiny, "--theta-gamma", 1) == tokens(base)
     assert tokens(tiny, "--theta-gamma", 0.5) != tokens(base)
+
+
+def test_what_has_no_effect_is_said(script, tiny: Path) -> None:
+    def said(*more: object) -> str:
+        return script(ENGINE, "--model", tiny, "--generate", "the", "--max-tokens", 2, *more).stderr
+
+    assert "--theta-gamma 1 couples Θ with strength 0: it has no effect" in said("--theta-gamma", 1)
+    assert "seed" not in said("--temperature", 0)
+    control = said()
+    assert "no effect" not in control
+    assert "; seed " in control
 
 
 def test_chat_wraps_the_prompt_in_the_models_template(script, tiny: Path) -> None:

@@ -56,6 +56,14 @@ def test_a_base_beside_it_is_found_by_its_hash(script, base: Path, tmp_path: Pat
     assert prepare_files(nkat, None, None).how == "extracted"
 
 
+def test_a_plain_base_goes_before_one_with_theta_behind_it(script, base: Path) -> None:
+    nkat = convert(script, base, base.parent / "m.nkat")
+    appended = convert(script, base, base.parent / "a.gguf", "--layout", "appended")  # the first by its name
+    assert prepare_files(nkat, None, None).model == base
+    base.unlink()
+    assert prepare_files(nkat, None, None).model == appended  # the control
+
+
 @pytest.mark.skipif(os.name == "nt", reason="POSIX's kinds of file")
 def test_odd_neighbours_stop_nothing(script, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder, a link to nowhere and a pipe by the names of models: in the search for a base, and in the menu."""

@@ -437,6 +437,9 @@ def test_listening_to_everybody_is_said(script, tmp_path: Path, nkat: Path) -> N
     kobold = install(tmp_path / "kobold", NEW)
     done = script(SELECTOR, "--model", nkat, "--kobold", kobold, "--dry-run", "--host", "0.0.0.0")
     assert "everybody in your network" in done.stderr
+    asked = ("--model", nkat, "--kobold", kobold, "--dry-run", "--host", "0.0.0.0", "--")
+    assert "everybody" not in script(SELECTOR, *asked, "--password", "x").stderr
+    assert "everybody" in script(SELECTOR, *asked, "--quiet").stderr
     done = script(SELECTOR, "--model", nkat, "--kobold", kobold, "--dry-run")
     assert "everybody" not in done.stderr
     assert "--host 127.0.0.1" in done.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from nkat.measure.judge import Judge
 from nkat.measure.perplexity import paired, score_chunks
 from nkat.measure.texts import Text, default_text
 from nkat.measure.tpe import byte_ratio, tpe
+from nkat.search.job import print_report
 from nkat.search.objective import (
     GUIDE_DEFAULT,
     OverheadLimit,
@@ -34,6 +34,7 @@ from nkat.search.objective import (
 )
 from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
+from nkat.study.space import key
 from nkat.theta.layers import select_layers
 from nkat.theta.modelfile import open_model_file
 from nkat.theta.set import ThetaSet
@@ -154,11 +155,15 @@ def test_quick_writes_the_guides_files(script, tmp_path: Path, stories: Path) ->
     path = out / f"optimal_rank{setting['rank']}_gamma{setting['gamma']:.2f}.nkat"
     assert path == Path(optimal["file"])
     assert json.loads(path.with_suffix(".json").read_text()) == optimal
-    again = tmp_path / "again.nkat"
-    words = shlex.split(optimal["command"])
-    words[words.index("--output") + 1] = str(again)
-    assert script(*words[1:]).returncode == 0
-    assert again.read_bytes() == path.read_bytes()
+    # One trial has one figure, which is that of the file.
+    assert record["held_out"]["best"][0] == {"trial": optimal["trial"], **optimal["held_out"]}
+    assert f"{optimal['held_out']['tpe']:.6f}" in stdout
+    # The command runs as it is recorded, from any folder.
+    before = path.read_bytes()
+    path.write_bytes(b"")
+    done = subprocess.run(optimal["command"], shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == before
 
 
 def test_a_seed_gives_the_same_search(script, tmp_path: Path, stories: Path) -> None:
@@ -172,12 +177,12 @@ def test_a_seed_gives_the_same_search(script, tmp_path: Path, stories: Path) -> 
 
 
 def test_targets_fix_one_and_search_the_rest(script, tmp_path: Path, stories: Path) -> None:
-    for flag, value, key in (("--target-rank", 6, "rank"), ("--target-gamma", 0.95, "gamma")):
-        out = tmp_path / key
+    for flag, value, name in (("--target-rank", 6, "rank"), ("--target-gamma", 0.95, "gamma")):
+        out = tmp_path / name
         run(script, "--model", stories, "--mode", "custom", "--trials", 6, flag, value, "--output-dir", out)
         rows = json.loads((out / "optimization_history.json").read_text())["trials"][1:]
-        assert {row["parameters"][key] for row in rows} == {value}
-        other = "gamma" if key == "rank" else "rank"
+        assert {row["parameters"][name] for row in rows} == {value}
+        other = "gamma" if name == "rank" else "rank"
         assert len({row["parameters"][other] for row in rows}) > 1
 
 
@@ -188,16 +193,77 @@ def test_resume_continues_and_nothing_is_replaced_unasked(script, fails, tmp_pat
     assert "exists already with 3 trials: give --resume" in message
     record, _ = run(script, *common, "--trials", 5, "--resume")
     assert sum(record["trials"].values()) == 5
-    assert "was made with another chunks" in fails(OPTIMIZER, *common, "--trials", 6, "--resume", "--chunks", 3)
+    refused = script(OPTIMIZER, *common, "--trials", 6, "--resume", "--chunks", 3)
+    assert (refused.returncode, "was made with another chunks" in refused.stderr) == (2, True)
 
 
-def test_workers_share_a_study(script, tmp_path: Path, stories: Path) -> None:
+def test_workers_share_a_study_and_try_nothing_twice(script, tmp_path: Path, stories: Path) -> None:
     out = tmp_path / "o"
     run(script, "--model", stories, "--mode", "custom", "--trials", 100, "--workers", 2, "--output-dir", out)
     rows = json.loads((out / "optimization_history.json").read_text())["trials"]
     assert [row["number"] for row in rows] == list(range(len(rows)))
-    assert len(rows) >= 100
-    assert len({row["worker"] for row in rows}) == 2
+    finished = [row for row in rows if row["state"] in ("COMPLETE", "PRUNED")]
+    assert len(finished) >= 100
+    assert len({row["worker"] for row in finished}) == 2
+    assert len({tuple(row["parameters"].items()) for row in finished}) == len(finished)
+
+
+def test_a_small_space_is_used_up_and_the_search_says_so(script, tmp_path: Path, stories: Path) -> None:
+    common = ["--model", stories, "--output-dir", tmp_path, "--mode", "full", "--chunks", 2]
+    done = script(OPTIMIZER, *common, "--target-rank", 2, "--target-gamma", 0.95)
+    assert "every setting that may be tried was tried" in done.stderr
+    summary = json.loads((tmp_path / "optuna_study.json").read_text())
+    assert summary["space_used_up"] is True
+    rows = json.loads((tmp_path / "optimization_history.json").read_text())["trials"]
+    assert [row["state"] for row in rows].count("REPEATED") == 0
+    assert len({tuple(row["parameters"].items()) for row in rows}) == len(rows) == 1 + 3 * 2  # layers and decay
+
+
+def test_the_list_of_settings_is_what_trials_draw_from() -> None:
+    for space, count in ((Space(), 4 * 10 * 3 * 2), (Space((2,), None), 60), (Space(gamma=0.905), 24)):
+        listed = {key(point) for point in space.points()}
+        assert len(listed) == count
+        study = optuna.create_study()
+        for _ in range(30):
+            trial = study.ask()
+            space.suggest(trial)
+            assert key(trial.params) in listed
+        assert key(space.guide_default()) in listed
+
+
+def test_another_models_reports_are_not_replaced_unasked(script, fails, tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text(default_text().content[:20000], encoding="utf-8")
+    first, second = (write_tiny_model(tmp_path / f"{name}.gguf", "llama") for name in ("first", "second"))
+    common = ["--text", text, "--chunks", 2, "--mode", "custom", "--trials", 2, "--output-dir", out]
+    assert script(OPTIMIZER, "--model", first, *common, "--force").returncode == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert "optimal_rank4_gamma0.97.nkat" in before
+    message = fails(OPTIMIZER, "--model", second, *common)
+    assert "holds another search, 'nkat-first'; give another --output-dir, or --force" in message
+    assert "there is no study 'nkat-second' to resume" in fails(OPTIMIZER, "--model", second, *common, "--resume")
+    elsewhere = ["--storage", tmp_path / "elsewhere.journal"]  # the same name, and yet another search
+    assert "holds another search" in fails(OPTIMIZER, "--model", first, *common, *elsewhere)
+    (out / "optuna_study.json").write_text("{")
+    assert "holds another search, 'unknown'" in fails(OPTIMIZER, "--model", first, *common, *elsewhere)
+    (out / "optuna_study.json").write_bytes(before["optuna_study.json"])
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    moved = out.rename(tmp_path / "moved")  # its own reports it may replace, wherever they are
+    done = script(OPTIMIZER, "--model", first, *common[:-1], moved, "--resume")
+    assert done.returncode == 0, done.stderr
+    optimal = moved / "optimal_rank4_gamma0.97.nkat"
+    assert f"note: {optimal} is from an earlier report, and not the best any more" in done.stderr  # without --force
+
+
+def test_there_must_be_something_to_resume(fails, tmp_path: Path) -> None:
+    model, out = write_tiny_model(tmp_path / "tiny.gguf", "llama"), tmp_path / "out"
+    message = fails(OPTIMIZER, "--model", model, "--output-dir", out, "--resume")
+    assert f"{out / 'study.journal'}: there is no study 'nkat-tiny' to resume" in message
+    assert not out.exists()
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    assert "too short" in fails(OPTIMIZER, "--model", model, "--output-dir", out / "deeper", "--text", text)
+    assert not out.exists()  # what was made for nothing is gone again
 
 
 def test_other_machines_join_by_the_studys_name(script, tmp_path: Path, stories: Path) -> None:
@@ -219,25 +285,87 @@ def test_no_theta_that_loses_is_written(script, tmp_path: Path, stories: Path, m
     assert (out / "optimization_history.json").exists()
 
 
-def test_ctrl_c_still_writes_everything(tmp_path: Path, stories: Path) -> None:
+def test_ctrl_c_ends_at_once_and_says_what_there_is(script, tmp_path: Path, stories: Path) -> None:
     out = tmp_path / "o"
-    command = [sys.executable, str(ROOT / OPTIMIZER), "--model", str(stories), "--mode", "custom", "--trials", "5000"]
-    child = subprocess.Popen([*command, "--chunks", "2", "--output-dir", str(out)], stderr=subprocess.PIPE, text=True)
+    words = ["--model", stories, "--mode", "custom", "--chunks", 2, "--output-dir", out]
+    command = [sys.executable, str(ROOT / OPTIMIZER), *map(str, words), "--trials", "5000"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal = out / "study.journal"
     while child.poll() is None and not (journal.exists() and '"worker"' in journal.read_text()):
         child.stderr.read(1)
     child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=120)
-    assert child.returncode == 0, errors
-    assert "interrupted: reporting on what there is" in errors
+    stdout, errors = child.communicate(timeout=120)
+    assert child.returncode == 130, errors
+    assert f"interrupted; finished trials are in {journal}, --resume goes on from there" in errors
+    assert "nothing was written" not in errors
+    assert "held-out:" not in stdout
+    assert "no Θ beats" not in stdout
+    assert ("best so far: trial" in stdout) != ("no Θ was measured to its end yet" in stdout)
+    summary = json.loads((out / "optuna_study.json").read_text())
+    assert (summary["interrupted"], summary["held_out"], summary["optimal"]) == (True, None, None)
     rows = json.loads((out / "optimization_history.json").read_text())["trials"]
     assert not any(row["state"] == "RUNNING" for row in rows)
+    record, _ = run(script, *words[:6], "--output-dir", out, "--trials", len(rows) + 2, "--resume")
+    assert record["interrupted"] is False
+    finished = json.loads((out / "optimization_history.json").read_text())["trials"]
+    tried = [tuple(row["parameters"].items()) for row in finished if row["state"] in ("COMPLETE", "PRUNED")]
+    assert len(tried) == len(set(tried)) == len(rows) + 2
+    assert () in tried  # the model without Θ, whenever it was interrupted
 
 
-def test_mistakes(fails, tmp_path: Path, stories: Path) -> None:
+def test_ctrl_c_while_judging_and_once_more(script, tmp_path: Path, monkeypatch) -> None:
+    """The trials are reported without a judgement; and a second one says what there is, too."""
+    model, text = write_tiny_model(tmp_path / "tiny.gguf", "llama"), tmp_path / "text.txt"
+    text.write_text(default_text().content[:20000], encoding="utf-8")
+    out = tmp_path / "out"
+    common = ["--model", model, "--text", text, "--chunks", 2, "--mode", "custom", "--trials", 2, "--output-dir", out]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nkat.search.job.judge_best", interrupt)
+    done = script(OPTIMIZER, *common, "--json", tmp_path / "record.json")
+    assert done.returncode == 130
+    assert "best so far: trial 1, rank 4, gamma 0.97, both: TPE" in done.stdout
+    assert json.loads((tmp_path / "record.json").read_text())["best_trial"] is not None
+    monkeypatch.setattr("nkat.search.job.write_records", interrupt)
+    done = script(OPTIMIZER, *common, "--resume")
+    assert done.returncode == 130
+    said = f"interrupted; finished trials are in {out / 'study.journal'}, --resume goes on from there"
+    assert done.stderr.splitlines()[-1] == said
+
+
+def test_the_winner_is_explained_where_another_looks_better(capsys) -> None:
+    def row(trial: int, value: float) -> dict:
+        setting = Setting(2, 0.9, "both", False).parameters()
+        figures = {"perplexity": 9.0, "perplexity_stderr": 0.1, "change_percent": -1.0, "change_percent_stderr": 0.1}
+        return {"trial": trial, "setting": setting, "tpe": value, **figures}
+
+    def said(base: float, best: list[float], won: bool, tried: bool = True) -> str:
+        rows = [row(5 + i, value) for i, value in enumerate(best)]
+        optimal = {"file": "x.nkat", "trial": 5, "held_out": rows[0]} if won else None
+        counts = {"trials": {"COMPLETE": 4, "PRUNED": 0, "FAIL": 0}, "search_seconds": 1.0}
+        base_row = {name: value for name, value in row(0, base).items() if name != "setting"}
+        record = {"held_out_chunks": 4, "text": "t", "held_out": {"base": base_row, "best": rows}, "optimal": optimal}
+        record |= counts
+        print_report(record, won, tried)
+        return capsys.readouterr().out
+
+    better = said(0.1, [0.2, 0.15, 0.3], won=True)
+    assert "on the held-out text trial 7 comes out ahead of trial 5; the trials' own chunks alone decide" in better
+    assert "ahead of" not in said(0.1, [0.3, 0.2], won=True)  # control
+    lost = said(0.25, [0.2, 0.3, 0.4], won=False)
+    assert "trials 6 and 7 come out ahead" in lost
+    assert "the best of the trials does not beat the model without it: none was written" in lost
+    assert "no Θ beats the model without it: none was written" in said(0.5, [0.2], won=False)
+    assert "no Θ was tried, only the model without it" in said(0.1, [], won=False, tried=False)
+
+
+def test_mistakes(fails, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "tiny.gguf", "llama")
     text = tmp_path / "short.txt"
-    text.write_text("Once upon a time there was a dog. " * 100)
-    common = ["--model", stories, "--output-dir", tmp_path / "o"]
+    text.write_text("Once upon a time there was a dog. " * 50)
+    common = ["--model", model, "--output-dir", tmp_path / "o"]
     assert "no such file" in fails(OPTIMIZER, "--model", tmp_path / "no.gguf", "--output-dir", tmp_path / "o")
     assert "too short" in fails(OPTIMIZER, *common, "--text", text)
     assert "--mode custom needs it" in fails(OPTIMIZER, *common, "--mode", "custom")
@@ -246,7 +374,7 @@ def test_mistakes(fails, tmp_path: Path, stories: Path) -> None:
     assert "Θ rank 100 is impossible" in fails(OPTIMIZER, *common, "--target-rank", 100)
     assert "gamma" in fails(OPTIMIZER, *common, "--target-gamma", 1.5)
     assert "storage" in fails(OPTIMIZER, *common, "--storage", "nosuch://x")
-    assert "cannot be made a folder" in fails(OPTIMIZER, "--model", stories, "--output-dir", text)
+    assert "cannot be made a folder" in fails(OPTIMIZER, "--model", model, "--output-dir", text)
     assert "exists already; give --force" in fails(OPTIMIZER, *common, "--json", text)
 
 

@@ -256,6 +256,46 @@ def test_two_processes_are_one_with_the_doubled_batch(
     assert not torch.allclose(first[0], first[2], rtol=0, atol=rounding)
 
 
+def test_a_fit_records_itself_with_its_model_and_measures_no_more_than_asked(
+    model_path: Path, text_path: Path, tmp_path: Path, script: Script, monkeypatch
+) -> None:
+    output, record = tmp_path / "fitted.nkat", tmp_path / "record.json"
+    command = ("nkat_gguf_converter.py", "--input", model_path, "--theta-source", "fit", "--calibrate", text_path)
+    command += ("--theta-rank", 2, "--json", record, *QUICK)
+
+    def interrupted(*_: object) -> None:
+        assert output.exists()
+        assert json.loads(record.read_text())["fit"]["heldout_change_percent"] < 0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nkat.convert.job.measure_strengths", interrupted)
+    done = script(*command, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert "on the part of the text that was kept back" in done.stdout
+    assert "report" not in json.loads(record.read_text())
+    done = script(*command, "--output", output, "--force", "--strengths")
+    assert done.returncode == 130
+    said = done.stderr.splitlines()[-1]  # what Ctrl-C leaves is named
+    assert said.startswith("interrupted; what was finished before is there: ")
+    assert str(output) in said
+    assert str(record) in said
+
+
+def test_a_fit_follows_the_models_context(text_path: Path, tmp_path: Path, script: Script) -> None:
+    short = write_tiny_model(tmp_path / "short.gguf", "llama", context=64)
+    command = ("nkat_gguf_converter.py", "--input", short, "--output", tmp_path / "out.nkat", "--theta-source", "fit")
+    command += ("--calibrate", text_path, "--theta-rank", 2, *QUICK[:4], *QUICK[6:])  # without its --fit-context
+    done = script(*command, "--fit-context", 65)
+    assert done.returncode == 2
+    assert "--fit-context: 65 tokens are more than the 64 that the model was made for" in done.stderr
+    done = script(*command, "--json", tmp_path / "record.json")
+    assert "warning: the model was made for 64 tokens: chunks have as many" in done.stderr
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["fit"]["settings"]["context"] == 64
+    assert record["fit"]["validation_tokens"] % 31 == 0  # of 64, the last 31 are scored
+
+
 def test_the_converter_fits(model_path: Path, text_path: Path, tmp_path: Path, script: Script) -> None:
     output, record = tmp_path / "fitted.nkat", tmp_path / "record.json"
     done = script(
@@ -271,6 +311,7 @@ def test_the_converter_fits(model_path: Path, text_path: Path, tmp_path: Path, s
             3,
             "--json",
             record,
+            "--strengths",
             *QUICK,
         ),
     )

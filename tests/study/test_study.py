@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from nkat.errors import NKATError
+from nkat.study.space import proposer
 from nkat.study.study import FINISHED, best_trials, history, importances, open_storage, open_study, run_trials
 from tests.conftest import ROOT
 
@@ -26,7 +27,9 @@ WORKER = textwrap.dedent(
     """
     import sys, time
     import optuna
+    from nkat.study.space import proposer
     from nkat.study.study import open_storage, open_study, run_trials
+    from tests.study.test_study import Line
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     where, target, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
@@ -39,27 +42,66 @@ WORKER = textwrap.dedent(
 
     import os
     study = open_study(open_storage(where), "s", {"a": 1}, [({"x": 0.5}, {})], resume=True,
-        sampler=lambda finished: optuna.samplers.RandomSampler(seed=os.getpid() + finished),
-        pruner=optuna.pruners.NopPruner())
-    run_trials(study, objective, target, None, "worker")
+        sampler=optuna.samplers.RandomSampler(), pruner=optuna.pruners.NopPruner())
+    propose = proposer(Line(), lambda done: optuna.samplers.RandomSampler(seed=os.getpid() + done))
+    run_trials(study, objective, propose, target, None, "worker")
     """
 )
 
 
-def new_study(where: Path | str, *, settings=None, resume=False, seed=0, first=()) -> optuna.Study:
+class Line:
+    """x anywhere between 0 and 1: never used up."""
+
+    def suggest(self, trial: optuna.Trial) -> None:
+        trial.suggest_float("x", 0, 1)
+
+    def points(self) -> list:
+        return []
+
+
+class Plane:
+    """The objective's."""
+
+    def suggest(self, trial: optuna.Trial) -> tuple[float, int]:
+        return trial.suggest_float("x", -1, 1), trial.suggest_categorical("y", (1, 2))
+
+    def points(self) -> list:
+        return []
+
+
+class Few:
+    """Twelve settings in all."""
+
+    def suggest(self, trial: optuna.Trial) -> tuple[float, int]:
+        return trial.suggest_float("x", -0.5, 0.0, step=0.1), trial.suggest_categorical("y", (1, 2))
+
+    def points(self) -> list[dict]:
+        return [{"x": -0.5 + 0.1 * i, "y": y} for i in range(6) for y in (1, 2)]
+
+
+def run_some(study: optuna.Study, objective, target: int, timeout=None, *, seed=0, space=None) -> bool:
+    """Runs trials as the tool does, proposed by TPE."""
+
+    def sampler(done: int) -> optuna.samplers.BaseSampler:
+        return optuna.samplers.TPESampler(seed=seed + 1000 * done, n_startup_trials=3)
+
+    return run_trials(study, objective, proposer(space or Plane(), sampler), target, timeout, "test")
+
+
+def new_study(where: Path | str, *, settings=None, resume=False, first=()) -> optuna.Study:
     return open_study(
         open_storage(str(where)),
         "s",
         settings or {"a": 1},
         list(first),
-        sampler=lambda finished: optuna.samplers.TPESampler(seed=seed + finished, n_startup_trials=3),
+        sampler=optuna.samplers.TPESampler(),
         pruner=optuna.pruners.NopPruner(),
         resume=resume,
     )
 
 
 def objective(trial: optuna.Trial) -> float:
-    x, y = trial.suggest_float("x", -1, 1), trial.suggest_categorical("y", (1, 2))
+    x, y = Plane().suggest(trial)
     trial.set_user_attr("note", y)
     return -((x - 0.3) ** 2) * y
 
@@ -116,7 +158,7 @@ def test_a_killed_trial_is_tried_again_with_its_parameters(tmp_path: Path) -> No
     worker.wait()
     study = new_study(where, resume=True)
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.WAITING]
-    run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 1, None, "test")
+    run_some(study, lambda trial: trial.suggest_float("x", 0, 1), 1, space=Line())
     assert study.trials[1].params == {"x": 0.25}
     assert study.trials[1].user_attrs["base"] is True
 
@@ -128,7 +170,7 @@ def test_a_trial_that_nobody_claims_is_tried_again(tmp_path: Path, monkeypatch: 
     new_study(where, first=[({"x": 0.25, "y": 1}, {"base": True})]).ask()
     study = new_study(where, resume=True)
     assert [t.state for t in study.trials] == [TrialState.RUNNING]  # it may have been begun this moment
-    run_trials(study, objective, 1, None, "test")
+    run_some(study, objective, 1)
     assert [t.state for t in study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
     assert study.trials[1].params == {"x": 0.25, "y": 1}
     assert study.trials[1].user_attrs["base"] is True
@@ -153,7 +195,7 @@ def test_a_killed_worker_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> N
 
 def test_a_torn_journal_is_resumed_from_its_last_whole_record(tmp_path: Path, capsys) -> None:
     where = tmp_path / "study.journal"
-    run_trials(new_study(where), objective, 4, None, "test")
+    run_some(new_study(where), objective, 4)
     whole = where.read_bytes()
     last = whole[:-1].rindex(b"\n") + 1
     ends = {
@@ -176,7 +218,7 @@ def test_a_torn_journal_is_resumed_from_its_last_whole_record(tmp_path: Path, ca
             assert path.read_bytes() == content[len(good) :], name
             path.unlink()
         study = new_study(where, resume=True)
-        run_trials(study, objective, 6, None, "test")
+        run_some(study, objective, 6)
         # where the last record of a trial is lost it counts as running, as long as this process is there
         assert len(new_study(where, resume=True).get_trials(states=FINISHED)) == (6 if good == whole else 5), name
     assert not list(tmp_path.glob("*.lock"))
@@ -186,13 +228,13 @@ def test_a_journal_torn_while_others_go_on(tmp_path: Path, capsys) -> None:
     """What a killed worker had half written is cut off by the next that writes, not written on."""
     where = tmp_path / "study.journal"
     here, there = new_study(where), new_study(where, resume=True)
-    run_trials(here, objective, 2, None, "test")
-    run_trials(there, objective, 3, None, "test")
+    run_some(here, objective, 2)
+    run_some(there, objective, 3)
     for number, torn in enumerate((b'{"op_code":6,"worker_id":"', bytes(40), b"\xff"), 1):
         with where.open("ab") as file:
             file.write(torn)
         assert len(there.get_trials(states=FINISHED)) == 2 + number  # reading alone leaves it
-        run_trials(here if number % 2 else there, objective, 3 + number, None, "test")
+        run_some(here if number % 2 else there, objective, 3 + number)
         assert (tmp_path / f"study.journal.cut-{number}").read_bytes() == torn
         assert capsys.readouterr().err.count("note: ") == 1
     for study in (here, there, new_study(where, resume=True)):
@@ -208,7 +250,7 @@ def test_a_full_disk_is_one_line_and_tears_nothing(tmp_path: Path, room: int, mo
 
     where = tmp_path / "study.journal"
     study = new_study(where)
-    run_trials(study, objective, 2, None, "test")
+    run_some(study, objective, 2)
     before = where.read_bytes()
     program = f"from nkat.host.commandline import run\ndef main():\n{textwrap.indent(WORKER, '    ')}\nrun(main)\n"
     limit = len(before) + room
@@ -230,14 +272,14 @@ def test_a_full_disk_is_one_line_and_tears_nothing(tmp_path: Path, room: int, mo
     assert after.endswith(b"\n")
     assert not list(tmp_path.glob("*.cut-*"))
     monkeypatch.setattr("nkat.study.study._UNCLAIMED_SECONDS", 0.2)  # a trial may have been begun, and no more
-    run_trials(study, objective, 4, None, "test")  # who was there all the time goes on
+    run_some(study, objective, 4)  # who was there all the time goes on
     assert len(new_study(where, resume=True).get_trials(states=FINISHED)) == 4
 
 
 def test_a_seed_gives_the_same_trials(tmp_path: Path) -> None:
     def run(name: str, seed: int) -> list[tuple]:
-        study = new_study(tmp_path / name, seed=seed)
-        assert run_trials(study, objective, 8, None, "test")
+        study = new_study(tmp_path / name)
+        run_some(study, objective, 8, seed=seed)
         return [(t.params["x"], t.params["y"], t.value) for t in study.trials]
 
     assert run("a", 1) == run("b", 1)
@@ -246,21 +288,21 @@ def test_a_seed_gives_the_same_trials(tmp_path: Path) -> None:
 
 def test_resuming_runs_only_what_is_missing(tmp_path: Path) -> None:
     where = tmp_path / "study.journal"
-    run_trials(new_study(where), objective, 4, None, "test")
+    run_some(new_study(where), objective, 4)
     with pytest.raises(NKATError, match="exists already with 4 trials: give --resume"):
         new_study(where)
     with pytest.raises(NKATError, match="was made with another a: 1 there, 2 here"):
         new_study(where, settings={"a": 2}, resume=True)
     study = new_study(where, resume=True)
-    run_trials(study, objective, 6, None, "test")
+    run_some(study, objective, 6)
     assert len(study.trials) == 6
-    run_trials(study, objective, 6, None, "test")
+    run_some(study, objective, 6)
     assert len(study.trials) == 6
 
 
 def test_a_timeout_starts_no_further_trial(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.journal")
-    run_trials(study, lambda trial: time.sleep(0.2) or objective(trial), 100, 0.3, "test")
+    run_some(study, lambda trial: time.sleep(0.2) or objective(trial), 100, 0.3)
     assert 1 <= len(study.trials) <= 3
 
 
@@ -271,7 +313,7 @@ def test_trials_that_break_a_constraint_are_never_best(tmp_path: Path) -> None:
         return value + trial.number  # the last would win
 
     study = new_study(tmp_path / "s.journal")
-    run_trials(study, constrained, 6, None, "test")
+    run_some(study, constrained, 6)
     assert {t.number for t in best_trials(study, 10)} == {0, 1, 2}
     assert best_trials(study, 1)[0].number == 2
     assert history(study)[5]["constraints"] == {"cost": 2.5}
@@ -280,19 +322,64 @@ def test_trials_that_break_a_constraint_are_never_best(tmp_path: Path) -> None:
 def test_importances_name_the_parameter_that_matters(tmp_path: Path) -> None:
     study = new_study(tmp_path / "s.journal")
     assert importances([]) == {}
-    run_trials(study, objective, 40, None, "test")
+    run_some(study, objective, 40)
     found = importances((trial, trial.value) for trial in study.trials)
     assert found["x"] > found["y"]
 
 
-def test_interrupt_lets_the_running_trial_finish(tmp_path: Path) -> None:
+def test_nothing_is_important_where_all_score_alike(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    study = new_study(tmp_path / "s.journal")
+    run_some(study, lambda trial: 0 * objective(trial), 6)
+    assert importances((trial, 1.0) for trial in study.trials) == {}
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    assert importances((trial, float(trial.number)) for trial in study.trials)  # the control
+
+
+def test_an_interrupted_trial_ends_at_once_and_is_tried_again(tmp_path: Path) -> None:
     where = tmp_path / "s.journal"
-    worker = start_worker(where, 50, 0.5)
-    assert worker.stdout.readline().startswith("running")
-    worker.send_signal(signal.SIGINT)
-    assert worker.wait(timeout=60) == 0
-    states = [t.state for t in new_study(where, resume=True).trials]
-    assert states == [TrialState.COMPLETE]
+    study = new_study(where, first=[({"x": 0.25, "y": 2}, {"base": True})])
+
+    def interrupted(trial: optuna.Trial) -> float:
+        objective(trial)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_some(study, interrupted, 5)
+    resumed = new_study(where, resume=True)
+    new_study(where, resume=True)  # again: one that waits already is not queued twice
+    assert [t.state for t in resumed.trials] == [TrialState.FAIL, TrialState.WAITING]
+    run_some(resumed, objective, 1)
+    assert resumed.trials[1].params == {"x": 0.25, "y": 2}
+    assert resumed.trials[1].user_attrs["base"] is True
+
+
+def test_no_setting_is_tried_twice_and_the_search_ends_with_the_last(tmp_path: Path) -> None:
+    def settings(study: optuna.Study) -> list[tuple]:
+        return [tuple(t.params.values()) for t in study.get_trials(states=FINISHED)]
+
+    def few(trial: optuna.Trial) -> float:
+        x, y = Few().suggest(trial)
+        return -((x + 0.2) ** 2) * y
+
+    study = new_study(tmp_path / "s.journal", first=[({"x": -0.3, "y": 2}, {})])
+    assert not run_some(study, few, 7, space=Few())
+    assert len(set(settings(study))) == 7
+    study = new_study(tmp_path / "s.journal", resume=True)
+    assert run_some(study, few, 100, space=Few())  # used up
+    assert len(settings(study)) == len(set(settings(study))) == 12
+    assert run_some(new_study(tmp_path / "s.journal", resume=True), few, 100, space=Few())  # on resume, at once
+    assert len(settings(study)) == 12
+
+
+def test_of_two_that_proposed_the_same_the_later_counts_for_nothing(tmp_path: Path) -> None:
+    """As two processes do that look at the trials at the same time."""
+    study = new_study(tmp_path / "s.journal")
+    run_some(study, objective, 1)
+    ours = iter([study.trials[0].params, {"x": 0.5, "y": 1}])
+    run_trials(study, objective, lambda trials: next(ours), 2, None, "test")
+    assert [row["state"] for row in history(study)] == ["COMPLETE", "REPEATED", "COMPLETE"]
+    assert best_trials(study, 5)[0].number != 1
+    assert study.trials[2].params == {"x": 0.5, "y": 1}
 
 
 @pytest.mark.parametrize("call", ["set_trial_state_values", "set_trial_user_attr", "get_trial", "get_all_trials"])
@@ -302,7 +389,7 @@ def test_a_database_that_is_gone_is_one_line(
 ) -> None:
     """Whatever is asked of it when it goes; a fault of ours keeps its traceback."""
     study = new_study(f"sqlite:///{tmp_path}/s.db")
-    run_trials(study, objective, 2, None, "test")
+    run_some(study, objective, 2)
     gone = OperationalError("select", {}, Exception("the server closed the connection\nunexpectedly"))
 
     def fail(*_: object, **__: object) -> None:
@@ -317,7 +404,7 @@ def test_a_database_that_is_gone_is_one_line(
         return 1.0
 
     with pytest.raises(NKATError if of_the_database else (KeyError, AssertionError, UnboundLocalError)) as ended:
-        run_trials(study, objective_then_gone, 4, None, "test")
+        run_some(study, objective_then_gone, 4)
     if of_the_database:
         assert str(ended.value).startswith("the study's storage fails: (builtins.Exception) the server closed")
         assert "\n" not in str(ended.value)
@@ -348,3 +435,16 @@ def test_storages_that_cannot_be(tmp_path: Path) -> None:
         open_storage("nosuch://host/db")
     with pytest.raises(NKATError, match="storage"):
         open_storage(str(tmp_path / "no" / "folder" / "study.journal"))
+
+
+def test_a_database_without_a_driver_is_told_which_one(fails, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for driver in ("psycopg2", "psycopg", "MySQLdb"):
+        monkeypatch.setitem(sys.modules, driver, None)  # as where it is not installed
+    asked = ("nkat_auto_optimizer.py", "--model", "no.gguf", "--storage")
+    said = fails(*asked, "postgresql+psycopg2://me:secret@host/db")  # before the model is looked for
+    assert "no psycopg2, the driver" in said
+    assert "pip install psycopg2-binary" in said
+    assert "secret" not in said
+    assert "no MySQLdb, the driver" in fails(*asked, "mysql://host/db")
+    assert "storage foo://host/db: Can't load plugin" in fails(*asked, "foo://host/db")
+    assert "no.gguf" in fails(*asked, f"sqlite:///{tmp_path}/x.db")  # the control

@@ -117,3 +117,24 @@ def test_untrained_checkpoints_are_refused(run: Path, change: dict) -> None:
     assert done.returncode == 2
     assert "not trained" in done.stderr
     assert not (run / "out").exists()
+
+
+def test_a_record_that_cannot_be_written_is_known_before_the_work(run: Path) -> None:
+    record = run / "record.json"
+    record.write_text("kept")
+    common = ["--checkpoint", run, "--data-root", run, "--output-dir", run / "out", "--json"]
+    done = run_module("nkat_vit.interpret", *common, record)
+    assert (done.returncode, "exists already; give --force" in done.stderr) == (2, True)
+    done = run_module("nkat_vit.interpret", *common, run / "best.pt", "--force")
+    assert "the output is the same file as the input" in done.stderr
+    assert record.read_text() == "kept"
+    assert not (run / "out").exists()
+    done = run_module("nkat_vit.train", "--json", record, "--output", run / "new")
+    assert (done.returncode, "exists already; give --force" in done.stderr) == (2, True)
+    (run / "last.pt").unlink(missing_ok=True)
+    weights = (run / "best.pt").read_bytes()  # a run that is finished keeps this alone, and it is not to be lost
+    done = run_module("nkat_vit.train", "--dataset", "mnist", "--output", run)
+    assert "holds a run already" in done.stderr
+    assert (run / "best.pt").read_bytes() == weights
+    done = run_module("nkat_vit.augment", "--dataset", "mnist", "--data-root", run, "--output", record)
+    assert "exists already; give --force" in done.stderr

@@ -18,13 +18,14 @@ from optuna.trial import TrialState
 
 from nkat.errors import NKATError
 from nkat.host.distributed import World
-from nkat.study.study import best_trials, open_storage, open_study
+from nkat.study.space import key
+from nkat.study.study import best_trials, make_sampler, open_storage, open_study
 from nkat_vit import checkpoint, data, search
 from nkat_vit.loop import DivergedError, Trainer, open_run
 from nkat_vit.metrics import global_tpe, tpe
 from nkat_vit.model import STEMS
 from nkat_vit.recipe import make_recipe, read_config, with_amp
-from nkat_vit.search import BASELINE, CHOICES, RANGES, Budget, Trials, recipe_of, suggest, tokens_of
+from nkat_vit.search import BASELINE, CHOICES, RANGES, Budget, Shapes, Trials, recipe_of, tokens_of
 from tests.conftest import ROOT
 from tests.support.vit_data import run_module, write_cifar, write_grey
 
@@ -81,23 +82,41 @@ def test_the_space_is_the_plans() -> None:
     assert RANGES["top_p"][:2] == (0.80, 0.95)
     study = make_study()
     study.enqueue_trial(BASELINE)
-    assert suggest(study.ask()) == BASELINE  # no warning, no other value: the baseline lies in the space
-    points = [suggest(study.ask()) for _ in range(30)]
+    assert Shapes().suggest(study.ask()) == BASELINE  # no warning, no other value: the baseline lies in the space
+    points = [Shapes().suggest(study.ask()) for _ in range(30)]
     assert all(point["embed_dim"] % 8 == 0 for point in points)
     assert len({tuple(point.values()) for point in points}) > 25
 
 
 def test_long_sequences_can_be_left_out() -> None:
     study = make_study()
-    points = [suggest(study.ask(), max_tokens=100) for _ in range(60)]
+    points = [Shapes(100).suggest(study.ask()) for _ in range(60)]
     shapes = {(point["conv_stem"], point["patch_size"]) for point in points}
     assert shapes == set(itertools.product(CHOICES["conv_stem"], (2, 4))) - {("off", 2)}
     assert tokens_of("off", 2) == 257 > 100 > tokens_of("off", 4) == 65
     study = make_study()
-    points = [suggest(study.ask(), max_tokens=20) for _ in range(60)]
+    points = [Shapes(20).suggest(study.ask()) for _ in range(60)]
     assert {(p["conv_stem"], p["patch_size"]) for p in points} == set(itertools.product(("tiny", "small"), (2, 4)))
     with pytest.raises(NKATError, match="no stem and patch have as few as 4 tokens"):
-        suggest(make_study().ask(), max_tokens=4)
+        Shapes(4).suggest(make_study().ask())
+
+
+def test_every_shape_is_listed_as_trials_have_it() -> None:
+    """A trial's parameters and the list's must be equal, or a shape that was tried would be tried again."""
+    for limit in (0, 20, 100):
+        space, study = Shapes(limit), make_study()
+        listed = {key(point) for point in space.points()}
+        assert all(key(trial.params) in listed for trial in asked(study, space, 40))
+        assert key(space.parameters(BASELINE)) in listed
+    assert len({key(point) for point in Shapes().points()}) == 3 * 2 * 5 * 5 * 9 * 16
+    assert len({key(point) for point in Shapes(100).points()}) == 5 * 5 * 5 * 9 * 16  # without the longest
+
+
+def asked(study: optuna.Study, space: Shapes, count: int) -> list[optuna.Trial]:
+    trials = [study.ask() for _ in range(count)]
+    for trial in trials:
+        space.suggest(trial)
+    return trials
 
 
 def test_a_trial_that_passes_is_scored_on_all_sets(root: Path, tmp_path: Path) -> None:
@@ -233,10 +252,11 @@ WORKER = textwrap.dedent(
     import os, sys, time
     from pathlib import Path
     import optuna, torch
+    from nkat.study.space import proposer
     from nkat.study.study import make_sampler, open_storage, open_study, run_trials
     from nkat_vit import data, search
     from nkat_vit.loop import Trainer
-    from nkat_vit.search import Budget, Trials
+    from nkat_vit.search import Budget, Shapes, Trials
     from tests.vit.test_search import BUDGET, CPU, SMALL_BASELINE, SMALL_CHOICES, SMALL_RANGES
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -253,14 +273,16 @@ WORKER = textwrap.dedent(
 
         Trainer._save_run = save_and_wait
     trials = Trials(Path(root), Path(folder), BUDGET, 0.0, ("mnist",), CPU)
-    study = open_study(open_storage(storage), "s", {}, [(SMALL_BASELINE, {})], resume=True,
-        sampler=lambda done: make_sampler(done + os.getpid()), pruner=BUDGET.pruner())
+    space = Shapes()
+    study = open_study(open_storage(storage), "s", {}, [(space.parameters(SMALL_BASELINE), {})], resume=True,
+        sampler=make_sampler(0), pruner=BUDGET.pruner())
+    propose = proposer(space, lambda done: make_sampler(done + os.getpid(), conditional=True))
 
     def objective(trial):
         print("running", trial.number, flush=True)
         return trials.objective(trial)
 
-    run_trials(study, objective, int(target), None, "worker")
+    run_trials(study, objective, propose, int(target), None, "worker")
     """
 )
 
@@ -287,7 +309,7 @@ def test_two_processes_of_which_one_is_killed(root: Path, tmp_path: Path) -> Non
     finally:
         for worker in workers:
             worker.kill()
-    study = open_study(open_storage(storage), "s", {}, [], resume=True, sampler=lambda _: None, pruner=BUDGET.pruner())
+    study = open_study(open_storage(storage), "s", {}, [], resume=True, sampler=make_sampler(0), pruner=BUDGET.pruner())
     states = [trial.state for trial in study.trials]
     assert states.count(TrialState.FAIL) == 1
     assert sum(state in (TrialState.COMPLETE, TrialState.PRUNED) for state in states) == target

@@ -52,24 +52,26 @@ def fit_text(tokenizer: Tokenizer, text: Text, ignore: Sequence[str] = ()) -> Fi
     return FitText(tokens, ignored, tokenizer.bos_id if tokenizer.adds_bos else None)
 
 
-def split_validation(text: FitText, name: str, context: int) -> tuple[FitText, Passages]:
+def split_validation(text: FitText, name: str, context: int, judged: int = CONTEXT) -> tuple[FitText, Passages]:
     """The part to learn from, and the last tenth for validation.
 
+    context: tokens of a sequence;  judged: tokens of a validation chunk
     Raises NKATError for a text with too few tokens; `name` is what the error calls it.
     """
-    share = len(text.tokens) // _VALIDATION_SHARE // CONTEXT
-    chunks = min(_MOST_VALIDATION_CHUNKS, max(_LEAST_VALIDATION_CHUNKS, share))
-    kept_back = chunks * CONTEXT
+    share = len(text.tokens) // _VALIDATION_SHARE // judged
+    most = _MOST_VALIDATION_CHUNKS * CONTEXT // judged
+    chunks = min(most, max(_LEAST_VALIDATION_CHUNKS, share))
+    kept_back = chunks * judged
     if len(text.tokens) < kept_back + context:
         raise NKATError(
             f"{name}: the text is too short: it has {len(text.tokens)} tokens, and a fit needs at least "
             f"{kept_back + context} ({kept_back} of them kept back for validation)"
         )
-    cut = text.tokens[-kept_back:].view(chunks, CONTEXT)
+    cut = text.tokens[-kept_back:].view(chunks, judged)
     if text.bos is not None:
         cut = cut.clone()
         cut[:, 0] = text.bos
-    counted = ~text.ignored[-kept_back:].view(chunks, CONTEXT)[:, -scored_tokens(CONTEXT) :]
+    counted = ~text.ignored[-kept_back:].view(chunks, judged)[:, -scored_tokens(judged) :]
     if not bool(counted.any()):
         raise NKATError(f"{name}: nothing in the text's last {kept_back} tokens is left to validate on")
     kept = Passages(cut, counted, "the calibration text's validation slice")

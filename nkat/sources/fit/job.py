@@ -19,13 +19,13 @@ from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
 from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.measure.judge import Judge, Passages
-from nkat.measure.perplexity import PairedChange
+from nkat.measure.perplexity import PairedChange, chunk_context, warn_of_short_chunks
 from nkat.measure.texts import Text
 from nkat.sources.fit.data import fit_text, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.sources.fit.layers import Factors
 from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
-from nkat.sources.make import describe_theta_set, make_thetas
+from nkat.sources.make import check_reference_is_better, describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import Theta
 from nkat.theta.modelfile import base_hash
@@ -80,6 +80,8 @@ def run_fit(request: FitRequest) -> FitResult:
     text, keep = request.calibrate, request.keep
     if keep is not None and keep.sha256 == text.sha256:
         raise NKATError(f"{keep.name}: the text to keep and the text to learn from are the same text")
+    if request.reference is not None:
+        check_reference_is_better(request.model.gguf, request.reference.gguf, request.names)
     with join_world(request.allow_cuda) as world:
         dtype = _dtype(request.precision, world.device)
         loaded = _working_copy(request, world.device, dtype)
@@ -165,7 +167,10 @@ def _load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
 
 def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> FitData:
     context = request.settings.context
-    learned, validation = split_validation(fit_text(loaded.tokenizer, text, request.ignore), text.name, context)
+    whole = fit_text(loaded.tokenizer, text, request.ignore)
+    judged = chunk_context(loaded.config.context_length)
+    learned, validation = split_validation(whole, text.name, context, judged)
+    warn_of_short_chunks(judged)
     if keep is None:
         return FitData(learned, validation)
     kept = fit_text(loaded.tokenizer, keep)

@@ -9,9 +9,10 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host import commandline
+from nkat.lm.config import ModelConfig
 from nkat.sources.fit.descent import FitSettings
 
-_DEFAULTS = {field.name: field.default for field in fields(FitSettings)}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(FitSettings)}
 _FLAGS: dict[str, tuple[Callable[[str], float], str]] = {  # field of FitSettings: (type, help)
     "steps": (commandline.positive_int, "steps of gradient descent"),
     "batch": (commandline.positive_int, "sequences a step, in each process"),
@@ -65,6 +66,9 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-nested", action="store_true", help="learn this rank only, not the lower ones in its first columns"
     )
+    group.add_argument(
+        "--beyond-context", action="store_true", help="let --fit-context be more than what the model was made for"
+    )
     group.add_argument("--resume", action="store_true", help="go on with a fit that was interrupted")
     group.add_argument("--no-cuda", action="store_true", help="fit on the processor even where there is a GPU")
     group.add_argument(
@@ -80,6 +84,7 @@ class FitOptions:
     settings: fields of FitSettings that were given, each of its field's type;  reference_share: None where it was not
     start: one of STARTS;  precision: "auto", "float32" or "bfloat16";  nested: learn lower ranks in the first columns
     ignore: parts of the text that are not to be learned
+    beyond_context: sequences may be longer than what the model was made for
     """
 
     given: tuple[str, ...]
@@ -92,9 +97,15 @@ class FitOptions:
     resume: bool
     allow_cuda: bool
     ignore: tuple[str, ...]
+    beyond_context: bool
 
-    def fit_settings(self, rank: int, gamma: float, seed: int, has_reference: bool) -> FitSettings:
-        """The settings of a fit. Raises NKATError for values that make no sense."""
+    def fit_settings(self, config: ModelConfig, rank: int, gamma: float, seed: int, has_reference: bool) -> FitSettings:
+        """The settings of a fit of a model. Raises NKATError for values that make no sense.
+
+        Sequences are no longer than what the model was made for, unless more is asked for twice.
+        """
+        if "context" in self.settings:
+            config.check_length(self.settings["context"], "--fit-context", self.beyond_context)
         share = self.reference_share
         if share is None:
             share = 1.0 if has_reference else 0.0
@@ -105,7 +116,7 @@ class FitOptions:
             nested=self.nested and rank > 1,
             fast=self.fast,
             reference_share=share,
-            **self.settings,
+            **{"context": min(_DEFAULTS["context"], config.context_length), **self.settings},
         )
         _check(settings)
         return settings
@@ -116,7 +127,9 @@ def fit_options(parsed: argparse.Namespace) -> FitOptions:
     settings = {name: getattr(parsed, f"fit_{name}") for name in _FLAGS}
     names = [*(f"fit_{name}" for name in (*_FLAGS, "reference_share", "start", "precision")), "calibrate_ignore"]
     given = [name for name in names if getattr(parsed, name) is not None]
-    given += [name for name in ("fit_fast", "no_nested", "resume", "no_cuda") if getattr(parsed, name)]
+    given += [
+        name for name in ("fit_fast", "no_nested", "resume", "no_cuda", "beyond_context") if getattr(parsed, name)
+    ]
     return FitOptions(
         given=tuple("--" + name.replace("_", "-") for name in given),
         settings={name: value for name, value in settings.items() if value is not None},
@@ -128,6 +141,7 @@ def fit_options(parsed: argparse.Namespace) -> FitOptions:
         resume=parsed.resume,
         allow_cuda=not parsed.no_cuda,
         ignore=tuple(parsed.calibrate_ignore or ()),
+        beyond_context=parsed.beyond_context,
     )
 
 
