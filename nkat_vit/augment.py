@@ -25,9 +25,13 @@ from torch import Tensor
 from nkat.errors import NKATError
 from nkat.host.commandline import parser, positive_int
 from nkat.host.files import check_output
-from nkat_vit.data import DATASETS, find_dataset, load_images
+from nkat.host.tools import suggest
+from nkat_vit.data import DATASETS, ImageSet, find_dataset, load_images
 from nkat_vit.pictures import save_grid
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, randaugment
+
+_VIEWS, _MIXED = 6, 3  # columns of the picture of examples
+_MIXED_FROM = 64  # pictures that its mixed ones find their others among
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,11 @@ def augment(
     images: Tensor, labels: Tensor, config: AugmentConfig, mean: tuple[float, ...], random: np.random.Generator
 ) -> Batch:
     """One batch: uint8 pictures [b, c, h, w] and labels [b], on any device; `mean` is the colour that Cutout leaves."""
+    return mix(views(images, config, mean, random), labels, config, random)
+
+
+def views(images: Tensor, config: AugmentConfig, mean: tuple[float, ...], random: np.random.Generator) -> Tensor:
+    """What each picture is turned into by itself: uint8 [b, c, h, w] → float32 from 0 to 1."""
     x = _crop_and_flip(images, config, random).float()
     if config.randaugment[0]:
         x = randaugment(x, *config.randaugment, random)
@@ -82,7 +91,7 @@ def augment(
     if config.cutout:
         inside = _boxes(x, np.full(len(x), config.cutout), random)
         x = torch.where(inside, x.new_tensor(mean).view(-1, 1, 1), x)
-    return _mix(x, labels, config, random)
+    return x
 
 
 def _crop_and_flip(images: Tensor, config: AugmentConfig, random: np.random.Generator) -> Tensor:
@@ -127,7 +136,8 @@ def _boxes(x: Tensor, sides: np.ndarray, random: np.random.Generator) -> Tensor:
     return (masks[0][:, :, None] & masks[1][:, None, :])[:, None]
 
 
-def _mix(x: Tensor, labels: Tensor, config: AugmentConfig, random: np.random.Generator) -> Batch:
+def mix(x: Tensor, labels: Tensor, config: AugmentConfig, random: np.random.Generator) -> Batch:
+    """Mixup and CutMix of views [b, c, h, w], each with another one of the batch."""
     if not (config.mixup or config.cutmix):
         return Batch(x, labels, labels, x.new_ones(len(x)))
     order = torch.from_numpy(random.permutation(len(x))).to(x.device)
@@ -148,28 +158,58 @@ def _mix(x: Tensor, labels: Tensor, config: AugmentConfig, random: np.random.Gen
     return Batch(mixed, labels, other_labels, weight)
 
 
+def draw_examples(
+    path: Path, images: ImageSet, config: AugmentConfig, random: np.random.Generator, rows: int, force: bool
+) -> None:
+    """A row a picture: itself, views of it, and views mixed with those of others, whose labels and shares are said."""
+    spec = find_dataset(images.name)
+    batch = images.take(torch.arange(min(max(rows, _MIXED_FROM), len(images))))
+    rows = min(rows, len(batch))
+    names = [spec.classes[label] for label in batch.labels.tolist()]
+    columns = [batch.images[:rows].float() / 255]
+    columns += [views(batch.images[:rows], config, spec.mean, random) for _ in range(_VIEWS)]
+    captions = [names[:rows], *[[""] * rows] * _VIEWS]
+    for _ in range(_MIXED if config.mixup or config.cutmix else 0):
+        mixed = augment(batch.images, batch.labels, config, spec.mean, random)
+        columns.append(mixed.images[:rows])
+        shares = zip(names[:rows], mixed.weight.tolist(), mixed.others.tolist(), strict=False)
+        captions.append([_shares(name, weight, spec.classes[other]) for name, weight, other in shares])
+    mixing = f", {len(columns) - 1 - _VIEWS} mixed (Mixup {config.mixup:g}, CutMix {config.cutmix:g})"
+    title = f"{spec.title}: original, {_VIEWS} views of it{mixing if len(columns) > 1 + _VIEWS else ''}"
+    save_grid(path, torch.stack(columns, dim=1), title, force, [list(row) for row in zip(*captions, strict=True)])
+
+
+def _shares(name: str, weight: float, other: str) -> str:
+    own, rest = (round(100 * share) for share in (weight, 1 - weight))
+    return f"{own} % {name}\n" + (f"{rest} % {other}" if rest else "")
+
+
 def main() -> None:
     arguments = parser(
-        "A picture of what augmentation does: each row one picture, first as it is.",
-        "  python -m nkat_vit.augment --dataset cifar10 --data-root data --output examples.png",
+        "A picture of what augmentation does: each row one picture as it is, views of it, and views mixed with others.",
+        "  python -m nkat_vit.augment --dataset cifar10 --data-root data --output examples.png\n"
+        "  python -m nkat_vit.augment --dataset cifar10 --mixup 1 --cutmix 1 --output strong.png",
     )
     arguments.add_argument("--dataset", choices=list(DATASETS), default="cifar10", help="which set (cifar10)")
     arguments.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
     arguments.add_argument("--output", type=Path, required=True, help="the PNG")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--rows", type=positive_int, default=6, help="pictures (6)")
-    arguments.add_argument("--randaugment", type=int, nargs=2, default=(2, 9), metavar=("N", "M"))
+    usual = AugmentConfig()
+    arguments.add_argument("--randaugment", type=int, nargs=2, default=usual.randaugment, metavar=("N", "M"))
+    for name, text in (("mixup", "α of Mixup"), ("cutmix", "α of CutMix")):
+        value = getattr(usual, name)
+        arguments.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{text}, 0: off ({value:g})")
     arguments.add_argument("--force", action="store_true", help="replace an existing file")
     options = arguments.parse_args()
     check_output(options.output, options.force)
-    spec = find_dataset(options.dataset)
-    images = load_images(options.dataset, options.data_root, train=True)
-    config = AugmentConfig(flip=spec.mirrored, randaugment=tuple(options.randaugment))
-    random = np.random.default_rng(options.seed)
-    some = images.images[: options.rows]
-    columns = [some.float() / 255]
-    columns += [augment(some, images.labels[: options.rows], config, spec.mean, random).images for _ in range(9)]
-    save_grid(
-        options.output, torch.stack(columns, dim=1), f"{spec.title}: original and nine of its views", options.force
+    config = AugmentConfig(
+        flip=find_dataset(options.dataset).mirrored,
+        randaugment=tuple(options.randaugment),
+        mixup=options.mixup,
+        cutmix=options.cutmix,
     )
+    images = load_images(options.dataset, options.data_root, train=True)
+    draw_examples(options.output, images, config, np.random.default_rng(options.seed), options.rows, options.force)
     print(options.output)
+    suggest("vit train", "--dataset", options.dataset, "--data-root", options.data_root)

@@ -1,12 +1,10 @@
 """Checkpoints: `last.pt` continues a run bit by bit, `best.pt` is the model to use.
 
-Both are dictionaries of tensors, numbers, strings and lists, written whole or not at all and read with torch's
-restricted loader, which runs no code from the file.
+Both are dictionaries of tensors, numbers, strings and lists (`nkat.host.tensors`).
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 
 from nkat.errors import NKATError
-from nkat.host.files import atomic_output
+from nkat.host.tensors import load_tensors, save_tensors
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import Recipe, make_recipe
 
@@ -35,21 +33,12 @@ class TrainedModel:
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Replaces `path` in one step."""
-    buffer = io.BytesIO()
-    torch.save(content | {"format": FORMAT}, buffer)
-    with atomic_output(path, buffer.tell(), force=True) as file:
-        file.write(buffer.getbuffer())
+    save_tensors(path, content | {"format": FORMAT})
 
 
 def load(path: Path, kind: str) -> dict[str, Any]:
     """A checkpoint of the kind "run" or "weights", on the CPU. Raises NKATError for anything else."""
-    if not path.is_file():
-        raise NKATError(f"{path}: there is no such checkpoint")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged archive, or the pickle in it, can raise
-        reason = str(error).strip().splitlines() or ["damaged"]
-        raise NKATError(f"{path}: cannot be loaded safely as a checkpoint: {reason[0]}") from None
+    content = load_tensors(path, "a checkpoint")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise NKATError(f"{path}: this is no checkpoint of nkat_vit, version {FORMAT}")
     if content.get("kind") != kind:
@@ -78,8 +67,12 @@ def damage(path: Path) -> Iterator[None]:
         raise NKATError(f"{path}: this checkpoint is damaged: {type(error).__name__} {line}"[:300]) from None
 
 
-def load_model(path: Path, device: torch.device | None = None) -> TrainedModel:
-    """The model of a `best.pt`, or of a run's folder."""
+def load_model(path: str | Path, device: torch.device | None = None) -> TrainedModel:
+    """The model of a `best.pt`, or of a run's folder, on the processor unless a device is given.
+
+    Raises NKATError for a file that is absent, cut, damaged, or no such checkpoint.
+    """
+    path = Path(path)
     path = path / "best.pt" if path.is_dir() else path
     content = load(path, "weights")
     recipe = recipe_of(content, path)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from nkat.errors import NKATError
+from nkat.host.console import counted
 from nkat_vit.readers import read_cifar_binary, read_cifar_pickle, read_idx
 
 _DIGITS = tuple("0123456789")
@@ -181,12 +182,12 @@ def check_files(name: str, root: Path) -> None:
 def split(whole: ImageSet, validation: int, seed: int, limit: int | None = None) -> tuple[ImageSet, ImageSet]:
     """Training and validation parts, by seed; `limit` keeps so many training pictures (the validation set stays)."""
     if not 0 < validation < len(whole):
-        raise NKATError(f"a validation set of {validation} does not fit {len(whole)} pictures")
+        raise NKATError(f"a validation set of {validation} does not fit {counted(len(whole), 'picture')}")
     order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
     chosen = order[validation:]
     if limit is not None:
         if limit > len(chosen):
-            raise NKATError(f"--limit-train {limit} is more than the {len(chosen)} pictures there are")
+            raise NKATError(f"--limit-train {limit} is more than the {counted(len(chosen), 'picture')} there are")
         chosen = chosen[:limit]
     return whole.take(chosen), whole.take(order[:validation])
 

@@ -22,6 +22,7 @@ from nkat.errors import NKATError
 from nkat.host.commandline import parser
 from nkat.host.console import bar, note
 from nkat.host.files import sync_folder
+from nkat.host.tools import suggest
 from nkat_vit.data import DATASETS, find_dataset
 
 _TIMEOUT_SECONDS = 30
@@ -147,3 +148,4 @@ def main() -> None:
     for name in options.names:
         for archive in archives(name):
             print(fetch(archive, options.data_root))
+    suggest("vit train", "--dataset", options.names[0], "--data-root", options.data_root)

@@ -2,7 +2,8 @@
 
 `.pt2` is torch.export's format, `.onnx` needs the packages onnx, onnxscript and onnxruntime. Either takes pictures
 float32 [batch, channels, side, side] from 0 to 1 (normalising is inside) for any batch and gives logits
-[batch, classes]. What was written is loaded again and compared with the eager model before the file takes its name.
+[batch, classes], and says so itself, with the names of the classes. What was written is loaded again and compared with
+the eager model before the file takes its name.
 """
 
 from __future__ import annotations
@@ -14,33 +15,26 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 
 import importlib.util
 import io
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.host.console import note
 from nkat.host.files import atomic_output, check_output
+from nkat.host.record import toolkit_version
 from nkat_vit.checkpoint import TrainedModel, load_model
+from nkat_vit.data import find_dataset
+from nkat_vit.model import LogitsOnly
 
 TOLERANCE = 1e-4  # of logits; other kernels sum in another order
+DESCRIPTION = "nkat.json"  # in a .pt2
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-class LogitsOnly(nn.Module):
-    """The model without its intermediates."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """[b, c, h, w] from 0 to 1 → [b, classes]"""
-        return self.model(images)[0]
 
 
 def example_pictures(trained: TrainedModel, count: int) -> Tensor:
@@ -50,36 +44,56 @@ def example_pictures(trained: TrainedModel, count: int) -> Tensor:
     return torch.rand(count, config.channels, config.image_size, config.image_size, generator=generator)
 
 
+def describe_input(trained: TrainedModel) -> dict[str, str]:
+    """What an exported file says of itself: what to give it, and what its logits are of. Lists are JSON."""
+    config, spec = trained.recipe.model, find_dataset(trained.recipe.dataset)
+    colours = "red, green and blue planes" if config.channels == 3 else "one grey plane"
+    side = config.image_size
+    facts = {
+        "input": f"float32 [batch, {config.channels}, {side}, {side}], {colours}, values from 0 to 1: divide bytes by "
+        "255 and do not normalise, that is inside",
+        "output": "logits [batch, classes]; softmax of them for shares",
+        "dataset": trained.recipe.dataset,
+        "classes": json.dumps(spec.classes),
+        "image_size": str(side),
+        "channels": str(config.channels),
+        "mean": json.dumps(config.mean),
+        "std": json.dumps(config.std),
+    }
+    return facts | {name: str(version) for name, version in toolkit_version().items()}
+
+
 def export_pt2(trained: TrainedModel) -> bytes:
-    """torch.export's program with a free batch size, as bytes."""
+    """torch.export's program with a free batch size, as bytes, with `describe_input` in its extra file nkat.json."""
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(
         LogitsOnly(trained.model).eval(), (example_pictures(trained, 3),), dynamic_shapes=({0: batch},)
     )
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    torch.export.save(program, buffer, extra_files={DESCRIPTION: json.dumps(describe_input(trained), indent=2)})
     return buffer.getvalue()
 
 
 def export_onnx(trained: TrainedModel) -> bytes:
-    """An ONNX model with a free batch size, as bytes."""
+    """An ONNX model with a free batch size, as bytes, with `describe_input` as its metadata."""
     absent = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
         raise NKATError(f"export to ONNX needs {', '.join(absent)}: pip install {' '.join(absent)}")
     batch = torch.export.Dim("batch", min=1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(
+        program = torch.onnx.export(
             LogitsOnly(trained.model).eval(),
             (example_pictures(trained, 3),),
-            str(path),
             dynamo=True,
-            external_data=False,
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes=({0: batch},),
             verbose=False,
         )
+        assert program is not None  # None is what the older exporter gives
+        program.model.metadata_props.update(describe_input(trained))
+        program.save(path, external_data=False)
         return path.read_bytes()
 
 

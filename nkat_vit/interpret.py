@@ -27,6 +27,7 @@ from nkat.host.console import note
 from nkat.host.files import output_folder
 from nkat.host.hardware import describe, pick_device
 from nkat.host.record import check_record, recorded
+from nkat.host.tools import suggest
 from nkat_vit.attention import Attention
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.data import ImageSet, find_dataset, load_images, split
@@ -227,3 +228,4 @@ def main() -> None:
         print(f"predictions that they change          {100 * record['changed_by_gauge']:.2f} %")
         for name in record["files"]:
             print(folder / name)
+    suggest("vit export", "--checkpoint", options.checkpoint, "--output", "model.onnx")

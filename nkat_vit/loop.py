@@ -28,10 +28,12 @@ from nkat_vit.data import ImageSet, split
 from nkat_vit.model import NKATViT
 from nkat_vit.optim import Average, lr_factor, make_optimizers, set_lr
 from nkat_vit.predict import accuracy, autocast
-from nkat_vit.recipe import Recipe, with_amp
+from nkat_vit.recipe import Recipe, check_schedule, with_amp
 
 _CHECK_STEPS = 20  # reading the loss more often would make a GPU wait
 _AMP_TRIALS = 4
+_THREAD_TRIALS = 3
+_THREAD_SECONDS = 5.0  # after which the first of them has to do
 
 
 class DivergedError(NKATError):
@@ -48,22 +50,53 @@ def mixed_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
 
 def measure_amp(recipe: Recipe, images: ImageSet, device: torch.device) -> tuple[str, dict[str, float]]:
     """Which of "off" and "bf16" trains faster here, and the seconds of a step of each (the fastest of four)."""
-    seconds = {}
+    step = _bare_step(recipe, images, device)
+    seconds = {amp: min(step(amp) for _ in range(_AMP_TRIALS)) for amp in ("off", "bf16")}
+    return min(seconds, key=lambda amp: seconds[amp]), seconds
+
+
+def measure_threads(recipe: Recipe, images: ImageSet) -> dict[int, float]:
+    """Pictures a second of a processor, by number of threads: those in force now, half of them, one.
+
+    Measured in turns, the fastest of three, or the first where steps are long. Beside other work, threads that wait for
+    one another can be slower than one alone.
+    """
+    before = torch.get_num_threads()
+    counts = sorted({before, (before + 1) // 2, 1})
+    step = _bare_step(recipe, images, torch.device("cpu"))
+    step(recipe.train.amp)  # the first makes what the others find
+    seconds = dict.fromkeys(counts, float("inf"))
+    started = perf_counter()
+    try:
+        with console.bar(_THREAD_TRIALS * len(counts), "measuring threads", "step") as progress:
+            for _ in range(_THREAD_TRIALS):
+                for count in counts:
+                    torch.set_num_threads(count)
+                    seconds[count] = min(seconds[count], step(recipe.train.amp))
+                    progress.update()
+                if perf_counter() - started > _THREAD_SECONDS:
+                    break
+    finally:
+        torch.set_num_threads(before)
+    return {count: recipe.train.batch_size / s for count, s in seconds.items()}
+
+
+def _bare_step(recipe: Recipe, images: ImageSet, device: torch.device) -> Callable[[str], float]:
+    """A function of `amp` that makes the gradients of one batch and returns the seconds that took."""
     model = NKATViT(recipe.model).to(device).train()
     batch = images.images[: recipe.train.batch_size].float() / 255
     labels = images.labels[: recipe.train.batch_size]
-    for amp in ("off", "bf16"):
-        times = []
-        for _ in range(_AMP_TRIALS):
-            started = perf_counter()
-            with autocast(device, amp):
-                logits = model(batch)[0]
-            loss = F.cross_entropy(logits.float(), labels)
-            loss.backward()
-            loss.item()  # waits for a GPU
-            times.append(perf_counter() - started)
-        seconds[amp] = min(times)
-    return min(seconds, key=lambda amp: seconds[amp]), seconds
+
+    def step(amp: str) -> float:
+        started = perf_counter()
+        with autocast(device, amp):
+            logits = model(batch)[0]
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        loss.item()  # waits for a GPU
+        return perf_counter() - started
+
+    return step
 
 
 class Trainer:
@@ -112,6 +145,7 @@ class Trainer:
         self.losses = torch.zeros((), device=world.device)
         self.history: list[dict[str, float]] = []
         self.best = -1.0
+        self.extended_from: list[int] = []  # the numbers of epochs it was to have before it was made longer
         self._order = -1, torch.empty(0)  # an epoch and its order of pictures
 
     def run(self) -> None:
@@ -238,6 +272,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "history": self.history,
             "best": self.best,
+            "extended_from": self.extended_from,
         }
         checkpoint.save(self.folder / "last.pt", content)
 
@@ -246,7 +281,16 @@ class Trainer:
         for name, mine in (("data_sha256", self.train_set.sha256), ("processes", self.world.size)):
             if content.get(name) != mine:
                 raise NKATError(f"this checkpoint was made with another {name}: {content.get(name)}, here it is {mine}")
+        self.extended_from = list(content.get("extended_from", []))
         self.model.load_state_dict(content["model"])
+        sizes = [
+            [len(group["params"]) for group in optimizer.state_dict()["param_groups"]] for optimizer in self.optimizers
+        ]
+        if sizes != [[len(group["params"]) for group in state["param_groups"]] for state in content["optimizers"]]:
+            raise NKATError(
+                "this run's optimisers move other weights than today's: another version began it, which has to end it; "
+                "its best.pt can be used"
+            )
         for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         if self.average is not None:
@@ -271,6 +315,8 @@ def open_run(recipe: Recipe, whole: ImageSet, world: World, folder: Path, label:
         if content["recipe"] != recipe.values():
             raise NKATError(f"{folder}: holds a run with other settings")
     config = recipe.train
+    if content is None:
+        check_schedule(config)
     train, held = split(whole, config.validation, config.seed, config.limit_train or None)
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, train, held, world, folder, label=label, judge_last=False)

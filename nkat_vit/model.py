@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nkat.errors import NKATError
+from nkat.host.console import counted
 from nkat_vit.attention import COLOR_GROUPS, Attention
 from nkat_vit.dropout import dropout
 from nkat_vit.gauge import Gauge
@@ -31,11 +32,12 @@ STEMS: dict[str, tuple[tuple[int, int], ...]] = {
 }
 COLOR_NORMS = ("off", "on", "concat")
 POOLS = ("cls", "seq", "mean")
+_BEYOND = 8.0  # how far beyond 0 and 1 a value can lie: standard deviations of noise, and not 255
 
 
 @dataclass(frozen=True, slots=True)
 class ViTConfig:
-    """What a model is. The defaults are STAGE2's baseline for CIFAR-10: 8.4 M parameters.
+    """What a model is. The defaults are STAGE2's baseline for CIFAR-10: 8.5 M parameters.
 
     color_norm: LayerNorm over the three channels at each point: "on" in place of the picture, "concat" beside it (a
         LayerNorm over three numbers keeps only their hue: brightness and saturation are gone)
@@ -102,13 +104,18 @@ class ViTConfig:
         _check(0.0 < self.nkat_decay <= 1.0, f"nkat_decay must lie in 0 < decay <= 1, got {self.nkat_decay}")
         for name in ("mean", "std"):
             size = len(getattr(self, name))
-            _check(size == self.channels, f"{name} has {size} numbers for {self.channels} channel(s)")
+            _check(size == self.channels, f"{name} has {size} numbers for {counted(self.channels, 'channel')}")
         _check(min(self.std) > 0, f"std must be positive, got {self.std}")
         if self.channels == 1:
             _check(self.color_norm == "off", "color_norm needs three channels, a grey picture has no colours")
             _check(not self.split_heads, "split_heads needs three channels, a grey picture has no colours")
         if self.split_heads:
             _check(self.heads % COLOR_GROUPS == 0, f"split_heads needs a multiple of four heads, got {self.heads}")
+        _check(
+            self.grid > 1,
+            f"patch_size {self.patch_size} behind the stem {self.conv_stem} makes one token of a picture of "
+            f"{self.image_size} pixels: there is nothing to attend to; give a smaller patch_size",
+        )
 
     @property
     def cell(self) -> int:
@@ -229,6 +236,7 @@ class NKATViT(nn.Module):
         Always "pooled" [b, dim]; with_attention adds "attention", one [b, heads, tokens, tokens] a layer.
         """
         config = self.config
+        self._check_pictures(images)
         missing = config.grid * config.cell - config.image_size
         before = missing // 2
         images = F.pad(images, (before, missing - before, before, missing - before))
@@ -244,6 +252,32 @@ class NKATViT(nn.Module):
         if with_attention:
             intermediates["attention"] = attention
         return self.head(pooled), intermediates
+
+    def _check_pictures(self, images: Tensor) -> None:
+        """Raises NKATError for what is no batch of this model's pictures; it would else give classes all the same.
+
+        Values are looked at in evaluation mode only, where nobody minds that a GPU has to wait for it, and not while a
+        program is made of the model. Those of noise, or of an attack, may lie beyond 0 and 1.
+        """
+        config = self.config
+        expected = (config.channels, config.image_size, config.image_size)
+        wanted = f"the model takes floats from 0 to 1 of shape [batch, {', '.join(map(str, expected))}]"
+        if not images.is_floating_point():
+            scale = ": divide by 255" if images.dtype == torch.uint8 else ""
+            raise NKATError(f"these pictures are {images.dtype}, {wanted}{scale}")
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise NKATError(f"these pictures have the shape {list(images.shape)}, {wanted}")
+        if torch.promote_types(images.dtype, self.mean.dtype) != self.mean.dtype:
+            raise NKATError(
+                f"these pictures are {images.dtype} and the model's weights {self.mean.dtype}: bring them to one type"
+            )
+        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if not len(images):
+            raise NKATError(f"there are no pictures in this batch, {wanted}")
+        low, high = (value.item() for value in images.detach().aminmax())
+        if not -_BEYOND <= low <= high <= 1 + _BEYOND:
+            raise NKATError(f"these pictures have values from {low:g} to {high:g}, {wanted}")
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Normalised pictures → tokens [b, n, dim] with their positions."""
@@ -286,6 +320,19 @@ class NKATViT(nn.Module):
             nn.init.trunc_normal_(self.color_embed, std=1 / self.config.cell)
         if self.config.pool == "cls":
             nn.init.trunc_normal_(self.cls, std=0.02)
+
+
+class LogitsOnly(nn.Module):
+    """A model without its intermediates, as programs that explain or export a classifier take it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[b, c, h, w] from 0 to 1 → [b, classes]"""
+        logits: Tensor = self.model(images)[0]
+        return logits
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,13 @@ def as_picture(image: Tensor) -> np.ndarray:
     return array[0] if len(array) == 1 else array.transpose(1, 2, 0)
 
 
-def save_grid(path: Path, images: Tensor, title: str, force: bool) -> None:
-    """Pictures [rows, columns, c, h, w], floats from 0 to 1, in a grid."""
+def save_grid(path: Path, images: Tensor, title: str, force: bool, captions: Sequence[Sequence[str]]) -> None:
+    """Pictures [rows, columns, c, h, w], floats from 0 to 1, in a grid, each with its caption above it."""
     rows, columns = images.shape[:2]
-    figure = new_figure(title, (columns * 1.1, rows * 1.1 + 0.4))
-    for axes, image in zip(figure.subplots(rows, columns, squeeze=False).flat, images.flatten(0, 1), strict=True):
+    figure = new_figure(title, (columns * 1.2, rows * 1.4 + 0.4))
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, image, text in zip(panels, images.flatten(0, 1), itertools.chain(*captions), strict=True):
         axes.imshow(as_picture(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(text, fontsize=7)
         axes.axis("off")
     save_figure(figure, path, force, dpi=DPI)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nkat_vit import checkpoint
 from nkat_vit.checkpoint import TrainedModel
+from nkat_vit.checkpoint import save as save_checkpoint
 from nkat_vit.data import ImageSet, load_images
 
 _BATCH = 500
@@ -70,7 +70,7 @@ def judge_once(trained: TrainedModel, data_root: Path, device: torch.device) -> 
         return trained
     facts = judged_facts(trained, data_root, device)
     content = {"recipe": trained.recipe.values(), "weights": trained.model.state_dict()}
-    checkpoint.save(trained.path, facts | content)
+    save_checkpoint(trained.path, facts | content)
     return replace(trained, facts=facts)
 
 

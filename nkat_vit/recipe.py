@@ -171,6 +171,28 @@ FAST: dict[str, Any] = {
 PRESETS = {"stage2": STAGE2, "strong": STRONG, "fast": FAST}
 
 
+def with_preset(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """A preset's values with the given ones over them.
+
+    A run that is shorter than the preset's has a warm-up that is shorter in proportion, unless one is given.
+    """
+    usual = PRESETS[preset]
+    values = usual | dict(given)
+    epochs = values["epochs"]
+    if "warmup" not in given and isinstance(epochs, int) and epochs < usual["epochs"]:
+        values["warmup"] = usual["warmup"] * epochs / usual["epochs"]
+    return values
+
+
+def check_schedule(config: TrainConfig) -> None:
+    """Raises NKATError for a run whose learning rate would never fall. (Older runs that have one can still be used.)"""
+    if config.warmup >= config.epochs:
+        raise NKATError(
+            f"a warm-up of {config.warmup:g} epochs leaves a run of {config.epochs} no time to learn with a falling "
+            "rate; give a shorter --warmup or more --epochs"
+        )
+
+
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
     """From flat values, "dataset" among them; what is absent takes its default. Raises NKATError for unknown names."""
     known = {"dataset", *MODEL_NAMES, *AUGMENT_NAMES, *TRAIN_NAMES}
@@ -183,6 +205,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if spec.channels == 1:
         given.setdefault("color_norm", "off")
         given.setdefault("split_heads", False)
+        shuffled = given.get("channel_shuffle")
+        _check(not shuffled, f"channel_shuffle {shuffled!r:.80} needs three channels, a grey picture has no colours")
     given.setdefault("flip", spec.mirrored)
     if given.get("tta") == "auto":
         given["tta"] = "flip" if spec.mirrored else "none"

@@ -13,12 +13,12 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from nkat.host.commandline import toolkit_module
-from nkat.host.console import format_table, note
+from nkat.host.console import counted, format_table, note
 from nkat.host.distributed import World
 from nkat.host.hardware import pick_device
 from nkat.host.programs import shell_line
 from nkat.host.record import recorded, write_json
+from nkat.host.tools import tool_command
 from nkat.study import workers
 from nkat.study.folder import PICTURE, note_earlier, write_records
 from nkat.study.study import best_trials, feasible, history, importances, make_sampler
@@ -118,7 +118,8 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
     write_records(folder, rows, record)
     with recorded(record, options.study.json, options.study.force):
         print_report(record, trials)
-        title = f"Round-2: {len(ranked)} trials, up to {budget.epochs} epochs of {budget.limit_train or 'all'} pictures"
+        most = f"{counted(budget.epochs, 'epoch')} of {budget.limit_train or 'all'} pictures"
+        title = f"Round-2: {counted(len(ranked), 'trial')}, up to {most}"
         plot_image_search(folder / PICTURE, rows, record["importances"], trials.gate, title)
         if not outcome.interrupted:
             note_earlier(folder, OPTIMAL, record["optimal"] and record["optimal"]["file"])
@@ -129,7 +130,7 @@ def write_optimal(options: ShapeOptions, winner: FrozenTrial, test: dict[str, An
     """Writes the winner's settings. test: its scores there, where it passed the gate"""
     setting, path = winner.user_attrs["setting"], options.study.output_dir / OPTIMAL
     write_json(model_values(setting, FIRST_SET), str(path), force=True)
-    words: list[object] = [*toolkit_module("nkat-vit-train", "nkat_vit.train"), "--dataset", FIRST_SET]
+    words: list[object] = [*tool_command("vit train"), "--dataset", FIRST_SET]
     words += ["--config", path.absolute(), "--data-root", options.data_root.absolute()]
     record = {"file": str(path), "trial": winner.number, "setting": setting, "passed": test is not None}
     return record | {"command": shell_line(words)} | ({} if test is None else {"test": test})
@@ -190,7 +191,8 @@ def print_report(record: dict[str, Any], trials: Trials) -> None:
             f"after {top['epochs']} epochs; more epochs or pictures, or another --local-tpe, let trials pass"
         )
     if optimal and "test" in optimal:
-        print(f"\ntrial {optimal['trial']} on the test sets, {optimal['test']['seeds']} seed(s), touched this once:\n")
+        seeds = counted(optimal["test"]["seeds"], "seed")
+        print(f"\ntrial {optimal['trial']} on the test sets, {seeds}, touched this once:\n")
         print(optimal["test"]["table"])
     if optimal:
         print(f"\nits settings: {optimal['file']}; train it with\n  {optimal['command']}")

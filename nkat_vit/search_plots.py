@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure
+from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure, whole_ticks
 from nkat.study.plots import draw_importances, pareto_front
 from nkat_vit.search import BASELINE, FIRST_SET
 
@@ -32,11 +32,11 @@ def _scores(axes: Any, rows: Rows, gate: float) -> None:
     axes.set(title="score by trial (higher is better)", xlabel="trial", ylabel="TPE")
     ended = [row for row in rows if row["state"] == "PRUNED"]
     whole = [row for row in rows if row["state"] == "COMPLETE"]
-    for group, color, label in ((ended, PRUNED, "ended at a rung"), (whole, TRIAL, "trained to the end")):
-        axes.plot([r["number"] for r in group], [r["local_tpe"] for r in group], "o", color=color, label=label)
-    passed = [row for row in rows if row["feasible"]]
-    axes.plot([r["number"] for r in passed], [r["value"] for r in passed], "*", ms=14, color=BEST, label="Global TPE")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    for group, color, label in ((ended, PRUNED, "Local TPE, ended at a rung"), (whole, TRIAL, "Local TPE at the end")):
+        _points(axes, [(r["number"], r["local_tpe"]) for r in group], color, label)
+    passed = [(row["number"], row["value"]) for row in rows if row["feasible"]]
+    _points(axes, passed, BEST, "Global TPE", marker="*", ms=14)
+    whole_ticks(axes.xaxis)
     axes.axhline(gate, color=BASE, linestyle="--", label=f"gate: Local TPE {gate:g} on {FIRST_SET}")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.3 * (high - low))  # room for the legend above the points
@@ -78,11 +78,22 @@ def _scale(low: float, high: float) -> Any:
 
 
 def _accuracy(axes: Any, rows: Rows) -> None:
-    axes.set(title=f"accuracy on {FIRST_SET} against size", xlabel="λ (lower is smaller)", ylabel="validation accuracy")
-    ended = [(r["lambda_theory"], r["accuracies"][FIRST_SET]) for r in rows if r["state"] == "PRUNED"]
-    whole = [(r["lambda_theory"], r["accuracies"][FIRST_SET]) for r in rows if r["state"] == "COMPLETE"]
+    axes.set(title=f"accuracy on {FIRST_SET} against size", xlabel="λ (lower is smaller)")
+    axes.set_ylabel("validation accuracy, %")
+    ended, whole = (
+        [(r["lambda_theory"], 100 * r["accuracies"][FIRST_SET]) for r in rows if r["state"] == state]
+        for state in ("PRUNED", "COMPLETE")
+    )
     for points, color, label in ((ended, PRUNED, "ended at a rung"), (whole, TRIAL, "trained to the end")):
-        axes.plot([lam for lam, _ in points], [accuracy for _, accuracy in points], "o", color=color, label=label)
+        _points(axes, points, color, label)
     front = pareto_front([(lam, -accuracy) for lam, accuracy in whole])
-    axes.plot([lam for lam, _ in front], [-negative for _, negative in front], "-", color=BEST, label="front")
-    axes.legend()
+    if len(front) > 1:
+        axes.plot([lam for lam, _ in front], [-negative for _, negative in front], "-", color=BEST, label="front")
+    if ended or whole:
+        axes.legend()
+
+
+def _points(axes: Any, points: Sequence[tuple[float, float]], color: str, label: str, **how: Any) -> None:
+    """Points that the legend names, if there are any."""
+    if points:
+        axes.plot(*zip(*points, strict=True), **{"ls": "", "marker": "o", "color": color, "label": label} | how)

@@ -19,26 +19,28 @@ import csv
 import io
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host import commandline
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.distributed import World, join_world
-from nkat.host.figures import new_figure, save_figure
+from nkat.host.figures import new_figure, save_figure, whole_ticks
 from nkat.host.files import atomic_output, make_folder
 from nkat.host.hardware import describe, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version, write_json
 from nkat.host.start import INTERRUPTED
+from nkat.host.tools import suggest
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
-from nkat_vit.data import DATASETS, load_images, split
-from nkat_vit.loop import Trainer, measure_amp
-from nkat_vit.metrics import lambda_theory, tpe
-from nkat_vit.model import COLOR_NORMS, POOLS, STEMS
+from nkat_vit.data import DATASETS, ImageSet, load_images, split
+from nkat_vit.loop import Trainer, measure_amp, measure_threads
+from nkat_vit.metrics import GLOBAL_TARGETS, TARGETS, accuracy_needed, bought_by_size, lambda_theory, tpe
+from nkat_vit.model import COLOR_NORMS, POOLS, STEMS, NKATViT
+from nkat_vit.optim import lr_factor
 from nkat_vit.pictures import DPI
 from nkat_vit.predict import judge_once
 from nkat_vit.recipe import (
@@ -47,22 +49,28 @@ from nkat_vit.recipe import (
     PRESETS,
     TTA_CHOICES,
     Recipe,
+    check_schedule,
     describe_presets,
     make_recipe,
     read_config,
     with_amp,
+    with_preset,
 )
 
 _EXAMPLES = """\
   python -m nkat_vit.train --dataset cifar10 --preset stage2
-  python -m nkat_vit.train --dataset mnist --epochs 3 --amp --output output/vit/mnist
+  python -m nkat_vit.train --dataset mnist --preset fast --epochs 3 --output output/vit/mnist
   python -m nkat_vit.train --resume output/vit/mnist
+  python -m nkat_vit.train --resume output/vit/mnist --extend-to 6
   python -m nkat_vit.train --dataset cifar10 --conv_stem tiny --patch_size 2 --embed_dim 384 --depth 7 \\
       --temperature 0.65 --top_k 6 --top_p 0.80 --nkat_strength 0.0024 --nkat_decay 0.99 --dropout_attn 0.17 \\
       --dropout_embed 0.08 --mixup 0.1 --cutmix 0.2 --randaugment 2 9 --lr 2e-4 --epochs 40 --warmup 5 \\
       --ema 0.9995 --clip_grad 1.0
   python -m nkat_vit.train --dataset cifar10 --preset fast
   torchrun --nproc-per-node 2 -m nkat_vit.train --dataset cifar10 --preset strong"""
+
+_NAMED = 3  # settings that a message lists one by one
+_CLEARLY = 1.1  # times as fast, beyond what two measurements differ by
 
 # (name, type or choices, help); every name is accepted with hyphens as well. Defaults are those of the preset.
 _MODEL_FLAGS: list[tuple[str, Any, str]] = [
@@ -125,6 +133,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
     parser.add_argument("--output", type=Path, help="folder for the run (output/vit/SET-PRESET-seedN)")
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="go on with the run in the folder")
+    parser.add_argument(
+        "--extend-to",
+        type=commandline.positive_int,
+        metavar="EPOCHS",
+        help="with --resume: a longer run; the learning rate goes on as one of that length has it, and falls again",
+    )
     parser.add_argument("--force", action="store_true", help="start anew in a folder that holds a run; replace --json")
     parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
     parser.add_argument(
@@ -175,6 +189,7 @@ class TrainOptions:
     data_root: Path
     output: Path | None
     resume: str | None
+    extend_to: int | None
     force: bool
     compile: bool
     save_steps: int
@@ -197,47 +212,104 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainOptions:
 
 def given_values(options: TrainOptions) -> dict[str, Any]:
     """Settings that the user chose: an explicit preset, then the file, then the flags."""
-    values = dict(PRESETS[options.preset]) if options.preset else {}
-    if options.config:
-        values |= read_config(options.config)
-    values |= options.flags
+    chosen = _chosen(options)
+    values = with_preset(options.preset, chosen) if options.preset else chosen
     if options.model_ema and not values.get("ema", 1.0):
         raise NKATError("--model-ema and an ema of 0 contradict each other")
     return values
 
 
+def _chosen(options: TrainOptions) -> dict[str, Any]:
+    """Settings beside the preset's."""
+    return (read_config(options.config) if options.config else {}) | dict(options.flags)
+
+
 def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[str, Any] | None]:
     """The recipe, the folder, and the checkpoint to go on from."""
     given = given_values(options)
-    if options.resume is None:
-        recipe = make_recipe(PRESETS[options.preset or "stage2"] | given)
-        folder = _folder(options, recipe)
-        if world.first:
-            names = ("last.pt", "best.pt", "result.json")
-            if any((folder / name).exists() for name in names) and not options.force:
-                raise NKATError(
-                    f"{folder}: holds a run already; give --resume to go on with it or --force to replace it"
-                )
-            make_folder(folder)
-            for name in names:
-                (folder / name).unlink(missing_ok=True)
-        world.wait()
-        return recipe, folder, None
-    folder = Path(options.resume) if options.resume else _folder(options, make_recipe(PRESETS["stage2"] | given))
+    if options.resume is not None:
+        return _resumed(options, given)
+    if options.extend_to is not None:
+        raise NKATError("--extend-to makes a run longer that is there: give --resume as well")
+    preset = options.preset or "stage2"
+    recipe = make_recipe(with_preset(preset, given))
+    check_schedule(recipe.train)
+    folder = _folder(options, recipe)
+    if world.first:
+        names = ("last.pt", "best.pt", "result.json")
+        if any((folder / name).exists() for name in names) and not options.force:
+            raise NKATError(f"{folder}: holds a run already; give --resume to go on with it or --force to replace it")
+        make_folder(folder)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        usual = PRESETS[preset]
+        if "warmup" not in _chosen(options) and recipe.train.epochs < usual["epochs"]:
+            note(
+                f"warm-up: {recipe.train.warmup:g} epochs of {recipe.train.epochs}, "
+                f"as {usual['warmup']:g} of {usual['epochs']} in {preset} (--warmup changes it)"
+            )
+    world.wait()
+    return recipe, folder, None
+
+
+def check_finished(folder: Path, words: Sequence[object]) -> None:
+    """Raises NKATError unless the run in a folder was begun with what these words of a command line ask for."""
+    options = parse_arguments([*map(str, words), "--resume", str(folder)])
+    preset = options.preset or "stage2"
+    _resumed(options, with_preset(preset, _chosen(options)))
+
+
+def _resumed(options: TrainOptions, given: dict[str, Any]) -> tuple[Recipe, Path, dict[str, Any]]:
+    """What the folder's run was begun with, and its checkpoint; settings given now may repeat it but not differ."""
+    named = options.resume
+    folder = Path(named) if named else _folder(options, make_recipe(with_preset(options.preset or "stage2", given)))
     folder = folder.parent if folder.suffix == ".pt" else folder
     content = checkpoint.load(folder / "last.pt", "run")
-    checkpoint.recipe_of(content, folder / "last.pt")
-    saved = content["recipe"]
-    wanted = make_recipe(saved | given).values()
-    for name, value in given.items():
-        if wanted[name] != saved[name] and not (name == "amp" and value == "auto"):
-            raise NKATError(f"{folder}: was begun with {name} {saved[name]}, which --resume cannot change to {value}")
-    return make_recipe(saved), folder, content
+    recipe = checkpoint.recipe_of(content, folder / "last.pt")
+    saved = recipe.values()
+    changed = [name for name, value in given.items() if not _same_setting(saved, name, value)]
+    if changed:
+        begun = ", ".join(f"{name} {saved[name]}" for name in changed[:_NAMED])
+        wanted = ", ".join(str(given[name]) for name in changed[:_NAMED])
+        others = f" (and {len(changed) - _NAMED} more)" if len(changed) > _NAMED else ""
+        longer = "; --extend-to makes a run longer" if "epochs" in changed else ""
+        raise NKATError(f"{folder}: was begun with {begun}{others}, which --resume cannot change to {wanted}{longer}")
+    if options.extend_to is not None:
+        recipe = _extended(recipe, options.extend_to, content, folder)
+    return recipe, folder, content
+
+
+def _same_setting(saved: dict[str, Any], name: str, value: Any) -> bool:
+    """Whether a run with these settings has this one, in whatever form it was given."""
+    if name not in saved:
+        make_recipe({"dataset": saved["dataset"], name: value})  # says that there is no such setting
+    if name == "amp" and value == "auto":
+        return True
+    try:
+        return bool(make_recipe(saved | {name: value}).values()[name] == saved[name])
+    except NKATError:  # it does not even go with the others, as a grey set with colour heads
+        return False
+
+
+def _extended(recipe: Recipe, epochs: int, content: dict[str, Any], folder: Path) -> Recipe:
+    """The recipe with more epochs. Says what becomes of the learning rate."""
+    before, done = recipe.train.epochs, len(content["history"])
+    if epochs < before:
+        raise NKATError(f"{folder}: was to have {before} epochs; --extend-to {epochs} is no longer run")
+    if epochs > before:
+        rates = [100 * lr_factor(done, total, round(recipe.train.warmup)) for total in (before, epochs)]
+        note(
+            f"from {before} epochs to {epochs}: after epoch {done} the learning rate goes on at {rates[1]:.0f} % of "
+            f"its peak (it was at {rates[0]:.0f} %) and falls to zero once more, which is not what {epochs} epochs "
+            "from the start give"
+        )
+    return replace(recipe, train=replace(recipe.train, epochs=epochs))
 
 
 def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
     """The whole run; returns its record on rank 0."""
     recipe, folder, content = begin_run(options, world)
+    begun = recipe if content is None else checkpoint.recipe_of(content, folder / "last.pt")
     whole = load_images(recipe.dataset, options.data_root, train=True)
     if not options.no_test:
         load_images(recipe.dataset, options.data_root, train=False)  # a bad file is found now, not after the last epoch
@@ -251,6 +323,8 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
         measured = ", ".join(f"{name} {1e3 * s:.0f} ms" for name, s in seconds.items()) or "not measured with processes"
         note(f"--amp: {amp} (a step without augmentation: {measured})")
         recipe = with_amp(recipe, amp)
+    if options.threads is None and content is None and world.size == 1 and world.device.type == "cpu":
+        _advise_threads(recipe, train_set)
     writer = _tensorboard(folder) if options.tensorboard and world.first else None
 
     def on_epoch(history: list[dict[str, float]]) -> None:
@@ -277,16 +351,51 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
     )
     if world.first:
         write_json(recipe.values(), str(folder / "config.json"), force=True)
-        parameters = sum(p.numel() for p in trainer.model.parameters())
-        note(f"{recipe.dataset}: {len(train_set)} to train on, {len(held)} to validate; {parameters:,} parameters")
+        note(
+            f"{recipe.dataset}: {len(train_set)} to train on, {len(held)} to validate; {_describe_model(trainer.model)}"
+        )
     if content is not None:
-        trainer.restore(content)
+        with checkpoint.damage(folder / "last.pt"):
+            trainer.restore(content)
+        if begun.train.epochs < config.epochs:
+            trainer.extended_from.append(begun.train.epochs)
         note(f"going on after step {trainer.step}, epoch {trainer.step // trainer.epoch_steps}")
     trainer.run()
     if not world.first:
         return None
     _plot_curves(folder / "curves.png", trainer.history, recipe)
     return _finish(options, folder, trainer)
+
+
+def _say_targets(dataset: str, model: NKATViT) -> None:
+    """What STAGE2's targets take of a model of this size, before it is trained."""
+    lam = lambda_theory(sum(p.numel() for p in model.parameters()))
+    local, whole = (accuracy_needed(t, lam) for t in (TARGETS[dataset].tpe, GLOBAL_TARGETS["Global TPE"]))
+    takes = [f"{100 * n:.1f} %" if n <= 1 else "what no accuracy gives" for n in (local, whole)]
+    note(
+        f"STAGE2's targets: {100 * TARGETS[dataset].accuracy:.0f} % on {dataset}; at lambda {lam:.2f} its TPE "
+        f"{TARGETS[dataset].tpe:.2f} takes {takes[0]}, and Global TPE {GLOBAL_TARGETS['Global TPE']:.2f}, over the "
+        f"four sets, takes {takes[1]}"
+    )
+
+
+def _describe_model(model: NKATViT) -> str:
+    """Its size, and what a token of it is."""
+    config, parameters = model.config, sum(p.numel() for p in model.parameters())
+    side = config.grid * config.cell
+    padded = f", padded to {side} x {side}" if side > config.image_size else ""
+    return f"{parameters:,} parameters, {config.grid**2} tokens of {config.cell} x {config.cell} pixels{padded}"
+
+
+def _advise_threads(recipe: Recipe, images: ImageSet) -> None:
+    """One line where fewer threads than torch chose are clearly faster now, as beside other work."""
+    speeds = measure_threads(recipe, images)
+    chosen, best = max(speeds), max(speeds, key=lambda count: speeds[count])
+    if speeds[best] > _CLEARLY * speeds[chosen]:
+        note(
+            f"{speeds[chosen]:.0f} pictures a second with {chosen} threads, {speeds[best]:.0f} with {best}: beside "
+            f"other work --threads {best} is faster, and two such runs side by side do more than one after the other"
+        )
 
 
 def _finish(options: TrainOptions, folder: Path, trainer: Trainer) -> dict[str, Any]:
@@ -304,10 +413,11 @@ def _finish(options: TrainOptions, folder: Path, trainer: Trainer) -> dict[str, 
         "tpe": tpe(facts["test"], lam) if "test" in facts else None,
         "seconds": sum(row["seconds"] for row in trainer.history),
         **facts,
-        "recipe": best.recipe.values(),
+        "recipe": trainer.recipe.values(),
         "history": trainer.history,
         "machine": describe(trainer.world.device),
         "processes": trainer.world.size,
+        "extended_from": trainer.extended_from,
         **toolkit_version(),
     }
     write_json(record, str(folder / "result.json"), force=True)
@@ -334,11 +444,12 @@ def _plot_curves(path: Path, history: list[dict[str, float]], recipe: Recipe) ->
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["loss"] for row in history], ".-")
-    left.set(title="training loss (augmented, mixed labels)", xlabel="epoch")
+    left.set(title="training loss, on augmented pictures", xlabel="epoch", ylabel="cross entropy, nats a picture")
     right.plot(epochs, [100 * row["validation"] for row in history], ".-", label="averaged weights")
     right.plot(epochs, [100 * row["validation_last"] for row in history], ".-", label="last weights")
-    right.set(title="validation accuracy, %", xlabel="epoch")
+    right.set(title="validation accuracy", xlabel="epoch", ylabel="right answers, %")
     right.legend()
+    whole_ticks(left.xaxis, right.xaxis)
     save_figure(figure, path, force=True, dpi=DPI)
 
 
@@ -364,12 +475,16 @@ def main() -> None:
         return
     with recorded(record, options.json, options.force):
         print_result(record)
+    suggest("vit interpret", "--checkpoint", record["output"], "--data-root", options.data_root)
 
 
 def print_result(record: Mapping[str, Any]) -> None:
     """The record's figures, for people."""
     print(f"validation  {100 * record['validation']:.2f} % after epoch {record['epoch']}")
     if "test" in record:
-        print(f"test        {100 * record['test']:.2f} % of {record['test_images']} pictures")
+        print(f"test        {100 * record['test']:.2f} % of {counted(record['test_images'], 'picture')}")
         print(f"TPE         {record['tpe']:.4f} at lambda {record['lambda_theory']:.2f}")
+        target = TARGETS.get(record["recipe"]["dataset"])
+        if target and bought_by_size(record["test"], record["tpe"], target):
+            print(f"            bought by size alone: STAGE2 asks for {100 * target.accuracy:.0f} % as well")
     print(f"model       {record['output']}/best.pt")

@@ -175,7 +175,7 @@ def test_commands_with_flags_are_really_looked_at() -> None:
         ("nkat_inference_engine.py", "--no-cuda"),
         ("nkat_auto_optimizer.py", "--data-root"),
         ("backend_selector.py", "--gpulayers"),
-        ("-m", "--amp"),
+        ("-m", "--preset"),
     } <= used
     assert (("-m", "nkat_vit.train"), "--resume") in set(uses(read(ROOT / "docs/images.md")))
 

@@ -37,8 +37,10 @@ def user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def check(script, *arguments: object) -> tuple[int, dict[str, dict]]:
     """Exit status, and the checks by their names."""
     done = script(SETUP, "--json", *arguments)
-    assert done.stderr == ""
     record = json.loads(done.stdout.splitlines()[-1])
+    steps = done.stderr.splitlines()
+    assert [line.partition(": ")[0] for line in steps] == (["", "next"] if record["ready"] else [])
+    assert not steps or "nkat_auto_optimizer.py --model" in steps[1]
     assert record["ready"] == (done.returncode == 0)
     assert record["ready"] == all(row["state"] != "missing" for row in record["checks"])
     for row in record["checks"]:
@@ -161,7 +163,7 @@ def test_versions_are_compared_as_numbers(script, tmp_path: Path, monkeypatch: p
 def test_old_pythons_can_read_it() -> None:
     """3.8 parses it and gets as far as saying that it is too old; the toolkit itself needs 3.10 (the control)."""
     first = {"nkat/setup_check.py", "nkat/__init__.py", "nkat/errors.py", "nkat/version.py"}
-    host = ("__init__", "environment", "programs", "start", "streams")
+    host = ("__init__", "environment", "programs", "start", "streams", "tools")
     first |= {"nkat/commands.py", *(f"nkat/host/{name}.py" for name in host)}
     light = {"nkat.errors", "nkat.version", *(f"nkat.host.{name}".removesuffix(".__init__") for name in host)}
     for path in (SETUP, *first):

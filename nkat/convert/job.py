@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from nkat.errors import NKATError
 from nkat.gguf import quantise
 from nkat.gguf.writer import MetadataValue
 from nkat.host import console, hardware
-from nkat.host.console import format_bytes, note
+from nkat.host.console import counted, format_bytes, note
 from nkat.host.distributed import is_first
 from nkat.host.files import check_apart, check_output
 from nkat.host.record import Recorder, check_record
 from nkat.host.start import INTERRUPTED
+from nkat.host.tools import suggest
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.texts import load_text
 from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
@@ -82,10 +83,28 @@ def _run(options: ConvertOptions) -> None:
         record = truncate_existing(options, inputs, recorder, options.truncate_rank)
     else:
         record = convert(options, inputs, recorder)
-    if record:
-        recorder.finish(record)
+    if not record:
+        return
+    recorder.finish(record)
     if not record.get("fit", {}).get("finished", True):
         sys.exit(INTERRUPTED)
+    suggest_next(options, record)
+
+
+def suggest_next(options: ConvertOptions, record: Mapping[str, Any]) -> None:
+    """What a user would do with what was written."""
+    if options.dry_run:
+        suggest("convert", *(word for word in sys.argv[1:] if word != "--dry-run"))
+    elif options.remove:
+        suggest("engine", "--model", record["output"], "--benchmark")
+    elif record.get("output") and options.theta_only:
+        suggest("engine", "--model", options.input, "--theta", record["output"], "--compare")
+    elif record.get("output"):
+        suggest("engine", "--model", record["output"], "--compare")
+    elif options.merge is not None:
+        suggest("engine", "--model", options.merge, "--perplexity")
+    else:
+        suggest("kobold", "--model", options.input)
 
 
 def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict[str, Any]:
@@ -102,7 +121,7 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
     check_options(base.tensors, names, made_as)
     rank_judge = inputs.judge if options.optimize_rank else None  # what cannot be judged is known before time is spent
     merge_judge = _merge_judge(options, inputs)
-    _announce(options, model, names, made_as)
+    _announce(options, model, f"{counted(len(names), 'layer')}, {_kind(options, made_as)}")
 
     clock = _Clock()
     with console.bar(model.base_size, "hashing the base", "B") as bar:
@@ -166,6 +185,8 @@ def truncate_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorde
     judge = _merge_judge(options, inputs)
     clock = _Clock()
     theta_set = replace(truncate_rank(model.theta, rank), gamma=gamma)
+    which = f"the first {'column' if rank == 1 else f'{rank} columns'} of the input's {model.theta.rank}"
+    _announce(options, model, f"{counted(len(theta_set.layers), 'layer')}, {which}, {_strength(gamma)}")
     written = write(options, model, theta_set)
     clock.lap("write")
     record = _describe(options, model, theta_set, written, clock.seconds)
@@ -357,17 +378,24 @@ def _is_unfinished(path: Path) -> bool:
     return theta is not None and bool(theta.notes.get(UNFINISHED_KEY))
 
 
-def _announce(options: ConvertOptions, model: ModelFile, names: Sequence[str], made: ThetaOptions) -> None:
+def _kind(options: ConvertOptions, made: ThetaOptions) -> str:
+    """What Θ is to be made, for people."""
+    rank = "2, 4, 6 or 8, whichever measures best" if options.optimize_rank else str(made.rank)
+    return f"rank {rank}, {_strength(made.gamma)}, source {made.source}, seed {made.seed}"
+
+
+def _strength(gamma: float) -> str:
+    return f"gamma {gamma:g} (κ = {coupling(gamma):.6f})"
+
+
+def _announce(options: ConvertOptions, model: ModelFile, theta: str) -> None:
+    """The head: what is read, what is written, and which Θ."""
     target = options.output or (model.path if options.in_place else options.merge)
     how = "theta-only" if options.theta_only else options.final_layout if target != options.merge else "Θ merged"
-    rank = "2, 4, 6 or 8, whichever measures best" if options.optimize_rank else str(made.rank)
     architecture = architecture_of(model.require_base().file)
-    print(f"input   {model.path} ({format_bytes(model.base_size)}, {architecture})")
+    print(f"input   {model.path} ({format_bytes(model.path.stat().st_size)}, {architecture})")
     print(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
-    print(
-        f"Θ       {len(names)} layers, rank {rank}, gamma {made.gamma:g} (κ = {coupling(made.gamma):.6f}), "
-        f"source {made.source}, seed {made.seed}"
-    )
+    print(f"Θ       {theta}")
     if model.theta is not None:
         print(f"        replaces the Θ of rank {model.theta.rank} that the input has")
 

@@ -30,7 +30,7 @@ from nkat.gguf.writer import (
     part_size,
     write_parts,
 )
-from nkat.host.console import bar, format_table
+from nkat.host.console import bar, counted, format_table
 from nkat.host.files import atomic_output
 from nkat.lm.load import load_model
 from nkat.measure.judge import Judge
@@ -226,7 +226,9 @@ def print_merge(record: Mapping[str, Any]) -> None:
         return
     arms = [("without Θ", "base"), ("with Θ", "theta"), ("merged", "merged")]
     rows = [_row(label, measured[arm]) for label, arm in arms]
-    print(f"\non {measured['text']}: {measured['chunks']} chunks of {measured['context']} tokens\n")
+    print(
+        f"\non {measured['text']}: {counted(measured['chunks'], 'chunk')} of {counted(measured['context'], 'token')}\n"
+    )
     print(format_table(rows, ["", "perplexity", "change"]))
     print(f"\nmerged against with Θ: {_percent(measured['merged_against_theta'])}")
     if measured["gain_kept"] is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nkat.host.console import format_table
+from nkat.host.console import counted, format_table
 from nkat.measure.judge import Judge, Score
 from nkat.measure.perplexity import change_text, perplexity_text
 from nkat.theta.set import ThetaSet, truncate_rank
@@ -37,7 +37,7 @@ def print_decision(record: Mapping[str, Any]) -> None:
     """The record as a table, and the rank that is kept."""
     rows = record["rows"]
     best = next(row for row in rows if row["rank"] == record["rank"])
-    where = f"{record['chunks']} chunks of {record['context']} tokens of {record['text']}"
+    where = f"{counted(record['chunks'], 'chunk')} of {counted(record['context'], 'token')} of {record['text']}"
     cells = [
         [
             "without Θ" if row["rank"] is None else f"rank {row['rank']}",

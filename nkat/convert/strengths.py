@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nkat.host.console import format_bytes, format_table
+from nkat.host.console import counted, format_bytes, format_table
 from nkat.lm.load import LoadedModel
 from nkat.measure.judge import Judge
 from nkat.measure.perplexity import change_text
@@ -42,7 +42,8 @@ def measure_strengths(judge: Judge, theta_set: ThetaSet, reference: LoadedModel 
 
 def print_strengths(record: Mapping[str, Any]) -> None:
     """The record as a table, and what the reference's bytes buy."""
-    print(f"\nperplexity by gamma, {record['chunks']} chunks of {record['context']} tokens of {record['text']}:\n")
+    where = f"{counted(record['chunks'], 'chunk')} of {counted(record['context'], 'token')} of {record['text']}"
+    print(f"\nperplexity by gamma, {where}:\n")
     cells = [
         [
             f"{row['gamma']:g}" + (" (made for)" if row["gamma"] == record["made_for"] else ""),

@@ -22,6 +22,7 @@ from nkat.host.programs import shell_line
 from nkat.host.record import git_commit
 from nkat.host.start import INTERRUPTED
 from nkat.host.threads import most_threads
+from nkat.host.tools import is_installed
 from nkat.version import __version__
 
 if TYPE_CHECKING:
@@ -135,6 +136,11 @@ def system_limit(error: BaseException) -> str | None:
     return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
 
 
+def any_text(text: str) -> str:
+    """For argparse: text of the user's, which may begin with a dash unless the whole of it is one of the flags."""
+    return text
+
+
 EXIT_STATUS = """\
 exit status:
   0 done; 2 a mistake or an input that cannot be used (stderr's line says what); 130 after Ctrl-C, 143 after SIGTERM
@@ -142,12 +148,30 @@ exit status:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but a mistake is one line and not the whole usage, in words for people who do not know Python."""
+    """argparse's, but a mistake is one line and not the whole usage, in words for people who do not know Python.
+
+    `any_text` may begin with a dash.
+    """
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
         self.register("type", int, whole_number)  # argparse itself says "invalid int value"
         self.register("type", float, number)
+
+    def parse_known_args(  # type: ignore[override]  # argparse's own overloads differ between versions of Python
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, of which every way to parse makes use."""
+        words = list(sys.argv[1:] if args is None else args)
+        flags = {"--", *(flag for action in self._actions for flag in action.option_strings)}
+        texts = {flag for action in self._actions if action.type is any_text for flag in action.option_strings}
+        joined: list[str] = []
+        for word in words:
+            if joined and joined[-1] in texts and word.startswith("-") and word not in flags:
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return super().parse_known_args(joined, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"error: {streams.printable(message)} (see --help)\n")
@@ -200,33 +224,14 @@ def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentP
 def _as_called(examples: str) -> str:
     """Where a console script was called, which has no script beside it, the examples call that one."""
     command = Path(sys.argv[0]).name.removesuffix(".exe")
-    if not _is_installed():
+    if not is_installed():
         return examples
     return re.sub(r"^  python (-m )?\S+", f"  {command}", examples, flags=re.MULTILINE)
 
 
 def own_command() -> str:
     """This command as it was given, for a record."""
-    return shell_line([*([] if _is_installed() else ["python"]), *sys.argv])
-
-
-def toolkit_command(installed: str, script: str) -> list[str]:
-    """How another command of the toolkit is started where this one was: from beside it, by its name or its script."""
-    beside = Path(sys.argv[0]).absolute().with_name(script)
-    return [sys.executable, str(beside)] if beside.is_file() else _installed(installed)
-
-
-def toolkit_module(installed: str, module: str) -> list[str]:
-    """The same for a command that is a module, which the checkout's own folder has."""
-    return _installed(installed) if _is_installed() else [sys.executable, "-m", module]
-
-
-def _is_installed() -> bool:
-    return Path(sys.argv[0]).name.startswith("nkat-")
-
-
-def _installed(name: str) -> list[str]:
-    return [str(Path(sys.argv[0]).absolute().with_name(name))] if _is_installed() else [name]
+    return shell_line([*([] if is_installed() else ["python"]), *sys.argv])
 
 
 def taken(kind: type[Options], parsed: argparse.Namespace, **others: object) -> Options:

@@ -22,6 +22,14 @@ def new_figure(title: str, inches: tuple[float, float], automatic: bool = True) 
     return figure
 
 
+def whole_ticks(*axes: Any) -> None:
+    """Ticks at whole numbers only, for matplotlib's axes (`panel.xaxis`) that count: layers, epochs, trials."""
+    from matplotlib.ticker import MaxNLocator
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
+
+
 def save_figure(figure: Any, path: Path, force: bool, dpi: int = 110) -> None:
     """Writes it as PNG, whole or not at all."""
     buffer = io.BytesIO()

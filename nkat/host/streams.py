@@ -18,10 +18,17 @@ _CONTROLS = "[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 _HOSTILE = re.compile(_CONTROLS)
 _HOSTILE_BESIDE_BARS = re.compile(r"(?!\r|\x1b\[A)(?<!\x1b\[A)" + _CONTROLS)  # progress bars go back, and a line up
 _LINE_BREAKS = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+_MOST_SHOWN = 1000  # characters of a message or a cell; what a file says may be as long as the file
 
 
 def printable(text: str) -> str:
-    """The text on one line, with control characters as escapes: for what a file says, in a table or a message."""
+    """The text on one line, with control characters as escapes: for what a file says, in a table or a message.
+
+    The middle of a very long one is left out.
+    """
+    if len(text) > _MOST_SHOWN:
+        half = _MOST_SHOWN // 2
+        text = f"{text[:half]} … ({len(text) - 2 * half:,} characters) … {text[-half:]}"
     return re.sub(_CONTROLS + "|[\n\t\u2028\u2029]", lambda found: _LINE_BREAKS.get(found[0]) or _escape(found), text)
 
 

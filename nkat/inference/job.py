@@ -24,6 +24,7 @@ from nkat.host.files import check_apart, check_output, output_folder
 from nkat.host.memory import memory
 from nkat.host.record import check_record, recorded, write_json
 from nkat.host.start import INTERRUPTED
+from nkat.host.tools import suggest
 from nkat.inference.options import TAKEN_BY, USUAL_LENGTHS, EngineOptions, parse_arguments
 from nkat.inference.plots import plot_comparison
 from nkat.inference.tables import (
@@ -50,7 +51,8 @@ from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet, check_judging_text
 
 Record = dict[str, Any]
-PICTURE, DETAILS = "comparison.png", "comparison.json"
+# What a command leaves in its folder.
+LEAVES = {"benchmark": ("benchmark.json",), "compare": ("comparison.json", "comparison.png")}
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,15 @@ class Job:
         return ModelConfig.from_gguf(base.file.metadata, base.tensors)
 
     @cached_property
-    def folder(self) -> Path:
-        """Where --compare writes."""
-        name = f"{self.options.model.stem}_{datetime.now():%Y%m%d-%H%M%S}"
-        return self.options.output_dir or Path("output", "compare", name)
+    def folder(self) -> Path | None:
+        """Where --compare leaves its files and --benchmark its record; None where nothing is to be left."""
+        options = self.options
+        if options.command not in LEAVES:
+            return None
+        if options.command == "benchmark" and options.json and options.output_dir is None:
+            return None  # the user has said where the record is to be
+        name = f"{options.model.stem}_{datetime.now():%Y%m%d-%H%M%S}"
+        return options.output_dir or Path("output", options.command, name)
 
     @cached_property
     def lengths(self) -> tuple[int, int]:
@@ -114,7 +121,7 @@ class Job:
         first, total = self.lengths[0], sum(self.lengths)
         ids = loaded.tokenizer.encode(self.text.content, add_special=True)
         if len(ids) < total:
-            raise NKATError(f"the text is too short: it has {len(ids)} tokens, and {total} are to be run")
+            raise NKATError(f"the text is too short: it has {counted(len(ids), 'token')}, and {total} are to be run")
         return ids[:first], ids[first:total]
 
     def judge(self, loaded: LoadedModel) -> Judge:
@@ -179,15 +186,38 @@ def run(options: EngineOptions) -> None:
         "generate": generate_text,
         "gemm": gemm,
     }
-    with compare_folder(job) if options.command == "compare" else contextlib.nullcontext():
+    with contextlib.nullcontext() if job.folder is None else result_folder(job, job.folder):
         result = commands[options.command](job)
+        if job.folder is not None:
+            write_json(result.record, str(job.folder / LEAVES[options.command][0]), options.force)
         with recorded(result.record, options.json, options.force):
             if result.text:
                 print(result.text)
-            if options.command == "compare":
-                draw_comparison(job, result.record)
+            if job.folder is not None and options.command == "compare":
+                picture = job.folder / LEAVES["compare"][1]
+                plot_comparison(picture, result.record, f"{options.model.name} without and with Θ", options.force)
+            if job.folder is not None:
+                note(f"\nfiles are in {job.folder}")
     if result.record.get("stopped") == "interrupted":
         sys.exit(INTERRUPTED)
+    suggest_next(options, theta is not None, result.record)
+
+
+def suggest_next(options: EngineOptions, has_theta: bool, record: Record) -> None:
+    """What a user would do after these figures."""
+    model: list[object] = ["--model", options.model, *(["--theta", options.theta] if options.theta else [])]
+    if options.command == "generate":  # whoever reads a text asks for no figures
+        return
+    if options.command == "gemm":
+        suggest("engine", *model, "--benchmark")
+    elif not has_theta:
+        suggest("convert", "--input", options.model, "--output", options.model.with_suffix(".nkat"))
+    elif options.command != "compare":
+        suggest("engine", *model, "--compare")
+    elif (record["estimated_perplexity_improvement"] or 0) <= 0:
+        suggest("kobold", *model)
+    else:
+        suggest("optimize", "--model", options.model, "--mode", "quick", "--output-dir", "output/quick")
 
 
 def benchmark(job: Job) -> Result:
@@ -208,11 +238,11 @@ def benchmark(job: Job) -> Result:
 
 
 @contextlib.contextmanager
-def compare_folder(job: Job) -> Iterator[None]:
-    """The folder, if there is nothing in the way of what --compare writes there."""
-    paths = {name: job.folder / name for name in (PICTURE, DETAILS)}
+def result_folder(job: Job, folder: Path) -> Iterator[None]:
+    """The folder, if there is nothing in the way of what the command leaves there."""
+    paths = {name: folder / name for name in LEAVES[job.options.command]}
     check_apart({"--json": job.options.json, **paths})
-    with output_folder(job.folder):
+    with output_folder(folder):
         for path in paths.values():
             check_output(path, job.options.force)
         yield
@@ -245,15 +275,7 @@ def compare(job: Job) -> Result:
         "peak_memory_bytes": held.peak,
         "memory": asdict(held),
     }
-    write_json(record, str(job.folder / DETAILS), options.force)
     return Result(record, f"{speed_subject(job, record)}\n{comparison_text(record)}")
-
-
-def draw_comparison(job: Job, record: Record) -> None:
-    """The picture, beside the record in the folder."""
-    options = job.options
-    plot_comparison(job.folder / PICTURE, record, f"{options.model.name} without and with Θ", options.force)
-    print(f"\nfiles are in {job.folder}")
 
 
 def measure_quality(job: Job, loaded: LoadedModel, theta: ThetaSet) -> Quality:
@@ -280,8 +302,8 @@ def speed_subject(job: Job, record: Record) -> str:
     """What was measured, and how."""
     options = job.options
     return (
-        f"\n{options.model} on {job.text.name}: {record['seq_len']} tokens, then {record['iterations']} more "
-        f"one by one, {options.repetitions} times over\n"
+        f"\n{options.model} on {job.text.name}: {counted(record['seq_len'], 'token')}, then "
+        f"{record['iterations']} more one by one, {options.repetitions} times over\n"
         f"{record['machine']['device_name']}, {threads(job)}, {record['dtype']}, "
         f"activations {job.activations}, {record['decoder']}\n"
     )
@@ -318,8 +340,8 @@ def generate_text(job: Job) -> Result:
     result = generate(decoder, tokenizer, prompt, Sampler(sampling, seed), max_tokens=most, on_text=show)
     print(flush=True)
     note(
-        f"prompt {result.prompt_tokens} tokens, {result.prompt_speed:.1f} tok/s; "
-        f"generated {len(result.tokens)} tokens, {result.speed:.2f} tok/s; stopped by {result.stopped}"
+        f"prompt {counted(result.prompt_tokens, 'token')}, {result.prompt_speed:.1f} tok/s; "
+        f"generated {counted(len(result.tokens), 'token')}, {result.speed:.2f} tok/s; stopped by {result.stopped}"
         + (f"; seed {seed}" if options.temperature else "")  # at 0 nothing is drawn
     )
     record = {
@@ -362,7 +384,7 @@ def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) ->
         record["seq_len"], record["iterations"] = job.lengths
     if options.repetitions:
         record["repetitions"] = options.repetitions
-    if options.json or options.command == "compare":
+    if options.json or job.folder is not None:
         record["model_sha256"] = file_hash(options.model)
     return record
 

@@ -37,7 +37,7 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "repetitions": {"benchmark": 6, "compare": 6, "gemm": 20},
     "chunks": {"compare": 4, "perplexity": 16},
     "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH),
-    "output_dir": {"compare": None},
+    "output_dir": dict.fromkeys(("benchmark", "compare")),
     "max_tokens": {"generate": 256},
     "temperature": {"generate": Sampling().temperature},
     "top_k": {"generate": Sampling().top_k},
@@ -108,7 +108,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
     what.add_argument("--benchmark", action="store_true", help="speed of prefill and decoding, and what Θ costs")
     what.add_argument("--compare", action="store_true", help="without Θ against with Θ: speed, memory, perplexity, TPE")
     what.add_argument("--perplexity", action="store_true", help="perplexity without and with Θ, on the same chunks")
-    what.add_argument("--generate", metavar="PROMPT", help="continue a text, streaming; Ctrl-C stops")
+    what.add_argument(
+        "--generate", type=commandline.any_text, metavar="PROMPT", help="continue a text, streaming; Ctrl-C stops"
+    )
     what.add_argument("--gemm", action="store_true", help="each shape of layer alone, with and without the star term")
     measure = parser.add_argument_group("measuring").add_argument
     measure("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: Python's documentation)")
@@ -149,7 +151,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         help="the same seed gives the same text (default: a new one)",
     )
     text("--chat", action="store_true", default=None, help="put the prompt into the model's own chat template")
-    text("--system", metavar="TEXT", help="instructions for the model, with --chat")
+    text("--system", type=commandline.any_text, metavar="TEXT", help="instructions for the model, with --chat")
     add("--dtype", choices=DTYPES, help="of the computation (default: float32 on the processor, bfloat16 on CUDA)")
     add(
         "--activations",
@@ -164,7 +166,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "--output-dir",
         type=Path,
         metavar="DIR",
-        help="where --compare writes (default: a new folder in output/compare)",
+        help="where --benchmark and --compare leave their records (default: a new folder in output/benchmark or "
+        "output/compare; none for --benchmark with --json)",
     )
     add("--force", action="store_true", help="replace existing files")
     parsed = parser.parse_args(argv)

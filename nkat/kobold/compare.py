@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host.console import format_table, note
+from nkat.host.console import counted, format_table, note
 from nkat.kobold.benchmark import Speed, layer_splits, measure_speed
 from nkat.kobold.choose import Choice
 from nkat.kobold.command import Settings, kobold_command, kobold_settings
@@ -73,4 +73,4 @@ def speed_table(measured: Sequence[Measured]) -> str:
 
 def _label(choice: Choice) -> str:
     name = choice.backend.name
-    return name if choice.all_layers is None else f"{name}, {choice.layers} layers"
+    return name if choice.layers is None or choice.all_layers is None else f"{name}, {counted(choice.layers, 'layer')}"

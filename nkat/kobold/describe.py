@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nkat.host.console import format_bytes, note
+from nkat.host.console import counted, format_bytes, note
 from nkat.kobold.api import is_private
 from nkat.kobold.choose import Choice
 from nkat.kobold.findings import Findings
@@ -41,7 +41,7 @@ def print_layers(choice: Choice, memory: ModelMemory, machine: Machine, options:
         print(layer_table(memory, choice.layers, choice.device.name, free))
         print()
         if choice.layers and gpu_bytes(memory, choice.layers) > free:
-            note(f"warning: {choice.layers} layers need more than is free on {choice.device.name}")
+            note(f"warning: {counted(choice.layers, 'layer')} need more than is free on {choice.device.name}")
     elif memory.total > machine.available:
         note(
             f"warning: the model needs {format_bytes(memory.total)} but only "

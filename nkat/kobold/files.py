@@ -87,10 +87,9 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
     if named is not None:
         _check_base(named, theta_set)
         return named.absolute(), "named by --base"
-    for folder in _near(asked.path, theta_set):
-        for candidate in _candidates(folder, theta_set):
-            if _sha256(candidate) == theta_set.base_sha256:
-                return candidate.path.absolute(), f"found in {folder} by its hash"
+    for candidate in _candidates(asked.path, theta_set):
+        if _sha256(candidate) == theta_set.base_sha256:
+            return candidate.path.absolute(), f"found in {candidate.path.parent} by its hash"
     if asked.base is None:
         raise NKATError(
             f"{asked.path}: holds only Θ, and its base model ({theta_set.base_name}) is not beside it; "
@@ -114,9 +113,12 @@ def _near(path: Path, theta_set: ThetaSet) -> Iterator[Path]:
     yield from (folder for folder in dict.fromkeys(folders) if folder.is_dir())
 
 
-def _candidates(folder: Path, theta_set: ThetaSet) -> list[ModelFile]:
-    """Those of the base's size, plain files first: one with a Θ behind it carries bytes that nothing needs."""
-    return sorted(_of_its_size(folder, theta_set), key=lambda found: found.layout != "plain")
+def _candidates(path: Path, theta_set: ThetaSet) -> list[ModelFile]:
+    """Those of the base's size, plain files first, wherever they are: one with a Θ behind it carries bytes that nothing
+    needs. Among each kind the nearest comes first.
+    """
+    found = [one for folder in _near(path, theta_set) for one in _of_its_size(folder, theta_set)]
+    return sorted(found, key=lambda one: one.layout != "plain")
 
 
 def _of_its_size(folder: Path, theta_set: ThetaSet) -> Iterator[ModelFile]:

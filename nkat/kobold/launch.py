@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.kobold.api import base_url, check_port
 from nkat.kobold.choose import Choice, advice
 from nkat.kobold.find import Kobold
@@ -72,8 +72,8 @@ def _check_devices(choice: Choice, adapter: bool, process: KoboldProcess) -> Non
     told = choice.backend.tells_buffers and loaded.buffers
     if told and choice.layers and not loaded.gpu_megabytes:
         raise NKATError(
-            f"asked for {choice.layers} layers by {choice.backend.name}, but KoboldCpp put all weights into main "
-            "memory: it found no device it can use; update the graphics driver, or take --backend cpu"
+            f"asked for {counted(choice.layers, 'layer')} by {choice.backend.name}, but KoboldCpp put all weights "
+            "into main memory: it found no device it can use; update the graphics driver, or take --backend cpu"
         )
 
 

@@ -13,6 +13,7 @@ from nkat.host.console import note
 from nkat.host.files import check_apart, check_output
 from nkat.host.programs import shell_line
 from nkat.host.record import Recorder, check_record
+from nkat.host.tools import suggest
 from nkat.kobold.benchmark import fastest
 from nkat.kobold.choose import Choice, advice
 from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings
@@ -85,6 +86,7 @@ def run_session(options: KoboldOptions, findings: Findings, interactive: bool, r
             note("no .nkat or .gguf here; name a model with --model FILE")
         return Outcome(record)
     if options.action == "list":
+        suggest("kobold", *(["--model", options.model] if options.model else []), "--launch")
         return Outcome(record)
     if options.action == "benchmark":
         return Outcome(run_benchmark(options, findings, findings.model, recorder))

@@ -18,7 +18,8 @@ from typing import Any
 
 MEMORY_BYTES = 1 << 30  # Python and Jinja take a tenth of it
 SECONDS = 10  # of the processor; real templates take milliseconds
-MAX_CHARACTERS = 1 << 24  # of the text: far beyond any model's context
+MAX_ADDED = 1 << 16  # characters around the messages, each of which may appear a few times: those in use add thousands
+MAX_REPEATED = 4
 
 
 def environment() -> Any:
@@ -63,9 +64,16 @@ def answer(template: str, variables: dict[str, Any]) -> dict[str, str]:
         return {"error": "it needs more memory than a template may have"}
     except Exception as error:  # whatever a foreign program may fail with
         return {"error": " ".join(str(error).split())[:200] or type(error).__name__}
-    if len(text) > MAX_CHARACTERS:
-        return {"error": f"its text has {len(text)} characters"}
+    said = "".join(part for message in variables["messages"] for part in message.values())
+    if len(text) > MAX_ADDED + MAX_REPEATED * len(said):
+        return {"error": f"it makes {len(text):,} characters of {len(said):,}"}
+    if _has_surrogates(text) and not _has_surrogates(said):
+        return {"error": "its text is not valid Unicode"}
     return {"text": text}
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _limit() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
 from nkat.measure.perplexity import (
@@ -159,4 +159,7 @@ def note_missing_chunks(passages: Passages, asked: int) -> None:
     """Says so where a text has fewer chunks than a user asked for."""
     count, context = passages.chunks.shape
     if count < asked:
-        note(f"note: {passages.name} has {count} chunks of {context} tokens, and not the {asked} that were asked for")
+        note(
+            f"note: {passages.name} has {counted(count, 'chunk')} of {context} tokens, and not the {asked} that were "
+            "asked for"
+        )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from nkat.engine.scoring import make_scorer
 from nkat.errors import NKATError
+from nkat.host.console import counted
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer
 
@@ -145,7 +146,7 @@ def text_chunks(tokenizer: Tokenizer, text: str, chunks: int | None = None, cont
     ids = torch.tensor(tokenizer.encode(text, add_special=True), dtype=torch.int64)
     available = len(ids) // context
     if available == 0:
-        raise NKATError(f"the text is too short: it has {len(ids)} tokens, and one chunk needs {context}")
+        raise NKATError(f"the text is too short: it has {counted(len(ids), 'token')}, and one chunk needs {context}")
     count = available if chunks is None else min(chunks, available)
     cut = ids[: count * context].view(count, context)
     if tokenizer.adds_bos and tokenizer.bos_id is not None:

@@ -18,10 +18,10 @@ from optuna.trial import TrialState
 from nkat.errors import NKATError
 from nkat.gguf.writer import MetadataValue, write_gguf
 from nkat.host import console
-from nkat.host.commandline import toolkit_command
 from nkat.host.console import counted, format_table, note
 from nkat.host.programs import shell_line
 from nkat.host.record import recorded, write_json
+from nkat.host.tools import suggest, tool_command
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.judge import Judge, text_passages
 from nkat.measure.perplexity import change_text, perplexity_text
@@ -114,14 +114,14 @@ def prepare(options: SearchOptions, space: Space) -> Prepared:
     seen = chunks // (1 + HELD_OUT_FACTOR)
     if seen < 2:
         raise NKATError(
-            f"{text.name}: the text is too short: it gives {chunks} chunks, and a search with held-out text "
+            f"{text.name}: the text is too short: it gives {counted(chunks, 'chunk')}, and a search with held-out text "
             f"needs {2 * (1 + HELD_OUT_FACTOR)}"
         )
     if seen < options.chunks:
         context = passages.chunks.shape[1]
         note(
-            f"note: {text.name} has {chunks} chunks of {context} tokens only: trials see {seen} of them instead of "
-            f"{options.chunks}"
+            f"note: {text.name} has {counted(chunks, 'chunk')} of {context} tokens only: trials see {seen} of them "
+            f"instead of {options.chunks}"
         )
     gamma = DEFAULT_GAMMA if options.target_gamma is None else options.target_gamma
     coupling(gamma)  # raises when out of range
@@ -232,10 +232,24 @@ def report(options: SearchOptions, prepared: Prepared, outcome: Outcome, judged:
             note_earlier(folder, "optimal_*.nkat", record["optimal"] and record["optimal"]["file"])
         else:
             print_interrupted(record, base, first)
-        on = f"{prepared.chunks} chunks of {prepared.seen.passages.name}"
+        on = f"{counted(prepared.chunks, 'chunk')} of {prepared.seen.passages.name}"
         title = f"{options.model.name}: {counted(len(trials), 'trial')} on {on}"
         plot_search(folder / PICTURE, trials, record["importances"], title)
         print(f"files are in {folder}")
+    suggest_next(options, record, won)
+
+
+def suggest_next(options: SearchOptions, record: Mapping[str, Any], won: bool) -> None:
+    """What a user would do with what was found."""
+    if record["held_out"] is None:  # interrupted: the way on is said there
+        return
+    if won:
+        suggest("engine", "--model", record["optimal"]["file"], "--compare")
+    elif options.study.mode != "full":
+        suggest("optimize", "--model", options.model, "--mode", "full", "--output-dir", "output/full")
+    else:
+        words = ("--input", options.model, "--output", options.model.with_suffix(".nkat"))
+        suggest("convert", *words, "--theta-source", "fit", "--calibrate", "TEXT", why="a Θ that learns from a text")
 
 
 def best_settings(study: optuna.Study) -> list[tuple[int, Setting]]:
@@ -287,7 +301,7 @@ def write_optimal(
 
 def converter_command(options: SearchOptions, setting: Setting, path: Path) -> str:
     """The command that makes the same file again, in its place, from whatever folder it is run in."""
-    words: list[object] = [*toolkit_command("nkat-convert", "nkat_gguf_converter.py")]
+    words: list[object] = [*tool_command("convert")]
     words += ["--input", options.model.absolute(), "--output", path.absolute(), "--force"]
     words += ["--theta-rank", setting.rank, "--theta-gamma", f"{setting.gamma:g}", "--seed", options.study.seed]
     if setting.layers != "both":
@@ -303,7 +317,7 @@ def converter_command(options: SearchOptions, setting: Setting, path: Path) -> s
 def print_report(record: dict[str, Any], won: bool, tried: bool) -> None:
     """What came out, for people. tried: whether any trial had a Θ"""
     held_out = record["held_out"]
-    print(f"\nheld-out: {record['held_out_chunks']} chunks of {record['text']} that no trial saw\n")
+    print(f"\nheld-out: {counted(record['held_out_chunks'], 'chunk')} of {record['text']} that no trial saw\n")
     rows = [["without Θ", "", *_cells(held_out["base"])]]
     rows += [[_name(row["setting"]), str(row["trial"]), *_cells(row)] for row in held_out["best"]]
     print(format_table(rows, ["setting", "trial", "perplexity", "change %", "TPE"]))
@@ -340,7 +354,7 @@ def print_interrupted(record: dict[str, Any], base: Mapping[str, Any] | None, be
     beside = "" if base is None else f" against {base['tpe']:.6f} without Θ"
     print(
         f"best so far: trial {best['number']}, {_name(best['setting'])}: TPE {best['tpe']:.6f}{beside} on the "
-        f"{record['chunks']} chunks that trials see; not judged on held-out text, so nothing was made of it"
+        f"{counted(record['chunks'], 'chunk')} that trials see; not judged on held-out text, so nothing was made of it"
     )
 
 

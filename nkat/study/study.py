@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from nkat.errors import NKATError
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.interrupts import Gate
 from nkat.host.processes import identity, is_alive
 from nkat.host.programs import shell_line
@@ -198,8 +198,8 @@ def find_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study 
 def exists_already(study: optuna.Study) -> NKATError:
     """What to tell a user who did not ask to go on with it."""
     return NKATError(
-        f"study {study.study_name!r} exists already with {len(study.trials)} trials: give --resume to continue or join "
-        "it, or another --output-dir or --study-name"
+        f"study {study.study_name!r} exists already with {counted(len(study.trials), 'trial')}: give --resume to "
+        "continue or join it, or another --output-dir or --study-name"
     )
 
 

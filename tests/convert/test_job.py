@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
+from nkat.host.console import format_bytes
 from nkat.theta import inplace
 from nkat.theta.modelfile import open_model_file
 from tests.gguf.test_file import build
@@ -136,6 +138,43 @@ def test_a_file_with_theta_among_its_tensors_is_converted_again(script, tmp_path
     convert(script, "--input", whole, "--output", cut, "--theta-rank", 3, "--force")
     convert(script, "--input", base, "--output", direct, "--theta-rank", 3)
     assert cut.read_bytes() == direct.read_bytes()
+
+
+def test_each_way_through_the_converter_has_a_head_and_a_next_command(script, tmp_path: Path, base: Path) -> None:
+    out, only, lora, cut, back = (tmp_path / n for n in ("o.nkat", "t.bin", "l.gguf", "c.nkat", "back.gguf"))
+
+    def run(*arguments: object) -> tuple[list[str], list[str], str]:
+        done = script(CONVERTER, *arguments)
+        assert done.returncode == 0, done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert line.startswith("next: "), line
+        name, *words = shlex.split(line.removeprefix("next: "))[1:]
+        return done.stdout.splitlines(), [Path(name).name, *words], done.stderr
+
+    engine = "nkat_inference_engine.py"
+    arguments = ("--input", base, "--output", out, "--theta-rank", 4)
+    head, following, _ = run(*arguments, "--dry-run")
+    assert following == [CONVERTER, *map(str, arguments)]
+    assert not out.exists()
+    head, following, _ = run(*arguments)
+    assert following == [engine, "--model", str(out), "--compare"]
+    assert head[0] == f"input   {base} ({format_bytes(base.stat().st_size)}, llama)"
+    assert run("--input", base, "--output", only, "--theta-only")[1][1:] == [
+        "--model", str(base), "--theta", str(only), "--compare",
+    ]  # fmt: skip
+    head, following, _ = run("--input", out, "--export-lora", lora)
+    assert following == ["backend_selector.py", "--model", str(out)]
+    assert f"wrote {lora} ({lora.stat().st_size:,} bytes): Θ of rank 4 at gamma 0.97 as a LoRA adapter" in head
+    head, _, said = run("--input", out, "--output", cut, "--truncate-rank", 1, "--theta-gamma", 1)
+    assert head[:4] == [
+        f"input   {out} ({format_bytes(out.stat().st_size)}, llama)",
+        f"output  {cut} (tensors)",
+        "Θ       21 layers, the first column of the input's 4, gamma 1 (κ = 0.000000)",
+        "        replaces the Θ of rank 4 that the input has",
+    ]
+    assert "will have no effect" in said
+    assert "have no effect" not in run("--input", out, "--output", cut, "--truncate-rank", 1, "--force")[2]  # control
+    assert run("--input", out, "--output", back, "--remove")[1] == [engine, "--model", str(back), "--benchmark"]
 
 
 def test_in_place(script, fails, tmp_path: Path, base: Path) -> None:
@@ -325,7 +364,8 @@ def test_as_a_process(process, tmp_path: Path, base: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     done = process(CONVERTER, "--input", base, "--output", tmp_path / "x", "--json", "-")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0
+    assert [line.partition(": ")[0] for line in done.stderr.splitlines()] == ["", "next"]
     assert json.loads(done.stdout.splitlines()[-1])["output_bytes"] == (tmp_path / "x").stat().st_size
 
 

@@ -40,6 +40,20 @@ def test_no_command_takes_a_hundred_thousand_threads(fails, command):
     assert "argument --threads" in fails(*command, "--threads", 100_000)
 
 
+def test_text_may_begin_with_a_dash():
+    parser = commandline.Parser()
+    parser.add_argument("--generate", type=commandline.any_text)
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--model")
+    for text in ("---", "-one", "---\nfoo", "-1", "--no-such-flag", "- a"):
+        parsed = parser.parse_args(["--generate", text, "--seed", "3"])
+        assert (parsed.generate, parsed.seed) == (text, 3)
+    assert parser.parse_args(["--generate=--model"]).generate == "--model"
+    for wrong in (["--generate", "--model", "x"], ["--model", "---"], ["--generate"], ["--generate", "--"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [

@@ -131,6 +131,8 @@ def test_control_characters_of_a_file_are_shown_not_obeyed(capsys: pytest.Captur
     hostile = "a\x1b]0;title\x07\x9b31m\x7f\r\u202eb\n\tc"
     assert printable(hostile) == r"a\u001b]0;title\u0007\u009b31m\u007f\r\u202eb\n\tc"
     assert printable("Θ — 👋 é") == "Θ — 👋 é"
+    assert printable("x" * 999 + "\n") == "x" * 999 + "\\n"
+    assert printable("a" + "x" * 10**6 + "b") == f"a{'x' * 499} … (999,002 characters) … {'x' * 499}b"
     assert format_table([[hostile, "1"]], ["name", "n"]).count("\n") == 2
     note(hostile)
     assert "\x1b" not in capsys.readouterr().err

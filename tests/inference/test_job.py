@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,14 +189,51 @@ def test_benchmark_has_the_guides_keys_and_what_repeats_them(script, tiny: Path)
 
 
 @pytest.mark.usefixtures("one_process")
-def test_benchmark_without_theta_has_one_arm(script, tiny: Path, base: Path) -> None:
+def test_benchmark_without_theta_has_one_arm(script, tiny: Path, base: Path, tmp_path: Path) -> None:
     record = record_of(script, "--model", base, "--benchmark", *QUICK)
     assert record["theta_enabled"] is False
     assert record["overhead_percentage"] is record["prefill_overhead_percentage"] is record["nkat"] is None
     assert record["tokens_per_second"] == record["baseline"]["decode"]["tokens_per_second"]
-    table = script(ENGINE, "--model", base, "--benchmark", *QUICK).stdout
+    where = ("--output-dir", tmp_path / "b", "--force")
+    table = script(ENGINE, "--model", base, "--benchmark", *QUICK, *where).stdout
     assert "with Θ" not in table
-    assert "with Θ" in script(ENGINE, "--model", tiny, "--benchmark", *QUICK).stdout
+    assert "with Θ" in script(ENGINE, "--model", tiny, "--benchmark", *QUICK, *where).stdout
+
+
+@pytest.mark.usefixtures("one_process")
+def test_benchmark_leaves_a_record_unless_it_is_wanted_elsewhere(
+    script, fails, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = script(ENGINE, "--model", tiny, "--benchmark", *QUICK)
+    (left,) = tmp_path.glob("output/benchmark/*/benchmark.json")
+    assert f"files are in {left.parent.relative_to(tmp_path)}" in done.stderr
+    record = json.loads(left.read_text(encoding="utf-8"))
+    assert record["theta_enabled"] is True
+    assert record["model_sha256"] == sha256(tiny)
+    assert record["tokens_per_second"] > 0
+    assert "exists already" in fails(ENGINE, "--model", tiny, "--benchmark", *QUICK, "--output-dir", left.parent)
+    shutil.rmtree(tmp_path / "output")
+    record_of(script, "--model", tiny, "--benchmark", *QUICK)  # the control: --json says where
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_comes_next_follows_from_what_was_found(script, tiny: Path, base: Path, tmp_path: Path) -> None:
+    def step(*arguments: object) -> list[str]:
+        line = script(ENGINE, *arguments, "--no-cuda", "--threads", 1, "--json", "-").stderr.strip().splitlines()[-1]
+        assert line.startswith("next: "), line
+        return shlex.split(line.removeprefix("next: "))[1:]
+
+    quick = ("--perplexity", "--chunks", 1)
+    converter, *arguments = step("--model", base, *quick)
+    assert arguments == ["--input", str(base), "--output", str(base.with_suffix(".nkat"))]
+    assert script(Path(converter).name, *arguments[:3], tmp_path / "made.nkat").returncode == 0
+    _, *arguments = step("--model", tmp_path / "made.nkat", *quick)
+    assert arguments == ["--model", str(tmp_path / "made.nkat"), "--compare"]
+    *_, selector = step(*arguments, *QUICK[:-3], "--chunks", 0, "--output-dir", tmp_path / "c")[:1]
+    assert selector.endswith("backend_selector.py")
+    assert "next:" not in script(ENGINE, "--model", tiny, "--generate", "the", "--max-tokens", 1).stderr
 
 
 @pytest.mark.isa
@@ -428,6 +466,8 @@ def test_what_has_no_effect_is_said(script, tiny: Path) -> None:
     control = said()
     assert "no effect" not in control
     assert "; seed " in control
+    assert generate(script, "--model", tiny, "--generate", "the", "--temperature", 0, "--seed", 5)["seed"] is None
+    assert generate(script, "--model", tiny, "--generate", "the", "--seed", 5)["seed"] == 5
 
 
 def test_chat_wraps_the_prompt_in_the_models_template(script, tiny: Path) -> None:

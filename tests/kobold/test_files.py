@@ -60,7 +60,12 @@ def test_a_plain_base_goes_before_one_with_theta_behind_it(script, base: Path) -
     nkat = convert(script, base, base.parent / "m.nkat")
     appended = convert(script, base, base.parent / "a.gguf", "--layout", "appended")  # the first by its name
     assert prepare_files(nkat, None, None).model == base
-    base.unlink()
+    farther = Path.cwd() / "models" / "base.gguf"
+    farther.parent.mkdir()
+    base.rename(farther)
+    files = prepare_files(nkat, None, None)
+    assert (files.model, files.how) == (farther, f"found in {farther.parent} by its hash")
+    farther.unlink()
     assert prepare_files(nkat, None, None).model == appended  # the control
 
 

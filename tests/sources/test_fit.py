@@ -248,7 +248,7 @@ def test_state_of_another_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NKATError, match="other files or settings"):
         load_state(tmp_path / "s", run_identity({"steps": 2}))
     (tmp_path / "s").write_bytes(b"no zip file")
-    with pytest.raises(NKATError, match="cannot be read as the state"):
+    with pytest.raises(NKATError, match="is not the state of a fit: it does not begin as"):
         load_state(tmp_path / "s", identity)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import os
 from pathlib import Path
 
 import gguf
@@ -20,6 +22,7 @@ from nkat.sources.fit.data import FitText, batch_at, fit_text, split_validation
 from nkat.sources.fit.descent import FitSettings, theta_start, to_thetas, visible_columns, zero_start
 from nkat.sources.fit.layers import FittedLinear, ThetaMode, fitted_layers
 from nkat.sources.fit.loss import Teacher, vocabulary_loss
+from nkat.sources.fit.state import FitState, check_place, load_state, save_state
 from nkat.theta.algebra import quantise_factors
 from nkat.theta.set import ThetaSet, truncate_rank
 from tests.support.tiny_models import write_tiny_model
@@ -297,19 +300,54 @@ def test_schedule() -> None:
     assert [settings.rounds_at(step) for step in (74, 75)] == [False, True]
 
 
-def test_damaged_states_are_one_line(tmp_path):
-    from nkat.errors import NKATError
-    from nkat.sources.fit.state import FitState, load_state, save_state
+def _state(path: Path) -> dict:
+    """What a fit of two layers writes behind a step and a validation."""
+    factors = [torch.ones(4, 2, requires_grad=True) for _ in range(4)]
+    optimizer = torch.optim.AdamW(factors, fused=True)
+    sum(factor.sum() for factor in factors).backward()
+    optimizer.step()
+    kept = [factor.detach() for factor in factors]
+    row = {"step": 3, "loss": 1.0, "validation_nll": 1.0}
+    save_state(path, FitState("zero", 3, kept, optimizer.state_dict(), 3, 1.0, kept, [row]), "me")
+    return torch.load(path, weights_only=True)
 
+
+def test_damaged_states_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "fit.state"
-    state = FitState("zero", 3, [torch.zeros(4, 2)] * 2, history=[{"step": 3}])
-    save_state(path, state, "me")
+    good = _state(path)
     assert load_state(path, "me").step == 3
-    good = torch.load(path, weights_only=True)
-    changes = [{"step": "3"}, {"step": -1}, {"factors": None}, {"factors": [1]}, {"optimizer": []}, {"best_nll": "x"}]
-    changes += [{"history": [1]}, {"history": [{}]}, {"seconds": None}, {"more": 1}, {"start": 5}, {"format": 2}]
-    records = [good | change for change in changes] + [{k: v for k, v in good.items() if k != key} for key in good]
+    odd: list[object] = [None, True, -1, 10**30, math.nan, "x", [1], {"a": 1}, torch.zeros(0), torch.ones(3, 3)]
+    odd.append(torch.zeros(4, 2, dtype=torch.complex64))
+    changes: list[dict[str, object]] = [{key: value} for key in good for value in odd if (key, value) != ("start", "x")]
+    changes += [{"factors": good["factors"][:3]}, {"factors": [torch.full((4, 2), math.nan)] * 4}, {"best_factors": []}]
+    changes += [{"history": [{**good["history"][0], name: value}]} for name in good["history"][0] for value in odd]
+    moments = good["optimizer"]["state"]
+    for state in [
+        *({**moments, 0: {**moments[0], name: value}} for name in moments[0] for value in odd),
+        *({**moments, 0: {k: v for k, v in moments[0].items() if k != name}} for name in moments[0]),
+        {**moments, 7: moments[0]},
+        {k: v for k, v in moments.items() if k},
+        *odd,
+    ]:
+        changes.append({"optimizer": {**good["optimizer"], "state": state}})
+    records: list[object] = [good | change for change in [*changes, {"more": 1}]]
+    records += [{k: v for k, v in good.items() if k != key} for key in good]
     for record in [*records, [], 5]:
         torch.save(record, path)
         with pytest.raises(NKATError):
             load_state(path, "me")
+    if os.name == "nt":
+        return
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(NKATError, match="no file"):
+        load_state(path, "me")
+
+
+def test_a_state_is_of_this_model_and_this_many_steps(tmp_path: Path) -> None:
+    _state(tmp_path / "s")
+    state = load_state(tmp_path / "s", "me")
+    check_place(state, [(4, 2), (4, 2)], 3, tmp_path)
+    for shapes, steps in (([(4, 2)], 3), ([(4, 2), (5, 2)], 3), ([(4, 2), (4, 2)], 2)):
+        with pytest.raises(NKATError, match="damaged"):
+            check_place(state, shapes, steps, tmp_path)

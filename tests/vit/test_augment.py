@@ -10,7 +10,9 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from nkat.errors import NKATError
+from nkat_vit import augment as augmentation
 from nkat_vit.augment import AugmentConfig, augment
+from nkat_vit.data import ImageSet
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, OPERATIONS, randaugment
 from tests.support.vit_data import run_module, write_digits
 
@@ -183,6 +185,35 @@ def test_impossible_settings_are_refused() -> None:
     for change in ({"randaugment": (2, 31)}, {"randaugment": (-1, 9)}, {"crop": -1}, {"channel_shuffle": 1.1}):
         with pytest.raises(NKATError):
             AugmentConfig(**change)
+
+
+def test_the_picture_shows_views_of_the_picture_alone_and_what_the_others_are_mixed_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of label k is flat with value 20 k, so that the mean of a mixed one tells the shares of its labels."""
+    drawn: dict = {}
+    monkeypatch.setattr(
+        augmentation, "save_grid", lambda *arguments: drawn.update(zip("pitfc", arguments, strict=True))
+    )
+    labels = torch.arange(80) % 10
+    flat = (20 * labels).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28).contiguous()
+    config = AugmentConfig(crop=0, flip=False, randaugment=(0, 0), cutout=0, mixup=1.0, cutmix=1.0)
+    augmentation.draw_examples(tmp_path / "x", ImageSet("mnist", flat, labels, ""), config, rng(), 5, False)
+    images, captions = 255 * drawn["i"] / 20, drawn["c"]
+    assert images.shape == (5, 10, 1, 28, 28)
+    assert "6 views of it, 3 mixed (Mixup 1, CutMix 1)" in drawn["t"]
+    for row in range(5):
+        assert torch.allclose(images[row, :7], torch.full_like(images[row, :7], row))  # nobody else's
+        assert captions[row][:7] == [str(row), *[""] * 6]
+        for image, caption in zip(images[row, 7:], captions[row][7:], strict=True):
+            parts = [part.split(" % ") for part in caption.strip().splitlines()]
+            assert parts[0][1] == str(row)
+            assert image.mean().item() == pytest.approx(sum(int(s) * int(k) for s, k in parts) / 100, abs=0.11)
+    others = [caption for row in captions for caption in row[7:] if "\n0" not in caption and len(caption.split()) > 3]
+    assert others  # some are mixed
+    augmentation.draw_examples(tmp_path / "x", ImageSet("mnist", flat, labels, ""), OFF, rng(), 2, False)
+    assert drawn["i"].shape[1] == 7
+    assert drawn["t"].endswith("6 views of it")
 
 
 def test_the_picture_of_examples(tmp_path: Path) -> None:

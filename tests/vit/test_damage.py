@@ -174,7 +174,35 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
     for at in range(0, len(raw), max(1, len(raw) // 15)):
         path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
         with contextlib.suppress(NKATError):  # some bytes are padding
-            checkpoint.load_model(path)
+            assert same_weights(checkpoint.load_model(path).model.state_dict(), content["weights"])
         path.write_bytes(raw[:at])
-        with pytest.raises(NKATError):
+        with pytest.raises(NKATError, match=r"best\.pt: is (not a checkpoint|cut or damaged)"):
             checkpoint.load_model(path)
+
+
+def test_a_flipped_bit_in_a_weight_is_no_weight(tmp_path: Path) -> None:
+    path, content = best(tmp_path)
+    raw = path.read_bytes()
+    weight = content["weights"]["head.weight"]
+    at = raw.index(weight.numpy().tobytes()) + weight.nbytes // 2
+    flipped = raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :]
+    path.write_bytes(flipped)
+    loaded = torch.load(path, weights_only=True)["weights"]["head.weight"]
+    assert not torch.equal(loaded, weight)  # control: torch by itself takes it
+    with pytest.raises(NKATError, match=r"best\.pt: is damaged: the checksum of .* is wrong"):
+        checkpoint.load_model(path)
+
+
+def same_weights(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_an_unreadable_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = best(tmp_path)
+
+    def broken(_: Path) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Path, "read_bytes", broken)
+    with pytest.raises(NKATError, match=r"best\.pt: cannot be read: Input/output error"):
+        checkpoint.load_model(path)

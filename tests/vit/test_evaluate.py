@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 
 from nkat.errors import NKATError
 from nkat_vit import checkpoint, data
-from nkat_vit.evaluate import RunResult, Spread, summarise, table
+from nkat_vit.evaluate import RunResult, Spread, remarks, summarise, table, verdicts
+from nkat_vit.metrics import lambda_theory
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import make_recipe
 from tests.support.vit_data import run_in_process, run_module, write_cifar, write_digits, write_grey
@@ -35,6 +37,45 @@ def test_the_plans_table_comes_out_of_the_plans_accuracies() -> None:
     assert lines["Robustness"].endswith("yes")
     assert lines["CIFAR-10, 100 pictures: accuracy"].endswith("yes")
     assert "(n = 1)" in lines["Global TPE"]
+
+
+def test_no_target_is_met_by_size_alone() -> None:
+    """The smallest model there is a test of: 42,449 parameters at chance have TPE 2.53, and pass nothing."""
+    lam = lambda_theory(42_449)
+    names = ("mnist", "fashion", "emnist", "cifar10")
+    chance = summarise([result(name, 0, 0.105, lam) for name in names])
+    assert chance["sets"]["cifar10"]["tpe"].mean == pytest.approx(2.53, abs=0.01)
+    sure = Spread.of([1.0])  # what never sees anything is changed by nothing
+    met = verdicts(chance, sure)
+    assert met["cifar10"] == {"accuracy": "no", "tpe": "not with this accuracy"}
+    assert set(met["all"].values()) == {"not with this accuracy"}
+    text = table(chance, sure)
+    assert not [line for line in text.splitlines() if line.endswith(" yes")]
+    assert re.search(r"cifar10: TPE 2\.5\d+ is bought by size alone: the accuracy, 0\.1050, is below 0\.60", text)
+    # One set below its accuracy takes its own TPE along, and the figures over all sets.
+    accuracies = dict(zip(names, (0.99, 0.95, 0.90, 0.59), strict=True))
+    near = summarise([result(name, 0, accuracy, 14.4) for name, accuracy in accuracies.items()])
+    assert near["Global TPE"].mean > 0.70
+    met = verdicts(near, Spread.of([0.9]))
+    assert met["mnist"] == {"accuracy": "yes", "tpe": "yes"}
+    assert met["cifar10"] == {"accuracy": "no", "tpe": "not with this accuracy"}
+    assert set(met["all"].values()) == {"not with this accuracy"}
+    reached = summarise([result(name, 0, a, 14.4) for name, a in (accuracies | {"cifar10": 0.60}).items()])  # control
+    assert set(verdicts(reached, Spread.of([0.9]))["all"].values()) == {"yes"}
+    assert verdicts(summarise([result("mnist", 0, 0.911)]), None) == {
+        "mnist": {"accuracy": "yes", "tpe": "no"},
+        "all": {},
+    }
+
+
+def test_what_global_tpe_takes_is_said() -> None:
+    assert (
+        "takes a mean accuracy of 0.9256 at lambda 20.00; it is 0.9000"
+        in remarks(summarise([result("mnist", 0, 0.9)]))[-1]
+    )
+    large = remarks(summarise([result("mnist", 0, 0.9, 26.0)]))
+    assert large == ["Global TPE 0.70 cannot be reached at lambda 26.00, whatever the accuracy"]
+    assert "takes a mean" in remarks(summarise([result("mnist", 0, 0.9, 25.8)]))[-1]  # control
 
 
 def test_spread_over_common_seeds_only() -> None:
@@ -66,9 +107,16 @@ def test_runs_are_trained_once_and_judged(tmp_path: Path, monkeypatch: pytest.Mo
     own = json.loads((tmp_path / "runs" / "emnist-digits-seed0" / "result.json").read_text())
     assert record["sets"]["emnist-digits"]["accuracy"] == {"mean": own["test"], "sd": None, "n": 1}
     assert record["robustness"] is None
+    assert record["met"] == {"all": {}}  # this set has no target
+    assert record["mean_accuracy"]["mean"] == own["test"]
     again = run_module("nkat_vit.evaluate", *command)
     assert "done already" in again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["runs"] == record["runs"]
+    for more, said in ((["--epochs", 2], "epochs 1"), (["--preset", "fast", "--epochs", 1], "was begun with")):
+        other = run_module("nkat_vit.evaluate", *command, *more)  # not the runs that were asked for
+        assert other.returncode == 2
+        assert said in other.stderr
+        assert "cannot change" in other.stderr
 
 
 def test_all_sets_are_checked_before_the_first_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,4 +155,4 @@ def test_nothing_to_judge_is_a_mistake(tmp_path: Path) -> None:
     assert run_module("nkat_vit.evaluate").returncode == 2
     absent = run_module("nkat_vit.evaluate", tmp_path / "x")
     assert absent.returncode == 2
-    assert "no such checkpoint" in absent.stderr
+    assert "there is no such file" in absent.stderr

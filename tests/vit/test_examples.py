@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from nkat_vit import checkpoint
+from nkat_vit.model import NKATViT
+from nkat_vit.recipe import make_recipe
 from tests.support.vit_data import run_in_process, run_module, write_digits
 
 
@@ -28,6 +33,23 @@ def test_quick_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out" / "pictures").glob("nkat_attention_sample_*.png"))) == 10
     assert "test        " in done.stdout
+
+
+def test_explain_image_is_captums_usual_call(tmp_path: Path) -> None:
+    write_digits(tmp_path)
+    recipe = make_recipe({"dataset": "emnist-digits", "embed_dim": 16, "depth": 1, "heads": 2, "validation": 24})
+    content = {"kind": "weights", "recipe": recipe.values(), "weights": NKATViT(recipe.model).state_dict()}
+    checkpoint.save(tmp_path / "best.pt", content | {"steps": 5, "epoch": 1, "validation": 0.5})
+    picture = tmp_path / "why.png"
+    done = run_module("examples.explain_image", tmp_path, "--data-root", tmp_path, "--output", picture)
+    if importlib.util.find_spec("captum") is None:
+        assert (done.returncode, done.stderr.strip()) == (
+            2,
+            "error: this example needs the package captum: pip install captum",
+        )
+        pytest.skip("captum is not installed: only the message was tested")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(picture).size[0] > 500
 
 
 def test_full_training_uses_flags_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

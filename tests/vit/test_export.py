@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from nkat.errors import NKATError
 from nkat_vit import checkpoint, export
@@ -32,6 +34,9 @@ def test_the_written_program_is_the_eager_model(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     program = export.open_pt2(target.read_bytes())
     assert export.largest_difference(program, model) < 1e-5
+    said = {export.DESCRIPTION: ""}
+    torch.export.load(target, extra_files=said)
+    assert json.loads(said[export.DESCRIPTION]) == export.describe_input(model)
     model.model.head.bias.data[0] += 0.01  # control: another model is noticed
     with pytest.raises(NKATError, match="differ from the eager"):
         export.largest_difference(program, model)
@@ -49,3 +54,18 @@ def test_onnx_is_the_eager_model_or_names_what_is_missing(tmp_path: Path) -> Non
         pytest.skip("onnx, onnxscript and onnxruntime are not installed: only the message was tested")
     data = export.export_onnx(model)
     assert export.largest_difference(export.open_onnx(data), model) < export.TOLERANCE
+    import onnxruntime
+
+    said = onnxruntime.InferenceSession(data).get_modelmeta().custom_metadata_map
+    assert said == export.describe_input(model)
+
+
+def test_a_file_says_what_it_expects(tmp_path: Path) -> None:
+    said = export.describe_input(trained(tmp_path, "cifar10"))
+    assert json.loads(said["classes"])[:2] == ["airplane", "automobile"]
+    assert (json.loads(said["mean"]), json.loads(said["std"])) == ([0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616])
+    assert (said["image_size"], said["channels"], said["dataset"]) == ("32", "3", "cifar10")
+    assert "float32 [batch, 3, 32, 32], red, green and blue planes, values from 0 to 1" in said["input"]
+    grey = export.describe_input(trained(tmp_path, "emnist"))
+    assert len(json.loads(grey["classes"])) == 47
+    assert "float32 [batch, 1, 28, 28], one grey plane" in grey["input"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from nkat_vit import checkpoint
+from nkat_vit import checkpoint, interpret_plots
 from nkat_vit.interpret import look, pooling_weights, rollout, without_gauge
 from nkat_vit.model import NKATViT, ViTConfig
 from nkat_vit.recipe import make_recipe
@@ -79,6 +80,69 @@ def test_taking_the_gauge_out_is_strength_zero_and_is_undone() -> None:
     assert not torch.equal(before, zero(x)[0])
     none = look(zero, x)[3]
     assert [layer.commutator for layer in none] == [[0.0] * 4] * 2
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What would be written, by the file's name."""
+    kept: dict[str, Any] = {}
+    monkeypatch.setattr(interpret_plots, "save_figure", lambda figure, path, **_: kept.update({path.name: figure}))
+    return kept
+
+
+def test_a_sample_says_its_scale_its_layer_and_whose_attention_it_is(figures: dict[str, Any]) -> None:
+    """Colours are seen by two of four blocks, as by three of the preset's seven: the last has none to show."""
+    config = replace(CONFIG, depth=4, color_layers=2, heads=8, pool="cls")
+    model, image = NKATViT(config).eval(), torch.rand(1, 3, 32, 32)
+    _, attention, flow, _ = look(model, image)
+    weights = [layer[0] for layer in attention]
+    for pool, looker in (("cls", "the CLS token looks at"), ("mean", "all tokens look at, the mean")):
+        if pool == "mean":
+            config = replace(config, pool=pool)
+            weights, flow = [w[:, 1:, 1:] for w in weights], flow[:, 1:]
+        interpret_plots.plot_sample(Path(pool), image[0], flow[0], weights, config, "a picture")
+        figure = figures[pool]
+        said = [text.get_text() for text in figure.texts]
+        assert said[-3:] == [
+            f"what {looker}: each layer, the mean of its heads",
+            f"what {looker}: the heads of layer 1",
+            f"what {looker}: the heads of layer 3",
+        ]
+        titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+        colours = ("red", "red", "green", "green", "blue", "blue", "shared", "shared")
+        assert titles[-16:-8] == [f"head {head}: {colour}" for head, colour in enumerate(colours)]
+        assert titles[-8:] == [f"head {head}" for head in range(8)]
+        scales = {}
+        for axes in figure.axes:
+            if axes.get_title() and axes.get_title() != "picture":
+                shown = axes.images[-1]
+                scales.setdefault(axes.get_subplotspec().rowspan.start, set()).add(shown.get_clim())
+                assert shown.get_array().max() <= shown.get_clim()[1] + 1e-6
+        assert sorted(scales) == [0, 1, 2, 3]
+        assert all(len(limits) == 1 and next(iter(limits))[0] == 0 for limits in scales.values())  # one a row, from 0
+        received = weights[3][:, 0, 1:] if pool == "cls" else weights[3].mean(1)
+        assert next(iter(scales[3]))[1] == pytest.approx(received.max().item(), rel=1e-5)
+        bars = [axes for axes in figure.axes if axes.get_ylabel() == "weight of a cell"]
+        assert [bar.get_ylim()[1] for bar in bars] == [pytest.approx(next(iter(scales[row]))[1]) for row in range(4)]
+
+
+def test_axes_start_at_zero_count_in_whole_numbers_and_legends_are_drawn(figures: dict[str, Any]) -> None:
+    model, x = NKATViT(CONFIG).eval(), torch.rand(4, 3, 32, 32)
+    gauges = [block.attention.gauge for block in model.blocks]
+    interpret_plots.plot_gauges(Path("gauges"), gauges)
+    layers = [asdict(layer) for layer in look(model, x)[3]]
+    record = {"layers": layers, "accuracy": 0.5, "accuracy_without_gauge": 0.5}
+    interpret_plots.plot_summary(Path("summary"), record, "some")
+    for figure in figures.values():
+        panels = [axes for axes in figure.axes if axes.get_title()]
+        for axes in panels:
+            if "layer" in (axes.get_xlabel(), axes.get_ylabel()):
+                counted = axes.xaxis if axes.get_xlabel() in ("layer", "head") else axes.yaxis
+                assert all(tick == int(tick) for tick in counted.get_ticklocs())
+            if axes.lines:
+                assert axes.get_ylim()[0] == 0
+                assert axes.get_legend() is not None
+    assert len(figures["summary"].axes) == 4
 
 
 @pytest.fixture

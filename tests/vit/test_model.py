@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,12 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nkat_vit
 from nkat.errors import NKATError
 from nkat_vit import attention as attention_module
 from nkat_vit.attention import Attention
 from nkat_vit.dropout import dropout
 from nkat_vit.filtering import _largest, acts, filter_scores_, lowest_kept
-from nkat_vit.model import ColorNorm, NKATViT, ViTConfig, count_parameters
+from nkat_vit.model import ColorNorm, LogitsOnly, NKATViT, ViTConfig, count_parameters
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.isa
 
@@ -46,7 +50,7 @@ def test_the_plans_baseline_has_the_plans_size() -> None:
     plain = ViTConfig(color_norm="off", split_heads=False, nkat_strength=0.0)
     assert count_parameters(plain) == pytest.approx(8.4e6, rel=5e-3)
     assert count_parameters(replace(plain, mlp_ratio=4.0)) == pytest.approx(12.6e6, rel=5e-3)
-    assert count_parameters(ViTConfig()) == pytest.approx(8.4e6, rel=0.02)
+    assert count_parameters(ViTConfig()) == pytest.approx(8.5e6, rel=5e-3)
     assert count_parameters(ViTConfig()) == 8_479_127  # λ_theory is measured in it: 20 is this many
     stem = count_parameters(plain) - count_parameters(replace(plain, conv_stem="off", patch_size=8))
     assert abs(stem) < 60_000  # the plan says about 30 K
@@ -96,11 +100,60 @@ def test_grey_pictures_of_28_pixels(patch: int, grid: int) -> None:
         ({"depth": 0}, "depth"),
         ({"dropout_attn": 1.0}, "dropout_attn"),
         ({"std": (0.1, 0.0, 0.1)}, "std"),
+        ({"patch_size": 16}, "one token of a picture of 32 pixels: there is nothing to attend to"),
+        ({"patch_size": 8}, "one token"),
     ],
 )
 def test_impossible_configs_are_refused(change: dict, message: str) -> None:
     with pytest.raises(NKATError, match=message):
         replace(SMALL, **change)
+
+
+def test_what_is_no_batch_of_its_pictures_is_refused_in_words() -> None:
+    model, x = build(SMALL), pictures(SMALL)
+    expected = r"floats from 0 to 1 of shape \[batch, 3, 32, 32\]"
+    refused = {
+        rf"torch.uint8, the model takes {expected}: divide by 255": (255 * x).to(torch.uint8),
+        rf"torch.int64, the model takes {expected}$": (255 * x).long(),
+        rf"values from \S+ to 2\d\d\S*, the model takes {expected}": 255 * x,
+        rf"values from nan to nan, the model takes {expected}": x * torch.nan,
+        rf"shape \[3, 32, 32\], the model takes {expected}": x[0],
+        rf"shape \[3, 1, 32, 32\], the model takes {expected}": x[:, :1],
+        rf"shape \[3, 3, 30, 30\], the model takes {expected}": x[..., 1:31, 1:31],  # it would be padded
+        rf"shape \[3, 3, 32, 40\], the model takes {expected}": torch.rand(3, 3, 32, 40),
+        "no pictures in this batch": x[:0],
+        "torch.float64 and the model's weights torch.float32": x.double(),
+    }
+    for message, images in refused.items():
+        with pytest.raises(NKATError, match=message):
+            model(images)
+    assert torch.equal(model.double()(x.double())[0], model(x)[0])  # float32 is part of float64
+    noisy = x + torch.randn_like(x)
+    assert model.float()(noisy)[0].shape == (3, 10)  # attacks and noise lie beyond 0 and 1
+
+
+def test_the_package_gives_the_model_and_its_logits_alone() -> None:
+    assert nkat_vit.NKATViT is NKATViT
+    assert nkat_vit.LogitsOnly is LogitsOnly
+    model, x = build(SMALL), pictures(SMALL).requires_grad_()
+    logits = nkat_vit.LogitsOnly(model)(x)
+    assert torch.equal(logits, model(x)[0])
+    (gradient,) = torch.autograd.grad(logits[:, 1].sum(), x)  # what every program that explains begins with
+    assert gradient.abs().amax(dim=(1, 2, 3)).min() > 0
+    assert len(nkat_vit.__all__) <= 10
+    for name in set(nkat_vit.__all__) - {"__version__"}:
+        assert getattr(nkat_vit, name).__doc__, name
+    assert set(nkat_vit.__all__) <= set(dir(nkat_vit))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        nkat_vit.nothing  # noqa: B018
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    """And the control: the first name that is used does."""
+    heavy = "{'torch', 'numpy'} & set(sys.modules)"
+    program = f"import sys, nkat_vit; print({heavy}); from nkat_vit import NKATViT; print('torch' in {heavy})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["set()", "True"]
 
 
 def test_fused_and_written_out_attention_agree(monkeypatch: pytest.MonkeyPatch) -> None:

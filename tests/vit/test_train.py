@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from nkat.errors import NKATError
-from nkat_vit import checkpoint, loop
+from nkat_vit import checkpoint, loop, train
 from nkat_vit.augment import Batch
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import load_images
 from nkat_vit.loop import Trainer, mixed_loss
 from nkat_vit.model import NKATViT
+from nkat_vit.optim import lr_factor
 from nkat_vit.predict import accuracy, predict_logits
 from nkat_vit.recipe import make_recipe
 from tests.conftest import ROOT
@@ -125,7 +126,15 @@ def test_resume_refuses_another_recipe_and_other_data(tmp_path: Path, data: Path
     resume = ["--resume", tmp_path / "run", "--data-root", data]
     changed = run_module("nkat_vit.train", *resume, "--lr", 0.5)
     assert changed.returncode == 2
-    assert "cannot change" in changed.stderr
+    assert "was begun with lr 0.0002, which --resume cannot change to 0.5" in changed.stderr
+    another = run_module("nkat_vit.train", *resume, "--dataset", "cifar10", "--epochs", 4)
+    assert another.returncode == 2
+    assert (
+        "was begun with dataset emnist-digits, epochs 3, which --resume cannot change to cifar10, 4" in another.stderr
+    )
+    assert "--extend-to makes a run longer" in another.stderr
+    many = run_module("nkat_vit.train", *resume, "--preset", "fast")
+    assert "more), which --resume cannot change" in many.stderr
     other = write_digits(tmp_path / "other", train=95)
     foreign = run_module("nkat_vit.train", "--resume", tmp_path / "run", "--data-root", other)
     assert foreign.returncode == 2
@@ -133,7 +142,88 @@ def test_resume_refuses_another_recipe_and_other_data(tmp_path: Path, data: Path
     for more in ([], ["--tta", "auto", "--randaugment", 2, 9]):  # nothing left to do, and nothing changed
         assert run_module("nkat_vit.train", *resume, "--no-test", *more).returncode == 0
     absent = run_module("nkat_vit.train", "--resume", tmp_path / "nowhere")
-    assert "no such checkpoint" in absent.stderr
+    assert "there is no such file, where a checkpoint should be" in absent.stderr
+
+
+def test_a_finished_run_is_made_longer_on_request(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(data, tmp_path / "run")
+    before = checkpoint.load(tmp_path / "run" / "last.pt", "run")
+    longer = ["--resume", tmp_path / "run", "--data-root", data, "--extend-to", 6, "--json", "-"]
+    whole, rates = Trainer.train_step, []
+
+    def killed(self: Trainer) -> torch.Tensor:
+        if self.step == 13:
+            raise KeyboardInterrupt
+        loss = whole(self)
+        rates.append(self.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    monkeypatch.setattr(Trainer, "train_step", killed)
+    done = run_module("nkat_vit.train", *longer)
+    assert done.returncode == 130
+    assert "from 3 epochs to 6: after epoch 3 the learning rate goes on at 65 % of its peak" in done.stderr
+    assert rates == pytest.approx([2e-4 * lr_factor(step, 18, 3) for step in range(9, 13)])
+    monkeypatch.setattr(Trainer, "train_step", whole)
+    again = run_module("nkat_vit.train", *longer)  # the same command goes on
+    assert again.returncode == 0, again.stderr
+    record = json.loads(again.stdout.splitlines()[-1])
+    assert record["extended_from"] == [3]
+    assert record["recipe"]["epochs"] == 6
+    assert [row["epoch"] for row in record["history"]] == [1, 2, 3, 4, 5, 6]
+    assert record["history"][:3] == before["history"]
+    shorter = run_module("nkat_vit.train", *longer[:-3], 2)
+    assert shorter.returncode == 2
+    assert "is no longer run" in shorter.stderr
+    alone = run_module("nkat_vit.train", "--data-root", data, *COMMON, "--extend-to", 6)
+    assert "give --resume as well" in alone.stderr
+
+
+def test_a_short_run_has_a_short_warm_up_and_none_is_longer_than_its_run(tmp_path: Path, data: Path) -> None:
+    common = ["--data-root", data, *COMMON[:-4], "--threads", 1, "--epochs", 2, "--no-test"]  # no --warmup
+    assert "--warmup" not in common
+    done = run_module("nkat_vit.train", *common, "--output", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert "warm-up: 0.25 epochs of 2, as 5 of 40 in stage2" in done.stderr
+    history = checkpoint.load(tmp_path / "a" / "last.pt", "run")["history"]
+    assert history[1]["lr"] < history[0]["lr"]  # control: with 5 epochs it would still rise
+    for warmup in (2, 5):
+        refused = run_module("nkat_vit.train", *common, "--warmup", warmup, "--output", tmp_path / "b")
+        assert refused.returncode == 2
+        assert "no time to learn with a falling rate" in refused.stderr
+
+
+def test_fewer_threads_are_advised_where_they_are_faster(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["--data-root", data, *COMMON[:-2], "--epochs", 2, "--no-test", "--force", "--output", tmp_path / "r"]
+    for speeds, advised in (({1: 126.0, 2: 73.0}, True), ({1: 126.0, 2: 130.0}, False)):
+        monkeypatch.setattr(train, "measure_threads", lambda *_, s=speeds: s)
+        done = run_module("nkat_vit.train", *common)
+        assert done.returncode == 0, done.stderr
+        assert ("73 pictures a second with 2 threads, 126 with 1" in done.stderr) == advised
+    monkeypatch.setattr(train, "measure_threads", lambda *_: pytest.fail("a number was given"))
+    assert run_module("nkat_vit.train", *common, "--threads", 1).returncode == 0
+
+
+def test_what_the_targets_take_is_said_before_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = NKATViT(make_recipe({"dataset": "cifar10", "embed_dim": 16, "depth": 1}).model)
+    for lam, whole in ((20.0, "92.6 %"), (26.0, "what no accuracy gives")):
+        monkeypatch.setattr(train, "lambda_theory", lambda _, lam=lam: lam)
+        train._say_targets("cifar10", model)
+        said = capsys.readouterr().err
+        assert f"60 % on cifar10; at lambda {lam:.2f} its TPE 0.45 takes {'59.5' if lam == 20 else '64.4'} %" in said
+        assert f"Global TPE 0.70, over the four sets, takes {whole}" in said
+
+
+def test_threads_are_measured_and_left_as_they_were(data: Path) -> None:
+    before = torch.get_num_threads()
+    recipe = make_recipe({"dataset": "emnist-digits", "embed_dim": 16, "depth": 1, "heads": 2, "batch_size": 8})
+    speeds = loop.measure_threads(recipe, load_images("emnist-digits", data, train=True))
+    assert {1, before} <= set(speeds)
+    assert all(speed > 0 for speed in speeds.values())
+    assert torch.get_num_threads() == before
 
 
 def test_nan_stops_with_the_last_good_checkpoint(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +247,8 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path: Path, data: Path, mon
 @pytest.mark.slow
 def test_two_processes_train_the_same_model(tmp_path: Path, data: Path) -> None:
     """Without BatchNorm and randomness two halves of a batch give the whole batch's gradient."""
-    plain = [*STILL, "--conv-stem", "off", "--patch-size", 7, "--no-test", "--clip-grad", 0, "--epochs", 1]
+    plain = [*STILL, "--conv-stem", "off", "--patch-size", 7, "--no-test", "--clip-grad", 0]
+    plain += ["--epochs", 1, "--warmup", 0.5]
     run(data, tmp_path / "one", *plain)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [
@@ -211,11 +302,12 @@ def test_amp_is_measured_and_kept(tmp_path: Path, data: Path) -> None:
 
 def test_checkpoints_that_are_none(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
-    path.write_bytes(b"nothing of the kind")
-    with pytest.raises(NKATError, match="cannot be loaded safely"):
-        checkpoint.load(path, "run")
+    for text in (b"nothing of the kind", b"", b"i"):
+        path.write_bytes(text)
+        with pytest.raises(NKATError, match="is not a checkpoint: it does not begin as"):
+            checkpoint.load(path, "run")
     torch.save({"format": 1, "kind": "run", "evil": Path}, path)  # a global that is no tensor
-    with pytest.raises(NKATError, match="cannot be loaded safely"):
+    with pytest.raises(NKATError, match="could run code"):
         checkpoint.load(path, "run")
     torch.save([1, 2], path)
     with pytest.raises(NKATError, match="no checkpoint of nkat_vit"):
@@ -244,7 +336,7 @@ def test_a_bad_test_set_is_found_before_the_first_step(
 
 def test_too_few_pictures_for_a_batch(tmp_path: Path, data: Path) -> None:
     done = run_module(
-        "nkat_vit.train", "--data-root", data, "--output", tmp_path / "r", *COMMON, "--batch-size", 100, "--epochs", 1
+        "nkat_vit.train", "--data-root", data, "--output", tmp_path / "r", *COMMON, "--batch-size", 100, "--epochs", 2
     )
     assert done.returncode == 2
     assert "fewer than one batch" in done.stderr

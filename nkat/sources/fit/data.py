@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.lm.tokenizer import Tokenizer
 from nkat.measure.judge import Passages
 from nkat.measure.perplexity import CONTEXT, scored_tokens
@@ -63,9 +64,10 @@ def split_validation(text: FitText, name: str, context: int, judged: int = CONTE
     chunks = min(most, max(_LEAST_VALIDATION_CHUNKS, share))
     kept_back = chunks * judged
     if len(text.tokens) < kept_back + context:
+        has = console.counted(len(text.tokens), "token")
         raise NKATError(
-            f"{name}: the text is too short: it has {len(text.tokens)} tokens, and a fit needs at least "
-            f"{kept_back + context} ({kept_back} of them kept back for validation)"
+            f"{name}: the text is too short: it has {has}, and a fit needs at least {kept_back + context} ({kept_back} "
+            "of them kept back for validation)"
         )
     cut = text.tokens[-kept_back:].view(chunks, judged)
     if text.bos is not None:
@@ -85,7 +87,8 @@ def batch_at(text: FitText, first: int, count: int, context: int, seed: int) -> 
     """
     available = len(text.tokens) // context
     if available == 0:
-        raise NKATError(f"the text is too short: it has {len(text.tokens)} tokens, and one sequence needs {context}")
+        has = console.counted(len(text.tokens), "token")
+        raise NKATError(f"the text is too short: it has {has}, and one sequence needs {context}")
     rows = [_sequence(text, first + i, available, context, seed) for i in range(count)]
     tokens = torch.stack([text.tokens[row] for row in rows])
     counted = ~torch.stack([text.ignored[row] for row in rows])[:, 1:]

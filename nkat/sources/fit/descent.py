@@ -204,13 +204,8 @@ class _Run:
             settings = self.settings
             parameters = [factor for layer in layers.values() for factor in (layer.p, layer.q)]
             optimizer = self.optimizer(parameters)
-            if state.optimizer:
-                try:
-                    optimizer.load_state_dict(state.optimizer)
-                except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                    raise NKATError(
-                        f"the state of the fit is damaged (optimizer: {error}); --force starts anew"
-                    ) from None
+            if state.optimizer:  # the rates and the like are those of the settings
+                optimizer.load_state_dict({**optimizer.state_dict(), "state": state.optimizer["state"]})
             began = time.monotonic() - state.seconds
             without_gain = sum(row["step"] > (state.best_step or 0) for row in state.history)
             for step in range(state.step, until):

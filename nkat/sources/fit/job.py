@@ -14,7 +14,7 @@ import torch
 from nkat.errors import NKATError
 from nkat.gguf.writer import MetadataValue
 from nkat.host import console, hardware, interrupts
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
 from nkat.lm.load import DTYPES, LoadedModel, load_model
@@ -24,7 +24,7 @@ from nkat.measure.texts import Text
 from nkat.sources.fit.data import fit_text, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.sources.fit.layers import Factors
-from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
+from nkat.sources.fit.state import FitState, check_place, load_state, run_identity, save_state
 from nkat.sources.make import check_reference_is_better, describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import Theta
@@ -88,7 +88,7 @@ def run_fit(request: FitRequest) -> FitResult:
         reference = None if request.reference is None else _load_reference(request.reference, loaded)
         data = _data(request, loaded, text, keep)
         identity, hashes = _identity(request, text, keep, dtype)
-        state = _interrupted_state(request, identity)
+        state = _interrupted_state(request, loaded, identity)
         starts = _starts(request, loaded) if state is None else {}
         exact = _without_theta(request, world.device) if world.device.type == "cpu" else None
         state, finished = _run(request, loaded, reference, exact, data, starts, state, identity, world)
@@ -179,7 +179,8 @@ def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | Non
     kept = fit_text(loaded.tokenizer, keep)
     if len(kept.tokens) < context:
         raise NKATError(
-            f"{keep.name}: the text is too short: it has {len(kept.tokens)} tokens, one sequence needs {context}"
+            f"{keep.name}: the text is too short: it has {counted(len(kept.tokens), 'token')}, one sequence needs "
+            f"{context}"
         )
     return FitData(learned, validation, kept)
 
@@ -199,14 +200,15 @@ def _identity(
     return run_identity({**hashes, **settings, "base_sha256": request.base_sha256}), hashes
 
 
-def _interrupted_state(request: FitRequest, identity: str) -> FitState | None:
+def _interrupted_state(request: FitRequest, loaded: LoadedModel, identity: str) -> FitState | None:
     if not request.resume:
         return None
     if request.state is None:
         raise NKATError("a fit that keeps no state cannot be resumed")
     state = load_state(request.state, identity)
-    if len(state.factors) != 2 * len(request.names):
-        raise NKATError(f"{request.state}: the state of the fit is damaged (factors); --force starts anew")
+    layers = loaded.model.star_linears()
+    shapes = [(max(layers[name].shape), request.settings.rank) for name in request.names]
+    check_place(state, shapes, request.settings.steps, request.state)
     note(f"resuming {request.state} at step {state.step} of {request.settings.steps}")
     return state
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from nkat.errors import NKATError
-from nkat.host.files import atomic_output
+from nkat.host.tensors import load_tensors, save_tensors
 
 _FORMAT = 1
+_MOST_STEPS = (1 << 31) - 1  # a Θ file notes them
 
 
 @dataclass(slots=True)
@@ -46,23 +47,16 @@ def run_identity(inputs: Mapping[str, Any]) -> str:
 
 def save_state(path: Path, state: FitState, identity: str) -> None:
     """Writes the state in place of an older one, atomically."""
-    buffer = io.BytesIO()
     values = {name: getattr(state, name) for name in FitState.__slots__}
-    torch.save({"format": _FORMAT, "identity": identity, **values}, buffer)
-    with atomic_output(path, buffer.tell(), force=True) as file:
-        file.write(buffer.getbuffer())
+    save_tensors(path, {"format": _FORMAT, "identity": identity, **values})
 
 
 def load_state(path: Path, identity: str) -> FitState:
     """Reads a state. Raises NKATError when it is damaged, or belongs to other files or settings."""
-    try:
-        record = torch.load(path, weights_only=True)
-    except Exception as error:  # whatever a damaged archive, or the pickle in it, can raise
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise NKATError(f"{path}: cannot be read as the state of a fit: {lines[0]}") from None
-    if not isinstance(record, dict) or record.pop("format", None) != _FORMAT:
+    record = load_tensors(path, "the state of a fit")
+    if not isinstance(record, dict) or not _is(record.pop("format", None), _FORMAT):
         raise NKATError(f"{path}: is not the state of a fit made by this version")
-    if record.pop("identity", None) != identity:
+    if not _is(record.pop("identity", None), identity):
         raise NKATError(f"{path}: belongs to a fit of other files or settings; --force starts anew")
     wrong = _wrong_part(record)
     if wrong:
@@ -70,30 +64,81 @@ def load_state(path: Path, identity: str) -> FitState:
     return FitState(**record)
 
 
+def check_place(state: FitState, shapes: Sequence[tuple[int, int]], steps: int, path: Path) -> None:
+    """Raises NKATError unless a state is of a fit of so many steps whose P and Q, each, have these shapes."""
+    if [tuple(factor.shape) for factor in state.factors] != [shape for shape in shapes for _ in "PQ"]:
+        raise NKATError(f"{path}: the state of the fit is damaged (factors); --force starts anew")
+    if state.step > steps:
+        raise NKATError(f"{path}: the state of the fit is damaged (step {state.step} of {steps}); --force starts anew")
+
+
+def _is(found: object, wanted: str | int) -> bool:
+    """Also where what was found cannot be compared, as a tensor."""
+    return type(found) is type(wanted) and found == wanted
+
+
+def _is_count(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _are_like(values: object, wanted: Sequence[torch.Tensor]) -> bool:
+    """Whether these are finite float32 tensors of the shapes of the others."""
+    return (
+        isinstance(values, list)
+        and len(values) == len(wanted)
+        and all(
+            isinstance(t, torch.Tensor) and t.dtype == torch.float32 and t.shape == w.shape and bool(t.isfinite().all())
+            for t, w in zip(values, wanted, strict=True)
+        )
+    )
+
+
 def _wrong_part(record: Mapping[str, Any]) -> str | None:
     """What of a record is missing, too much, or not what a fit writes."""
     names = set(FitState.__slots__)
     if record.keys() != names:
         return f"{', '.join(sorted(map(str, record.keys() ^ names)))} missing or unknown"
-
-    def are_factors(value: object) -> bool:
-        return isinstance(value, list) and all(
-            isinstance(t, torch.Tensor) and t.ndim == 2 and t.dtype == torch.float32 for t in value
-        )
-
-    def is_count(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
+    factors, step, validated = record["factors"], record["step"], record["best_step"] is not None
+    if not isinstance(factors, list) or any(not isinstance(t, torch.Tensor) or t.ndim != 2 for t in factors):
+        return "factors"
+    if not _is_count(step, _MOST_STEPS):
+        return "step"
     fits = {
         "start": isinstance(record["start"], str),
-        "step": is_count(record["step"]),
-        "factors": are_factors(record["factors"]),
-        "optimizer": isinstance(record["optimizer"], dict),
-        "best_step": record["best_step"] is None or is_count(record["best_step"]),
-        "best_nll": record["best_nll"] is None or isinstance(record["best_nll"], float),
-        "best_factors": are_factors(record["best_factors"]),
-        "history": isinstance(record["history"], list)
-        and all(isinstance(r, dict) and is_count(r.get("step")) for r in record["history"]),
-        "seconds": isinstance(record["seconds"], int | float),
+        "factors": _are_like(factors, factors),
+        "optimizer": _are_moments(record["optimizer"], factors),
+        "best_step": not validated or _is_count(record["best_step"], step),
+        "best_nll": _is_number(record["best_nll"]) if validated else record["best_nll"] is None,
+        "best_factors": _are_like(record["best_factors"], factors if validated else []),
+        "history": isinstance(record["history"], list) and all(_is_row(row, step) for row in record["history"]),
+        "seconds": _is_number(record["seconds"]) and record["seconds"] >= 0,
     }
     return next((name for name, good in fits.items() if not good), None)
+
+
+def _is_row(row: object, step: int) -> bool:
+    """Of the history: what one validation found."""
+    return (
+        isinstance(row, dict)
+        and _is_count(row.get("step"), step)
+        and all(_is_number(row.get(name)) for name in ("loss", "validation_nll"))
+    )
+
+
+def _are_moments(optimizer: object, factors: Sequence[torch.Tensor]) -> bool:
+    """Whether AdamW can go on from there with these factors; its settings are the fit's, whatever stands there."""
+    if not isinstance(optimizer, dict) or not optimizer:
+        return optimizer == {}
+    states = optimizer.get("state")
+    if not isinstance(states, dict) or list(states) != list(range(len(factors))):
+        return False
+    return all(
+        isinstance(state, dict)
+        and state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        and _are_like([*state.values()], [torch.tensor(0.0) if name == "step" else factor for name in state])
+        for state, factor in zip(states.values(), factors, strict=True)
+    )
