@@ -17,7 +17,9 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 
     start("benchmarks.shapes")
 
-from collections.abc import Callable, Iterator
+import gc
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gguf
@@ -165,6 +167,21 @@ def write_shaped(path: Path, mix: str, blocks: int = BLOCKS) -> int:
     writer.write_tensors_to_file(progress=True)
     writer.close()
     return path.stat().st_size
+
+
+def models(names: Sequence[str], blocks: int) -> Iterator[Path]:
+    """Files to measure, by path or by a mix's name: those of a mix are written for the while, and deleted behind it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            path = Path(name)
+            if name not in MIXES or path.exists():
+                yield path
+                continue
+            path = Path(folder) / f"{name}-{blocks}.gguf"
+            write_shaped(path, name, blocks)
+            yield path
+            gc.collect()  # lets the file go
+            path.unlink()
 
 
 def main() -> None:

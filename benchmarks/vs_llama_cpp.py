@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from benchmarks.memory import Ceiling, last_cache_bytes, measure_ceiling, share_of
-from benchmarks.shapes import BLOCKS, MIXES, write_shaped
+from benchmarks.shapes import BLOCKS, MIXES, models
 from nkat.engine.decoder import Decoder, make_decoder
 from nkat.errors import NKATError
 from nkat.gguf.writer import write_gguf
@@ -70,9 +70,15 @@ class Setting:
         return ["-t", self.threads, "-fa", int(self.flash_attention)]
 
 
+def settings_to_try(threads: int) -> list[Setting]:
+    """With at most so many threads."""
+    counts = sorted({threads, *(2**i for i in range(threads.bit_length()) if 2**i <= threads)})
+    return [Setting(count, flash) for count in counts for flash in (False, True)]
+
+
 def best_settings(program: Path, model: Path, threads: int) -> tuple[Setting, Setting]:
     """What llama-bench is fastest with, in prefill and in decoding, with at most so many threads."""
-    counts = sorted({threads, *(2**i for i in range(threads.bit_length()) if 2**i <= threads)})
+    counts = sorted({setting.threads for setting in settings_to_try(threads)})
     flags = ["-t", ",".join(map(str, counts)), "-fa", "0,1"]
     records = _bench(program, model, [*flags, "-p", PREFILL // 2, "-n", DECODE // 4])
 
@@ -150,7 +156,7 @@ def compare(program: Path, path: Path, threads: int, turns: int, ceiling: Ceilin
             bar.update()
     record: dict[str, Any] = {"model": path.name, "bytes": path.stat().st_size, "threads": threads}
     record |= {
-        name: _summary([a[i] for a, _ in pairs], [b[i] for _, b in pairs]) | {"llama_cpp_setting": asdict(settings[i])}
+        name: summary([a[i] for a, _ in pairs], [b[i] for _, b in pairs]) | {"llama_cpp_setting": asdict(settings[i])}
         for i, name in enumerate(("prefill", "decode"))
     }
     needed = _bytes_a_token(loaded)
@@ -251,7 +257,8 @@ def _run(command: list[Any]) -> subprocess.CompletedProcess[str]:
         raise NKATError(f"{command[0]}: failed: {said[-1]}") from None
 
 
-def _summary(a: list[float], b: list[float]) -> dict[str, float]:
+def summary(a: list[float], b: list[float]) -> dict[str, float]:
+    """Our speeds and llama.cpp's, and their ratio turn by turn."""
     ratios = [x / y for x, y in zip(a, b, strict=True)]
     return {
         "nkat_tokens_per_second": median(a),
@@ -287,30 +294,20 @@ def main() -> None:
     counts = options.threads or [hardware.set_threads(None)]
     record: dict[str, Any] = {"turns": options.turns, "threads": counts, "speed": [], "theta": []}
     ceilings: dict[int, Ceiling] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in options.models:
-            path = Path(name)
-            if name in MIXES and not path.exists():
-                path = Path(folder) / f"{name}-{options.blocks}.gguf"
-                write_shaped(path, name, options.blocks)
-            model_file = open_model_file(path)
-            if model_file.theta is None:
-                for threads in counts:
-                    if threads not in ceilings:
-                        ceilings[threads] = measure_ceiling(hardware.set_threads(threads))
-                    record["speed"].append(
-                        compare(options.llama_bench, path, threads, options.turns, ceilings[threads])
-                    )
-                    gc.collect()
-            elif options.llama_completion is None:
-                note(f"{path}: has a Θ; give --llama-completion to compare its cost")
-            else:
-                threads = hardware.set_threads(counts[-1])
-                record["theta"].append(theta_cost(options.llama_completion, model_file, threads, options.turns))
-            del model_file  # lets the file go
-            gc.collect()
-            if path.parent == Path(folder):
-                path.unlink()
+    for path in models(options.models, options.blocks):
+        model_file = open_model_file(path)
+        if model_file.theta is None:
+            for threads in counts:
+                if threads not in ceilings:
+                    ceilings[threads] = measure_ceiling(hardware.set_threads(threads))
+                record["speed"].append(compare(options.llama_bench, path, threads, options.turns, ceilings[threads]))
+                gc.collect()
+        elif options.llama_completion is None:
+            note(f"{path}: has a Θ; give --llama-completion to compare its cost")
+        else:
+            threads = hardware.set_threads(counts[-1])
+            record["theta"].append(theta_cost(options.llama_completion, model_file, threads, options.turns))
+        del model_file  # lets the file go
     record["ceilings"] = {str(threads): asdict(ceiling) for threads, ceiling in ceilings.items()}
     if record["speed"]:
         _print_speed(record["speed"])

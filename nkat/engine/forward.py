@@ -110,7 +110,7 @@ class ForwardPass:
         self.panels: dict[tuple[str, object], Panels] = {}
         self.stars: list[tuple[StarLinear, CpuStar, np.ndarray]] = []  # layer, its Θ, how many terms a step adds
         self.strength = model.gamma  # that the programs are set to
-        self.scratch = make_scratch(threads.count) if tokens > 1 else np.zeros((1, 1), np.uint8)
+        self.scratch = make_scratch(threads.count, tokens)
         self.program = Program()
         self._embedding()
 
@@ -196,11 +196,8 @@ class ForwardPass:
         self, program: Program, step: Ready, y: np.ndarray, first_tile: int = 0, tiles: int | None = None
     ) -> None:
         """The step of a layer's product with the inputs that `prepare` made ready, over some of its tiles."""
-        linear, panels, where = step.linear, step.panels, (step.u, first_tile, tiles)
-        if panels.tokens == 1:
-            terms = linear.matmul(program, panels, y, y.strides[0], *where)
-        else:
-            terms = linear.batch(program, panels, y, y.strides[0], self.scratch, *where)
+        linear = step.linear
+        terms = linear.multiply(program, step.panels, y, y.strides[0], self.scratch, step.u, first_tile, tiles)
         if step.u is not None and linear.star is not None:
             self._star_step(step.layer, linear.star, terms)
 

@@ -146,7 +146,7 @@ def make_sampler(seed: int, conditional: bool = False) -> optuna.samplers.BaseSa
 
     conditional: some parameters exist for some values of others only
     """
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, group=conditional)
+    return optuna.samplers.TPESampler(seed=seed % (1 << 32), n_startup_trials=5, multivariate=True, group=conditional)
 
 
 def open_study(

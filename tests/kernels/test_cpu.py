@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType as QType
 from nkat.gguf.formats import dequantise
 from nkat.kernels import reference
 from nkat.kernels.cpu import jit
+from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, unit_bytes
 from nkat.kernels.cpu.linear import CpuLinear, Panels
 from nkat.kernels.cpu.llvm import F16, F32, I64, Builder
@@ -24,7 +25,6 @@ from nkat.kernels.cpu.matmul import (
     down_kernel,
     embedding_kernel,
     matmul_kernel,
-    panel_tokens,
     round_kernel,
     rounding_of,
 )
@@ -75,22 +75,37 @@ def inputs(count: int, n: int = N, seed: int = 1) -> torch.Tensor:
     return torch.randn(count, n, generator=torch.Generator().manual_seed(seed))
 
 
-def multiply(qtype: QType, packed: torch.Tensor, x: torch.Tensor, tokens: int, exact: bool, isa: str) -> torch.Tensor:
-    """W x by the kernels of one instruction set, [count, M]."""
-    tiles = repack(packed, qtype, (M, N))
-    state = np.array([len(x)], np.int64)
-    panels = Panels(rounding_of(qtype, exact), N, len(x), tokens, state)
-    y = aligned((-(-len(x) // tokens) * tokens, len(tiles) * ROWS), np.float32)
+def multiply(
+    qtype: QType,
+    packed: torch.Tensor,
+    x: torch.Tensor,
+    exact: bool,
+    isa: str,
+    *,
+    repacked: bool = True,
+    shape: tuple[int, int] = (M, N),
+) -> torch.Tensor:
+    """W x by the kernels of one instruction set, [count, m]: one token by one kernel, more by the other."""
+    (m, n), tokens = shape, 1 if len(x) == 1 else batch_tokens(isa)
+    weight = repack(packed, qtype, shape) if repacked else packed.numpy().reshape(m, -1)
+    state, tiles = np.array([len(x)], np.int64), -(-m // ROWS)
+    panels = Panels(rounding_of(qtype, exact), n, len(x), tokens, state)
+    y = aligned((-(-len(x) // tokens) * tokens, tiles * ROWS), np.float32)
     program = Program()
     rows = x.numpy()
-    arguments = (rows, rows.strides[0], N, panels.q, panels.d, panels.sums, state)
+    arguments = (rows, rows.strides[0], n, panels.q, panels.d, panels.sums, state)
     program.add(round_kernel(panels.rounding, tokens, isa), arguments)
     program.barrier()
-    units = N // BLOCK_LAYOUTS[qtype].columns
-    given = (tiles, tiles.shape[1], units, len(tiles), panels.q, panels.d, panels.sums, y, y.strides[0])
-    program.add(matmul_kernel(qtype, tokens, exact, isa), (*given, 0, 0, 0, 0, state))
+    units = n // BLOCK_LAYOUTS[qtype].columns
+    given, star = (panels.q, panels.d, panels.sums, y), (0, 0, 0, 0)
+    if tokens == 1:
+        program.add(matmul_kernel(qtype, exact, isa), (weight, weight.shape[1], units, tiles, *given, *star))
+    else:
+        kernel, scratch = batch_kernel(qtype, tokens, exact, repacked, isa), make_scratch(1, tokens)
+        end = (y.strides[0], *star, scratch, scratch.shape[1], state)
+        program.add(kernel, (weight, weight.shape[1], units, tiles, m, *given, *end))
     program.run(pool(1))
-    return torch.from_numpy(y[: len(x), :M].copy())
+    return torch.from_numpy(y[: len(x), :m].copy())
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -102,22 +117,37 @@ def error(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 @every_format
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("count", [1, 11])
+@pytest.mark.parametrize("count", [1, 14])
 def test_int8_products_equal_the_rounded_reference(qtype, isa, count):
     packed, x = packed_weight(qtype), inputs(count)
-    tokens = 1 if count == 1 else panel_tokens(isa)
     weight = dequantise(packed, qtype, (M, N)).double()
     expected = reference.round_activations(x, qtype).double() @ weight.T
-    assert error(multiply(qtype, packed, x, tokens, False, isa), expected) < INT8_TOLERANCE[qtype]
+    assert error(multiply(qtype, packed, x, False, isa), expected) < INT8_TOLERANCE[qtype]
     assert error(x.double() @ weight.T, expected) > 1e-4  # without the rounding it would fail
 
 
 @every_format
 @pytest.mark.parametrize("isa", ISAS)
-def test_exact_products_equal_the_reference(qtype, isa):
-    packed, x = packed_weight(qtype), inputs(5)
+@pytest.mark.parametrize("count", [1, 14])
+def test_exact_products_equal_the_reference(qtype, isa, count):
+    packed, x = packed_weight(qtype), inputs(count)
     expected = x.double() @ dequantise(packed, qtype, (M, N)).double().T
-    assert error(multiply(qtype, packed, x, panel_tokens(isa), True, isa), expected) < EXACT_TOLERANCE[qtype]
+    assert error(multiply(qtype, packed, x, True, isa), expected) < EXACT_TOLERANCE[qtype]
+
+
+@every_format
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_weight_left_in_the_file_gives_the_same_bits(qtype, isa, exact):
+    """Where rows are no whole number of tiles too, and columns more than are unpacked together."""
+    shape = (M + 3, 2048 + 256)
+    packed, x = packed_weight(qtype, *shape), inputs(batch_tokens(isa) + 1, shape[1])
+    repacked, in_place = (multiply(qtype, packed, x, exact, isa, repacked=r, shape=shape) for r in (True, False))
+    assert torch.equal(in_place, repacked)
+    inputs_used = x if exact else reference.round_activations(x, qtype)
+    expected = inputs_used.double() @ dequantise(packed, qtype, shape).double().T
+    assert error(in_place, expected) < 2 * (EXACT_TOLERANCE if exact else INT8_TOLERANCE)[qtype]
+    assert error(in_place.roll(1, dims=1), expected) > 0.1  # a row beside it would be noticed
 
 
 @every_format
@@ -172,8 +202,11 @@ def test_swapped_columns_are_noticed(qtype):
 def test_float_weights(qtype, shape, count):
     packed, x = packed_weight(qtype, *shape), inputs(count, shape[1])
     expected = x.double() @ dequantise(packed, qtype, shape).double().T
-    result = CpuLinear(packed, qtype, shape).rows(x, 0, shape[0], 0.0, 1)
-    assert error(result, expected) < EXACT_TOLERANCE[qtype]
+    results = [CpuLinear(packed, qtype, shape).rows(x, 0, shape[0], 0.0, 1)]
+    if count > 1:
+        results.append(CpuLinear(packed, qtype, shape, in_place=True).rows(x, 0, shape[0], 0.0, 1))
+    assert error(results[0], expected) < EXACT_TOLERANCE[qtype]
+    assert torch.equal(results[0], results[-1])
 
 
 @pytest.mark.parametrize("rounding", [Rounding(32, 32), Rounding(256, 32), Rounding(256, 16)])
@@ -280,13 +313,19 @@ def test_threads_change_no_bit(qtype, count):
 
 
 @every_format
-def test_a_token_does_not_depend_on_its_panel(qtype):
-    """A single token, as in decoding, goes through other instructions than a panel of them."""
-    packed, x = packed_weight(qtype), inputs(2 * panel_tokens() + 1)
-    linear = CpuLinear(packed, qtype, (M, N))
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_token_does_not_depend_on_its_panel(qtype, exact):
+    """Bit by bit. A single token, as in decoding, is added up in another order."""
+    packed, x = packed_weight(qtype), inputs(2 * batch_tokens() + 1)
+    linear = CpuLinear(packed, qtype, (M, N), exact=exact)
     together = linear.rows(x, 0, M, 0.0, 2)
+    for first in (1, 5, batch_tokens()):
+        assert torch.equal(linear.rows(x[first:], 0, M, 0.0, 1), together[first:])
+    tolerance = (EXACT_TOLERANCE if exact else INT8_TOLERANCE)[qtype]
     for i in range(len(x)):
-        assert torch.equal(linear.rows(x[i : i + 1], 0, M, 0.0, 1)[0], together[i])
+        alone = linear.rows(x[i : i + 1], 0, M, 0.0, 1)[0]
+        assert error(alone, together[i].double()) < 2 * tolerance
+        assert error(alone, together[i - 1].double()) > 0.1
 
 
 # --- programs, threads and the cache of machine code
@@ -356,6 +395,9 @@ def test_exp():
     assert np.abs(out[inside] / expected[inside] - 1).max() < 2.5e-7
     assert (out[x < -87.5] == 0).all()
     assert out[0] == out[1] == 1.0
+    x[:2] = np.nan, -np.nan
+    program.run(pool(1))
+    assert np.isnan(out[:2]).all()  # damaged weights must show
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -419,7 +461,7 @@ def test_another_processor_gets_code_of_its_own(tmp_path, monkeypatch):
 
 
 def test_kernels_are_compiled_once():
-    assert matmul_kernel(QType.Q4_0, 1, False) == matmul_kernel(QType.Q4_0, 1, False)
+    assert matmul_kernel(QType.Q4_0, False) == matmul_kernel(QType.Q4_0, False)
     assert down_kernel(Rounding(32, 32), 1) != down_kernel(Rounding(256, 32), 1)
 
 

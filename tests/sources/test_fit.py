@@ -67,6 +67,7 @@ class Fixture:
         state: FitState | None = None,
         stop_at: int | None = None,
         reference: torch.nn.Module | None = None,
+        validator: torch.nn.Module | None = None,
     ) -> FitState:
         starts = {"zero": zero_start(self.shapes, settings.rank, settings.seed)}
         done: list[float] = []
@@ -80,6 +81,7 @@ class Fixture:
             progress,
             state=state,
             reference=reference,
+            validator=validator,
         )
 
 
@@ -110,6 +112,20 @@ def test_a_fit_lowers_the_loss_on_text_it_has_not_seen(tiny: Fixture) -> None:
     assert after == pytest.approx(state.best_nll, rel=1e-5)  # what was validated is what the file will hold
     assert [row["step"] for row in state.history] == list(range(4, 25, 4))
     assert float(tiny.data.validation.score(tiny.loaded.model).mean()) == before
+
+
+@pytest.mark.isa
+def test_a_validator_finds_what_the_fitted_model_finds(tiny: Fixture) -> None:
+    """The same steps and factors; its validations are those of the INT8 Θ, and of nothing else."""
+    settings, validator = tiny.settings(), load_model(tiny.loaded)
+    state, alone = tiny.run(settings, validator=validator.model), tiny.run(settings)
+    assert all(torch.equal(a, b) for a, b in zip(state.factors, alone.factors, strict=True))
+    found, expected = ([row["validation_nll"] for row in s.history] for s in (state, alone))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert abs(found[-1] / found[0] - 1) > 1e-3
+    assert float(tiny.data.validation.score(validator.model).mean()) == found[-1]
+    validator.model.set_gamma(None)
+    assert abs(float(tiny.data.validation.score(validator.model).mean()) - found[-1]) > 1e-3
 
 
 @pytest.mark.isa

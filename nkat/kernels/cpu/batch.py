@@ -200,7 +200,9 @@ def _byte_products(
                 total.value = k.fma(m, k.load(F32(), sum_at), added)
 
 
-def make_scratch(threads: int) -> np.ndarray:
-    """Scratch for every thread, whatever the types: uint8 [threads, bytes]."""
+def make_scratch(threads: int, tokens: int) -> np.ndarray:
+    """Scratch for every thread, whatever the types: uint8 [threads, bytes]; next to none for panels of one token."""
+    if tokens == 1:
+        return np.zeros((threads, 1), np.uint8)
     nbytes = _TILES * max(_COLUMNS[True] * _VECTOR, _COLUMNS[False] // 32 * _step_bytes(16))
     return aligned((threads, nbytes), np.uint8)

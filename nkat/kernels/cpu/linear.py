@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from nkat.kernels.cpu.batch import batch_kernel
+from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, padded_rows
 from nkat.kernels.cpu.matmul import (
     EXACT,
@@ -15,7 +15,6 @@ from nkat.kernels.cpu.matmul import (
     Rounding,
     down_kernel,
     matmul_kernel,
-    panel_tokens,
     round_kernel,
     rounding_of,
 )
@@ -91,7 +90,7 @@ class CpuLinear:
         in_place: bool = False,
     ) -> None:
         """exact: multiply the inputs as they are, in float32, instead of rounding them to INT8.
-        in_place: leave the weight as the file has it: it takes no memory, and can do `batch` only
+        in_place: leave the weight as the file has it: it takes no memory, and multiplies many tokens only
         """
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
         self.rounding = rounding_of(qtype, exact)
@@ -134,45 +133,7 @@ class CpuLinear:
         )
         return words[2:3]
 
-    def matmul(
-        self,
-        program: Program,
-        panels: Panels,
-        y: np.ndarray,
-        row_bytes: int,
-        u: np.ndarray | None = None,
-        first_tile: int = 0,
-        tiles: int | None = None,
-    ) -> np.ndarray:
-        """Adds the product's step, over some of the tiles; returns how many terms of Θ it adds, int64 [1]: 0 is off.
-
-        u: what `down` computed, None for no star term
-        """
-        assert not self.in_place
-        count = len(self.tiles) - first_tile if tiles is None else tiles
-        star = self.star if u is not None else None
-        words = program.add(
-            matmul_kernel(self.qtype, panels.tokens, self.exact),
-            (
-                self.tiles[first_tile:],
-                self.tiles.shape[1],
-                self.units,
-                count,
-                panels.q,
-                panels.d,
-                panels.sums,
-                y,
-                row_bytes,
-                0 if self.bias is None else self.bias[first_tile * ROWS :],
-                0 if star is None else star.up[first_tile:],
-                0 if star is None else star.terms,
-                0 if u is None else u,
-                panels.state,
-            ),
-        )
-        return words[11:12]
-
-    def batch(
+    def multiply(
         self,
         program: Program,
         panels: Panels,
@@ -183,27 +144,38 @@ class CpuLinear:
         first_tile: int = 0,
         tiles: int | None = None,
     ) -> np.ndarray:
-        """The same for many tokens, whose panels are of `batch_tokens()`; `scratch` is of `make_scratch`."""
+        """Adds the product's step, over some of the tiles; returns how many terms of Θ it adds, int64 [1]: 0 is off.
+
+        panels: of one token, or of `batch_tokens()`, which need `scratch` of `make_scratch`
+        u: what `down` computed, None for no star term
+        """
         count = self.padded_rows // ROWS - first_tile if tiles is None else tiles
         first_row = first_tile * ROWS
         star = self.star if u is not None else None
+        weight = self.tiles[first_row if self.in_place else first_tile :]
+        inputs = (panels.q, panels.d, panels.sums)
+        end = (
+            0 if self.bias is None else self.bias[first_row:],
+            0 if star is None else star.up[first_tile:],
+            0 if star is None else star.terms,
+            0 if u is None else u,
+        )
+        if panels.tokens == 1:
+            assert not self.in_place
+            kernel = matmul_kernel(self.qtype, self.exact)
+            return program.add(kernel, (weight, self.tiles.shape[1], self.units, count, *inputs, y, *end))[10:11]
         words = program.add(
             batch_kernel(self.qtype, panels.tokens, self.exact, not self.in_place),
             (
-                self.tiles[first_row if self.in_place else first_tile :],
+                weight,
                 self.tiles.shape[1],
                 self.units,
                 count,
                 self.shape[0] - first_row,
-                panels.q,
-                panels.d,
-                panels.sums,
+                *inputs,
                 y,
                 row_bytes,
-                0 if self.bias is None else self.bias[first_row:],
-                0 if star is None else star.up[first_tile:],
-                0 if star is None else star.terms,
-                0 if u is None else u,
+                *end,
                 scratch,
                 scratch.shape[1],
                 panels.state,
@@ -215,7 +187,7 @@ class CpuLinear:
         """Outputs [start, stop) for x [..., n]; float32 [..., stop - start]. `start` is a multiple of 16."""
         inputs = x.reshape(-1, self.shape[1]).float().contiguous().numpy()
         count = len(inputs)
-        tokens = 1 if count == 1 else panel_tokens()
+        tokens = 1 if count == 1 else batch_tokens()
         state = np.array([count], dtype=np.int64)
         panels = Panels(self.rounding, self.shape[1], count, tokens, state)
         first, last = start // ROWS, -(-stop // ROWS)
@@ -228,6 +200,6 @@ class CpuLinear:
             self.star.set_kappa(kappa)
             self.down(program, panels, u)
         program.barrier()
-        self.matmul(program, panels, y, y.strides[0], u, first, last - first)
+        self.multiply(program, panels, y, y.strides[0], make_scratch(threads, tokens), u, first, last - first)
         program.run(pool(threads))
         return torch.from_numpy(y)[:count, : stop - start].reshape(*x.shape[:-1], stop - start)

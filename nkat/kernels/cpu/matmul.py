@@ -5,9 +5,9 @@ so that products are sums of bytes. For one group of columns of a row (see `nkat
 
     Σ w·x = s · d · Σ q·x̂  +  m · d · Σ x̂              w = s·q + m, x ≈ d·x̂
 
-and the star term is κ·up·(down·x) with Θ's INT8 factors as they are (`nkat.theta.algebra.low_rank_form`). Several
-tokens go through a weight at once, so that it is taken apart once for all of them: tokens lie in *panels* of
-`panel_tokens()`, padded; the rows of the panel that no token fills are computed and ignored.
+and the star term is κ·up·(down·x) with Θ's INT8 factors as they are (`nkat.theta.algebra.low_rank_form`). Tokens
+lie in *panels*, padded; the rows of the panel that no token fills are computed and ignored. `matmul_kernel` is for one
+token, as in decoding; for more there is `nkat.kernels.cpu.batch`.
 
 Float weights (F32, F16, BF16) are multiplied in float32 without rounding, and so are all when *exact* is asked for.
 """
@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
-from nkat.kernels.cpu.jit import best_isa, compile_kernel
-from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, I64, Builder, Value
+from nkat.kernels.cpu.jit import compile_kernel
+from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, I64, Builder, Value, Variable
 
 FLOAT_TYPES = {
     GGMLQuantizationType.F32: F32,
@@ -33,11 +33,6 @@ FLOAT_TYPES = {
 # Bytes by which decoding asks for a weight before it needs it, by the cache that it shall come into
 _AHEAD = {2: 3072, 1: 512}
 STAR_ROWS = 8  # rows of `down` in one tile: 2 lanes each
-
-
-def panel_tokens(isa: str | None = None) -> int:
-    """Tokens multiplied at once in prefill: as many as the registers hold sums of."""
-    return 8 if (isa or best_isa()) == "avx512-vnni" else 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,46 +130,40 @@ def _round_block(
 
 
 @functools.cache
-def matmul_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, isa: str | None = None) -> int:
-    """y = W x + bias + up·u. Each thread takes a part of the tiles.
+def matmul_kernel(qtype: GGMLQuantizationType, exact: bool, isa: str | None = None) -> int:
+    """y = W x + bias + up·u of one token. Each thread takes a part of the tiles.
 
-    arguments: weight, bytes of a tile, units (columns of a float weight), tiles, q, d, sums (of the panels), y, bytes
-    of a row of y, bias [m] or 0, up int8 [tile, terms, 16], terms (0: no star term), u [panel, terms, token], state
+    arguments: weight, bytes of a tile, units (columns of a float weight), tiles, q, d, sums (of the panel), y, bias [m]
+    or 0, up int8 [tile, terms, 16], terms (0: no star term), u [terms]
     """
-    name = f"matmul_{qtype.name}_{tokens}{'_exact' if exact else ''}"
+    name = f"matmul_{qtype.name}{'_exact' if exact else ''}"
 
     def emit(k: Builder) -> None:
-        weight, tile_bytes, units, tiles, q, d, sums, y, stride, bias, up, terms, u, state = arguments(
-            k, "piii ppp pi p pip p"
-        )
+        weight, tile_bytes, units, tiles, q, d, sums, y, bias, up, terms, u = arguments(k, "piii ppp p p pip")
         first, last = share(k, tiles)
         with k.loop(first, last) as tile:
-            lane_bytes = tile * (4 * ROWS)
-            with k.loop(0, panels(k, state, tokens)) as panel:
-                totals = [k.variable(k.value(0.0, F32(ROWS))) for _ in range(tokens)]
-                at = weight + tile * tile_bytes
-                if qtype in FLOAT_TYPES:
-                    _float_tile(k, qtype, at, units, q + panel * units * (4 * tokens), totals)
-                else:
-                    layout = BLOCK_LAYOUTS[qtype]
-                    with k.loop(0, units) as unit:
-                        number = panel * units + unit
-                        here = at + unit * unit_bytes(qtype)
-                        if exact:
-                            _exact_unit(k, layout, here, q + number * (layout.columns * tokens * 4), totals)
-                        else:
-                            scales = d + number * (layout.columns // 32 * tokens * 4)
-                            unit_sums = sums + number * (layout.columns // layout.group * tokens * 4)
-                            _unit(k, layout, here, q + number * (layout.columns * tokens), scales, unit_sums, totals)
-                add_bias_and_star(k, tile, panel, bias, up, terms, u, totals)
-                for t, total in enumerate(totals):
-                    k.store(total.value, y + (panel * tokens + t) * stride + lane_bytes)
+            total = k.variable(k.value(0.0, F32(ROWS)))
+            at = weight + tile * tile_bytes
+            if qtype in FLOAT_TYPES:
+                _float_tile(k, qtype, at, units, q, total)
+            else:
+                layout = BLOCK_LAYOUTS[qtype]
+                with k.loop(0, units) as unit:
+                    here = at + unit * unit_bytes(qtype)
+                    if exact:
+                        _exact_unit(k, layout, here, q + unit * (layout.columns * 4), total)
+                    else:
+                        scales = d + unit * (layout.columns // 32 * 4)
+                        unit_sums = sums + unit * (layout.columns // layout.group * 4)
+                        _unit(k, layout, here, q + unit * layout.columns, scales, unit_sums, total)
+            add_bias_and_star(k, tile, k.value(0, I64()), bias, up, terms, u, [total])
+            k.store(total.value, y + tile * (4 * ROWS))
 
     return compile_kernel(name, emit, isa)
 
 
 def add_bias_and_star(
-    k: Builder, tile: Value, panel: Value, bias: Value, up: Value, terms: Value, u: Value, totals: list
+    k: Builder, tile: Value, panel: Value, bias: Value, up: Value, terms: Value, u: Value, totals: list[Variable]
 ) -> None:
     """The end of a product: its rows' bias, where there is one, and up·u for each token of the panel."""
     with k.when(k.is_set(bias)):
@@ -188,42 +177,33 @@ def add_bias_and_star(
             total.value = k.fma(factor, strength, total.value)
 
 
-def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, sums: Value, totals: list) -> None:
-    """Adds one unit's products with the tokens of a panel to the totals.
+def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, sums: Value, total: Variable) -> None:
+    """Adds one unit's product to the total.
 
-    With a single token, as in decoding, taking the weight apart is all the work, and memory the limit: then each word
-    is read once, fields stay where they are in their bytes if sums of products have room for that (their sum is moved
-    down instead), and the weights to come are asked for line by line between the products. What is computed is the same
-    for any number of tokens, and so is every bit of it.
+    Taking the weight apart is all the work, and memory the limit: each word is read once, fields stay where they are in
+    their bytes if sums of products have room for that (their sum is moved down instead), and the weights to come are
+    asked for line by line between the products.
     """
-    tokens = len(totals)
     order = layout.order()
     last = {quad * 4 // layout.group: i for i, quad in enumerate(order)}
-    if tokens > 1:  # one group after another, in the order in which they are complete above
-        size = layout.group // 4
-        order = [group * size + i for group in sorted(last, key=last.__getitem__) for i in range(size)]
-        last = {quad * 4 // layout.group: i for i, quad in enumerate(order)}
-    lines = unit_bytes(layout.block.qtype) // 64 if tokens == 1 else 0
-    dots: dict[int, dict[int, list[Value]]] = {}  # of a group, by how many bits too high they are
-    found: list[Value] = []
-    shifts: list[Value] = []
+    lines = unit_bytes(layout.block.qtype) // 64
+    dots: dict[int, dict[int, Value]] = {}  # of a group, by how many bits too high they are
+    unit: tuple[Value, Value] | None = None  # of the groups so far: Σ q·x̂ and Σ x̂, with the group's own factors
     for i, quad in enumerate(order):
         for line in range(i * lines // len(order), (i + 1) * lines // len(order)):
             _ask(k, at + 64 * line)
         group = quad * 4 // layout.group
-        four, above, seven_bit = _quad(k, layout, at, quad, in_place=tokens == 1)
-        sums_of_group = dots.setdefault(group, {}).setdefault(above, [k.value(0, I32(ROWS))] * tokens)
-        for t in range(tokens):
-            x = k.load(I32(), q + ((quad // 8 * tokens + t) * 32 + quad % 8 * 4)).spread(ROWS)
-            sums_of_group[t] = k.dot4(sums_of_group[t], four, x, seven_bit=seven_bit)
+        four, above, seven_bit = _quad(k, layout, at, quad)
+        of_group = dots.setdefault(group, {})
+        x = k.load(I32(), q + quad * 4).spread(ROWS)
+        of_group[above] = k.dot4(of_group.get(above, k.value(0, I32(ROWS))), four, x, seven_bit=seven_bit)
         if last[group] == i:
-            _add_group(k, layout, at, group, dots.pop(group), sums, found, shifts)
+            unit = _add_group(k, layout, at, group, dots.pop(group), sums, unit)
+    assert unit is not None
     s, m = layout.factors(k, at)
     if m is None:
         m = s * -float(layout.zero)
-    for t, total in enumerate(totals):
-        added = k.fma(found[t], s * k.load(F32(), d + 4 * t), total.value)
-        total.value = k.fma(shifts[t], m, added)
+    total.value = k.fma(unit[1], m, k.fma(unit[0], s * k.load(F32(), d), total.value))
 
 
 def _ask(k: Builder, line: Value) -> None:
@@ -232,11 +212,11 @@ def _ask(k: Builder, line: Value) -> None:
         k.prefetch(line + ahead, level)
 
 
-def _quad(k: Builder, layout: type[BlockLayout], at: Value, quad: int, in_place: bool) -> tuple[Value, int, bool]:
+def _quad(k: Builder, layout: type[BlockLayout], at: Value, quad: int) -> tuple[Value, int, bool]:
     """q of four columns, how many bits too high they are, and whether they have seven bits at most."""
     word, below, mask = layout.field(k, at, quad)
     mask <<= below
-    if in_place and k.has_dot4 and below > 0 and mask < 0xFF:
+    if k.has_dot4 and below > 0 and mask < 0xFF:
         return word & int.from_bytes(bytes([mask] * 4), "little", signed=True), below, False
     return layout.quad(k, at, quad), 0, layout.seven_bit
 
@@ -246,37 +226,27 @@ def _add_group(
     layout: type[BlockLayout],
     at: Value,
     group: int,
-    dots: dict[int, list[Value]],
+    dots: dict[int, Value],
     sums: Value,
-    found: list[Value],
-    shifts: list[Value],
-) -> None:
-    """Adds a group's Σ q·x̂ and Σ x̂ to those of the unit, for each token: all but the unit's own factors."""
+    unit: tuple[Value, Value] | None,
+) -> tuple[Value, Value]:
+    """Adds a group's Σ q·x̂ and Σ x̂ to those of the unit: all but the unit's own factors."""
+    parts = [dot.shift_signed(above) if above else dot for above, dot in dots.items()]
+    dot = functools.reduce(operator.add, parts).float32()
+    total_x = k.value(k.load(F32(), sums + group * 4), F32(ROWS))
     step = layout.steps(k, at, group)
-    tokens = len(next(iter(dots.values())))
-    for t in range(tokens):
-        parts = [dot[t].shift_signed(above) if above else dot[t] for above, dot in dots.items()]
-        dot = functools.reduce(operator.add, parts).float32()
-        total_x = k.value(k.load(F32(), sums + (group * tokens + t) * 4), F32(ROWS))
-        if step is None:  # the unit is one group
-            found.append(dot)
-            shifts.append(total_x)
-            continue
-        s, m = step[0], step[0] if step[1] is None else step[1]
-        if len(found) <= t:
-            found.append(dot * s)
-            shifts.append(m * total_x)
-        else:
-            found[t] = k.fma(dot, s, found[t])
-            shifts[t] = k.fma(m, total_x, shifts[t])
+    if step is None:  # the unit is one group
+        return dot, total_x
+    s, m = step[0], step[0] if step[1] is None else step[1]
+    if unit is None:
+        return dot * s, m * total_x
+    return k.fma(dot, s, unit[0]), k.fma(m, total_x, unit[1])
 
 
-def _exact_unit(k: Builder, layout: type[BlockLayout], at: Value, x: Value, totals: list) -> None:
-    """Adds one unit's products with float32 inputs, each weight in float32, to the totals."""
-    tokens = len(totals)
+def _exact_unit(k: Builder, layout: type[BlockLayout], at: Value, x: Value, total: Variable) -> None:
+    """Adds one unit's product with float32 inputs, each weight in float32, to the total."""
     for column, w in enumerate(weights(k, layout, at)):
-        for t, total in enumerate(totals):
-            total.value = k.fma(w, k.load(F32(), x + (column * tokens + t) * 4), total.value)
+        total.value = k.fma(w, k.load(F32(), x + column * 4), total.value)
 
 
 def weights(k: Builder, layout: type[BlockLayout], at: Value) -> Iterator[Value]:
@@ -298,14 +268,12 @@ def as_float32(k: Builder, qtype: GGMLQuantizationType, lanes: int, at: Value) -
     return loaded.float32()
 
 
-def _float_tile(k: Builder, qtype: GGMLQuantizationType, at: Value, columns: Value, x: Value, totals: list) -> None:
-    tokens, width = len(totals), GGML_QUANT_SIZES[qtype][1]
+def _float_tile(k: Builder, qtype: GGMLQuantizationType, at: Value, columns: Value, x: Value, total: Variable) -> None:
+    width = GGML_QUANT_SIZES[qtype][1]
     with k.loop(0, columns) as c:
         w = as_float32(k, qtype, ROWS, at + c * (ROWS * width))
-        if tokens == 1:
-            _ask(k, at + c * (ROWS * width))
-        for t, total in enumerate(totals):
-            total.value = k.fma(w, k.load(F32(), x + (c * tokens + t) * 4), total.value)
+        _ask(k, at + c * (ROWS * width))
+        total.value = k.fma(w, k.load(F32(), x + c * 4), total.value)
 
 
 @functools.cache

@@ -136,6 +136,7 @@ def fit(
     progress: Progress,
     *,
     reference: Transformer | None = None,
+    validator: Transformer | None = None,
     state: FitState | None = None,
     world: World | None = None,
     kind: type[FittedLinear] = FittedLinear,
@@ -143,6 +144,8 @@ def fit(
     """Learns factors for the named weights from one of `starts`, or goes on from `state`, which then needs none.
 
     starts: factors of each weight, in the order of `names`, under what the start is called
+    validator: the same model once more, which gets the INT8 Θ where it is to be validated: on the CPU its kernels are
+    several times faster than the model that is fitted, and exact; None: the model that is fitted validates itself
     kind: what is learned; benchmarks compare Θ with other low-rank terms
     Returns the state after the last step; its best_* are the result. Raises NKATError when the loss is not finite.
     """
@@ -156,6 +159,7 @@ def fit(
         progress,
         world or World(0, 1, model.device),
         kind,
+        validator,
     )
     if state is None:
         states = [FitState(name, 0, [f for pair in pairs for f in pair]) for name, pairs in starts.items()]
@@ -186,6 +190,7 @@ class _Run:
     progress: Progress
     world: World
     kind: type[FittedLinear]
+    validator: Transformer | None
 
     def choose(self, states: Sequence[FitState]) -> FitState:
         """The state with the lowest validation loss after the first steps, which each of them takes."""
@@ -208,7 +213,7 @@ class _Run:
                 state.step = step + 1
                 stopping = not trial and self.anywhere(self.progress.stop())
                 if stopping or state.step % settings.validate_every == 0 or state.step == until:
-                    nll = self.validate(mode)
+                    nll = self.validate(parameters, mode)
                     without_gain += 1
                     if state.best_nll is None or nll < state.best_nll:
                         state.best_step, state.best_nll, without_gain = state.step, nll, 0
@@ -282,22 +287,26 @@ class _Run:
         return loss.detach()
 
     @torch.no_grad()
-    def validate(self, mode: ThetaMode) -> float:
+    def validate(self, parameters: Sequence[torch.Tensor], mode: ThetaMode) -> float:
         """Mean −ln p on the validation slice with the factors as INT8 will have them."""
         rounded, mode.rounded = mode.rounded, True
         mine = slice(self.world.rank, None, self.world.size)
         part = self.data.validation.pick(mine)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         if len(part.chunks):
-            nll = self.finite(part)
+            nll = self.finite(part, parameters)
             total += torch.tensor([float(nll.sum()), nll.numel()], dtype=torch.float64, device=self.device)
         self.world.sum_([total])
         mode.rounded = rounded
         return float(total[0] / total[1])
 
-    def finite(self, part: Passages) -> torch.Tensor:
+    def finite(self, part: Passages, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
         try:
-            return part.score(self.student.model)
+            if self.validator is None:
+                return part.score(self.student.model)
+            self.validator.set_thetas(to_thetas(by_name(self.names, parameters), self.settings.gamma))
+            self.validator.set_gamma(self.settings.gamma)
+            return part.score(self.validator)
         except NKATError:
             raise self.diverged("on the validation slice") from None
 

@@ -90,12 +90,15 @@ def run_fit(request: FitRequest) -> FitResult:
         identity, hashes = _identity(request, text, keep, dtype)
         state = _interrupted_state(request, loaded, identity)
         starts = _starts(request, loaded) if state is None else {}
-        state, finished = _run(request, loaded, reference, data, starts, state, identity, world)
+        exact = _without_theta(request, world.device) if world.device.type == "cpu" else None
+        state, finished = _run(request, loaded, reference, exact, data, starts, state, identity, world)
     settings = request.settings
     thetas = to_thetas(by_name(request.names, state.best_factors), settings.gamma)
     options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source="fit")
     theta = describe_theta_set(request.model.file, thetas, options, request.base_sha256)
-    change = _judge(request, theta, data.validation, world.device) if world.first else None
+    change = None
+    if world.first:
+        change = _judge(exact or _without_theta(request, world.device), theta, data.validation)
     record = {
         "settings": asdict(request.settings),
         "start": state.start,
@@ -234,6 +237,7 @@ def _run(
     request: FitRequest,
     loaded: LoadedModel,
     reference: LoadedModel | None,
+    validator: LoadedModel | None,
     data: FitData,
     starts: Mapping[str, Sequence[Factors]],
     state: FitState | None,
@@ -242,7 +246,7 @@ def _run(
 ) -> tuple[FitState, bool]:
     """The fit with its bar, its saved states and Ctrl-C; returns the last state and whether it came to its end."""
     settings = request.settings
-    unmodified = float(data.validation.score(loaded.model, "without Θ").mean())
+    unmodified = float(data.validation.score((validator or loaded).model, "without Θ").mean())
     trials = max(0, len(starts) - 1) * min(settings.start_steps, settings.steps)
     saved = time.monotonic()
     bar = console.bar(trials + settings.steps, "fitting", "step")
@@ -260,9 +264,17 @@ def _run(
                 saved = time.monotonic()
 
         progress = Progress(after_step, lambda: bool(interrupted))
-        teacher = None if reference is None else reference.model
         state = fit(
-            loaded.model, request.names, starts, data, settings, progress, reference=teacher, state=state, world=world
+            loaded.model,
+            request.names,
+            starts,
+            data,
+            settings,
+            progress,
+            reference=None if reference is None else reference.model,
+            validator=None if validator is None else validator.model,
+            state=state,
+            world=world,
         )
         stopped = bool(interrupted) and state.step < settings.steps
         if world.first and stopped and request.state:
@@ -274,9 +286,13 @@ def _validation(nll: float, unmodified: float) -> str:
     return f", validation perplexity {math.exp(nll):.2f} ({100.0 * math.expm1(nll - unmodified):+.2f} %)"
 
 
-def _judge(request: FitRequest, theta: ThetaSet, validation: Passages, device: torch.device) -> PairedChange:
-    """The INT8 Θ against none on the validation slice, in the engine's own precision."""
-    exact = request.model if device.type == "cpu" else load_model(request.model, thetas={}, gamma=1.0, device=device)
+def _without_theta(request: FitRequest, device: torch.device) -> LoadedModel:
+    """The model once more, in the engine's own precision, over the same open file."""
+    return load_model(request.model, thetas={}, gamma=1.0, device=device)
+
+
+def _judge(exact: LoadedModel, theta: ThetaSet, validation: Passages) -> PairedChange:
+    """The INT8 Θ against none on the validation slice."""
     change = Judge(exact, validation).score(theta, progress="validating").change
     if change.log_ratio >= 0.0:
         raise NKATError(
