@@ -21,12 +21,15 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from nkat.host import commandline
-from nkat.host.console import bar, note
+from nkat.host import commandline, hardware
+from nkat.host.console import bar, counted, note
 from nkat.host.files import atomic_output, check_output, make_folder
+from nkat.host.record import toolkit_version
 from nkat.models import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +74,7 @@ def main() -> None:
             )
             done.write_text(json.dumps(rows), encoding="utf-8")
             progress.update()
-    data = describe(rows).encode()
+    data = describe(rows, place()).encode()
     with atomic_output(options.output, len(data), options.force) as file:
         file.write(data)
 
@@ -104,8 +107,10 @@ def prepare(folder: Path, text: Path | None) -> None:
 def run(command: str, folder: Path, limit: int) -> dict[str, Any]:
     """Exit status (None: not run, or stopped at the limit), seconds, last lines without this machine's paths."""
     words = shlex.split(command)
+    if words[0] == "make":
+        return _run(words, ROOT, folder, limit)
     if words[0] != "python":
-        return {"status": None, "seconds": 0.0, "lines": ["not run: it changes this Python, or takes what is above"]}
+        return {"status": None, "seconds": 0.0, "lines": ["not run: it changes this Python, or takes what does"]}
     script = words[1]
     if "..." in words:
         at = words.index("...")
@@ -114,12 +119,18 @@ def run(command: str, folder: Path, limit: int) -> dict[str, Any]:
             words += ["--output-dir", f"output/again-{words[-1]}"]  # each its own study
     if script != "-m":
         words[1] = str(ROOT / script)
+    return _run([sys.executable, *words[1:]], folder, folder, limit)
+
+
+def _run(words: list[str], where: Path, folder: Path, limit: int) -> dict[str, Any]:
+    """Runs it in `where`; `folder` is called "." in what it says."""
     started = time.perf_counter()
+    python = {} if words[0] == "make" else {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     try:
         ended = subprocess.run(
-            [sys.executable, *words[1:]],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+            words,
+            cwd=where,
+            env={**os.environ, **python},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -137,11 +148,22 @@ def run(command: str, folder: Path, limit: int) -> dict[str, Any]:
     return {"status": status, "seconds": round(time.perf_counter() - started, 1), "lines": shown}
 
 
-def describe(rows: list[dict[str, Any]]) -> str:
-    """The page."""
+def place() -> str:
+    """The machine, the day and the version."""
+    machine, version = hardware.describe(hardware.pick_device(allow_cuda=False)), toolkit_version()
+    commit = (version["git_commit"] or "")[:7]
+    return f"{date.today():%d %B %Y}, {machine['device_name']}, nkat {version['nkat_version']} {commit}".rstrip()
+
+
+def describe(rows: list[dict[str, Any]], where: str) -> str:
+    """The page. where: on which machine, when, which version"""
+    ended = Counter("not run or stopped" if row["status"] is None else f"status {row['status']}" for row in rows)
     parts = [
         "# The walk\n",
-        "Every command of the guide and the README on SmolLM2, in an empty folder: `python -m examples.walk`.\n",
+        "Every command of the guide and the README, as a new user types it, on SmolLM2 under the names of the models that\n"
+        "the pages use, in an empty folder: exit status, seconds, last lines. Made by `python -m examples.walk`.\n",
+        f"{where}.\n",
+        f"{counted(len(rows), 'command')}: {', '.join(f'{n} {how}' for how, n in sorted(ended.items()))}.\n",
     ]
     for page in dict.fromkeys(row["page"] for row in rows):
         parts.append(f"## {page}\n")

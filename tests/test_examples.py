@@ -40,9 +40,13 @@ def test_a_walk_takes_every_command_of_a_page_and_shows_no_path(tmp_path: Path) 
     assert ran["lines"] == ["error: no.gguf: no such file"]
     ran = walk.run("python setup_nkat_kobold_integration.py", tmp_path, 60)
     assert not [line for line in ran["lines"] if str(tmp_path) in line or str(ROOT) in line]
-    assert "exit status 2" in walk.describe(
-        [{"page": "a", "command": "b", "status": 2, "seconds": 1.0, "lines": ["c"]}]
-    )
+    rows = [
+        {"page": "a", "command": "b", "status": status, "seconds": 1.0, "lines": ["c"]} for status in (2, 0, 0, None)
+    ]
+    described = walk.describe(rows, walk.place())
+    assert "exit status 2" in described
+    assert "4 commands: 1 not run or stopped, 2 status 0, 1 status 2." in described
+    assert str(Path.home()) not in described
 
 
 def test_measure_theta(model: Path, tmp_path: Path, monkeypatch, capsys) -> None:
