@@ -161,7 +161,7 @@ def describe(rows: list[dict[str, Any]], where: str) -> str:
     parts = [
         "# The walk\n",
         "Every command of the guide and the README, as a new user types it, on SmolLM2 under the names of the models\n"
-        "that the pages use, in an empty folder: exit status, seconds, last lines. Made by `python -m examples.walk`.\n",
+        "that the pages use, in an empty folder: status, seconds, last lines. Made by `python -m examples.walk`.\n",
         f"{where}.\n",
         f"{counted(len(rows), 'command')}: {', '.join(f'{n} {how}' for how, n in sorted(ended.items()))}.\n",
     ]
