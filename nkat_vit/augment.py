@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nkat.errors import NKATError
-from nkat.host.commandline import parser, positive_int
+from nkat.host.commandline import parser, positive_int, seed
 from nkat.host.files import check_output
 from nkat.host.tools import suggest
 from nkat_vit.data import DATASETS, ImageSet, find_dataset, load_images
@@ -193,7 +193,7 @@ def main() -> None:
     arguments.add_argument("--dataset", choices=list(DATASETS), default="cifar10", help="which set (cifar10)")
     arguments.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
     arguments.add_argument("--output", type=Path, required=True, help="the PNG")
-    arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--seed", type=seed, default=0)
     arguments.add_argument("--rows", type=positive_int, default=6, help="pictures (6)")
     usual = AugmentConfig()
     arguments.add_argument("--randaugment", type=int, nargs=2, default=usual.randaugment, metavar=("N", "M"))

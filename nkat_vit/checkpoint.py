@@ -5,11 +5,10 @@ Both are dictionaries of tensors, numbers, strings and lists (`nkat.host.tensors
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -39,7 +38,8 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path, kind: str) -> dict[str, Any]:
     """A checkpoint of the kind "run" or "weights", on the CPU. Raises NKATError for anything else."""
     content = load_tensors(path, "a checkpoint")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    version = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(version, int) or version != FORMAT:  # a tensor cannot be compared
         raise NKATError(f"{path}: this is no checkpoint of nkat_vit, version {FORMAT}")
     if content.get("kind") != kind:
         wanted = {"run": "last.pt, which continues a run", "weights": "best.pt, a model to use"}[kind]
@@ -55,16 +55,41 @@ def recipe_of(content: dict[str, Any], path: Path) -> Recipe:
     return make_recipe(values)
 
 
-@contextmanager
-def damage(path: Path) -> Iterator[None]:
-    """While parts of a checkpoint are put in place: what is missing, or of another form, is one line."""
-    try:
-        yield
-    except NKATError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        line = (str(error).splitlines() or [""])[0]
-        raise NKATError(f"{path}: this checkpoint is damaged: {type(error).__name__} {line}"[:300]) from None
+def check_like(found: object, wanted: object, path: Path, part: str) -> None:
+    """Raises NKATError unless a part of a checkpoint has the form of what this run would write there.
+
+    That is the same keys, lengths, kinds of values, shapes and dtypes, all the way down, and no number that is none.
+    """
+    if not _is_like(found, wanted):
+        raise damaged(path, part)
+
+
+def damaged(path: Path, part: str) -> NKATError:
+    """For a checkpoint whose part is missing or not of its form."""
+    return NKATError(f"{path}: this checkpoint is damaged ({part})")
+
+
+def _is_like(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return (
+            isinstance(found, dict)
+            and found.keys() == wanted.keys()
+            and all(_is_like(found[key], value) for key, value in wanted.items())
+        )
+    if isinstance(wanted, list | tuple):
+        return (
+            type(found) is type(wanted)
+            and len(found) == len(wanted)
+            and all(_is_like(one, other) for one, other in zip(found, wanted, strict=True))
+        )
+    if isinstance(wanted, torch.Tensor):
+        return (
+            isinstance(found, torch.Tensor)
+            and found.dtype == wanted.dtype
+            and found.shape == wanted.shape
+            and bool(found.isfinite().all())
+        )
+    return type(found) is type(wanted) and (not isinstance(found, float) or math.isfinite(found))
 
 
 def load_model(path: str | Path, device: torch.device | None = None) -> TrainedModel:
@@ -77,7 +102,8 @@ def load_model(path: str | Path, device: torch.device | None = None) -> TrainedM
     content = load(path, "weights")
     recipe = recipe_of(content, path)
     model = NKATViT(recipe.model)
-    with damage(path):
-        model.load_state_dict(content["weights"])
+    weights = content.get("weights")
+    check_like(weights, model.state_dict(), path, "weights")
+    model.load_state_dict(cast(dict[str, Any], weights))
     facts = {name: value for name, value in content.items() if name not in ("weights", "recipe")}
     return TrainedModel(model.to(device).eval(), recipe, facts, path)

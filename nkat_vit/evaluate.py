@@ -282,7 +282,7 @@ def main() -> None:
     )
     parser.add_argument("--no-robustness", action="store_true", help="leave robustness out")
     parser.add_argument("--frost", type=Path, help="folder with CIFAR-10-C's frost textures (else procedural ones)")
-    parser.add_argument("--seed", type=int, default=0, help="of the corruptions (0)")
+    parser.add_argument("--seed", type=commandline.seed, default=0, help="of the corruptions (0)")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
     parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
     parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')

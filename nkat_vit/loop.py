@@ -6,11 +6,12 @@ with the same weights, bit by bit on a processor. A loss that is no number any m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ _CHECK_STEPS = 20  # reading the loss more often would make a GPU wait
 _AMP_TRIALS = 4
 _THREAD_TRIALS = 3
 _THREAD_SECONDS = 5.0  # after which the first of them has to do
+_ROW = {"epoch", "loss", "validation", "lr", "seconds", "images_per_second"}
 
 
 class DivergedError(NKATError):
@@ -277,28 +279,65 @@ class Trainer:
         checkpoint.save(self.folder / "last.pt", content)
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Goes on from a `last.pt`; raises NKATError when it belongs to another run."""
-        for name, mine in (("data_sha256", self.train_set.sha256), ("processes", self.world.size)):
-            if content.get(name) != mine:
-                raise NKATError(f"this checkpoint was made with another {name}: {content.get(name)}, here it is {mine}")
-        self.extended_from = list(content.get("extended_from", []))
+        """Goes on from a `last.pt`; raises NKATError when it belongs to another run, or is damaged."""
+        path = self.folder / "last.pt"
+        wanted = {"data_sha256": self.train_set.sha256, "processes": self.world.size, "best": self.best}
+        wanted |= {"model": self.model.state_dict(), "losses": self.losses}
+        wanted["average"] = self.average and self.average.state()
+        for name, mine in wanted.items():
+            checkpoint.check_like(content.get(name), mine, path, name)
+        optimizers = _states(content.get("optimizers"))
+        checkpoint.check_like(optimizers, self._states_after_a_step(), path, "optimizers, or another version's")
+        for name in ("data_sha256", "processes"):
+            if content[name] != wanted[name]:
+                raise NKATError(f"{path}: was made with another {name}: {content[name]}, here it is {wanted[name]}")
+        step, history = content.get("step"), cast(Any, content.get("history"))
+        if type(step) is not int or not 0 <= step <= self.recipe.train.epochs * self.epoch_steps:
+            raise checkpoint.damaged(path, "step")
+        if not _is_history(history, step // self.epoch_steps):
+            raise checkpoint.damaged(path, "history")
+        if self.average is not None and content["average"]["updates"] != step:
+            raise checkpoint.damaged(path, "average")
+        extended = content.get("extended_from", [])
+        if not isinstance(extended, list) or not all(type(epochs) is int for epochs in extended):
+            raise checkpoint.damaged(path, "extended_from")
+        self.extended_from = list(extended)
         self.model.load_state_dict(content["model"])
-        sizes = [
-            [len(group["params"]) for group in optimizer.state_dict()["param_groups"]] for optimizer in self.optimizers
-        ]
-        if sizes != [[len(group["params"]) for group in state["param_groups"]] for state in content["optimizers"]]:
-            raise NKATError(
-                "this run's optimisers move other weights than today's: another version began it, which has to end it; "
-                "its best.pt can be used"
-            )
-        for optimizer, state in zip(self.optimizers, content["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        for optimizer, state in zip(self.optimizers, optimizers, strict=True):
+            # Rates and the like are the recipe's.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         if self.average is not None:
             self.average.restore(content["average"])
-        self.step, self.history, self.best = content["step"], content["history"], content["best"]
+        self.step, self.history, self.best = step, history, content["best"]
         # The loss of an epoch is a sum over its steps; after its last step, the next one starts from zero.
         if self.step % self.epoch_steps:
             self.losses.copy_(content["losses"])
+
+    def _states_after_a_step(self) -> list[object]:
+        """What optimisers keep of each parameter once they have begun."""
+        model = deepcopy(self.model)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizers = make_optimizers(model, self.recipe.train)
+        for optimizer in optimizers:
+            optimizer.step()
+        return _states([optimizer.state_dict() for optimizer in optimizers])
+
+
+def _states(optimizers: object) -> list[object]:
+    """What several optimisers keep of each parameter, out of their state dictionaries."""
+    found = optimizers if isinstance(optimizers, list) else []
+    return [state.get("state") if isinstance(state, dict) else None for state in found]
+
+
+def _is_history(history: object, epochs: int) -> bool:
+    """Whether it has a row of numbers for each epoch, all of the same names."""
+    return (
+        isinstance(history, list)
+        and len(history) == epochs
+        and all(isinstance(row, dict) and row.keys() == history[0].keys() >= _ROW for row in history)
+        and all(isinstance(value, float) and math.isfinite(value) for row in history for value in row.values())
+    )
 
 
 def open_run(recipe: Recipe, whole: ImageSet, world: World, folder: Path, label: str) -> Trainer:
@@ -321,6 +360,5 @@ def open_run(recipe: Recipe, whole: ImageSet, world: World, folder: Path, label:
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(recipe, train, held, world, folder, label=label, judge_last=False)
     if content is not None:
-        with checkpoint.damage(saved):
-            trainer.restore(content)
+        trainer.restore(content)
     return trainer

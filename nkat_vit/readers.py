@@ -18,7 +18,6 @@ import numpy as np
 from nkat.errors import NKATError
 
 CIFAR_RECORD = 1 + 3 * 32 * 32
-_MOST_BYTES = 1 << 32
 
 
 def read_idx(data: bytes, name: str) -> np.ndarray:

@@ -7,7 +7,6 @@ unless they are given.
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
+from nkat.host.record import parse_json
 from nkat_vit.augment import AugmentConfig
 from nkat_vit.data import find_dataset
 from nkat_vit.model import ViTConfig
@@ -249,10 +249,10 @@ def describe_presets() -> str:
 def read_config(path: Path) -> dict[str, Any]:
     """Flat values from a JSON file, as a run's `config.json`."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
     except OSError as error:
         raise NKATError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets without end
+    except ValueError as error:
         raise NKATError(f"{path}: this is no JSON: {error}") from None
     _check(isinstance(values, dict), f"{path}: expected one JSON object with a run's settings")
     return values

@@ -1,10 +1,16 @@
 """Round-2 of STAGE2: the search over the image model's shape, in two stages and by successive halving.
 
-Stage 1 trains on CIFAR-10; a trial whose Local TPE there misses the gate breaks a constraint, from which the sampler
-learns without its being ranked with those that pass. Stage 2 trains a trial that passes on the other sets; its score is
-Global TPE. The resource of successive halving (Jamieson and Talwalkar, 2016, arXiv 1502.07943; asynchronous, Li et al.,
-2018, arXiv 1810.05934) is the epoch: at each rung a trial goes on, with the weights it has, when it is among the best
-third so far, and ends there otherwise.
+Stage 1 trains on CIFAR-10; a trial whose accuracy or Local TPE there misses the gate breaks a constraint, from which
+the sampler learns without its being ranked with those that pass. Stage 2 trains a trial that passes on the other sets,
+each of which has to reach its accuracy as well; its score is Global TPE. Accuracy comes first because TPE alone is
+bought by size: it rises without bound for smaller models, whatever they do.
+
+STAGE2's numbers contradict each other: at the baseline's size (384 wide, 7 deep, lambda 20) its gate, Local TPE 0.60,
+takes 79.3 % on CIFAR-10, while its target there is 60 %, a TPE of 0.45. The gate is kept as it is written.
+
+The resource of successive halving (Jamieson and Talwalkar, 2016, arXiv 1502.07943; asynchronous, Li et al., 2018, arXiv
+1810.05934) is the epoch: at each rung a trial goes on, with the weights it has, when it is among the best third so far
+by Local TPE, and ends there otherwise.
 
 All accuracies here are on pictures held out of the training sets. The test sets are no business of the search.
 """
@@ -21,11 +27,12 @@ import optuna
 from optuna.trial import FrozenTrial
 
 from nkat.errors import NKATError
+from nkat.host.console import bar
 from nkat.host.distributed import World
 from nkat.study.study import origin
 from nkat_vit.data import DATASETS, ImageSet, load_images
 from nkat_vit.loop import DivergedError, Trainer, open_run
-from nkat_vit.metrics import global_tpe, lambda_theory, tpe
+from nkat_vit.metrics import GLOBAL_TARGETS, TARGETS, accuracy_needed, global_tpe, lambda_theory, tpe
 from nkat_vit.model import ViTConfig, count_parameters
 from nkat_vit.recipe import PRESETS, Recipe, make_recipe
 
@@ -52,6 +59,8 @@ class Budget:
     limit_train: pictures of each set it is trained on, 0: all
     validation: pictures it is judged on
     max_tokens: models with a longer sequence are left out, 0: none
+    opt, lr, muon_lr: as in a recipe
+    stems: (): STAGE2's
     """
 
     epochs: int
@@ -62,6 +71,14 @@ class Budget:
     lr: float
     amp: str
     seed: int
+    opt: str = "adamw"
+    muon_lr: float = PRESETS["strong"]["muon_lr"]
+    stems: tuple[str, ...] = ()
+
+    @property
+    def space(self) -> Shapes:
+        """What is searched."""
+        return Shapes(self.max_tokens, self.stems)
 
     @property
     def first_rung(self) -> int:
@@ -79,7 +96,9 @@ class Budget:
             "limit_train": self.limit_train,
             "validation": self.validation,
             "batch_size": self.batch_size,
+            "opt": self.opt,
             "lr": self.lr,
+            "muon_lr": self.muon_lr,
             "amp": self.amp,
             "seed": self.seed,
             "warmup": self.epochs / 8,
@@ -88,9 +107,13 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """The space; every point is a model that can be built, of at most so many tokens (0: any number)."""
+    """The space; every point is a model that can be built, of at most so many tokens (0: any number).
+
+    stems: (): STAGE2's. Others lie outside its range, and have patches of one cell, as in the preset "fast".
+    """
 
     max_tokens: int = 0
+    stems: tuple[str, ...] = ()
 
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """One point."""
@@ -127,13 +150,39 @@ class Shapes:
     def _fitting(self) -> dict[str, list[int]]:
         """By stem, the patches that it allows."""
         patches = {
-            stem: [p for p in CHOICES["patch_size"] if not self.max_tokens or tokens_of(stem, p) <= self.max_tokens]
-            for stem in CHOICES["conv_stem"]
+            stem: [
+                p
+                for p in (CHOICES["patch_size"] if in_range(stem) else (1,))
+                if not self.max_tokens or tokens_of(stem, p) <= self.max_tokens
+            ]
+            for stem in self.stems or CHOICES["conv_stem"]
         }
         fitting = {stem: found for stem, found in patches.items() if found}
         if not fitting:
             raise NKATError(f"no stem and patch have as few as {self.max_tokens} tokens")
         return fitting
+
+
+def in_range(stem: str) -> bool:
+    """Whether STAGE2 has the stem."""
+    return stem in CHOICES["conv_stem"]
+
+
+def unreachable() -> list[tuple[int, int]]:
+    """The widths and depths of the range that are too large for Global TPE's target whatever their accuracy.
+
+    With the baseline's stem and patch; the others' sizes differ by less than 2 %.
+    """
+    (low, high, step), (shallow, deep, by) = RANGES["embed_dim"], RANGES["depth"]
+    shapes = list(itertools.product(range(low, high + 1, step), range(shallow, deep + 1, by)))
+    found = []
+    with bar(len(shapes), "counting parameters", "shape") as progress:
+        for width, depth in shapes:
+            recipe = make_recipe(BASELINE | {"dataset": FIRST_SET, "embed_dim": width, "depth": depth})
+            if accuracy_needed(GLOBAL_TARGETS["Global TPE"], lambda_theory(count_parameters(recipe.model))) > 1:
+                found.append((width, depth))
+            progress.update()
+    return found
 
 
 def tokens_of(stem: str, patch: int, dataset: str = FIRST_SET) -> int:
@@ -159,6 +208,7 @@ class Trials:
 
     gate: Local TPE on CIFAR-10 that lets a trial into stage 2
     sets: those of stage 2
+    accuracy: on CIFAR-10, which lets a trial into stage 2 as well
     """
 
     data_root: Path
@@ -167,28 +217,45 @@ class Trials:
     gate: float
     sets: tuple[str, ...]
     world: World
+    accuracy: float = TARGETS[FIRST_SET].accuracy
     _loaded: dict[str, ImageSet] = field(default_factory=dict, init=False)
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Global TPE of a trial that passes the gate, else its Local TPE on CIFAR-10 and a broken constraint."""
-        parameters = Shapes(self.budget.max_tokens).suggest(trial)
+        """Global TPE of a trial that passes, else its Local TPE on CIFAR-10 and broken constraints."""
+        parameters = self.budget.space.suggest(trial)
         trial.set_user_attr("setting", parameters)
         recipes = {name: recipe_of(parameters, name, self.budget) for name in (FIRST_SET, *self.sets)}
         sizes = {name: count_parameters(recipe.model) for name, recipe in recipes.items()}
         lam = lambda_theory(max(sizes.values()))
         trial.set_user_attr("parameters", sizes[FIRST_SET])
         trial.set_user_attr("lambda_theory", lam)
-        accuracies = {FIRST_SET: self._first_stage(trial, recipes[FIRST_SET], lam)}
-        if trial.user_attrs["local_tpe"] < self.gate:
-            return trial.user_attrs["local_tpe"]
-        for name in self.sets:
+        accuracies: dict[str, float] = {}
+        goes_on = self._first_stage(trial, recipes[FIRST_SET], lam, accuracies)
+        local = trial.user_attrs["local_tpe"]
+        passed = goes_on and local >= self.gate and accuracies[FIRST_SET] >= self.floor(FIRST_SET)
+        for name in self.sets if passed else ():
             trainer = self.trainer(recipes[name], self.place(trial) / name, f"trial {trial.number}, {name}, ")
             trainer.run()
             accuracies[name] = trainer.best
             trial.set_user_attr("accuracies", accuracies)
-        for name in recipes:
-            (self.place(trial) / name / "last.pt").unlink()  # what is left is the model to use
-        return global_tpe(list(accuracies.values()), lam)
+            passed = trainer.best >= self.floor(name)
+            if not passed:
+                break
+        for name in recipes:  # what is left is the model to use; a run's state is a hundred megabytes
+            for kind in ("last.pt",) if passed else ("last.pt", "best.pt"):
+                (self.place(trial) / name / kind).unlink(missing_ok=True)
+        trial.set_constraint(GATE, self.gate - local)
+        for name in recipes:  # one that was not trained counts as never right: the earlier a trial fails, the worse
+            trial.set_constraint(f"accuracy on {name}", self.floor(name) - accuracies.get(name, 0.0))
+        if not goes_on:
+            raise optuna.TrialPruned
+        return global_tpe(list(accuracies.values()), lam) if passed else local
+
+    def floor(self, name: str) -> float:
+        """The accuracy that a set has to reach: STAGE2's target, lowered with what is asked for on CIFAR-10."""
+        if name == FIRST_SET:
+            return self.accuracy
+        return TARGETS[name].accuracy * min(1.0, self.accuracy / TARGETS[FIRST_SET].accuracy)
 
     def images(self, name: str) -> ImageSet:
         """A whole training set, read once."""
@@ -204,26 +271,19 @@ class Trials:
         """The trial's folder; a trial that repeats one whose process died goes on in that one's."""
         return self.folder / f"trial-{origin(trial):03d}"
 
-    def _first_stage(self, trial: optuna.Trial, recipe: Recipe, lam: float) -> float:
-        """Accuracy on CIFAR-10; raises TrialPruned at a rung. A trial that ends here leaves no checkpoints."""
-        folder = self.place(trial) / FIRST_SET
-        trainer = self.trainer(recipe, folder, f"trial {trial.number}, {FIRST_SET}, ")
+    def _first_stage(self, trial: optuna.Trial, recipe: Recipe, lam: float, accuracies: dict[str, float]) -> bool:
+        """Trains on CIFAR-10 and notes the accuracy; False for a trial that ended at a rung, or diverged."""
+        trainer = self.trainer(recipe, self.place(trial) / FIRST_SET, f"trial {trial.number}, {FIRST_SET}, ")
         try:
             goes_on = _train_and_report(trial, trainer, lam)
         except DivergedError as error:
             trial.set_user_attr("diverged", str(error))
             goes_on = False
-        local = tpe(max(trainer.best, 0.0), lam)
-        trial.set_user_attr("accuracies", {FIRST_SET: max(trainer.best, 0.0)})
-        trial.set_user_attr("local_tpe", local)
+        accuracies[FIRST_SET] = max(trainer.best, 0.0)
+        trial.set_user_attr("accuracies", accuracies)
+        trial.set_user_attr("local_tpe", tpe(accuracies[FIRST_SET], lam))
         trial.set_user_attr("epochs", len(trainer.history))
-        trial.set_constraint(GATE, self.gate - local)
-        if not goes_on or local < self.gate:
-            for kind in ("last.pt", "best.pt"):  # a hundred megabytes
-                (folder / kind).unlink(missing_ok=True)
-        if not goes_on:
-            raise optuna.TrialPruned
-        return trainer.best
+        return goes_on
 
 
 def _train_and_report(trial: optuna.Trial, trainer: Trainer, lam: float) -> bool:

@@ -28,8 +28,21 @@ from nkat_vit.checkpoint import load_model
 from nkat_vit.data import check_files, load_images
 from nkat_vit.evaluate import run_result, summarise, table
 from nkat_vit.loop import measure_amp
+from nkat_vit.metrics import GLOBAL_TARGETS, LAMBDA_OF_BASELINE, TARGETS, accuracy_needed
 from nkat_vit.predict import judge_once
-from nkat_vit.search import BASELINE, FIRST_SET, Budget, Shapes, Trials, model_values, recipe_of
+from nkat_vit.recipe import PRESETS
+from nkat_vit.search import (
+    BASELINE,
+    CHOICES,
+    FIRST_SET,
+    GATE,
+    Budget,
+    Trials,
+    in_range,
+    model_values,
+    recipe_of,
+    unreachable,
+)
 from nkat_vit.search_options import BUDGETS, DESCRIPTION, EXAMPLES, ShapeOptions, add_options, shape_options
 from nkat_vit.search_plots import plot_image_search
 
@@ -47,13 +60,29 @@ def run(options: ShapeOptions) -> None:
     world = World(0, 1, pick_device(not options.no_cuda))
     budget = make_budget(options, world)
     folder = options.study.output_dir / "trials"
-    trials = Trials(options.data_root, folder, budget, options.local_tpe, tuple(options.sets), world)
+    trials = Trials(options.data_root, folder, budget, options.local_tpe, tuple(options.sets), world, options.accuracy)
     search = describe_search(options, trials)
     with workers.interruptible(options.study):
         study = workers.connect(options.study, search)
+        if not options.study.join:
+            say_unreachable()
         outcome = workers.run(options.study, search, study, trials.objective)
         if not options.study.join:
             workers.report(outcome, partial(judge_best, options, trials), partial(report, options, trials))
+
+
+def say_unreachable() -> None:
+    """Before anything is trained: which sizes no accuracy brings to Global TPE's target."""
+    least: dict[int, int] = {}
+    found = unreachable()
+    for width, depth in found:
+        least[width] = min(depth, least.get(width, depth))
+    if found:
+        wanted = GLOBAL_TARGETS["Global TPE"]
+        note(
+            f"{len(found)} sizes of the range are too large for Global TPE {wanted:.2f} whatever their accuracy: "
+            f"{', '.join(f'{width} wide from depth {depth}' for width, depth in least.items())}"
+        )
 
 
 def make_budget(options: ShapeOptions, world: World) -> Budget:
@@ -62,8 +91,19 @@ def make_budget(options: ShapeOptions, world: World) -> Budget:
     usual = BUDGETS.get(options.study.mode, BUDGETS["full"])
     chosen = [default if value is None else value for value, default in zip(given, usual, strict=True)]
     epochs, limit_train, validation, max_tokens, batch_size = chosen
+    rates = PRESETS["strong" if options.opt == "muon" else "stage2"]
     budget = Budget(
-        epochs, limit_train, validation, max_tokens, batch_size, options.lr, options.amp, options.study.seed
+        epochs,
+        limit_train,
+        validation,
+        max_tokens,
+        batch_size,
+        lr=rates["lr"] if options.lr is None else options.lr,
+        amp=options.amp,
+        seed=options.study.seed,
+        opt=options.opt,
+        muon_lr=PRESETS["strong"]["muon_lr"] if options.muon_lr is None else options.muon_lr,
+        stems=tuple(dict.fromkeys(options.stems or ())),
     )
     if options.amp != "auto":
         return budget
@@ -77,13 +117,17 @@ def describe_search(options: ShapeOptions, trials: Trials) -> Search:
     """The study's name, settings and first trial."""
     settings = {
         "gate": trials.gate,
+        "accuracy": trials.accuracy,
         "sets": list(trials.sets),
         "data_sha256": trials.images(FIRST_SET).sha256,
         **{name: value for name, value in asdict(trials.budget).items() if name != "amp"},
+        "stems": list(trials.budget.stems),  # as a storage gives it back
     }
     sampler = partial(make_sampler, conditional=True)
-    space = Shapes(trials.budget.max_tokens)
+    space = trials.budget.space
     first: list[tuple[dict[str, Any], dict[str, Any]]] = [(space.parameters(BASELINE), {})]
+    if BASELINE["conv_stem"] not in (trials.budget.stems or CHOICES["conv_stem"]):
+        first = []
     return Search(STUDY_NAME, settings, first, space, sampler, trials.budget.pruner(), TRIALS)
 
 
@@ -104,6 +148,8 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
     record = workers.base_record(options.study, outcome, trials.world.device) | {
         "sets": [FIRST_SET, *trials.sets],
         "local_tpe": trials.gate,
+        "accuracy": {name: trials.floor(name) for name in (FIRST_SET, *trials.sets)},
+        "unreachable": [list(shape) for shape in unreachable()],
         "budget": asdict(budget),
         "importances": importances(first_scores),
         "importances_of": f"Local TPE after {rung} epochs",
@@ -113,23 +159,26 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
         "optimal": None,
     }
     if not outcome.interrupted and ranked and (passed or options.study.force):
-        record["optimal"] = write_optimal(options, ranked[0], test)
+        record["optimal"] = write_optimal(options, budget, ranked[0], test)
     rows = history(study)
     write_records(folder, rows, record)
     with recorded(record, options.study.json, options.study.force):
         print_report(record, trials)
         most = f"{counted(budget.epochs, 'epoch')} of {budget.limit_train or 'all'} pictures"
         title = f"Round-2: {counted(len(ranked), 'trial')}, up to {most}"
-        plot_image_search(folder / PICTURE, rows, record["importances"], trials.gate, title)
+        plot_image_search(folder / PICTURE, rows, record["importances"], trials.gate, trials.accuracy, title)
         if not outcome.interrupted:
             note_earlier(folder, OPTIMAL, record["optimal"] and record["optimal"]["file"])
         print(f"files are in {folder}")
 
 
-def write_optimal(options: ShapeOptions, winner: FrozenTrial, test: dict[str, Any] | None) -> dict[str, Any]:
-    """Writes the winner's settings. test: its scores there, where it passed the gate"""
+def write_optimal(
+    options: ShapeOptions, budget: Budget, winner: FrozenTrial, test: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Writes the winner's settings and how it was trained. test: its scores there, where it passed the gate"""
     setting, path = winner.user_attrs["setting"], options.study.output_dir / OPTIMAL
-    write_json(model_values(setting, FIRST_SET), str(path), force=True)
+    trained = {name: value for name, value in budget.train_values().items() if name in ("opt", "lr", "muon_lr")}
+    write_json(model_values(setting, FIRST_SET) | trained, str(path), force=True)
     words: list[object] = [*tool_command("vit train"), "--dataset", FIRST_SET]
     words += ["--config", path.absolute(), "--data-root", options.data_root.absolute()]
     record = {"file": str(path), "trial": winner.number, "setting": setting, "passed": test is not None}
@@ -174,6 +223,7 @@ def print_report(record: dict[str, Any], trials: Trials) -> None:
     for row in [*best, *([baseline] if baseline and baseline not in best else [])]:
         s = row["setting"]
         shape = f"{s['conv_stem']}, patch {s['patch_size']}, {s['embed_dim']} x {s['depth']}"
+        shape += "" if in_range(s["conv_stem"]) else " (outside STAGE2's range)"
         setting = f"{shape}, temperature {s['temperature']:g}, top-p {s['top_p']:g}"
         accuracies = [f"{100 * row['accuracies'][n]:.2f}" if n in row["accuracies"] else "" for n in names]
         whole = f"{row['global_tpe']:.4f}" if row["global_tpe"] is not None else ""
@@ -183,12 +233,23 @@ def print_report(record: dict[str, Any], trials: Trials) -> None:
     print("\non pictures held out of the training sets:\n")
     print(format_table(rows, heads))
     print(f"\n{'interrupted: ' if record['interrupted'] else ''}{workers.counts_line(record)}")
-    print(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}")
+    floors = ", ".join(f"{100 * floor:.0f} % on {name}" for name, floor in record["accuracy"].items())
+    print(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}, with an accuracy of {floors}")
+    takes, asked = 100 * accuracy_needed(gate, LAMBDA_OF_BASELINE), TARGETS[FIRST_SET].tpe
+    print(f"(at the baseline's size Local TPE {gate:g} takes {takes:.1f} %; STAGE2's target there is {asked:g})")
+    for row in best:
+        accuracy = row["accuracies"][FIRST_SET]
+        if row["local_tpe"] >= gate and accuracy < record["accuracy"][FIRST_SET]:
+            print(
+                f"trial {row['trial']}: Local TPE {row['local_tpe']:.4f} is bought by size alone, "
+                f"with {100 * accuracy:.2f} % on {FIRST_SET}"
+            )
     if not record["passed"] and best:
         top = best[0]
+        short = [f"{name} by {by:.4f}" for name, by in top["constraints"].items() if by > 0]
         print(
-            f"the best, trial {top['trial']}, has {top['local_tpe']:.4f}, {gate - top['local_tpe']:.4f} short of it, "
-            f"after {top['epochs']} epochs; more epochs or pictures, or another --local-tpe, let trials pass"
+            f"the best, trial {top['trial']}, has Local TPE {top['local_tpe']:.4f} after {top['epochs']} epochs and is "
+            f"short of {', '.join(short)}; more epochs or pictures, or lower --local-tpe and --accuracy, let some pass"
         )
     if optimal and "test" in optimal:
         seeds = counted(optimal["test"]["seeds"], "seed")
@@ -203,11 +264,15 @@ def _ranked(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)), key=_rank, reverse=True)
 
 
-def _rank(trial: FrozenTrial) -> tuple[bool, float]:
-    """Trials that passed by Global TPE, then the others by Local TPE, however long they were trained."""
+def _rank(trial: FrozenTrial) -> tuple[bool, float, float]:
+    """Trials that passed by Global TPE; then, accuracy first, by what is missing of it, and by Local TPE.
+
+    However long they were trained.
+    """
     if feasible(trial) and trial.value is not None:
-        return True, trial.value
-    return False, trial.user_attrs["local_tpe"]
+        return True, 0.0, trial.value
+    missing = sum(by for name, by in trial.constraints.items() if name != GATE and by > 0)
+    return False, -missing, trial.user_attrs["local_tpe"]
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
@@ -216,6 +281,7 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
         "trial": trial.number,
         "state": trial.state.name,
         "global_tpe": trial.value if feasible(trial) else None,
+        "constraints": dict(trial.constraints),
         **{
             name: facts[name]
             for name in ("setting", "epochs", "local_tpe", "lambda_theory", "parameters", "accuracies")

@@ -13,7 +13,9 @@ from nkat_vit.search import BASELINE, FIRST_SET
 Rows = Sequence[Mapping[str, Any]]
 
 
-def plot_image_search(path: Path, rows: Rows, importances: Mapping[str, float], gate: float, title: str) -> None:
+def plot_image_search(
+    path: Path, rows: Rows, importances: Mapping[str, float], gate: float, accuracy: float, title: str
+) -> None:
     """Four panels as PNG; replaces an earlier picture.
 
     rows: `nkat.study.study.history` of the search, each with its "local_tpe"
@@ -24,7 +26,7 @@ def plot_image_search(path: Path, rows: Rows, importances: Mapping[str, float], 
     _scores(panels[0][0], tried, gate)
     _parallel(panels[0][1], figure, tried)
     draw_importances(panels[1][0], importances)
-    _accuracy(panels[1][1], tried)
+    _accuracy(panels[1][1], tried, accuracy)
     save_figure(figure, path, force=True)
 
 
@@ -77,7 +79,7 @@ def _scale(low: float, high: float) -> Any:
     return ScalarMappable(Normalize(low, high), "viridis")
 
 
-def _accuracy(axes: Any, rows: Rows) -> None:
+def _accuracy(axes: Any, rows: Rows, floor: float) -> None:
     axes.set(title=f"accuracy on {FIRST_SET} against size", xlabel="λ (lower is smaller)")
     axes.set_ylabel("validation accuracy, %")
     ended, whole = (
@@ -89,8 +91,8 @@ def _accuracy(axes: Any, rows: Rows) -> None:
     front = pareto_front([(lam, -accuracy) for lam, accuracy in whole])
     if len(front) > 1:
         axes.plot([lam for lam, _ in front], [-negative for _, negative in front], "-", color=BEST, label="front")
-    if ended or whole:
-        axes.legend()
+    axes.axhline(100 * floor, color=BASE, linestyle="--", label=f"asked for: {100 * floor:.0f} %")
+    axes.legend()
 
 
 def _points(axes: Any, points: Sequence[tuple[float, float]], color: str, label: str, **how: Any) -> None:

@@ -245,7 +245,7 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
         usual = PRESETS[preset]
         if "warmup" not in _chosen(options) and recipe.train.epochs < usual["epochs"]:
             note(
-                f"warm-up: {recipe.train.warmup:g} epochs of {recipe.train.epochs}, "
+                f"warm-up: {recipe.train.warmup:.3g} epochs of {recipe.train.epochs}, "
                 f"as {usual['warmup']:g} of {usual['epochs']} in {preset} (--warmup changes it)"
             )
     world.wait()
@@ -293,15 +293,18 @@ def _same_setting(saved: dict[str, Any], name: str, value: Any) -> bool:
 
 def _extended(recipe: Recipe, epochs: int, content: dict[str, Any], folder: Path) -> Recipe:
     """The recipe with more epochs. Says what becomes of the learning rate."""
-    before, done = recipe.train.epochs, len(content["history"])
+    history = content.get("history")
+    if not isinstance(history, list):
+        raise checkpoint.damaged(folder / "last.pt", "history")
+    before, done = recipe.train.epochs, len(history)
     if epochs < before:
         raise NKATError(f"{folder}: was to have {before} epochs; --extend-to {epochs} is no longer run")
     if epochs > before:
         rates = [100 * lr_factor(done, total, round(recipe.train.warmup)) for total in (before, epochs)]
         note(
-            f"from {before} epochs to {epochs}: after epoch {done} the learning rate goes on at {rates[1]:.0f} % of "
-            f"its peak (it was at {rates[0]:.0f} %) and falls to zero once more, which is not what {epochs} epochs "
-            "from the start give"
+            f"from {counted(before, 'epoch')} to {epochs}: after epoch {done} the learning rate goes on at "
+            f"{rates[1]:.0f} % of its peak (it was at {rates[0]:.0f} %) and falls to zero once more, which is not what "
+            f"{epochs} epochs from the start give"
         )
     return replace(recipe, train=replace(recipe.train, epochs=epochs))
 
@@ -354,9 +357,10 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
         note(
             f"{recipe.dataset}: {len(train_set)} to train on, {len(held)} to validate; {_describe_model(trainer.model)}"
         )
+        if recipe.dataset in TARGETS:
+            _say_targets(recipe.dataset, trainer.model)
     if content is not None:
-        with checkpoint.damage(folder / "last.pt"):
-            trainer.restore(content)
+        trainer.restore(content)
         if begun.train.epochs < config.epochs:
             trainer.extended_from.append(begun.train.epochs)
         note(f"going on after step {trainer.step}, epoch {trainer.step // trainer.epoch_steps}")

@@ -252,7 +252,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         action="store_true",
         help="also measure perplexity at gamma 0.90 to 0.99 and, with --reference, beside the larger file",
     )
-    add("--seed", type=commandline.non_negative_int, default=0, help="of whatever is random in making Θ (default 0)")
+    add("--seed", type=commandline.seed, default=0, help="of whatever is random in making Θ (default 0)")
     add("--threads", type=commandline.thread_count, metavar="N", help="processor threads (default: torch's choice)")
     add("--dry-run", action="store_true", help="do everything but write")
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from nkat.errors import NKATError
 from nkat.host.console import note
 from nkat.host.files import atomic_output
+from nkat.host.record import parse_json
 
 _Found = TypeVar("_Found")
 
@@ -155,8 +156,8 @@ class Memo:
         try:
             if path is None or not path.is_file():  # a pipe would wait for ever
                 return {}
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # RecursionError: brackets without end
+            content = parse_json(path.read_bytes())
+        except (OSError, ValueError):
             return {}
         return content if isinstance(content, dict) else {}
 

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import math
 import re
 import sys
 import warnings
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound="DataclassInstance")
 
 USER_ERROR = 2
+SEEDS = 1 << 32
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -108,7 +110,7 @@ def _fail(message: str) -> int:
 # Flags whose value sets how much memory a command takes, in the order in which lowering one helps most.
 _SIZES = (
     "--max-tokens", "--seq-len", "--contextsize", "--batch-size", "--batch", "--chunks", "--theta-rank", "--rank",
-    "--image-size", "--dim", "--depth", "--workers", "--threads",
+    "--embed-dim", "--depth", "--rows", "--workers", "--threads",
 )  # fmt: skip
 _NO_MEMORY = re.compile(
     r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|Storage size calculation overflowed"
@@ -129,7 +131,7 @@ def system_limit(error: BaseException) -> str | None:
             return None
     elif not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
         return None
-    given = [flag for flag in _SIZES if any(word.split("=")[0] == flag for word in sys.argv[1:])]
+    given = [flag for flag in _SIZES if any(word.split("=")[0].replace("_", "-") == flag for word in sys.argv[1:])]
     smaller = f"a smaller {' or '.join(given)}, or " if given else ""
     size = re.search(r"Unable to allocate ([\d.]+ \w+)|tried to allocate ([\d.]+ \w+)", str(error))
     wanted = f" ({size[1] or size[2]} more were wanted)" if size else ""
@@ -274,10 +276,26 @@ def positive_int(text: str) -> int:
 
 
 def thread_count(text: str) -> int:
-    """For argparse: how many threads, as many as this machine can sensibly run."""
+    """For argparse: how many threads or processes, as many as this machine can sensibly run."""
     value = positive_int(text)
     if value > most_threads():
         raise argparse.ArgumentTypeError(f"must be at most {most_threads()} on this machine, got {value}")
+    return value
+
+
+def seconds(text: str) -> float:
+    """For argparse: a time, which comes to its end."""
+    value = number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {value:g}")
+    return value
+
+
+def seed(text: str) -> int:
+    """For argparse: what every generator of random numbers takes, 32 bits."""
+    value = non_negative_int(text)
+    if value >= SEEDS:
+        raise argparse.ArgumentTypeError(f"must be below {SEEDS}, got {value}")
     return value
 
 

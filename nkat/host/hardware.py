@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -17,6 +16,7 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host.programs import find_program
+from nkat.host.record import parse_json
 from nkat.host.threads import most_threads
 
 _ASKING_SECONDS = 20  # for a driver to answer; a cold one on Windows takes some seconds
@@ -163,7 +163,10 @@ def vulkan_gpus() -> tuple[list[Gpu], str | None]:
     out, problem = _ask(command)
     if problem is not None:
         return [], problem
-    found: list[dict[str, Any]] = json.loads(out.splitlines()[-1])
+    try:
+        found: list[dict[str, Any]] = parse_json(out.splitlines()[-1])
+    except (ValueError, LookupError):  # a driver that prints, too
+        return [], f"the Vulkan library's answer is not understood: {out!r:.80}"
     gpus = [Gpu("vulkan", d["index"], d["name"], d["kind"], d["total"], d["free"], "Vulkan") for d in found]
     return gpus, None if gpus else "the Vulkan library knows no device"
 

@@ -67,6 +67,14 @@ class Recorder:
             write_json({**record, **self._common}, self._target)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says. Raises ValueError for whatever is none, brackets without end among them."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("brackets without end") from None
+
+
 def toolkit_version() -> dict[str, str | None]:
     """For a record: which toolkit made it."""
     return {"nkat_version": __version__, "git_commit": git_commit()}

@@ -90,7 +90,9 @@ def guarded() -> Iterator[None]:
     # Python's types say that there always are both; pythonw.exe, and a shell's `>&-`, say otherwise.
     if sys.stdout is not None and not isinstance(sys.stdout, Stream):
         sys.stdout = cast(TextIO, Stream(sys.stdout))
-    if sys.stderr is not None and not isinstance(sys.stderr, Stream):
+    if sys.stderr is None:  # progress bars write to what is there
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    if not isinstance(sys.stderr, Stream):
         sys.stderr = cast(TextIO, Stream(sys.stderr, _HOSTILE_BESIDE_BARS))
     try:
         yield
@@ -117,9 +119,12 @@ def is_unicode() -> bool:
 
 
 def _open_closed() -> None:
-    """Without this, the first file a program opens would become its stdout or stderr where the shell closed those."""
+    """Without this, the first file a program opens would become its stdout or stderr where the shell closed those.
+
+    So would it in the processes that it starts.
+    """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, which is this one
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest number that is free: this one

@@ -146,7 +146,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
     text("--min-p", type=float, metavar="P", help="draw from those P times as likely as the best (default 0.05; 0 off)")
     text(
         "--seed",
-        type=commandline.non_negative_int,
+        type=commandline.seed,
         metavar="N",
         help="the same seed gives the same text (default: a new one)",
     )

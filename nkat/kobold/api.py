@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import http.client
-import json
 import os
 import socket
 import ssl
@@ -12,8 +11,10 @@ import urllib.error
 import urllib.request
 
 from nkat.errors import NKATError
+from nkat.host.record import parse_json
 
 _EVERYWHERE = ("", "0.0.0.0", "::")
+_MOST_BYTES = 1 << 20  # of an answer; another program at that port may never end one
 
 
 def base_url(host: str, port: int, secure: bool = False) -> str:
@@ -53,7 +54,7 @@ def model_name(url: str) -> str | None:
     """What `/api/v1/model` answers, or None when nothing that speaks KoboldCpp's API does."""
     try:
         with _opener(url).open(f"{url}/api/v1/model", timeout=2) as answer:
-            found = json.loads(answer.read())
+            found = parse_json(answer.read(_MOST_BYTES))
     except (OSError, ValueError, http.client.HTTPException):  # not there yet, or something else
         return None
     return str(found["result"]) if isinstance(found, dict) and "result" in found else None

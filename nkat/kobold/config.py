@@ -15,6 +15,7 @@ from nkat.errors import NKATError
 from nkat.host.cache import Memo, own_folder
 from nkat.host.environment import users_environment
 from nkat.host.files import atomic_output
+from nkat.host.record import parse_json
 from nkat.kobold.benchmark import Speed
 from nkat.kobold.choose import Choice
 from nkat.kobold.files import RunFiles, model_key
@@ -65,7 +66,13 @@ def config_with_extra(kobold: Kobold, command: Sequence[str]) -> dict[str, Any]:
         if not target.is_file():
             said = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
             raise NKATError(f"KoboldCpp did not accept these flags: {said}")
-        return json.loads(target.read_text(encoding="utf-8"))
+        try:
+            found = parse_json(target.read_bytes())
+        except ValueError as error:
+            raise NKATError(f"KoboldCpp wrote settings that are no JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise NKATError(f"KoboldCpp wrote settings that are no JSON object: {found!r:.80}")
+        return found
 
 
 def remember_fastest(

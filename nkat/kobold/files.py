@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from nkat.gguf.file import GGUFError, GGUFFile
 from nkat.gguf.writer import FileRange, part_size, sha256_of_parts, write_gguf
 from nkat.host.cache import Memo, checked_sha256, own_folder
 from nkat.host.console import bar, format_bytes, note
+from nkat.host.record import parse_json
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, theta_for
 from nkat.theta.set import ThetaSet
@@ -104,13 +105,13 @@ def _near(path: Path, theta_set: ThetaSet) -> Iterator[Path]:
     record = path.with_suffix(".json")
     if record.is_file():
         try:
-            said = json.loads(record.read_text(encoding="utf-8"))
+            said = parse_json(record.read_bytes())
         except (OSError, ValueError):  # some other file that happens to have this name
             said = None
         if isinstance(said, dict) and said.get("model_sha256") == theta_set.base_sha256:
             folders.append(Path(str(said.get("model"))).absolute().parent)
     folders += [Path.cwd(), Path.cwd() / "models"]
-    yield from (folder for folder in dict.fromkeys(folders) if folder.is_dir())
+    yield from (folder for folder in dict.fromkeys(folders) if os.path.isdir(folder))  # noqa: PTH112 - any name
 
 
 def _candidates(path: Path, theta_set: ThetaSet) -> list[ModelFile]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import optuna
 from nkat.errors import NKATError
 from nkat.host.console import note
 from nkat.host.files import check_apart
-from nkat.host.record import write_json
+from nkat.host.record import parse_json, write_json
 from nkat.study.options import StudyOptions
 from nkat.study.study import exists_already, find_study, open_storage, study_id, without_password
 
@@ -55,7 +54,9 @@ def _reports_of(folder: Path) -> tuple[str, str | None] | None:
     if not any((folder / name).exists() for name in (HISTORY, SUMMARY)):
         return None
     try:
-        summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        if not (folder / SUMMARY).is_file():  # a pipe would wait for ever
+            return "unknown", None
+        summary = parse_json((folder / SUMMARY).read_bytes())
         return str(summary["study"]), summary.get("study_id")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return "unknown", None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from nkat.host.console import note
 from nkat.host.files import check_output, disk_errors
+from nkat.host.record import parse_json
 
 
 class Journal(JournalFileBackend):
@@ -103,7 +103,7 @@ def _cut(path: Path, end: int, then: bytes = b"") -> None:
 
 def _is_record(line: bytes) -> bool:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return False
     return isinstance(record, dict) and isinstance(record.get("op_code"), int)

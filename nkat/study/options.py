@@ -65,10 +65,10 @@ def add_options(parser: argparse.ArgumentParser, trials: Mapping[str, int]) -> N
     )
     add("--resume", action="store_true", help="continue an existing study")
     add(
-        "--workers", type=commandline.positive_int, default=1, metavar="N", help="processes on this machine (default 1)"
+        "--workers", type=commandline.thread_count, default=1, metavar="N", help="processes on this machine (default 1)"
     )
-    add("--timeout", type=float, metavar="SECONDS", help="start no further trial after so long")
-    add("--seed", type=commandline.non_negative_int, default=0, help="of everything random (default 0)")
+    add("--timeout", type=commandline.seconds, metavar="SECONDS", help="start no further trial after so long")
+    add("--seed", type=commandline.seed, default=0, help="of everything random (default 0)")
     add("--threads", type=commandline.thread_count, metavar="N", help="processor threads of each worker")
     add(
         "--force",

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nkat.host.figures import TRIAL
+from nkat.study.study import FEWEST_FOR_IMPORTANCES
 
 
 def draw_importances(axes: Any, importances: Mapping[str, float]) -> None:
     """One panel: `nkat.study.study.importances` as bars."""
     axes.set(title="which parameter decides (PED-ANOVA)", xlabel="importance")
     if not importances:
-        axes.text(0.5, 0.5, "too few finished trials, or all score alike", ha="center", transform=axes.transAxes)
+        text = f"fewer than {FEWEST_FOR_IMPORTANCES} finished trials, or all score alike"
+        axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
         return
     names = sorted(importances, key=lambda name: importances[name])
     axes.barh(names, [importances[name] for name in names], color=TRIAL)

@@ -31,6 +31,7 @@ from nkat.study.space import POINT, Propose, key_of
 
 JOURNAL_NAME = "study.journal"
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+FEWEST_FOR_IMPORTANCES = 20  # from fewer, what is drawn is the draw
 _SETTINGS = "settings"
 _WORKER = "worker"
 _ORIGIN = "retry of"
@@ -145,7 +146,7 @@ def make_sampler(seed: int, conditional: bool = False) -> optuna.samplers.BaseSa
 
     conditional: some parameters exist for some values of others only
     """
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, group=conditional)
+    return optuna.samplers.TPESampler(seed=seed % (1 << 32), n_startup_trials=5, multivariate=True, group=conditional)
 
 
 def open_study(
@@ -324,7 +325,7 @@ def importances(trials: Iterable[tuple[FrozenTrial, float]]) -> dict[str, float]
         for t, value in trials
         if t.params
     ]
-    if len(scored) < 4 or len({trial.value for trial in scored}) < 2:
+    if len(scored) < FEWEST_FOR_IMPORTANCES or len({trial.value for trial in scored}) < 2:
         return {}
     narrowed = optuna.create_study(direction="maximize")
     narrowed.add_trials(scored)

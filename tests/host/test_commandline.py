@@ -40,6 +40,27 @@ def test_no_command_takes_a_hundred_thousand_threads(fails, command):
     assert "argument --threads" in fails(*command, "--threads", 100_000)
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("nkat_inference_engine.py", "--model", "x.gguf", "--generate", "x"),
+        ("nkat_gguf_converter.py", "--input", "x.gguf", "--output", "y.nkat"),
+        ("nkat_auto_optimizer.py", "--model", "x.gguf", "--output-dir", "x"),
+    ],
+)
+def test_a_seed_has_32_bits(fails, command):
+    for wrong in (1 << 32, 10**40, -1):
+        assert "argument --seed: must be" in fails(*command, "--seed", wrong)
+    assert commandline.seed(str((1 << 32) - 1)) == (1 << 32) - 1
+
+
+def test_workers_and_their_time_are_bounded(fails):
+    command = ("nkat_auto_optimizer.py", "--model", "x.gguf", "--output-dir", "x")
+    assert "argument --workers: must be at most" in fails(*command, "--workers", 100_000)
+    for wrong in ("nan", "inf", -1):
+        assert "argument --timeout: must be" in fails(*command, "--timeout", wrong)
+
+
 def test_text_may_begin_with_a_dash():
     parser = commandline.Parser()
     parser.add_argument("--generate", type=commandline.any_text)
@@ -97,7 +118,8 @@ def _python() -> None:
 
 @pytest.mark.parametrize("allocate", [_numpy, _torch, _torch_beyond_counting, _python])
 def test_missing_memory_is_one_line_that_names_what_to_make_smaller(allocate, monkeypatch, capsys):
-    for command, named in ((["x", "--max-tokens", "5"], "--max-tokens"), (["x", "--rank=5"], "--rank"), (["x"], "")):
+    given = {"--max-tokens 5": "--max-tokens", "--rank=5": "--rank", "--embed_dim 5": "--embed-dim", "": ""}
+    for command, named in ((["x", *flags.split()], named) for flags, named in given.items()):
         monkeypatch.setattr("sys.argv", command)
         with pytest.raises(SystemExit) as ended:
             commandline.run(allocate)

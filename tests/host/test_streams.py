@@ -93,6 +93,21 @@ def test_a_broken_stderr_changes_nothing() -> None:
 
 
 @POSIX
+def test_a_closed_stderr_changes_nothing() -> None:
+    body = """
+        import subprocess, sys
+        from nkat.errors import NKATError
+        from nkat.host.console import bar
+        bar(3, "work", "step").close()
+        child = "import os, sys; os.fstat(2); print('warning', file=sys.stderr); print('result')"
+        print(subprocess.run([sys.executable, "-c", child], stdout=subprocess.PIPE, check=True, text=True).stdout)
+        raise NKATError("not on stdout")
+    """
+    done = command(body, redirect="2>&-")
+    assert (done.returncode, done.stdout) == (2, b"result\n\n")
+
+
+@POSIX
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8", "utf-8:strict"])
 def test_every_text_can_be_printed_in_every_encoding(encoding: str) -> None:
     body = r"""

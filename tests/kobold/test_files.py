@@ -105,7 +105,8 @@ def test_the_optimisers_record_says_where(script, base: Path, tmp_path: Path) ->
     sha256 = open_model_file(nkat).theta.base_sha256
     record.write_text(json.dumps({"model": str(base), "model_sha256": sha256}))
     assert prepare_files(nkat, None, None).model == base
-    for text in (json.dumps({"model": str(base), "model_sha256": "other"}), "[1]", "no json"):
+    nowhere = [json.dumps({"model": name, "model_sha256": sha256}) for name in ("x" * 5000 + "/y", "a\0/y", 7)]
+    for text in (json.dumps({"model": str(base), "model_sha256": "other"}), "[1]", "no json", "[" * 10**5, *nowhere):
         record.write_text(text)
         assert prepare_files(nkat, None, None).how == "extracted"
 

@@ -325,11 +325,14 @@ def test_importances_name_the_parameter_that_matters(tmp_path: Path) -> None:
     run_some(study, objective, 40)
     found = importances((trial, trial.value) for trial in study.trials)
     assert found["x"] > found["y"]
+    few = study.trials[:20]
+    assert importances((trial, trial.value) for trial in few)
+    assert importances((trial, trial.value) for trial in few[:-1]) == {}  # the draw alone
 
 
 def test_nothing_is_important_where_all_score_alike(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     study = new_study(tmp_path / "s.journal")
-    run_some(study, lambda trial: 0 * objective(trial), 6)
+    run_some(study, lambda trial: 0 * objective(trial), 20)
     assert importances((trial, 1.0) for trial in study.trials) == {}
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
     assert importances((trial, float(trial.number)) for trial in study.trials)  # the control

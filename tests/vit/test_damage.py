@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import itertools
+import math
 import tarfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ import pytest
 import torch
 
 from nkat.errors import NKATError
+from nkat.host.distributed import World
 from nkat_vit import checkpoint
-from nkat_vit.data import _MOST_BYTES, load_images
+from nkat_vit.data import _MOST_BYTES, ImageSet, load_images
+from nkat_vit.loop import Trainer
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import make_recipe, read_config
 
@@ -178,6 +183,60 @@ def test_damaged_checkpoints(tmp_path: Path) -> None:
         path.write_bytes(raw[:at])
         with pytest.raises(NKATError, match=r"best\.pt: is (not a checkpoint|cut or damaged)"):
             checkpoint.load_model(path)
+
+
+def _changed(content: Any, depth: int = 4) -> Iterator[Any]:
+    """Of what a run keeps: each key or entry missing or one too many, each value of another kind, down to a depth."""
+    odd: list[Any] = [None, True, -1, math.nan, "x", [1], torch.ones(2, 2, 2)]
+    yield from odd
+    if isinstance(content, torch.Tensor) and content.is_floating_point():
+        yield torch.full_like(content, math.nan)
+        yield content.double()
+    if depth == 0:
+        return
+    if isinstance(content, dict) and content:
+        yield {**content, "more": 1}
+        for key in list(content)[:: 1 if len(content) < 10 else len(content) // 2]:
+            yield {k: v for k, v in content.items() if k != key}
+            yield from ({**content, key: value} for value in _changed(content[key], depth - 1))
+    if isinstance(content, list) and content:
+        yield from (content[:-1], content * 2)
+        yield from ([value, *content[1:]] for value in _changed(content[0], depth - 1))
+
+
+def test_damaged_runs(tmp_path: Path) -> None:
+    settings = {"dataset": "mnist", "embed_dim": 16, "depth": 1, "heads": 2, "batch_size": 4, "epochs": 2}
+    recipe = make_recipe({**settings, "opt": "muon", "ema": 0.9, "validation": 4, "amp": "off"})
+    pictures = ImageSet("mnist", torch.zeros(12, 1, 28, 28, dtype=torch.uint8), torch.arange(12) % 10, "0" * 64)
+    held = pictures.take(torch.arange(4))
+
+    def trainer() -> Trainer:
+        return Trainer(recipe, pictures, held, World(0, 1, torch.device("cpu")), tmp_path, judge_last=False)
+
+    begun = trainer()
+    next(begun.epochs())
+    content = checkpoint.load(tmp_path / "last.pt", "run")
+    again = trainer()
+    again.restore(content)
+    assert again.step == begun.step == 3
+    part = {name: content[name] for name in ("model", "average", "losses", "step", "history", "best", "processes")}
+    part["optimizers"] = [{"state": optimizer["state"]} for optimizer in content["optimizers"]]
+    part["data_sha256"] = content["data_sha256"]
+    tried = 0
+    for record in itertools.islice(_changed(part), 0, None, 7):  # all of them take a minute
+        if not isinstance(record, dict) or "more" in record:
+            continue
+        match record.get("optimizers"):
+            case [{"more": _, "state": _}, *_]:  # not looked at, as the rates are not
+                continue
+        tried += 1
+        with pytest.raises(NKATError, match=r"damaged|another"):
+            again.restore(record)
+    assert tried > 30
+    for version in (torch.zeros(0), torch.zeros(2), "1", None, 2):
+        torch.save({**content, "format": version}, tmp_path / "last.pt")
+        with pytest.raises(NKATError, match="no checkpoint"):
+            checkpoint.load(tmp_path / "last.pt", "run")
 
 
 def test_a_flipped_bit_in_a_weight_is_no_weight(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,12 +21,23 @@ from nkat.errors import NKATError
 from nkat.host.distributed import World
 from nkat.study.space import key
 from nkat.study.study import best_trials, make_sampler, open_storage, open_study
-from nkat_vit import checkpoint, data, search
+from nkat_vit import checkpoint, data, search, search_job
 from nkat_vit.loop import DivergedError, Trainer, open_run
 from nkat_vit.metrics import global_tpe, tpe
 from nkat_vit.model import STEMS
 from nkat_vit.recipe import make_recipe, read_config, with_amp
-from nkat_vit.search import BASELINE, CHOICES, RANGES, Budget, Shapes, Trials, recipe_of, tokens_of
+from nkat_vit.search import (
+    BASELINE,
+    CHOICES,
+    RANGES,
+    Budget,
+    Shapes,
+    Trials,
+    in_range,
+    recipe_of,
+    tokens_of,
+    unreachable,
+)
 from tests.conftest import ROOT
 from tests.support.vit_data import run_module, write_cifar, write_grey
 
@@ -52,8 +64,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     BASELINE.update(BASELINE_BEFORE)
 
 
-def make_trials(root: Path, folder: Path, gate: float = 0.0, budget: Budget = BUDGET) -> Trials:
-    return Trials(root, folder, budget, gate, ("mnist",), CPU)
+def make_trials(root: Path, folder: Path, gate: float = 0.0, budget: Budget = BUDGET, accuracy: float = 0.0) -> Trials:
+    return Trials(root, folder, budget, gate, ("mnist",), CPU, accuracy)
 
 
 def make_study(pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
@@ -141,11 +153,82 @@ def test_a_trial_below_the_gate_ends_after_cifar_and_breaks_the_constraint(root:
     study.optimize(trials.objective, n_trials=1)
     trial = study.trials[0]
     assert trial.state == TrialState.COMPLETE
-    assert trial.constraints == {"local_tpe": pytest.approx(5.0 - trial.value)}
+    accuracy = trial.user_attrs["accuracies"]["cifar10"]
+    assert trial.constraints == {
+        "local_tpe": pytest.approx(5.0 - trial.value),
+        "accuracy on cifar10": -accuracy,
+        "accuracy on mnist": 0.0,
+    }
     assert trial.value == trial.user_attrs["local_tpe"]
     assert best_trials(study, 1) == []
     assert not list((tmp_path / "trials").rglob("*.pt"))
     assert not (tmp_path / "trials" / "trial-000" / "mnist").exists()
+
+
+def test_accuracy_comes_first(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models so small have a Local TPE beyond any gate, whatever they do: that alone lets none pass."""
+    trials = make_trials(root, tmp_path / "trials", gate=0.6, accuracy=0.99)
+    assert (trials.floor("cifar10"), trials.floor("mnist")) == (0.99, 0.91)
+    assert make_trials(root, tmp_path, accuracy=0.3).floor("mnist") == pytest.approx(0.455)
+    study = make_study()
+    study.optimize(trials.objective, n_trials=1)
+    facts = study.trials[0].user_attrs
+    assert facts["local_tpe"] > 0.6 > facts["accuracies"]["cifar10"]
+    assert set(facts["accuracies"]) == {"cifar10"}
+    assert study.trials[0].constraints["accuracy on cifar10"] == pytest.approx(0.99 - facts["accuracies"]["cifar10"])
+    assert study.trials[0].constraints["accuracy on mnist"] == trials.floor("mnist")  # it was not trained
+    assert best_trials(study, 1) == []
+    assert not list((tmp_path / "trials").rglob("*.pt"))
+    # One that passes on CIFAR-10 has to reach the other sets' accuracies as well.
+    monkeypatch.setattr(Trials, "floor", lambda _, name: {"cifar10": 0.0, "mnist": 1.01}[name])
+    study.optimize(make_trials(root, tmp_path / "other", gate=0.6).objective, n_trials=1)
+    trial = study.trials[1]
+    assert trial.constraints["accuracy on mnist"] == pytest.approx(1.01 - trial.user_attrs["accuracies"]["mnist"])
+    assert trial.value == trial.user_attrs["local_tpe"]
+    assert best_trials(study, 1) == []
+    assert not list((tmp_path / "other").rglob("*.pt"))
+
+
+def test_trials_are_ranked_by_accuracy_before_tpe() -> None:
+    facts = {"passed": (0.7, 0.7), "best": (0.65, 0.5), "accurate": (0.5, 0.4), "small": (0.1, 9.0)}  # accuracy, TPE
+    study = make_study()
+
+    def objective(trial: optuna.Trial) -> float:
+        cifar, local = facts[trial.user_attrs["name"]]
+        trial.set_user_attr("local_tpe", local)
+        for name, short in (("local_tpe", 0.6 - local), ("accuracy on cifar10", 0.6 - cifar)):
+            trial.set_constraint(name, short)
+        return local
+
+    for name in ("small", "best", "passed", "accurate"):
+        study.enqueue_trial({}, user_attrs={"name": name})
+    study.optimize(objective, n_trials=4)
+    assert [trial.user_attrs["name"] for trial in search_job._ranked(study)] == list(facts)
+
+
+def test_the_optimiser_is_a_choice_and_the_plans_is_the_default() -> None:
+    assert recipe_of(BASELINE, "cifar10", BUDGET).train.opt == "adamw"
+    train = recipe_of(BASELINE, "cifar10", replace(BUDGET, opt="muon", lr=1e-3, muon_lr=0.01)).train
+    assert (train.opt, train.lr, train.muon_lr) == ("muon", 1e-3, 0.01)
+
+
+def test_other_stems_are_in_the_space_only_when_asked_for() -> None:
+    assert {point["conv_stem"] for point in Shapes().points()} == {"off", "tiny", "small"}
+    asked = Shapes(stems=("tiny", "deep"))
+    assert {point["conv_stem"] for point in asked.points()} == {"tiny", "deep"}
+    study = make_study()
+    points = [asked.suggest(study.ask()) for _ in range(20)]
+    deep = [point for point in points if point["conv_stem"] == "deep"]
+    assert deep
+    assert {point["patch_size"] for point in deep} == {1}
+    assert [in_range(stem) for stem in ("tiny", "deep")] == [True, False]
+    for name in ("cifar10", "mnist"):
+        assert recipe_of(deep[0], name, BUDGET).model.tokens == 17
+
+
+def test_sizes_that_no_accuracy_brings_to_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "RANGES", RANGES | {"embed_dim": (384, 416, 32), "depth": (7, 9, 1)})
+    assert unreachable() == [(416, 8), (416, 9)]  # 0.70 · log10(1 + λ) is 0.997 for 384 x 9 and 1.010 for 416 x 8
 
 
 def test_promotion_trains_on_and_not_anew(root: Path, tmp_path: Path) -> None:
@@ -244,7 +327,7 @@ def test_a_trial_that_diverges_does_not_end_the_search(
     study.optimize(make_trials(root, tmp_path / "trials", gate=0.5).objective, n_trials=1)
     assert study.trials[0].state == TrialState.PRUNED
     assert study.trials[0].user_attrs["accuracies"] == {"cifar10": 0.0}
-    assert study.trials[0].constraints == {"local_tpe": 0.5}
+    assert study.trials[0].constraints == {"local_tpe": 0.5, "accuracy on cifar10": 0.0, "accuracy on mnist": 0.0}
 
 
 WORKER = textwrap.dedent(
@@ -272,7 +355,7 @@ WORKER = textwrap.dedent(
             time.sleep(600)
 
         Trainer._save_run = save_and_wait
-    trials = Trials(Path(root), Path(folder), BUDGET, 0.0, ("mnist",), CPU)
+    trials = Trials(Path(root), Path(folder), BUDGET, 0.0, ("mnist",), CPU, accuracy=0.0)
     space = Shapes()
     study = open_study(open_storage(storage), "s", {}, [(space.parameters(SMALL_BASELINE), {})], resume=True,
         sampler=make_sampler(0), pruner=BUDGET.pruner())
@@ -344,9 +427,12 @@ def optimize(root: Path, out: Path, *more: object):
     )
 
 
+LOW = ["--local-tpe", 0.01, "--accuracy", 0]
+
+
 def test_the_whole_search(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = optimize(root, out, "--local-tpe", 0.01, "--json", out.parent / "record.json")
+    out, fast = tmp_path / "out", ["--opt", "muon", "--lr", 2e-3]
+    done = optimize(root, out, *LOW, *fast, "--json", out.parent / "record.json")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "record.json").read_text())
     assert record == json.loads((out / "optuna_study.json").read_text())
@@ -362,13 +448,15 @@ def test_the_whole_search(root: Path, tmp_path: Path) -> None:
     scores = [run["accuracy"] for run in runs]
     assert optimal["test"]["global_tpe"]["mean"] == pytest.approx(global_tpe(scores, optimal["test"]["lambda_theory"]))
     assert "on the test sets, 1 seed" in done.stdout
-    # The settings are a --config of training.
+    assert "at the baseline's size Local TPE 0.01 takes 1.3 %; STAGE2's target there is 0.45" in done.stdout
+    # The settings are a --config of training, and how they were trained is in them.
     values = read_config(out / "optimal_vit.json") | {"dataset": "mnist"}
+    assert (values["opt"], values["lr"]) == ("muon", 2e-3)
     assert make_recipe(values).model.embed_dim == optimal["setting"]["embed_dim"]
-    again = optimize(root, out, "--local-tpe", 0.01)
+    again = optimize(root, out, *LOW, *fast)
     assert again.returncode == 2
     assert "give --resume" in again.stderr
-    resumed = optimize(root, out, "--local-tpe", 0.01, "--resume")
+    resumed = optimize(root, out, *LOW, *fast, "--resume")
     assert resumed.returncode == 0
     assert "5 trials" not in resumed.stderr
     assert json.loads((out / "optuna_study.json").read_text())["optimal"]["test"] == optimal["test"]
@@ -381,7 +469,8 @@ def test_when_no_trial_passes_the_report_says_how_far_the_best_was(root: Path, t
     assert record["passed"] == 0
     assert record["optimal"] is None
     best = record["best"][0]
-    assert f"has {best['local_tpe']:.4f}, {500 - best['local_tpe']:.4f} short of it" in done.stdout
+    assert f"has Local TPE {best['local_tpe']:.4f} after" in done.stdout
+    assert f"short of local_tpe by {500 - best['local_tpe']:.4f}" in done.stdout
     assert not (tmp_path / "out" / "optimal_vit.json").exists()
     forced = optimize(root, tmp_path / "out", "--local-tpe", 500, "--resume", "--force")
     assert forced.returncode == 0, forced.stderr
@@ -389,10 +478,31 @@ def test_when_no_trial_passes_the_report_says_how_far_the_best_was(root: Path, t
     assert "test" not in json.loads((tmp_path / "out" / "optuna_study.json").read_text())["optimal"]
 
 
+def test_what_size_buys_and_what_lies_outside_the_range_is_said(root: Path, tmp_path: Path) -> None:
+    more = ["--local-tpe", 0.01, "--accuracy", 0.99, "--opt", "muon", "--trials", 2, "--epochs", 1, "--stems", "deep"]
+    done = optimize(root, tmp_path / "out", *more)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "optuna_study.json").read_text())
+    assert record["passed"] == 0
+    assert "is bought by size alone, with" in done.stdout
+    assert re.search(r"deep, patch 1, \d+ x \d \(outside STAGE2's range\)", done.stdout)
+    assert record["accuracy"] == {"cifar10": 0.99, "mnist": 0.91, "fashion": 0.87}
+    assert {name: record["budget"][name] for name in ("opt", "lr", "muon_lr")} == {
+        "opt": "muon",
+        "lr": 1e-3,
+        "muon_lr": 0.01,
+    }
+    other = optimize(root, tmp_path / "out", *more[:-2], "--resume")
+    assert other.returncode == 2
+    assert "was made with another stems: ['deep'] there, [] here" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--local-tpe", "nan"], "--local-tpe must be"),
+        (["--accuracy", "60"], "--accuracy must be a share from 0 to 1, got 60"),
+        (["--muon-lr", "0.01"], "--muon-lr is for --opt muon"),
         (["--model", "x.gguf"], "unrecognized arguments: --model"),
         (["--limit-train", "100000"], "is more than the"),
         (["--data-root", "nowhere"], "nkat_vit.download cifar10"),

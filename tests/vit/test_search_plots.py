@@ -33,7 +33,7 @@ def legends(monkeypatch: pytest.MonkeyPatch, path: Path, rows: list[dict[str, An
         "save_figure",
         lambda figure, *more, **options: figures.append(figure) or save(figure, *more, **options),
     )
-    search_plots.plot_image_search(path, rows, {}, 0.25, "t")
+    search_plots.plot_image_search(path, rows, {}, 0.25, 0.5, "t")
     named = []
     for axes in (figures[0].axes[0], figures[0].axes[3]):
         lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
@@ -46,9 +46,9 @@ def test_a_legend_has_no_name_without_points(tmp_path: Path, monkeypatch: pytest
     gate = f"gate: Local TPE 0.25 on {FIRST_SET}"
     scores, accuracy = legends(monkeypatch, tmp_path / "a.png", [row(0, "PRUNED"), row(1, "PRUNED")])
     assert scores == {gate, "Local TPE, ended at a rung"}
-    assert accuracy == {"ended at a rung"}
+    assert accuracy == {"ended at a rung", "asked for: 50 %"}
     every = [row(0, "COMPLETE", passed=True), row(1, "PRUNED"), row(2, "COMPLETE")]
     scores, accuracy = legends(monkeypatch, tmp_path / "b.png", every)
     assert scores == {gate, "Local TPE, ended at a rung", "Local TPE at the end", "Global TPE"}
-    assert accuracy == {"ended at a rung", "trained to the end", "front"}
-    assert legends(monkeypatch, tmp_path / "c.png", []) == [{gate}, set()]
+    assert accuracy == {"ended at a rung", "trained to the end", "front", "asked for: 50 %"}
+    assert legends(monkeypatch, tmp_path / "c.png", []) == [{gate}, {"asked for: 50 %"}]

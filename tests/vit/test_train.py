@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
+from math import log10
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from nkat_vit.augment import Batch
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import load_images
 from nkat_vit.loop import Trainer, mixed_loss
+from nkat_vit.metrics import Target, lambda_theory
 from nkat_vit.model import NKATViT
 from nkat_vit.optim import lr_factor
 from nkat_vit.predict import accuracy, predict_logits
@@ -205,16 +209,30 @@ def test_fewer_threads_are_advised_where_they_are_faster(
     assert run_module("nkat_vit.train", *common, "--threads", 1).returncode == 0
 
 
-def test_what_the_targets_take_is_said_before_training(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_the_targets_take_is_said_before_training_and_what_size_bought_after_it(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = NKATViT(make_recipe({"dataset": "cifar10", "embed_dim": 16, "depth": 1}).model)
-    for lam, whole in ((20.0, "92.6 %"), (26.0, "what no accuracy gives")):
-        monkeypatch.setattr(train, "lambda_theory", lambda _, lam=lam: lam)
-        train._say_targets("cifar10", model)
-        said = capsys.readouterr().err
-        assert f"60 % on cifar10; at lambda {lam:.2f} its TPE 0.45 takes {'59.5' if lam == 20 else '64.4'} %" in said
-        assert f"Global TPE 0.70, over the four sets, takes {whole}" in said
+    monkeypatch.setattr(train, "TARGETS", {"emnist-digits": Target(accuracy=1.0, tpe=0.45)})
+    begin, said = Trainer.run, []
+
+    def noted(self: Trainer) -> None:
+        said.append(sys.stderr.getvalue())
+        begin(self)
+
+    monkeypatch.setattr(Trainer, "run", noted)
+    run(data, tmp_path / "small", "--epochs", 2)
+    lam = lambda_theory(sum(p.numel() for p in load_model(tmp_path / "small").model.parameters()))
+    assert (
+        f"100 % on emnist-digits; at lambda {lam:.2f} its TPE 0.45 takes {100 * 0.45 * log10(1 + lam):.1f} %" in said[0]
+    )
+    monkeypatch.setattr(train, "accuracy_needed", lambda *_: 1.01)
+    record = run(data, tmp_path / "other", "--epochs", 2)
+    assert "takes what no accuracy gives, and Global TPE 0.70, over the four sets, takes what no" in said[1]
+    for share, bought in ((0.105, True), (1.0, False)):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            train.print_result(record | {"test": share, "tpe": 2.53})
+        assert ("bought by size alone: STAGE2 asks for 100 % as well" in out.getvalue()) == bought
 
 
 def test_threads_are_measured_and_left_as_they_were(data: Path) -> None:
