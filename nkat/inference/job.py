@@ -158,7 +158,7 @@ def run(options: EngineOptions) -> None:
     device = hardware.pick_device(allow_cuda=not options.no_cuda)
     fast = device.type == "cpu" and options.command != "perplexity"
     activations = options.activations or ("int8" if fast else "float")
-    # what the kernels compute in; exact perplexity on the processor is faster in torch, many chunks at a time
+    # what the kernels compute in; a perplexity on the processor needs no copy of the weights in their layout
     kernel_dtypes = ("bfloat16", "float16") if device.type == "cuda" else ("float32",)
     request = Request(
         options.model,
