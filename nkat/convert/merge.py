@@ -129,7 +129,7 @@ def write_merged(
 
 def measure_merge(judge: Judge, theta_set: ThetaSet, gamma: float, merged_path: Path) -> dict[str, Any]:
     """Perplexity of the base, of the base with Θ and of the merged file, on the same chunks."""
-    base, with_theta = judge.without(), judge.score(theta_set, gamma)
+    with_theta, base = judge.score(theta_set, gamma), judge.without()
     merged = judge.other(load_model(merged_path)).without(progress="merged")
     gain, kept = with_theta.change, paired(base, merged)
     share = gain_kept(base, with_theta.perplexity, merged)

@@ -18,10 +18,10 @@ def search_rank(judge: Judge, theta_set: ThetaSet, ranks: Sequence[int] = RANKS)
 
     theta_set: Θ of the highest of `ranks`; its columns are ordered, so the first r of them are the Θ of rank r
     """
-    base = judge.base()
     candidates = {rank: truncate_rank(theta_set, rank) for rank in ranks}
-    rows = [_row(None, base)]
-    rows += [_row(rank, judge.score(cut, progress=f"rank {rank}")) for rank, cut in candidates.items()]
+    scores = {rank: judge.score(cut, progress=f"rank {rank}") for rank, cut in candidates.items()}
+    base = judge.base()  # scored beside the first
+    rows = [_row(None, base), *(_row(rank, score) for rank, score in scores.items())]
     best = max(rows[1:], key=lambda row: row["tpe"])
     measured, passages = base.perplexity, judge.passages
     record: dict[str, Any] = {"text": passages.name, "text_sha256": passages.sha256}

@@ -17,11 +17,11 @@ CHUNKS = 4
 
 def gamma_sweep(judge: Judge, theta_set: ThetaSet, gammas: Sequence[float] = GAMMAS) -> list[dict[str, Any]]:
     """Perplexity of a model with Θ at each γ, against γ = 1 (no Θ) on the same tokens, which comes last."""
-    base = judge.without(progress="gamma 1")
     rows = []
     for gamma in gammas:
         score = judge.score(theta_set, gamma, progress=f"gamma {gamma:g}")
         rows.append({"gamma": gamma, "perplexity": score.perplexity.ppl, **score.change.record()})
+    base = judge.without()
     return [*rows, {"gamma": 1.0, "perplexity": base.ppl, "change_percent": 0.0, "change_percent_stderr": 0.0}]
 
 

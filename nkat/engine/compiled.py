@@ -15,6 +15,7 @@ from nkat.errors import NKATError
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import KEYS
 from nkat.kernels.cpu.formats import padded_rows
+from nkat.kernels.cpu.linear import token_state
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import FIRST_ROOM, Transformer, cache_memory, next_room
@@ -89,7 +90,7 @@ class _LastLogits(ForwardPass):
     def __init__(self, decoder: CompiledDecoder, threads: int, capacity: int, tokens: int) -> None:
         model = decoder.model
         super().__init__(model, StarLinear.require_compiled, pool(threads), decoder.cache, capacity, tokens)
-        self.last = np.ones(8, np.int64)  # the state of the output layer: one token
+        self.last = token_state(1)  # of the output layer
         self.head = self.program if self.capacity == 1 else Program()
         self.logits = aligned((1, padded_rows(model.output.shape[0])), np.float32)
         normed = aligned((1, self.d), np.float32)

@@ -14,7 +14,7 @@ from nkat.engine.forward import Cache, ForwardPass, attention_heads
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import likelihood_kernel
 from nkat.kernels.cpu.formats import ROWS
-from nkat.kernels.cpu.linear import CpuLinear
+from nkat.kernels.cpu.linear import CpuLinear, token_state
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
@@ -23,7 +23,7 @@ _BLOCK_TILES = 128  # of the vocabulary: the logits of 2048 ids at a time
 
 
 class CompiledScorer(ForwardPass):
-    """`nkat.engine.scoring.Scorer` on the CPU kernels: up to `batch` chunks of `context` tokens together."""
+    """`nkat.engine.scoring.Scorer` on the CPU kernels: up to `batch` sequences of `context` tokens together."""
 
     def __init__(self, model: Transformer, batch: int, context: int, threads: int) -> None:
         self.first = context // 2
@@ -33,7 +33,7 @@ class CompiledScorer(ForwardPass):
         cache = Cache(1, attention_heads(model, half=False), context, batch)
         super().__init__(model, _linear, pool(threads), cache, batch * context, tokens, context)
         rows = -(-batch * self.scored // tokens) * tokens
-        self.out_state = np.zeros(8, np.int64)
+        self.out_state = token_state(0)
         self.hidden = aligned((rows, self.d), np.float32)
         self.targets = np.zeros(rows, np.int64)
         self.running = np.zeros((rows, 3), np.float32)
@@ -59,7 +59,15 @@ class CompiledScorer(ForwardPass):
         return program
 
     def score(self, chunks: torch.Tensor) -> torch.Tensor:
+        return self._score(chunks, 0)
+
+    def score_arms(self, chunks: torch.Tensor) -> torch.Tensor:
+        return self._score(torch.cat((chunks, chunks)), len(chunks)).view(2, len(chunks), self.scored)
+
+    def _score(self, chunks: torch.Tensor, plain: int) -> torch.Tensor:
+        """plain: how many chunks, the first ones, do not feel Θ."""
         ids = chunks.numpy()
+        self.state[3], self.out_state[3] = plain * ids.shape[1], plain * self.scored
         self.forward(np.ascontiguousarray(ids).reshape(-1), 0)
         count = len(ids) * self.scored
         wanted = self.x[: ids.size].reshape(*ids.shape, self.d)[:, self.first : -1]

@@ -18,7 +18,7 @@ from nkat.gguf.formats import packed_nbytes
 from nkat.kernels.cpu.batch import make_scratch
 from nkat.kernels.cpu.blocks import KEYS, Heads, add_kernel, attention_kernel, gate_kernel, norm_kernel, rope_kernel
 from nkat.kernels.cpu.formats import padded_rows
-from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels
+from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels, token_state
 from nkat.kernels.cpu.matmul import embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
 from nkat.lm.architectures import BLOCK_LINEARS
@@ -100,7 +100,7 @@ class ForwardPass:
         self.model, self.linear, self.threads, self.cache, self.tokens = model, linear, threads, cache, tokens
         self.heads = cache.heads
         self.capacity = -(-capacity // tokens) * tokens
-        self.state = np.zeros(8, np.int64)  # how many tokens, position of the first, tokens of one sequence
+        self.state = token_state(0)
         self.state[2] = length
         self.epsilon = np.array([config.rms_epsilon], np.float32)
         self.scale = np.array([config.attention_scale], np.float32)

@@ -26,9 +26,16 @@ class Scorer(Protocol):
         """
         ...
 
+    def score_arms(self, chunks: torch.Tensor) -> torch.Tensor:
+        """The same without Θ, then with it, [2, B, ...]: bit by bit what `score` gives for each."""
+        ...
+
 
 def make_scorer(model: Transformer, batch: int, context: int) -> Scorer:
-    """The fastest scorer of up to `batch` chunks of `context` tokens together, for this model as it was loaded."""
+    """The fastest scorer of up to `batch` sequences of `context` tokens together, for this model as it was loaded.
+
+    A sequence is a chunk in one arm.
+    """
     if _has_kernels(model):
         from nkat.engine.compiled_scorer import CompiledScorer  # LLVM is loaded only where it is used
 
@@ -64,3 +71,10 @@ class EagerScorer:
         hidden = self.model.hidden(chunks)[:, first:-1]
         targets = chunks[:, first + 1 :]
         return self.model.nll(hidden.flatten(0, 1), targets.flatten()).view(targets.shape).double().cpu()
+
+    def score_arms(self, chunks: torch.Tensor) -> torch.Tensor:
+        gamma = self.model.gamma
+        self.model.set_gamma(None)
+        without = self.score(chunks)
+        self.model.set_gamma(gamma)
+        return torch.stack((without, self.score(chunks)))

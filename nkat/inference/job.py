@@ -158,7 +158,7 @@ def run(options: EngineOptions) -> None:
     device = hardware.pick_device(allow_cuda=not options.no_cuda)
     fast = device.type == "cpu" and options.command != "perplexity"
     activations = options.activations or ("int8" if fast else "float")
-    # what the kernels compute in; exact perplexity on the processor is faster in torch, many chunks at a time
+    # what the kernels compute in; a perplexity on the processor needs no copy of the weights in their layout
     kernel_dtypes = ("bfloat16", "float16") if device.type == "cuda" else ("float32",)
     request = Request(
         options.model,
@@ -281,7 +281,7 @@ def compare(job: Job) -> Result:
 def measure_quality(job: Job, loaded: LoadedModel, theta: ThetaSet) -> Quality:
     """Perplexity of both arms; and, where activations are rounded, what that changes without Θ."""
     judge = job.judge(loaded)
-    without, score = judge.without(), judge.score(theta, loaded.gamma)
+    score, without = judge.score(theta, loaded.gamma), judge.without()
     if job.activations == "float":
         return Quality(without, score, None)
     exact = replace(job.request, int8_activations=False, repack=False).load(loaded, None)
@@ -395,22 +395,21 @@ def measure_perplexity(job: Job) -> Result:
     loaded = job.load()
     judge = job.judge(loaded)
     started = perf_counter()
-    base = judge.without()
+    score = None if theta is None else judge.score(theta, loaded.gamma)
+    base = judge.without()  # scored beside the other arm
     record = {
         **conditions(job, loaded),
+        "seconds": perf_counter() - started,
         "chunks": base.chunks,
         "context": base.context,
         "scored_tokens": base.tokens,
         "baseline_perplexity": base.ppl,
         "baseline_perplexity_stderr": base.stderr,
         "baseline_tpe": judge.base().tpe,
-        "baseline_seconds": perf_counter() - started,
     }
     rows = [["without Θ", str(base), "", f"{judge.base().tpe:.6f}"]]
     verdict = ""
-    if theta is not None:
-        started = perf_counter()
-        score = judge.score(theta, loaded.gamma)
+    if theta is not None and score is not None:
         change = score.change
         record |= {
             "nkat_perplexity": score.perplexity.ppl,
@@ -419,7 +418,6 @@ def measure_perplexity(job: Job) -> Result:
             "perplexity_change_stderr": change.percent_stderr,
             "byte_ratio": score.byte_ratio,
             "nkat_tpe": score.tpe,
-            "nkat_seconds": perf_counter() - started,
         }
         label = f"with Θ (rank {theta.rank}, gamma {loaded.gamma:g})"
         rows.append([label, str(score.perplexity), str(change), f"{score.tpe:.6f}"])

@@ -18,6 +18,7 @@ from nkat.measure.perplexity import (
     Perplexity,
     chunk_context,
     paired,
+    score_arms,
     score_chunks,
     scored_tokens,
     text_chunks,
@@ -45,6 +46,13 @@ class Passages:
         """−ln p of the tokens that count: float64 [C, scored], or [n] where not all do."""
         nll = score_chunks(model, self.chunks, batch=batch, progress=progress)
         return nll if self.counted is None else nll[self.counted]
+
+    def score_arms(
+        self, model: Transformer, progress: str | None = None, *, batch: int = DEFAULT_BATCH
+    ) -> torch.Tensor:
+        """The same without Θ and with it, [2, ...]."""
+        nll = score_arms(model, self.chunks, batch=batch, progress=progress)
+        return nll if self.counted is None else nll[:, self.counted]
 
     @property
     def tokens(self) -> int:
@@ -75,7 +83,8 @@ class Score:
 
 
 class Judge:
-    """Scores a model with one Θ after another, each beside the model without any, which is scored once.
+    """Scores a model with one Θ after another, each beside the model without any, which is scored once: where it was
+    not before, in the same pass as the first Θ.
 
     loaded: the model; every measurement leaves on it the Θ and the strength that were measured
     """
@@ -105,7 +114,7 @@ class Judge:
         """The model without Θ, scored once."""
         if self._without is None:
             self.loaded.model.set_gamma(None)
-            self._without = self._measure(progress)
+            self._without = self._perplexity(self.passages.score(self.loaded.model, progress, batch=self.batch))
         return self._without
 
     def base(self) -> Score:
@@ -114,10 +123,15 @@ class Judge:
 
     def score(self, theta: ThetaSet, gamma: float | None = None, *, progress: str | None = "with Θ") -> Score:
         """The model with a Θ, at its own strength or at `gamma`. Raises as `put_on` does."""
-        without = self.without()
         self.put_on(theta, gamma)
-        measured = self._measure(progress)
-        return Score(measured, paired(without, measured), self.ratio(theta))
+        model = self.loaded.model
+        if self._without is None:
+            both = None if progress is None else f"without Θ and {progress}"
+            arms = self.passages.score_arms(model, both, batch=self.batch)
+            self._without, measured = (self._perplexity(nll) for nll in arms)
+        else:
+            measured = self._perplexity(self.passages.score(model, progress, batch=self.batch))
+        return Score(measured, paired(self._without, measured), self.ratio(theta))
 
     def check(self, theta: ThetaSet) -> None:
         """Raises NKATError for a Θ that was made from the very text."""
@@ -138,8 +152,7 @@ class Judge:
         """The same judgement of another model with the same vocabulary."""
         return Judge(loaded, self.passages, batch=self.batch)
 
-    def _measure(self, progress: str | None) -> Perplexity:
-        nll = self.passages.score(self.loaded.model, progress, batch=self.batch)
+    def _perplexity(self, nll: torch.Tensor) -> Perplexity:
         return Perplexity(nll if nll.ndim == 2 else nll[None], self.passages.chunks.shape[1])
 
 

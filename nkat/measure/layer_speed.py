@@ -197,7 +197,7 @@ def _one_layer(x: torch.Tensor) -> Prepare:
 def _compiled_layers(kind: LayerKind, x: torch.Tensor) -> Prepare:
     """Makes programs that run layers one after the other on x; running one gives the last one's y, padded."""
     from nkat.kernels.cpu.batch import batch_tokens, make_scratch  # LLVM is loaded only where it is used
-    from nkat.kernels.cpu.linear import CpuLinear, Panels
+    from nkat.kernels.cpu.linear import CpuLinear, Panels, token_state
     from nkat.kernels.cpu.program import Program, aligned, pool
 
     def compiled(layer: StarLinear) -> CpuLinear:
@@ -207,7 +207,7 @@ def _compiled_layers(kind: LayerKind, x: torch.Tensor) -> Prepare:
     threads = pool(torch.get_num_threads())
     first, inputs = compiled(kind.layers[0]), x.numpy()
     tokens = 1 if len(x) == 1 else batch_tokens()
-    panels = Panels(first.rounding, kind.shape[1], len(x), tokens, np.array([len(x)], np.int64))
+    panels = Panels(first.rounding, kind.shape[1], len(x), tokens, token_state(len(x)))
     y = aligned((len(panels.q) * tokens, first.padded_rows), np.float32)
     scratch = make_scratch(threads.count, tokens)
     u = aligned((len(panels.q), max(1, 2 * kind.rank), tokens), np.float32)

@@ -163,6 +163,18 @@ def score_chunks(
     batch: chunks in one forward pass: they share each weight's unpacking, and take memory for their activations
     progress: label of a progress bar on stderr; None: no bar
     """
+    return _score(model, chunks, 1, batch, progress)[0]
+
+
+def score_arms(
+    model: Transformer, chunks: torch.Tensor, *, batch: int = DEFAULT_BATCH, progress: str | None = None
+) -> torch.Tensor:
+    """The same without Θ and with it, float64 [2, C, ...]; both arms of a chunk share a forward pass, as two of it."""
+    return _score(model, chunks, 2, batch, progress)
+
+
+def _score(model: Transformer, chunks: torch.Tensor, arms: int, batch: int, progress: str | None) -> torch.Tensor:
+    """[arms, C, scored]"""
     if batch < 1:
         raise NKATError(f"the batch must be at least 1 chunk, got {batch}")
     vocabulary = model.config.vocab_size
@@ -170,15 +182,16 @@ def score_chunks(
     if low < 0 or high >= vocabulary:
         raise NKATError(f"token id {low if low < 0 else high} lies outside the vocabulary of {vocabulary}")
     count, context = chunks.shape
-    scorer = make_scorer(model, min(batch, count), context)
+    together = min(max(1, batch // arms), count)
+    scorer = make_scorer(model, together * arms, context)
     results = []
     with tqdm(total=count, desc=progress, unit="chunk", disable=progress is None, delay=1, leave=False) as bar:
-        for part in chunks.split(batch):
-            results.append(scorer.score(part))
+        for part in chunks.split(together):
+            results.append(scorer.score(part)[None] if arms == 1 else scorer.score_arms(part))
             bar.update(len(part))
-    nll = torch.cat(results)
+    nll = torch.cat(results, dim=1)
     if not bool(torch.isfinite(nll).all()):
-        chunk = int((~torch.isfinite(nll)).any(dim=1).nonzero()[0, 0])
+        chunk = int((~torch.isfinite(nll)).any(dim=2).any(dim=0).nonzero()[0, 0])
         raise NKATError(f"the model's predictions for chunk {chunk} are not finite numbers (damaged weights?)")
     return nll
 

@@ -108,6 +108,28 @@ def test_the_strength_follows_the_model(tmp_path):
         assert torch.equal(found, plain) == (gamma in (None, 1.0))
 
 
+@pytest.mark.parametrize("int8_activations", [False, True])
+def test_both_arms_in_one_pass(tmp_path, int8_activations):
+    """Bit by bit what each arm gives by itself, wherever a panel of tokens has some of both."""
+    loaded = load(tmp_path, qtype=Q8_0, int8_activations=int8_activations)
+    assert len(CHUNKS) * CONTEXT % batch.batch_tokens()
+    plain = compiled(loaded).score(CHUNKS)
+    assert torch.equal(compiled(loaded, 6).score_arms(CHUNKS), torch.stack((plain, plain)))  # there is no Θ yet
+    add_theta(loaded)
+    loaded.model.set_gamma(0.9)
+    scorer = compiled(loaded, 7)
+    with_theta = scorer.score(CHUNKS)
+    for threads in (1, 3):
+        assert torch.equal(compiled(loaded, 6, threads).score_arms(CHUNKS), torch.stack((plain, with_theta)))
+    assert torch.equal(scorer.score_arms(CHUNKS[:2]), torch.stack((plain[:2], with_theta[:2])))
+    assert torch.equal(scorer.score(CHUNKS), with_theta)  # it forgets which tokens did not feel Θ
+    assert distance(plain, with_theta) > 1e-3
+    if not int8_activations:
+        expected = EagerScorer(loaded.model).score_arms(CHUNKS)
+        assert loaded.model.gamma == 0.9
+        assert distance(scorer.score_arms(CHUNKS), expected) < 3e-4
+
+
 def test_the_vocabulary_goes_in_blocks(tmp_path, monkeypatch):
     """Several blocks, the last of them not full, give what one does; a logit that is no number shows in the score."""
     loaded = load(tmp_path)

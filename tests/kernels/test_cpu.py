@@ -16,7 +16,7 @@ from nkat.kernels import reference
 from nkat.kernels.cpu import jit
 from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, unit_bytes
-from nkat.kernels.cpu.linear import CpuLinear, Panels
+from nkat.kernels.cpu.linear import CpuLinear, Panels, token_state
 from nkat.kernels.cpu.llvm import F16, F32, I64, Builder
 from nkat.kernels.cpu.matmul import (
     EXACT,
@@ -88,7 +88,7 @@ def multiply(
     """W x by the kernels of one instruction set, [count, m]: one token by one kernel, more by the other."""
     (m, n), tokens = shape, 1 if len(x) == 1 else batch_tokens(isa)
     weight = repack(packed, qtype, shape) if repacked else packed.numpy().reshape(m, -1)
-    state, tiles = np.array([len(x)], np.int64), -(-m // ROWS)
+    state, tiles = token_state(len(x)), -(-m // ROWS)
     panels = Panels(rounding_of(qtype, exact), n, len(x), tokens, state)
     y = aligned((-(-len(x) // tokens) * tokens, tiles * ROWS), np.float32)
     program = Program()
@@ -164,7 +164,7 @@ def test_every_weight_is_the_files(qtype):
 @pytest.mark.parametrize("qtype", [*BLOCK_LAYOUTS, *FLOAT_TYPES], ids=lambda qtype: qtype.name)
 def test_embedding_rows_are_the_files(qtype):
     packed, ids = packed_weight(qtype), np.array([3, 39, 0, 17, 3], np.int64)
-    out, factor, state = np.zeros((5, N), np.float32), np.array([1.0], np.float32), np.array([5], np.int64)
+    out, factor, state = np.zeros((5, N), np.float32), np.array([1.0], np.float32), token_state(5)
     units, rows = N // GGML_QUANT_SIZES[qtype][0], packed.numpy()
     program = Program()
     arguments = (rows, rows.nbytes // M, units, ids, factor, out, out.strides[0], state)
@@ -218,7 +218,7 @@ def test_rounding(rounding, isa):
     x[2, :256] = 0.0
     x[3] = torch.arange(N) % 100 - 49.5  # halves, under a scale of 1
     x[3, ::32] = 127.0
-    state = np.array([9], np.int64)
+    state = token_state(9)
     panels = Panels(rounding, N, 9, 4, state)
     rows = x.numpy()
     program = Program()

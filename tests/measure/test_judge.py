@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.transformer import Transformer
 from nkat.measure import judge as judge_module
 from nkat.measure.judge import Judge, Passages, text_passages
-from nkat.measure.perplexity import Perplexity, paired, score_chunks
+from nkat.measure.perplexity import Perplexity, paired, score_arms, score_chunks
 from nkat.measure.texts import Text, default_text
 from nkat.measure.tpe import byte_ratio, tpe
 from nkat.sources.make import describe_theta_set, make_thetas
@@ -58,18 +59,28 @@ def test_a_score_is_what_the_parts_give(judge: Judge, loaded: LoadedModel, theta
 
 
 def test_the_model_without_theta_is_scored_once(judge: Judge, theta: ThetaSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    strengths: list[float | None] = []
+    """Beside the first Θ, or by itself where it is asked for before."""
+    scored: list[tuple[str, float | None]] = []
 
-    def counted(model: Transformer, *arguments: object, **options: object) -> torch.Tensor:
-        strengths.append(model.gamma)
-        return score_chunks(model, *arguments, **options)
+    def counted(score: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(model: Transformer, *arguments: object, **options: object) -> torch.Tensor:
+            scored.append((score.__name__, model.gamma))
+            return score(model, *arguments, **options)
 
-    monkeypatch.setattr(judge_module, "score_chunks", counted)
-    judge.score(theta)
+        return run
+
+    for score in (score_chunks, score_arms):
+        monkeypatch.setattr(judge_module, score.__name__, counted(score))
+    first = judge.score(theta)
     judge.score(theta, 0.9)
     assert judge.base().change.percent == 0.0
     judge.without()
-    assert strengths == [None, 0.8, 0.9]
+    assert scored == [("score_arms", 0.8), ("score_chunks", 0.9)]
+
+    other = judge.other(judge.loaded)
+    assert torch.equal(other.without().nll, judge.without().nll)
+    assert torch.equal(other.score(theta).perplexity.nll, first.perplexity.nll)
+    assert scored[2:] == [("score_chunks", None), ("score_chunks", 0.8)]
 
 
 def test_judging_is_determined_by_its_inputs(judge: Judge, theta: ThetaSet) -> None:
@@ -78,11 +89,16 @@ def test_judging_is_determined_by_its_inputs(judge: Judge, theta: ThetaSet) -> N
     assert not torch.equal(first.perplexity.nll, judge.score(theta, 0.95).perplexity.nll)  # control
 
 
-def test_only_tokens_that_count_are_scored(judge: Judge, loaded: LoadedModel) -> None:
+def test_only_tokens_that_count_are_scored(judge: Judge, loaded: LoadedModel, theta: ThetaSet) -> None:
     everything = judge.without().nll
     counted = torch.rand(everything.shape, generator=torch.Generator().manual_seed(0)) < 0.3
     some = Judge(loaded, replace(judge.passages, counted=counted))
     torch.testing.assert_close(some.without().nll[0], everything[counted])
+    made = some.score(theta).perplexity.nll[0]
+    beside = Judge(loaded, some.passages)  # both arms in one pass
+    assert torch.equal(beside.score(theta).perplexity.nll[0], made)
+    assert torch.equal(beside.without().nll, some.without().nll)
+    assert torch.equal(made, Judge(loaded, judge.passages).score(theta).perplexity.nll[counted])
     assert some.passages.tokens == int(counted.sum()) < judge.passages.tokens == everything.numel()
     picked = some.passages.pick([2, 0])
     assert torch.equal(picked.chunks, judge.passages.chunks[[2, 0]])

@@ -144,7 +144,7 @@ def rope_kernel(heads: Heads) -> int:
 
     arguments: q, k, v, bytes of a row of each, cosines and sines [position, rotated / 2], weights of the norms of q and
     k, epsilon, scale float32 [1], key cache, value cache, bytes of a KV head in them, state
-    state: int64 number of tokens, position of the first, tokens of one sequence; each further sequence starts at the
+    state: of `nkat.kernels.cpu.linear.token_state`; each further sequence starts at the
     same position and has heads of its own in the cache, behind those of the one before
     """
     size, half, width = heads.size, heads.rotated // 2, heads.cache_bytes

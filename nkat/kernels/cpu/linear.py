@@ -23,10 +23,17 @@ from nkat.kernels.cpu.repack import repack, repack_float
 from nkat.theta.algebra import Theta
 
 
+def token_state(count: int) -> np.ndarray:
+    """What kernels are told of the tokens, int64 [8]: [0] how many, [1] position of the first, [2] tokens of one
+    sequence, of which there may be several behind one another, [3] the first token that feels Θ.
+    """
+    return np.array([count, 0, 1 << 40, 0, 0, 0, 0, 0], np.int64)
+
+
 class Panels:
     """Inputs of a linear layer, rounded: room for so many tokens of so many columns, `tokens` to a panel.
 
-    `state`: int64, whose first number says how many tokens there are
+    `state`: of `token_state`
     """
 
     def __init__(self, rounding: Rounding, columns: int, capacity: int, tokens: int, state: np.ndarray) -> None:
@@ -188,7 +195,7 @@ class CpuLinear:
         inputs = x.reshape(-1, self.shape[1]).float().contiguous().numpy()
         count = len(inputs)
         tokens = 1 if count == 1 else batch_tokens()
-        state = np.array([count], dtype=np.int64)
+        state = token_state(count)
         panels = Panels(self.rounding, self.shape[1], count, tokens, state)
         first, last = start // ROWS, -(-stop // ROWS)
         y = np.empty((-(-count // tokens) * tokens, (last - first) * ROWS), np.float32)

@@ -56,7 +56,7 @@ def rounding_of(qtype: GGMLQuantizationType, exact: bool) -> Rounding:
     return Rounding(GGML_QUANT_SIZES[qtype][0], BLOCK_LAYOUTS[qtype].group)
 
 
-# Every kernel gets `state`: int64 [0] how many tokens there are
+# Every kernel gets `state`, int64: [0] how many tokens there are, [3] the first of them that feels Θ
 
 
 def panels(k: Builder, state: Value, tokens: int) -> Value:
@@ -311,7 +311,8 @@ def embedding_kernel(qtype: GGMLQuantizationType, tokens: int) -> int:
 
 @functools.cache
 def down_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
-    """u = scale · (down x): what the star term's epilogue multiplies. Thread i takes the panels of `round_kernel`.
+    """u = scale · (down x): what the star term's epilogue multiplies, zero for tokens that shall not feel Θ. Thread i
+    takes the panels of `round_kernel`.
 
     arguments: down, groups of 32 columns (columns of float inputs), terms, q, d, sums (of the panels), scale float32
     [terms], u [panel, terms, token], state
@@ -322,6 +323,7 @@ def down_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
 
     def emit(k: Builder) -> None:
         down, groups, terms, q, d, sums, scale, u, state = arguments(k, "pii ppp pp p")
+        felt = k.load(I64(), state + 24)
         with (
             k.loop(k.thread, panels(k, state, tokens), k.threads) as panel,
             k.loop(0, (terms + (rows - 1)) // rows) as tile,
@@ -338,6 +340,7 @@ def down_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
                     term = tile * rows + row
                     with k.when(term < terms):
                         strength = totals[t].lane(row) * k.load(F32(), scale + term * 4)
+                        strength = k.select(panel * tokens + t >= felt, strength, 0.0)
                         k.store(strength, u + ((panel * terms + term) * tokens + t) * 4)
 
     return compile_kernel(f"down_{rounding.block}_{rounding.group}_{tokens}", emit, isa)
