@@ -174,6 +174,8 @@ def open_study(
         study = optuna.load_study(study_name=name, storage=storage, sampler=sampler, pruner=pruner)
         if not resume:
             raise exists_already(study) from None
+        if _is_half_begun(study, len(first_trials)):
+            _begin(study, settings, first_trials)
         found = study.user_attrs.get(_SETTINGS, {})
         for key in settings:
             if found.get(key) != settings[key]:
@@ -182,11 +184,25 @@ def open_study(
                 ) from None
         retry_unfinished(study)
         return study
-    study.set_user_attr(_SETTINGS, dict(settings))
-    study.set_user_attr(_ID, uuid.uuid4().hex)
-    for parameters, attributes in first_trials:
-        _queue(study, parameters, attributes)
+    _begin(study, settings, first_trials)
     return study
+
+
+def _begin(
+    study: optuna.Study, settings: Mapping[str, Any], first_trials: list[tuple[dict[str, Any], dict[str, Any]]]
+) -> None:
+    """What is not yet there of what a study begins with. Its settings come last: with them it has begun."""
+    if _ID not in study.user_attrs:
+        study.set_user_attr(_ID, uuid.uuid4().hex)
+    for parameters, attributes in first_trials[len(study.trials) :]:
+        _queue(study, parameters, attributes)
+    study.set_user_attr(_SETTINGS, dict(settings))
+
+
+def _is_half_begun(study: optuna.Study, first_trials: int) -> bool:
+    """Whether a process was killed, or its disk was full, after it made a study and before the study had begun."""
+    states = [trial.state for trial in study.trials]
+    return _SETTINGS not in study.user_attrs and states == [TrialState.WAITING] * min(len(states), first_trials)
 
 
 def find_study(storage: optuna.storages.BaseStorage, name: str) -> optuna.Study | None:

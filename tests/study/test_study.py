@@ -286,6 +286,31 @@ def test_a_seed_gives_the_same_trials(tmp_path: Path) -> None:
     assert run("c", 2) != run("d", 1)
 
 
+def test_a_study_that_had_not_begun_begins_when_it_is_resumed(tmp_path: Path) -> None:
+    first = [({"x": 0.5}, {"why": "a"}), ({"x": 0.25}, {"why": "b"})]
+
+    def begin(where: Path, settings: dict[str, int]) -> optuna.Study:
+        return new_study(where, settings=settings, resume=True, first=first)
+
+    begin(tmp_path / "whole", {"a": 1})
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    assert len(lines) > 4
+    for kept in range(1, len(lines)):  # killed behind each of its records
+        path = tmp_path / f"cut-{kept}"
+        path.write_bytes(b"".join(lines[:kept]))
+        study = begin(path, {"a": 1})
+        assert study.user_attrs["settings"] == {"a": 1}
+        assert [(trial.state, trial.user_attrs["why"]) for trial in study.trials] == [
+            (TrialState.WAITING, "a"), (TrialState.WAITING, "b"),
+        ]  # fmt: skip
+        with pytest.raises(NKATError, match="another a"):
+            begin(path, {"a": 2})
+    foreign = optuna.create_study(study_name="s", storage=open_storage(str(tmp_path / "foreign")))
+    foreign.ask()
+    with pytest.raises(NKATError, match="another a"):
+        begin(tmp_path / "foreign", {"a": 1})
+
+
 def test_resuming_runs_only_what_is_missing(tmp_path: Path) -> None:
     where = tmp_path / "study.journal"
     run_some(new_study(where), objective, 4)
