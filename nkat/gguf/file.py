@@ -349,9 +349,9 @@ def _parse(file: GGUFFile, cursor: _Cursor) -> None:
     file.metadata_span = (start, cursor.pos)
     file.alignment = _alignment(file.metadata, cursor)
     parts = file.metadata.get("split.count", 0)
-    if not isinstance(parts, int):
+    if not isinstance(parts, int) or parts < 0:
         at = file.metadata.spans["split.count"][0]
-        raise cursor.error("split.count", f"must be an integer, got {parts!r:.80}", at)
+        raise cursor.error("split.count", f"must be a number of parts, got {parts!r:.80}", at)
     if parts not in (0, 1):
         raise GGUFError(
             f"{file.path}: split.count says this is one part of a split model; merge it first "

@@ -201,6 +201,7 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     "alignment zero": (build([entry("general.alignment", TYPES.UINT32, bytes(4))]), "general.alignment at byte 24"),
     "alignment type": (build([entry("general.alignment", TYPES.STRING, string("32"))]), "general.alignment"),
     "split": (build([entry("split.count", TYPES.UINT16, struct.pack("<H", 3))]), "split model"),
+    "split negative": (build([entry("split.count", TYPES.INT32, struct.pack("<i", -3))]), "number of parts, got -3"),
     "no dimensions": (build(tensors=[tensor("t", (), F32, 0) + bytes(8)]), "number of dimensions of tensor 't'"),
     "five dimensions": (build(tensors=[tensor("t", (1,) * 5, F32, 0)], data=bytes(4)), "5 is not within 1..4"),
     "zero dimension": (build(tensors=[tensor("t", (4, 0), F32, 0)]), "hold a zero"),
