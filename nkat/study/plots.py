@@ -14,6 +14,7 @@ def draw_importances(axes: Any, importances: Mapping[str, float]) -> None:
     axes.set(title="which parameter decides (PED-ANOVA)", xlabel="importance")
     if not importances:
         text = f"fewer than {FEWEST_FOR_IMPORTANCES} finished trials, or all score alike"
+        axes.set(xlabel="", xticks=[], yticks=[])
         axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes)
         return
     names = sorted(importances, key=lambda name: importances[name])
