@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help="what the pages call wiki.test.raw")
     parser.add_argument("--folder", type=Path, default=Path("output/walk"), metavar="DIR", help="default output/walk")
     parser.add_argument("--limit", type=commandline.positive_int, default=3600, metavar="SECONDS", help="a command")
+    parser.add_argument(
+        "--remark", default="", metavar="TEXT", help="for the page's head: what else the machine did, say"
+    )
     parser.add_argument("--force", action="store_true", help="replace the page")
     options = parser.parse_args()
     check_output(options.output, options.force)
@@ -74,7 +77,7 @@ def main() -> None:
             )
             done.write_text(json.dumps(rows), encoding="utf-8")
             progress.update()
-    data = describe(rows, place()).encode()
+    data = describe(rows, f"{place()}{options.remark and f'; {options.remark}'}").encode()
     with atomic_output(options.output, len(data), options.force) as file:
         file.write(data)
 
