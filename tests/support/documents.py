@@ -9,8 +9,10 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 
-# CHANGELOG.md and docs/results/ tell what was: the commands of that day, and in the former its paths.
-HOW_TO = sorted({*ROOT.glob("*.md")} - {ROOT / "CHANGELOG.md", ROOT / "README.ja.md"}) + sorted(ROOT.glob("docs/*.md"))
+# CHANGELOG.md, docs/results/ and docs/walk.md tell what was: the commands of that day, and in the first its paths. The
+# last is a log, with what commands printed among them.
+HOW_TO = sorted({*ROOT.glob("*.md")} - {ROOT / "CHANGELOG.md", ROOT / "README.ja.md"})
+HOW_TO += sorted({*ROOT.glob("docs/*.md")} - {ROOT / "docs" / "walk.md"})
 PAGES = [*HOW_TO, ROOT / "README.ja.md", *sorted(ROOT.glob("docs/results/*.md")), ROOT / "tests/golden/README.md"]
 
 _SPAN = re.compile(r"`([^`]+)`")
