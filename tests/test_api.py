@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -13,7 +11,8 @@ import pytest
 import nkat
 from nkat.measure.texts import default_text
 from nkat.theta.modelfile import open_model_file
-from tests.conftest import ROOT, Script
+from tests.conftest import Script
+from tests.support.public_names import check_light, check_names
 from tests.support.tiny_models import write_tiny_model
 
 
@@ -35,20 +34,11 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_at_most_ten_names_and_all_of_them_documented() -> None:
-    assert len(nkat.__all__) <= 10
-    for name in set(nkat.__all__) - {"__version__"}:
-        assert getattr(nkat, name).__doc__, name
-    assert set(nkat.__all__) <= set(dir(nkat))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        nkat.nothing  # noqa: B018
+    check_names(nkat)
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    """And the control: the first name that is used does."""
-    heavy = "{'torch', 'numpy', 'gguf', 'optuna', 'llvmlite'} & set(sys.modules)"
-    program = f"import sys, nkat; print({heavy}); nkat.open_model; print('torch' in {heavy})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.splitlines() == ["set()", "True"]
+    check_light(nkat, {"torch", "numpy", "gguf", "optuna", "llvmlite"}, "open_model")
 
 
 @pytest.mark.parametrize(("layout", "flags"), [("tensors", []), ("appended", ["--layout", "appended"])])

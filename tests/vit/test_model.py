@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,7 +17,7 @@ from nkat_vit.attention import Attention
 from nkat_vit.dropout import dropout
 from nkat_vit.filtering import _largest, acts, filter_scores_, lowest_kept
 from nkat_vit.model import ColorNorm, LogitsOnly, NKATViT, ViTConfig, count_parameters
-from tests.conftest import ROOT
+from tests.support.public_names import check_light, check_names
 
 pytestmark = pytest.mark.isa
 
@@ -140,20 +138,11 @@ def test_the_package_gives_the_model_and_its_logits_alone() -> None:
     assert torch.equal(logits, model(x)[0])
     (gradient,) = torch.autograd.grad(logits[:, 1].sum(), x)  # what every program that explains begins with
     assert gradient.abs().amax(dim=(1, 2, 3)).min() > 0
-    assert len(nkat_vit.__all__) <= 10
-    for name in set(nkat_vit.__all__) - {"__version__"}:
-        assert getattr(nkat_vit, name).__doc__, name
-    assert set(nkat_vit.__all__) <= set(dir(nkat_vit))
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        nkat_vit.nothing  # noqa: B018
+    check_names(nkat_vit)
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
-    """And the control: the first name that is used does."""
-    heavy = "{'torch', 'numpy'} & set(sys.modules)"
-    program = f"import sys, nkat_vit; print({heavy}); from nkat_vit import NKATViT; print('torch' in {heavy})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.splitlines() == ["set()", "True"]
+    check_light(nkat_vit, {"torch", "numpy"}, "NKATViT")
 
 
 def test_fused_and_written_out_attention_agree(monkeypatch: pytest.MonkeyPatch) -> None:
