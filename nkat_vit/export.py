@@ -28,6 +28,7 @@ from nkat.host import commandline
 from nkat.host.console import note
 from nkat.host.files import atomic_output, check_output
 from nkat.host.record import toolkit_version
+from nkat.host.tools import suggest
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.data import find_dataset
 from nkat_vit.model import LogitsOnly
@@ -147,3 +148,4 @@ def main() -> None:
     with atomic_output(options.output, len(data), options.force) as file:
         file.write(data)
     print(f"{options.output} ({len(data):,} bytes)")
+    suggest("vit evaluate", options.checkpoint)

@@ -32,6 +32,7 @@ def test_the_written_program_is_the_eager_model(tmp_path: Path) -> None:
     target = tmp_path / "m.pt2"
     done = run_module("nkat_vit.export", "--checkpoint", tmp_path, "--output", target)
     assert done.returncode == 0, done.stderr
+    assert "next: python -m nkat_vit.evaluate " in done.stderr
     program = export.open_pt2(target.read_bytes())
     assert export.largest_difference(program, model) < 1e-5
     said = {export.DESCRIPTION: ""}
