@@ -295,10 +295,10 @@ def test_validation_is_kept_back(tmp_path: Path) -> None:
 def test_the_guards_part_is_the_first_tenth_and_is_not_learned() -> None:
     text = FitText(torch.arange(40_000), torch.zeros(40_000, dtype=torch.bool), bos=None)
     parts = split_text(text, "t", 256)
-    assert parts.own.chunks.flatten().tolist() == list(range(7 * 512))  # a tenth in whole chunks
+    assert parts.own.chunks.flatten().tolist() == list(range(4 * 512))
     validated = parts.validation.chunks.numel()
-    assert parts.learned.tokens.tolist() == list(range(7 * 512, 40_000 - validated))
-    assert split_text(numbered(100_000), "t", 256).own.chunks.shape == (8, 512)  # no more than it takes to judge
+    assert parts.learned.tokens.tolist() == list(range(4 * 512, 40_000 - validated))
+    assert split_text(numbered(18_000), "t", 256).own.chunks.shape == (3, 512)  # a tenth; above, no more than is judged
     short = split_text(numbered(1280 + 511), "t", 256)
     assert short.own is None
     assert len(short.learned.tokens) == 256 + 511

@@ -18,7 +18,7 @@ from nkat.measure.texts import Text
 _SHARE = 10  # every tenth part of the text, from its end to validate on and from its beginning for the guard, …
 _MOST_VALIDATION_CHUNKS = 16  # … but no more than this: 8192 tokens
 _LEAST_VALIDATION_CHUNKS = 2
-_MOST_OWN_CHUNKS = 8
+_MOST_OWN_CHUNKS = 4
 _VALIDATION, _OWN = "the calibration text's validation slice", "the calibration text's first part"
 
 

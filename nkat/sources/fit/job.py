@@ -111,7 +111,7 @@ def run_fit(request: FitRequest) -> FitResult:
         if request.space is None:
             outcome = replace(outcome, change=_judge(exact, _theta_set(request, outcome.thetas), parts.validation))
         else:
-            outcome = _choose(request, exact, state, parts.validation, guard, finished)
+            outcome = _choose(request, exact, loaded, state, parts.validation, guard, finished)
     record = {
         "settings": asdict(request.settings),
         "start": state.start,
@@ -169,6 +169,7 @@ def _best_at_home(request: FitRequest, state: FitState) -> _Outcome:
 def _choose(
     request: FitRequest,
     exact: LoadedModel,
+    loaded: LoadedModel,
     state: FitState,
     validation: Passages,
     guard: Sequence[GuardText],
@@ -176,18 +177,20 @@ def _choose(
 ) -> _Outcome:
     """The best candidate within the guard. Of a fit that was interrupted one state alone is judged, and on less text.
 
+    exact, loaded: the model as it is judged, and as it was fitted
+
     Raises NKATError where none is to be kept.
     """
     assert request.space is not None
     candidates = state.candidates()
     panel = Panel(Judge(exact, validation), Guard(exact, guard) if guard else None)
-    space = request.space
+    part, space = panel.part(loaded), request.space
     if not finished:
         assert state.best_step is not None  # an interruption validates
-        candidates, panel = {state.best_step: state.best_factors}, panel.part()
+        candidates, panel = {state.best_step: state.best_factors}, panel.part(exact)
         space = replace(space, ranks=(max(space.ranks),))
     whole = cache(lambda step: _theta_set(request, _thetas(request, candidates[step])))
-    choice = choose(lambda c: truncate_rank(whole(c.step), c.rank), list(candidates), space, panel)
+    choice = choose(lambda c: truncate_rank(whole(c.step), c.rank), list(candidates), space, panel, part)
     kept = choice.kept
     if kept is None:
         raise NKATError(_nothing_kept(request, choice))
