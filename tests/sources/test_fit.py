@@ -443,7 +443,7 @@ def test_bad_input_leaves_the_previous_output(
     assert "is not the same model: block_count is 3" in fails(*base, text_path, "--reference", other)
     assert "coupling is 0" in fails(*base, text_path, "--theta-gamma", "1")
     assert "not a finite number" in fails(*base, text_path, "--fit-learning-rate", "1e30", "--fit-clip", "1e30")
-    assert "no step of the fit beats" in fails(*base, odd, "--fit-start", "zero")
+    assert "no step of the fit beats" in fails(*base, odd, "--theta-gamma", "0.97", "--fit-learning-rate", "0.3")
     assert "there is no interrupted fit" in fails(*base, text_path, "--resume")
     assert "must lie between 0 and 1" in fails(*base, text_path, "--fit-int8-share", "2")
     assert output.read_bytes() == b"what was there"
