@@ -490,7 +490,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
     architecture, d, v = config.architecture, config.embedding_length, config.vocab_size
     required: dict[str, tuple[int, ...]] = {"token_embd.weight": (v, d), "output_norm.weight": (d,)}
     optional: dict[str, tuple[int, ...]] = {"output.weight": (v, d)}
-    factors = ("rope_freqs",) if architecture.rope_factors else ()
+    factors: tuple[str, ...] = ("rope_freqs",) if architecture.rope_factors else ()
     factors += (SHORT_ROPE, LONG_ROPE) if architecture.long_rope else ()
     optional |= {f"{name}.weight": (config.rope.dimensions // 2,) for name in factors}
     if config.layer_input_length:
