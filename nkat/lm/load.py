@@ -19,8 +19,9 @@ from nkat.kernels.registry import say_fallbacks
 from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.config import ConfigError, ModelConfig
 from nkat.lm.linear import StarLinear
-from nkat.lm.tokenizer import Tokenizer, TokenizerError
+from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Block, Embedding, Transformer
+from nkat.lm.vocabulary import TokenizerError
 from nkat.theta.algebra import Theta
 from nkat.theta.modelfile import ModelFile, open_model_file
 
