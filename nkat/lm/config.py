@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from nkat.lm.architectures import (
     LONG_ROPE,
     QK_NORMS,
     QKV,
+    ROPE_SWITCH,
+    SCALES,
     TEMPERATURE,
     YARN_KEYS,
     Architecture,
@@ -36,15 +39,15 @@ from nkat.theta.set import SUFFIXES
 _REFUSED: dict[str, tuple[bool | float, ...]] = {
     "nextn_predict_layers": (0,),
     "attention.causal": (True,),
-    "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     ATTENTION_CAP: (0.0,),
     LOGIT_CAP: (0.0,),
     TEMPERATURE: (0.0,),
-    "logit_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
+    **dict.fromkeys(SCALES, (0.0, 1.0)),
+    "attention.scale": (0.0,),
+    "deepstack_mapping": (-1,),
+    "rope.dimension_sections": (0,),
     "rope.scaling.alpha": (0.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
@@ -87,9 +90,21 @@ class Rope:
     slow: float = 1.0
 
 
+class Turning(Enum):
+    """How RoPE turns q and k of a block."""
+
+    SEES_ALL = 0  # by `ModelConfig.rope`
+    WINDOW = 1  # by `ModelConfig.local_rope`
+    NONE = 2  # not at all
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens."""
+    """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens.
+
+    A model that multiplies what it adds to the residual stream by a number has that stream kept divided by it, so that
+    nothing but the embedding's scale and the norms' epsilon knows: RMS norms do not see how long their input is.
+    """
 
     architecture: Architecture
     context_length: int
@@ -112,6 +127,8 @@ class ModelConfig:
     logit_cap: float = 0.0
     temperature: float = 0.0  # see `query_scale`; 0: none
     temperature_length: int = 0
+    unturned_blocks: frozenset[int] = frozenset()  # whose q and k RoPE leaves as they are
+    logit_scale: float = 1.0  # logits are divided by it
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
@@ -130,6 +147,12 @@ class ModelConfig:
                 f"{what}: {tokens} tokens are more than the {self.context_length} that the model was made for; "
                 "--beyond-context runs them all the same"
             )
+
+    def turning(self, block: int) -> Turning:
+        """How RoPE turns a block's q and k."""
+        if block in self.unturned_blocks:
+            return Turning.NONE
+        return Turning.WINDOW if self.local_blocks[block] else Turning.SEES_ALL
 
     def qkv_rows(self, block: int) -> tuple[int, int, int]:
         """Outputs of a block's q, k and v."""
@@ -157,7 +180,10 @@ class ModelConfig:
 
     def norm_shape(self, norm: str) -> tuple[int]:
         """Of one of the architecture's block norms."""
-        return (self.head_dim,) if norm in QK_NORMS else (self.embedding_length,)
+        if norm not in QK_NORMS:
+            return (self.embedding_length,)
+        heads = dict(zip(QK_NORMS, (self.head_count, self.kv_head_count), strict=True))[norm]
+        return (heads * self.head_dim if self.architecture.wide_qk_norm else self.head_dim,)
 
 
 class _Keys:
@@ -252,6 +278,8 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     rope, local_rope = _read_rope(keys, head_dim, context)
     temperature = 0.0 if keys.get(TEMPERATURE) in (None, 0) else keys.number(TEMPERATURE)
     window, local_blocks = _read_window(keys, blocks)
+    embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
+    residual = residual_scale or 1.0
     return ModelConfig(
         architecture=architecture,
         context_length=context,
@@ -262,19 +290,35 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         head_count=heads,
         kv_head_count=kv_heads,
         head_dim=head_dim,
-        rms_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
+        rms_epsilon=keys.number("attention.layer_norm_rms_epsilon") / residual**2,
         rope=rope,
         local_rope=local_rope,
         local_blocks=local_blocks,
         sliding_window=window,
-        attention_scale=architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
-        embedding_scale=d**0.5 if architecture.scaled_embedding else 1.0,
+        attention_scale=attention_scale or architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
+        embedding_scale=(d**0.5 if architecture.scaled_embedding else embedding_scale or 1.0) / residual,
         fused_qkv=frozenset(i for i in range(blocks) if f"blk.{i}.{FUSED_QKV}.weight" in tensors),
         attention_cap=_read_cap(keys, ATTENTION_CAP, architecture.attention_cap),
         logit_cap=_read_cap(keys, LOGIT_CAP, architecture.logit_cap),
         temperature=temperature,
         temperature_length=rope.original_context,
+        unturned_blocks=frozenset(i for i in range(blocks) if _is_unturned(keys, i)),
+        logit_scale=logit_scale or 1.0,
     )
+
+
+def _read_scale(keys: _Keys, key: str) -> float:
+    """0: the file has none, or the architecture does not look at it"""
+    if key not in keys.architecture.reads or keys.get(key) in (None, 0):
+        return 0.0
+    return keys.number(key)
+
+
+def _is_unturned(keys: _Keys, block: int) -> bool:
+    if ROPE_SWITCH in keys.architecture.reads and keys.get(ROPE_SWITCH) is False:
+        return True
+    period = keys.architecture.unturned_period
+    return period > 0 and block % period == period - 1
 
 
 def _read_cap(keys: _Keys, key: str, usual: float) -> float:
@@ -335,6 +379,8 @@ def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
         slow=slow,
     )
     window = keys.architecture.window
+    if window is not None and window.plain_rope:
+        return rope, replace(rope, scale=1.0, yarn=False, magnitude=1.0)
     if window is None or window.rope_base is None:
         return rope, replace(rope, base=keys.number("rope.freq_base_swa", rope.base, above=1.0))
     local_base = keys.number("rope.freq_base_swa", window.rope_base, above=1.0)

@@ -153,7 +153,7 @@ class _Assembler:
             config,
             Embedding(packed_table, table.type, shape),
             [self.block(config, i) for i in range(config.block_count)],
-            self.vector("output_norm.weight"),
+            self.vector("output_norm.weight") / config.logit_scale,
             self.linear("token_embd", shape, packed_table) if tied else self.linear("output", shape),
             *(self.rope_factors(name) for name in LONG_ROPE),
         )

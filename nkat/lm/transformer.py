@@ -22,7 +22,7 @@ from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
 from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV
 from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
-from nkat.lm.config import ModelConfig
+from nkat.lm.config import ModelConfig, Turning
 from nkat.lm.linear import PackedModule, StarLinear
 from nkat.theta.algebra import Theta
 
@@ -138,7 +138,7 @@ class Block(nn.Module):
         """linears: by name, those of `config.linears`; norms: RMS norm weights by GGUF name, its architecture's."""
         super().__init__()
         self.config, self.index = config, index
-        self.local = config.local_blocks[index]
+        self.local, self.turning = config.local_blocks[index], config.turning(index)
         self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
         self.qkv = [name for name in self.linears if name in (*QKV, FUSED_QKV)]  # one or three
         self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
@@ -153,17 +153,15 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
         """Residual stream [B, T, d] → [B, T, d]."""
-        post_norm = self.config.architecture.post_norm
         attended = self._attention(self._norm(x, "attn_norm"), view, cache).to(x.dtype)
-        if post_norm:
-            attended = self._norm(attended, "post_attention_norm")
-        x = x + attended
+        x = x + self._norm(attended, "post_attention_norm")
         fed = self._feed_forward(self._norm(x, "ffn_norm")).to(x.dtype)
-        if post_norm:
-            fed = self._norm(fed, "post_ffw_norm")
-        return x + fed
+        return x + self._norm(fed, "post_ffw_norm")
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """x itself where the model has no such norm."""
+        if name not in self.norms:
+            return x
         weight = self.norms[name]
         return F.rms_norm(x, weight.shape, weight, self.config.rms_epsilon)
 
@@ -171,9 +169,12 @@ class Block(nn.Module):
         config, linears = self.config, self.linears
         outputs = [linears[name](x) for name in self.qkv]
         parts = outputs[0].split(config.qkv_rows(self.index), dim=-1) if len(outputs) == 1 else outputs
-        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
+        q, k, v = parts
         compute_dtype = v.dtype
         q, k = q.to(x.dtype), k.to(x.dtype)
+        if config.architecture.wide_qk_norm:
+            q, k = self._norm(q, "attn_q_norm"), self._norm(k, "attn_k_norm")
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
         if config.architecture.qk_norm:
             q, k = self._norm(q, "attn_q_norm"), self._norm(k, "attn_k_norm")
         q, k = (rotate(t, view.cos, view.sin, config.rope.interleaved) for t in (q, k))
@@ -244,6 +245,14 @@ class Transformer(nn.Module):
         """
         return self.long_frequencies if room > self.config.rope.original_context else self.frequencies
 
+    def turns(self, turning: Turning, room: int) -> tuple[torch.Tensor, float]:
+        """Radians a position by which a block's pairs turn, float64, and what sine and cosine are multiplied by."""
+        if turning is Turning.NONE:
+            return torch.zeros_like(self.frequencies), 1.0
+        if turning is Turning.WINDOW:
+            return self.local_frequencies, self.config.local_rope.magnitude
+        return self.frequencies_for(room), self.config.rope.magnitude
+
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ in all layers; None or 1 turns it off. The weights are shared by both arms."""
         self.gamma = gamma
@@ -307,14 +316,12 @@ class Transformer(nn.Module):
         x = self.embedding(tokens).to(self.output_norm.dtype) * config.embedding_scale
         room = count if cache is None else cache.capacity
         warmth = query_scales(config, start, count)
-        view = make_view(self.frequencies_for(room), config.rope.magnitude, start, count, 0, x, warmth)
-        local = view
-        if any(config.local_blocks):
-            local_rope = config.local_rope
-            window = config.sliding_window
-            local = make_view(self.local_frequencies, local_rope.magnitude, start, count, window, x, warmth)
+        views: dict[tuple[bool, Turning], View] = {}
+        for local, turning in {(block.local, block.turning): None for block in self.blocks}:
+            window = config.sliding_window if local else 0
+            views[local, turning] = make_view(*self.turns(turning, room), start, count, window, x, warmth)
         for block in self.blocks:
-            seen = local if block.local else view
+            seen = views[block.local, block.turning]
             x = checkpoint(block, x, seen, cache, use_reentrant=False) if recompute else block(x, seen, cache)
             if trace is not None:
                 trace[f"blk.{block.index}"] = x
