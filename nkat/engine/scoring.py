@@ -50,8 +50,10 @@ def _has_kernels(model: Transformer) -> bool:
     if model.device.type != "cpu":
         return False
     linears = [layer for block in model.blocks for layer in block.linears.values()]
+    if model.layer_inputs is not None:
+        linears.append(model.layer_inputs.projection)
     kernels = kernel_types("cpu")
-    return model.embedding.qtype in kernels and all(
+    return all(table.qtype in kernels for table in model.tables()) and all(
         isinstance(layer, StarLinear) and layer.dtype == torch.float32 and layer.qtype in kernels
         for layer in (*linears, model.output)
     )

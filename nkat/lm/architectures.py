@@ -13,8 +13,9 @@ from dataclasses import dataclass
 QKV = ("attn_q", "attn_k", "attn_v")
 FUSED_QKV = "attn_qkv"
 GATE_UP = ("ffn_gate", "ffn_up")
-LONG_ROPE = ("rope_factors_short", "rope_factors_long")
-BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down")
+SHORT_ROPE, LONG_ROPE = "rope_factors_short", "rope_factors_long"
+LAYER_INPUT_LINEARS = ("inp_gate", "proj")
+BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down", *LAYER_INPUT_LINEARS)
 QK_NORMS = ("attn_q_norm", "attn_k_norm")
 PRE_NORMS = ("attn_norm", "ffn_norm")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
@@ -39,14 +40,15 @@ def scale_by_head(sizes: Sizes) -> float:
 class Window:
     """In some blocks a token sees only the last `attention.sliding_window` tokens; 0, or no such key: it sees all.
 
-    period: the last of so many blocks sees everything, where the file has no `attention.sliding_window_pattern`
+    period: the last of so many blocks sees everything, where the file has no `attention.sliding_window_pattern`;
+    None: a file must have it
     rope_base: of the blocks with a window, where the file has no `rope.freq_base_swa`; their positions are not scaled.
     None: RoPE is the same in all blocks
     plain_rope: `rope.freq_base` in those blocks, too, and positions are not scaled even where those of others are
     length: where the file has no `attention.sliding_window`
     """
 
-    period: int
+    period: int | None
     rope_base: float | None
     length: int = 0
     plain_rope: bool = False
@@ -74,6 +76,11 @@ class Architecture:
     attention_cap, logit_cap: what attention scores and logits are kept within (c·tanh(x/c)), where the file does not
     say otherwise; 0: not at all
     unturned_period: the last of so many blocks has no RoPE; 0: all have
+    varied: heads' length, KV heads and feed-forward length may differ from block to block, later blocks may use the
+    keys and values of earlier ones, and where there is no attn_v, the keys before norm and RoPE are the values
+    value_norm: every head's v has an RMS norm, without a weight
+    layer_inputs: every block may add something of its own about each token (`nkat.lm.transformer.LayerInputs`)
+    block_scale: what leaves a block may be multiplied by `layer_output_scale.weight`, one number
     reads: keys of the metadata that mean something in few architectures, this one among them; others refuse them
     """
 
@@ -94,6 +101,10 @@ class Architecture:
     attention_cap: float = 0.0
     logit_cap: float = 0.0
     unturned_period: int = 0
+    varied: bool = False
+    value_norm: bool = False
+    layer_inputs: bool = False
+    block_scale: bool = False
     reads: tuple[str, ...] = ()
 
     def may_have_bias(self, linear: str) -> bool:
@@ -125,6 +136,7 @@ ATTENTION_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 TEMPERATURE = "attention.temperature_scale"
 SCALES = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
 ROPE_SWITCH = "rope.scaling.finetuned"
+LAYER_INPUTS, SHARED_KV = "embedding_length_per_layer_input", "attention.shared_kv_layers"
 YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier")
 
 _ROWS = (
@@ -157,6 +169,23 @@ _ROWS = (
         attention_cap=50.0,
         logit_cap=30.0,
         reads=(ATTENTION_CAP, LOGIT_CAP),
+    ),
+    # src/models/gemma4.cpp: the dense ones
+    Architecture(
+        "gemma4",
+        rope_factors=True,
+        qk_norm=True,
+        post_norm=True,
+        gelu=True,
+        scaled_embedding=True,
+        attention_scale=lambda sizes: 1.0,
+        window=Window(period=None, rope_base=10000.0),
+        logit_cap=30.0,
+        varied=True,
+        value_norm=True,
+        layer_inputs=True,
+        block_scale=True,
+        reads=(LOGIT_CAP, LAYER_INPUTS, SHARED_KV),
     ),
     # src/models/phi3.cpp: also Phi-4; it does not look at the window that their files name
     Architecture("phi3", fused_gate_up=True, long_rope=True),

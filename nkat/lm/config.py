@@ -9,29 +9,32 @@ other than linear, YaRN and longrope, unknown tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
 
-from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
 from nkat.lm.architectures import (
     ARCHITECTURES,
     ATTENTION_CAP,
     FUSED_QKV,
+    LAYER_INPUTS,
     LOGIT_CAP,
     LONG_ROPE,
     QK_NORMS,
     QKV,
     ROPE_SWITCH,
     SCALES,
+    SHARED_KV,
+    SHORT_ROPE,
     TEMPERATURE,
     YARN_KEYS,
     Architecture,
     Sizes,
 )
+from nkat.lm.keys import ConfigError, Keys
 from nkat.theta.set import SUFFIXES
 
 # Keys that change the forward pass in a way that is not computed, unless the architecture's row says that it reads
@@ -44,6 +47,8 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
     ATTENTION_CAP: (0.0,),
     LOGIT_CAP: (0.0,),
     TEMPERATURE: (0.0,),
+    LAYER_INPUTS: (0,),
+    SHARED_KV: (0,),
     **dict.fromkeys(SCALES, (0.0, 1.0)),
     "attention.scale": (0.0,),
     "deepstack_mapping": (-1,),
@@ -55,14 +60,8 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
 }
 
 
-# Sizes that a file may ask for. Lengths, counts and positions are signed 32-bit integers in llama.cpp, too.
-MAX_SIZE = (1 << 31) - 1
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
-
-
-class ConfigError(NKATError):
-    """The metadata or the tensors do not describe a model this toolkit can run; the message names the key or tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +98,21 @@ class Turning(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """What may differ from block to block. Lengths in elements.
+
+    kv_block: whose keys and values its queries meet: its own, or those of an earlier block
+    has_value: they come of a weight of their own; otherwise they are the keys, before norm and RoPE
+    """
+
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    kv_block: int
+    has_value: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens.
 
@@ -129,6 +143,8 @@ class ModelConfig:
     temperature_length: int = 0
     unturned_blocks: frozenset[int] = frozenset()  # whose q and k RoPE leaves as they are
     logit_scale: float = 1.0  # logits are divided by it
+    sizes: tuple[BlockSizes, ...] = ()  # of each block; none: all are as the fields above say
+    layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
@@ -154,88 +170,60 @@ class ModelConfig:
             return Turning.NONE
         return Turning.WINDOW if self.local_blocks[block] else Turning.SEES_ALL
 
+    def of(self, block: int) -> BlockSizes:
+        """The sizes of a block."""
+        if self.sizes:
+            return self.sizes[block]
+        return BlockSizes(self.kv_head_count, self.head_dim, self.feed_forward_length, block)
+
+    @property
+    def shared_blocks(self) -> frozenset[int]:
+        """Blocks whose keys and values later ones use, too."""
+        return frozenset(sizes.kv_block for i, sizes in enumerate(self.sizes) if sizes.kv_block != i)
+
+    def has_own_kv(self, block: int) -> bool:
+        return self.of(block).kv_block == block
+
     def qkv_rows(self, block: int) -> tuple[int, int, int]:
         """Outputs of a block's q, k and v."""
-        kv = self.kv_head_count * self.head_dim
-        return self.head_count * self.head_dim, kv, kv
+        sizes = self.of(block)
+        kv = sizes.kv_heads * sizes.head_dim
+        return self.head_count * sizes.head_dim, kv, kv
 
     def linears(self, block: int) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of a block's linear layers, by name, in the order of their computation."""
-        d, ff = self.embedding_length, self.feed_forward_length
-        rows = self.qkv_rows(block)
+        sizes, d, length = self.of(block), self.embedding_length, self.layer_input_length
+        ff, rows = sizes.feed_forward, self.qkv_rows(block)
         qkv = {FUSED_QKV: sum(rows)} if block in self.fused_qkv else dict(zip(QKV, rows, strict=True))
+        if not self.has_own_kv(block):
+            qkv = {"attn_q": rows[0]}
+        elif not sizes.has_value:
+            del qkv["attn_v"]
         up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
         return {
             **{name: (outputs, d) for name, outputs in qkv.items()},
             "attn_output": (d, rows[0]),
             **{name: (outputs, d) for name, outputs in up.items()},
             "ffn_down": (d, ff),
+            **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
         }
+
+    def norms(self, block: int) -> dict[str, tuple[int]]:
+        """Lengths of the RMS norms of a block, by their names in the file."""
+        names = [name for name in self.architecture.block_norms if name != "attn_k_norm" or self.has_own_kv(block)]
+        lengths = dict.fromkeys(names, self.embedding_length)
+        wide = dict(zip(QK_NORMS, self.qkv_rows(block)[:2], strict=True))
+        for name in lengths.keys() & wide.keys():
+            lengths[name] = wide[name] if self.architecture.wide_qk_norm else self.of(block).head_dim
+        if self.layer_input_length:
+            lengths["post_norm"] = self.embedding_length
+        return {name: (length,) for name, length in lengths.items()}
 
     def query_scale(self, position: float) -> float:
         """What a query is multiplied by for its place: 1, and more for later ones where the model was made so."""
         if not self.temperature:
             return 1.0
         return 1.0 + self.temperature * math.log1p(math.floor(position / self.temperature_length))
-
-    def norm_shape(self, norm: str) -> tuple[int]:
-        """Of one of the architecture's block norms."""
-        if norm not in QK_NORMS:
-            return (self.embedding_length,)
-        heads = dict(zip(QK_NORMS, (self.head_count, self.kv_head_count), strict=True))[norm]
-        return (heads * self.head_dim if self.architecture.wide_qk_norm else self.head_dim,)
-
-
-class _Keys:
-    """Typed, checked look-ups of `{architecture}.{key}`."""
-
-    def __init__(self, metadata: Mapping[str, object], architecture: Architecture) -> None:
-        self.metadata, self.architecture = metadata, architecture
-
-    def name(self, key: str) -> str:
-        return f"{self.architecture.name}.{key}"
-
-    def get(self, key: str) -> object:
-        """The value or None; an array with one value for every block counts as that value."""
-        value = self.metadata.get(self.name(key))
-        if isinstance(value, np.ndarray):
-            distinct = np.unique(value)
-            if len(distinct) != 1:
-                raise ConfigError(f"metadata {self.name(key)} differs from block to block, which is not supported")
-            return distinct[0].item()
-        return value
-
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
-        value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"metadata {self.name(key)} must be an integer, got {value!r}")
-        if value < minimum:
-            raise ConfigError(f"metadata {self.name(key)} must be at least {minimum}, got {value}")
-        if value > maximum:
-            raise ConfigError(f"metadata {self.name(key)} must be at most {maximum}, got {value}")
-        return value
-
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
-        value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"metadata {self.name(key)} must be a number, got {value!r}")
-        if not (math.isfinite(value) and value > above):
-            raise ConfigError(f"metadata {self.name(key)} must be a finite number above {above:g}, got {value}")
-        return float(value)
-
-    def text(self, key: str, default: str) -> str:
-        value = self._required(key, default)
-        if not isinstance(value, str):
-            raise ConfigError(f"metadata {self.name(key)} must be a string, got {value!r}")
-        return value
-
-    def _required(self, key: str, default: object) -> object:
-        value = self.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"metadata {self.name(key)} is missing")
-        return value
 
 
 def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
@@ -245,7 +233,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     architecture = ARCHITECTURES.get(arch) if isinstance(arch, str) else None
     if architecture is None:
         raise ConfigError(f"architecture {arch!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}")
-    keys = _Keys(metadata, architecture)
+    keys = Keys(metadata, architecture)
     _refuse(keys)
 
     embedding = tensors.get("token_embd.weight")
@@ -255,40 +243,48 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
 
     d = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
-    kv_heads = keys.integer("attention.head_count_kv", heads)
-    if heads % kv_heads:
-        raise ConfigError(
-            f"metadata {arch}.attention.head_count {heads} is no multiple of attention.head_count_kv {kv_heads}"
-        )
+    blocks = keys.integer("block_count")
+    if blocks > len(tensors):  # else a hostile count would make the loops and tuples below as long as it likes
+        raise ConfigError(f"metadata {arch}.block_count is {blocks}, but the file has only {len(tensors)} tensors")
+    kv_heads = _by_block(keys, "attention.head_count_kv", blocks, heads)
+    for count in kv_heads:
+        if heads % count:
+            raise ConfigError(
+                f"metadata {arch}.attention.head_count {heads} is no multiple of attention.head_count_kv {count}"
+            )
     if keys.get("attention.key_length") is None and d % heads:
         raise ConfigError(f"metadata {arch}.embedding_length {d} is no multiple of attention.head_count {heads}")
     head_dim = keys.integer("attention.key_length", d // heads)
     if head_dim > MAX_HEAD:
         raise ConfigError(f"metadata {arch}.attention.key_length: a head of {head_dim} elements, more than {MAX_HEAD}")
-    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
-        if keys.integer(key, head_dim) != head_dim:
+    local_dim = keys.integer("attention.key_length_swa", head_dim, maximum=MAX_HEAD)
+    for key, length in (
+        ("attention.value_length", head_dim),
+        ("attention.key_length_swa", local_dim if architecture.varied else head_dim),
+        ("attention.value_length_swa", local_dim),
+    ):
+        if keys.integer(key, length) != length:
             raise ConfigError(
-                f"metadata {arch}.{key} {keys.get(key)} differs from the key length {head_dim}: not supported"
+                f"metadata {arch}.{key} {keys.get(key)} differs from the key length {length}: not supported"
             )
 
-    blocks = keys.integer("block_count")
-    if blocks > len(tensors):  # else a hostile count would make the loops and tuples below as long as it likes
-        raise ConfigError(f"metadata {arch}.block_count is {blocks}, but the file has only {len(tensors)} tensors")
     context = keys.integer("context_length")
-    rope, local_rope = _read_rope(keys, head_dim, context)
+    rope, local_rope = _read_rope(keys, head_dim, local_dim, context)
     temperature = 0.0 if keys.get(TEMPERATURE) in (None, 0) else keys.number(TEMPERATURE)
     window, local_blocks = _read_window(keys, blocks)
     embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
     residual = residual_scale or 1.0
+    feed_forward = _by_block(keys, "feed_forward_length", blocks)
+    sizes = _read_sizes(keys, local_blocks, (head_dim, local_dim), kv_heads, feed_forward, tensors)
     return ModelConfig(
         architecture=architecture,
         context_length=context,
         vocab_size=vocab_size,
         embedding_length=d,
-        feed_forward_length=keys.integer("feed_forward_length"),
+        feed_forward_length=max(feed_forward),
         block_count=blocks,
         head_count=heads,
-        kv_head_count=kv_heads,
+        kv_head_count=max(kv_heads),
         head_dim=head_dim,
         rms_epsilon=keys.number("attention.layer_norm_rms_epsilon") / residual**2,
         rope=rope,
@@ -304,30 +300,77 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         temperature_length=rope.original_context,
         unturned_blocks=frozenset(i for i in range(blocks) if _is_unturned(keys, i)),
         logit_scale=logit_scale or 1.0,
+        sizes=sizes if architecture.varied else (),
+        layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
     )
 
 
-def _read_scale(keys: _Keys, key: str) -> float:
+def _by_block(keys: Keys, key: str, blocks: int, default: int | None = None) -> list[int]:
+    """One number for each block; only where the architecture allows it may they differ."""
+    if keys.architecture.varied:
+        return keys.per_block(key, blocks, default)
+    return [keys.integer(key, default)] * blocks
+
+
+def _read_sizes(
+    keys: Keys,
+    local_blocks: Sequence[bool],
+    head_dims: tuple[int, int],
+    kv_heads: Sequence[int],
+    feed_forward: Sequence[int],
+    tensors: Mapping[str, TensorInfo],
+) -> tuple[BlockSizes, ...]:
+    """head_dims: of blocks that see everything, and of those with a window.
+
+    The last blocks, where the file says so, use the keys and values of the last block of their kind before them.
+    """
+    blocks = len(local_blocks)
+    own = blocks - keys.integer(SHARED_KV, 0, minimum=0)
+
+    def kv_block(i: int) -> int:
+        if i < own:
+            return i
+        source = own - (2 if local_blocks[i] else 1)
+        if own < 2 or local_blocks[source] != local_blocks[i]:
+            raise ConfigError(
+                f"metadata {keys.name(SHARED_KV)} {blocks - own}: block {i} would use the keys of block {source}, "
+                "which does not see the same tokens"
+            )
+        return source
+
+    return tuple(
+        BlockSizes(
+            kv_heads[kv_block(i)],
+            head_dims[local],
+            feed_forward[i],
+            kv_block(i),
+            not keys.architecture.varied or any(f"blk.{i}.{name}.weight" in tensors for name in ("attn_v", FUSED_QKV)),
+        )
+        for i, local in enumerate(local_blocks)
+    )
+
+
+def _read_scale(keys: Keys, key: str) -> float:
     """0: the file has none, or the architecture does not look at it"""
     if key not in keys.architecture.reads or keys.get(key) in (None, 0):
         return 0.0
     return keys.number(key)
 
 
-def _is_unturned(keys: _Keys, block: int) -> bool:
+def _is_unturned(keys: Keys, block: int) -> bool:
     if ROPE_SWITCH in keys.architecture.reads and keys.get(ROPE_SWITCH) is False:
         return True
     period = keys.architecture.unturned_period
     return period > 0 and block % period == period - 1
 
 
-def _read_cap(keys: _Keys, key: str, usual: float) -> float:
+def _read_cap(keys: Keys, key: str, usual: float) -> float:
     """0: none"""
     value = keys.get(key)
     return usual if value is None else 0.0 if value == 0 else keys.number(key)
 
 
-def _refuse(keys: _Keys) -> None:
+def _refuse(keys: Keys) -> None:
     for key in ("expert_count", "expert_used_count"):
         count = keys.get(key)
         if count not in (None, 0):
@@ -338,15 +381,21 @@ def _refuse(keys: _Keys) -> None:
             raise ConfigError(f"metadata {keys.name(key)} = {value!r} is not supported")
 
 
-def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
-    """RoPE of blocks that see everything, and of blocks with a sliding window."""
+def _read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[Rope, Rope]:
+    """RoPE of blocks that see everything, and of blocks with a sliding window: of heads of so many elements."""
     dimensions = keys.integer("rope.dimension_count", head_dim)
     if dimensions % 2 or dimensions > head_dim:
         raise ConfigError(
             f"metadata {keys.name('rope.dimension_count')} must be even and at most {head_dim}, got {dimensions}"
         )
-    if keys.integer("rope.dimension_count_swa", dimensions) != dimensions:
+    local_dimensions = keys.integer("rope.dimension_count_swa", dimensions)
+    if local_dimensions != dimensions and not keys.architecture.varied:
         raise ConfigError(f"metadata {keys.name('rope.dimension_count_swa')} differs from the other: not supported")
+    if keys.architecture.varied and (local_dimensions % 2 or local_dimensions > local_dim):
+        raise ConfigError(
+            f"metadata {keys.name('rope.dimension_count_swa')} must be even and at most {local_dim}, "
+            f"got {local_dimensions}"
+        )
     kind = keys.text("rope.scaling.type", "linear")
     kinds = ("none", "linear", "yarn", *(("longrope",) if keys.architecture.long_rope else ()))
     if kind not in kinds:
@@ -384,10 +433,11 @@ def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
     if window is None or window.rope_base is None:
         return rope, replace(rope, base=keys.number("rope.freq_base_swa", rope.base, above=1.0))
     local_base = keys.number("rope.freq_base_swa", window.rope_base, above=1.0)
-    return rope, replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
+    local = replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
+    return rope, replace(local, dimensions=local_dimensions)
 
 
-def _read_window(keys: _Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
+def _read_window(keys: Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
     """The window's length (0: none) and which blocks have it."""
     none = 0, (False,) * blocks
     window = keys.architecture.window
@@ -417,8 +467,16 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
     architecture, d, v = config.architecture, config.embedding_length, config.vocab_size
     required: dict[str, tuple[int, ...]] = {"token_embd.weight": (v, d), "output_norm.weight": (d,)}
     optional: dict[str, tuple[int, ...]] = {"output.weight": (v, d)}
-    factors = (*(("rope_freqs",) if architecture.rope_factors else ()), *(LONG_ROPE if architecture.long_rope else ()))
+    factors: tuple[str, ...] = ("rope_freqs",) if architecture.rope_factors else ()
+    factors += (SHORT_ROPE, LONG_ROPE) if architecture.long_rope else ()
     optional |= {f"{name}.weight": (config.rope.dimensions // 2,) for name in factors}
+    if config.layer_input_length:
+        length = config.layer_input_length * config.block_count
+        required |= {
+            "per_layer_token_embd.weight": (v, length),
+            "per_layer_model_proj.weight": (length, d),
+            "per_layer_proj_norm.weight": (config.layer_input_length,),
+        }
     if "output" in architecture.biases:
         optional["output.bias"] = (v,)
     for i in range(config.block_count):
@@ -427,7 +485,9 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             required[f"{block}{linear}.weight"] = (outputs, inputs)
             if architecture.may_have_bias(linear):
                 optional[f"{block}{linear}.bias"] = (outputs,)
-        required |= {f"{block}{norm}.weight": config.norm_shape(norm) for norm in architecture.block_norms}
+        required |= {f"{block}{norm}.weight": shape for norm, shape in config.norms(i).items()}
+        if architecture.block_scale:
+            optional[f"{block}layer_output_scale.weight"] = (1,)
 
     for name, shape in (required | optional).items():
         info = tensors.get(name)

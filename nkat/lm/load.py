@@ -16,11 +16,12 @@ import torch
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantise, packed_tensor
 from nkat.kernels.registry import say_fallbacks
-from nkat.lm.architectures import LONG_ROPE
-from nkat.lm.config import ConfigError, ModelConfig
+from nkat.lm.architectures import LONG_ROPE, SHORT_ROPE
+from nkat.lm.config import ModelConfig
+from nkat.lm.keys import ConfigError
 from nkat.lm.linear import StarLinear
 from nkat.lm.tokenizer import Tokenizer
-from nkat.lm.transformer import Block, Embedding, Transformer
+from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer
 from nkat.lm.vocabulary import TokenizerError
 from nkat.theta.algebra import Theta
 from nkat.theta.modelfile import ModelFile, open_model_file
@@ -93,7 +94,7 @@ def load_model(
     if thetas is not None:
         model.set_thetas(thetas)
         model.set_gamma(gamma)
-    for layer in model.star_linears().values():
+    for layer in model.all_linears().values():
         layer.int8_activations = int8_activations
     if repack and (device.type == "cpu" or dtype in (torch.bfloat16, torch.float16)):
         _repack(model, gguf, tensors)
@@ -118,7 +119,7 @@ def _read(path: Path, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> tupl
 
 def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> None:
     tied = "output.weight" not in tensors
-    layers = model.star_linears()
+    layers = model.all_linears()
     if tied:
         layers["token_embd.weight"] = layers.pop("output.weight")
     say_fallbacks(model.device.type, [tensors[name].type for name in {"token_embd.weight", *layers}])
@@ -155,19 +156,32 @@ class _Assembler:
             [self.block(config, i) for i in range(config.block_count)],
             self.vector("output_norm.weight") / config.logit_scale,
             self.linear("token_embd", shape, packed_table) if tied else self.linear("output", shape),
-            *(self.rope_factors(name) for name in LONG_ROPE),
+            self.rope_factors(SHORT_ROPE),
+            self.rope_factors(LONG_ROPE),
+            self.layer_inputs(config) if config.layer_input_length else None,
+        )
+
+    def layer_inputs(self, config: ModelConfig) -> LayerInputs:
+        table = self.tensors["per_layer_token_embd.weight"]
+        length = config.block_count * config.layer_input_length
+        return LayerInputs(
+            config,
+            Embedding(self.packed(table.name), table.type, (config.vocab_size, length)),
+            self.linear("per_layer_model_proj", (length, config.embedding_length)),
+            self.vector("per_layer_proj_norm.weight"),
         )
 
     def rope_factors(self, name: str) -> torch.Tensor | None:
-        """Those of one of LONG_ROPE; a file has either these or the ones for contexts of any length."""
+        """Those for short or for long contexts; a file has either these or the ones for contexts of any length."""
         there = [n for n in ("rope_freqs.weight", f"{name}.weight") if n in self.tensors]
         return self.vector(there[0]) if there else None
 
     def block(self, config: ModelConfig, index: int) -> Block:
         prefix = f"blk.{index}."
-        norms = {norm: self.vector(f"{prefix}{norm}.weight") for norm in config.architecture.block_norms}
+        norms = {norm: self.vector(f"{prefix}{norm}.weight") for norm in config.norms(index)}
         linears = {name: self.linear(prefix + name, shape) for name, shape in config.linears(index).items()}
-        return Block(config, index, linears, norms)
+        scale = f"{prefix}layer_output_scale.weight"
+        return Block(config, index, linears, norms, self.vector(scale) if scale in self.tensors else None)
 
     def linear(self, stem: str, shape: tuple[int, int], packed: torch.Tensor | None = None) -> StarLinear:
         info = self.tensors[stem + ".weight"]

@@ -74,10 +74,15 @@ class KVCache:
         self.batch, self.capacity = batch, capacity
         self.room = min(capacity, FIRST_ROOM) if growing else capacity
         self.length = 0
-        shape = (batch, config.kv_head_count, self.room, config.head_dim)
+        heads = [
+            (config.of(i).kv_heads if config.has_own_kv(i) else 0, config.of(i).head_dim)
+            for i in range(config.block_count)
+        ]
         with cache_memory(self.room):
-            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
-            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
+            self.keys, self.values = (
+                [torch.zeros(batch, count, self.room, size, dtype=dtype, device=device) for count, size in heads]
+                for _ in range(2)
+            )
 
     def check_room(self, batch: int, tokens: int) -> None:
         if batch != self.batch:
@@ -110,6 +115,9 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
 
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # [B, H_kv, S, D] each
+
+
 class Embedding(PackedModule):
     """Rows of a packed [V, d] table, unpacked one look-up at a time."""
 
@@ -129,13 +137,46 @@ class Embedding(PackedModule):
         return rows.view(*tokens.shape, self.shape[1])
 
 
+class LayerInputs(nn.Module):
+    """What every block adds of its own about each token (Gemma 4's per-layer embeddings): p numbers for each block.
+
+    table: rows of all blocks' numbers, [V, blocks · p];  projection: [blocks · p, d], of the embedding;  norm: of p
+    """
+
+    norm: torch.Tensor
+
+    def __init__(self, config: ModelConfig, table: Embedding, projection: StarLinear, norm: torch.Tensor) -> None:
+        super().__init__()
+        self.config, self.table, self.projection = config, table, projection
+        self.register_buffer("norm", norm, persistent=False)
+
+    def forward(self, tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, T] and their embeddings [B, T, d], scaled → [blocks, B, T, p]."""
+        config = self.config
+        shape = (config.block_count, config.layer_input_length)
+        own = self.table(tokens).to(x.dtype).unflatten(-1, shape) * shape[1] ** 0.5
+        projected = self.projection(x).to(x.dtype).unflatten(-1, shape) * config.embedding_length**-0.5
+        projected = F.rms_norm(projected, self.norm.shape, self.norm, config.rms_epsilon)
+        return ((projected + own) * 0.5**0.5).movedim(-2, 0)
+
+
 class Block(nn.Module):
     """One transformer block: attention, then the gated feed-forward network, each added to the residual stream."""
 
+    scale: torch.Tensor | None
+
     def __init__(
-        self, config: ModelConfig, index: int, linears: Mapping[str, StarLinear], norms: Mapping[str, torch.Tensor]
+        self,
+        config: ModelConfig,
+        index: int,
+        linears: Mapping[str, StarLinear],
+        norms: Mapping[str, torch.Tensor],
+        scale: torch.Tensor | None = None,
     ) -> None:
-        """linears: by name, those of `config.linears`; norms: RMS norm weights by GGUF name, its architecture's."""
+        """linears: by name, those of `config.linears`; norms: RMS norm weights, those of `config.norms`.
+
+        scale: of what leaves the block, [1]
+        """
         super().__init__()
         self.config, self.index = config, index
         self.local, self.turning = config.local_blocks[index], config.turning(index)
@@ -143,6 +184,7 @@ class Block(nn.Module):
         self.qkv = [name for name in self.linears if name in (*QKV, FUSED_QKV)]  # one or three
         self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
         self.norms = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in norms.items()})
+        self.register_buffer("scale", scale, persistent=False)
 
     def linear(self, name: str) -> StarLinear:
         """A linear layer, not to be asked for while another module stands in for it (`nkat.sources.fit`)."""
@@ -151,12 +193,26 @@ class Block(nn.Module):
             raise TypeError(f"{name} of block {self.index} is a {type(layer).__name__} just now")
         return layer
 
-    def forward(self, x: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
-        """Residual stream [B, T, d] → [B, T, d]."""
-        attended = self._attention(self._norm(x, "attn_norm"), view, cache).to(x.dtype)
-        x = x + self._norm(attended, "post_attention_norm")
+    def forward(
+        self,
+        x: torch.Tensor,
+        view: View,
+        cache: KVCache | None,
+        given: KeysValues | None = None,
+        layer_input: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """Residual stream [B, T, d] → [B, T, d], and the keys and values that its queries met.
+
+        given: those of an earlier block, for a block without its own;  layer_input: see `LayerInputs`, [B, T, p]
+        """
+        attended, met = self._attention(self._norm(x, "attn_norm"), view, cache, given)
+        x = x + self._norm(attended.to(x.dtype), "post_attention_norm")
         fed = self._feed_forward(self._norm(x, "ffn_norm")).to(x.dtype)
-        return x + self._norm(fed, "post_ffw_norm")
+        x = x + self._norm(fed, "post_ffw_norm")
+        if layer_input is not None:
+            gated = F.gelu(self.linears["inp_gate"](x), approximate="tanh").to(x.dtype) * layer_input
+            x = x + self._norm(self.linears["proj"](gated).to(x.dtype), "post_norm")
+        return (x if self.scale is None else x * self.scale), met
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """x itself where the model has no such norm."""
@@ -165,26 +221,40 @@ class Block(nn.Module):
         weight = self.norms[name]
         return F.rms_norm(x, weight.shape, weight, self.config.rms_epsilon)
 
-    def _attention(self, x: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
-        config, linears = self.config, self.linears
-        outputs = [linears[name](x) for name in self.qkv]
-        parts = outputs[0].split(config.qkv_rows(self.index), dim=-1) if len(outputs) == 1 else outputs
-        q, k, v = parts
-        compute_dtype = v.dtype
-        q, k = q.to(x.dtype), k.to(x.dtype)
-        if config.architecture.wide_qk_norm:
-            q, k = self._norm(q, "attn_q_norm"), self._norm(k, "attn_k_norm")
-        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
-        if config.architecture.qk_norm:
-            q, k = self._norm(q, "attn_q_norm"), self._norm(k, "attn_k_norm")
-        q, k = (rotate(t, view.cos, view.sin, config.rope.interleaved) for t in (q, k))
+    def _attention(
+        self, x: torch.Tensor, view: View, cache: KVCache | None, given: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues]:
+        config = self.config
+        outputs = [self.linears[name](x) for name in self.qkv]
+        compute_dtype = outputs[0].dtype
+        parts = outputs[0].split(config.qkv_rows(self.index), dim=-1) if self.qkv == [FUSED_QKV] else outputs
+        q, *own = parts
+        q = self._turned(q.to(x.dtype), "attn_q_norm", view)
         if view.warmth is not None:
             q = q * view.warmth[:, None, None]
-        q, k, v = (t.to(compute_dtype).transpose(1, 2) for t in (q, k, v))
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        mixed = attend(q, k, v, view, config.attention_scale, config.attention_cap)
-        return linears["attn_output"](mixed.transpose(1, 2).flatten(2))
+        if own:
+            k, v = self._turned(own[0].to(x.dtype), "attn_k_norm", view), self._heads(own[-1])
+            if config.architecture.value_norm:
+                v = F.rms_norm(v.to(x.dtype), v.shape[-1:], eps=config.rms_epsilon)
+            k, v = (t.to(compute_dtype).transpose(1, 2) for t in (k, v))
+            given = (k, v) if cache is None else cache.extend(self.index, k, v)
+        if given is None:
+            raise TypeError(f"block {self.index} has no keys of its own and was given none")
+        q = q.to(compute_dtype).transpose(1, 2)
+        mixed = attend(q, *given, view, config.attention_scale, config.attention_cap)
+        return self.linears["attn_output"](mixed.transpose(1, 2).flatten(2)), given
+
+    def _heads(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[B, T, H·D] → [B, T, H, D]"""
+        return outputs.unflatten(-1, (-1, self.config.of(self.index).head_dim))
+
+    def _turned(self, outputs: torch.Tensor, norm: str, view: View) -> torch.Tensor:
+        """Queries or keys [B, T, H·D] after their norm and RoPE, [B, T, H, D]."""
+        architecture = self.config.architecture
+        heads = self._heads(self._norm(outputs, norm) if architecture.wide_qk_norm else outputs)
+        if architecture.qk_norm:
+            heads = self._norm(heads, norm)
+        return rotate(heads, view.cos, view.sin, self.config.rope.interleaved)
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         outputs = [self.linears[name](x) for name in self.gate_up]
@@ -211,6 +281,7 @@ class Transformer(nn.Module):
         output: StarLinear,
         rope_factors: torch.Tensor | None = None,
         long_rope_factors: torch.Tensor | None = None,
+        layer_inputs: LayerInputs | None = None,
     ) -> None:
         """output_norm: RMS norm weight [d], in the residual stream's dtype.
 
@@ -220,7 +291,7 @@ class Transformer(nn.Module):
         self.config = config
         self.gamma: float | None = None
         self.theta_changes = 0  # how often Θ was replaced: what was made from the old one is then stale
-        self.embedding, self.output = embedding, output
+        self.embedding, self.output, self.layer_inputs = embedding, output, layer_inputs
         self.add_module("blocks", nn.ModuleList(blocks))
         self.register_buffer("output_norm", output_norm, persistent=False)
         device = output_norm.device
@@ -238,6 +309,15 @@ class Transformer(nn.Module):
             f"blk.{block.index}.{name}.weight": block.linear(name) for block in self.blocks for name in block.linears
         }
         return {**layers, "output.weight": self.output}
+
+    def all_linears(self) -> dict[str, StarLinear]:
+        """Every linear layer by the name of its weight in the file, with those that no Θ acts on."""
+        inputs = self.layer_inputs
+        return self.star_linears() | ({} if inputs is None else {"per_layer_model_proj.weight": inputs.projection})
+
+    def tables(self) -> list[Embedding]:
+        """What token ids are looked up in."""
+        return [self.embedding] if self.layer_inputs is None else [self.embedding, self.layer_inputs.table]
 
     def frequencies_for(self, room: int) -> torch.Tensor:
         """Of blocks that see everything, where there is room for so many tokens: llama.cpp, too, chooses the factors of
@@ -320,9 +400,17 @@ class Transformer(nn.Module):
         for local, turning in {(block.local, block.turning): None for block in self.blocks}:
             window = config.sliding_window if local else 0
             views[local, turning] = make_view(*self.turns(turning, room), start, count, window, x, warmth)
+        inputs = None if self.layer_inputs is None else self.layer_inputs(tokens, x)
+        met: dict[int, KeysValues] = {}  # of the blocks whose keys and values others use
         for block in self.blocks:
-            seen = views[block.local, block.turning]
-            x = checkpoint(block, x, seen, cache, use_reentrant=False) if recompute else block(x, seen, cache)
+            i = block.index
+            arguments = (
+                *(x, views[block.local, block.turning], cache),
+                *(met.get(config.of(i).kv_block), None if inputs is None else inputs[i]),
+            )
+            x, own = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            if i in config.shared_blocks:
+                met[i] = own
             if trace is not None:
                 trace[f"blk.{block.index}"] = x
         if cache is not None:

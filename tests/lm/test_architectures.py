@@ -21,7 +21,8 @@ from tests.support.golden import kept, read_golden
 from tests.support.tiny_models import write_tiny_model
 
 GOLDEN = read_golden("tiny_logits")
-PERMISSIONS = {"rope_factors", "long_rope"}  # flags that let a tensor be there: a file without it does not notice
+# Flags that let a tensor or a key be there: a file without it does not notice.
+PERMISSIONS = {"rope_factors", "long_rope", "varied", "layer_inputs", "block_scale"}
 FLAGS = [field.name for field in fields(Architecture) if field.type == "bool" and field.name not in PERMISSIONS]
 
 Agrees = Callable[..., bool]
@@ -61,7 +62,7 @@ def untested(rows: Iterable[str]) -> dict[str, set[str]]:
         "logits by llama.cpp": {variant["arch"] for variant in GOLDEN["variants"].values()},
         "the model's forward pass": {arch for arch, _ in FAMILIES},
         "the compiled CPU program": {arch for arch, _ in COMPILED_FAMILIES.values()},
-        "the GPU step": {arch for arch, _ in CUDA_FAMILIES},
+        "the GPU step": {arch for arch, _ in CUDA_FAMILIES} | {n for n, row in ARCHITECTURES.items() if row.varied},
     }
     return {kind: missing for kind, names in tested.items() if (missing := {*rows} - names)}
 
@@ -99,6 +100,10 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
         ("gemma2_caps", "reads", ()),
         ("gemma2_caps", "window", Window(period=3, rope_base=None)),
         ("gemma2_caps", "window", Window(period=2, rope_base=500.0)),
+        ("gemma4", "varied", False),
+        ("gemma4", "layer_inputs", False),
+        ("gemma4", "block_scale", False),
+        ("gemma4", "reads", ()),
         ("phi3_short", "long_rope", False),
         ("phi3_long", "long_rope", False),
         ("mistral3_warm", "reads", ()),

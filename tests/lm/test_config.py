@@ -41,19 +41,20 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     config = config_of(tmp_path, arch)
     tiny = ARCHITECTURES[arch]
     head_dim = tiny.head_dim or 16  # from attention.key_length, or embedding / heads
-    assert (config.embedding_length, config.feed_forward_length, config.block_count) == (64, 96, 3)
+    assert (config.embedding_length, config.block_count) == (64, tiny.blocks)
+    assert config.feed_forward_length == max(tiny.feed_forward_by_block or [96])
     assert (config.head_count, config.kv_head_count, config.head_dim) == (4, 2, head_dim)
-    assert config.attention_scale == head_dim**-0.5
+    assert config.attention_scale == (1.0 if arch == "gemma4" else head_dim**-0.5)
     assert config.rope.interleaved == (arch in ("llama", "mistral3"))
     assert config.rope.dimensions == head_dim
     assert config.architecture.qk_norm == tiny.qk_norm
-    assert config.architecture.post_norm == config.architecture.gelu == (arch in ("gemma2", "gemma3"))
-    assert config.embedding_scale == (8.0 if arch in ("gemma2", "gemma3") else 1.0)
-    linears = config.linears(0)
+    assert config.architecture.post_norm == config.architecture.gelu == arch.startswith("gemma")
+    assert config.embedding_scale == (8.0 if arch.startswith("gemma") else 1.0)
+    linears = config.linears(1)
     if tiny.fused_qkv:
         assert linears["attn_qkv"] == (8 * head_dim, 64)
     else:
-        assert linears["attn_k"] == (2 * head_dim, 64)
+        assert linears["attn_k"] == ((tiny.kv_heads_by_block or (2, 2))[1] * head_dim, 64)
     assert linears["attn_output"] == (64, 4 * head_dim)
     assert linears["ffn_up"] == (192 if tiny.fused_gate_up else 96, 64)
     assert linears["ffn_down"] == (64, 96)
