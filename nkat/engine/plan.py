@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nkat.errors import NKATError
 from nkat.kernels.cuda import linear as cuda
 from nkat.kernels.cuda import planes
 from nkat.kernels.cuda.planes import PackedWeight, PlaneWeight
@@ -91,6 +92,8 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
     one in its place, so that the weight is in memory once.
     """
     config, architecture = model.config, model.config.architecture
+    if architecture.varied:
+        raise NKATError(f"a {architecture.name} model has blocks that a recorded step does not know of")
     kappas = strengths(model).to(model.device)
     place = {id(layer): i for i, layer in enumerate(_layers(model))}
 

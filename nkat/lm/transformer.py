@@ -181,7 +181,8 @@ class Block(nn.Module):
         self.config, self.index = config, index
         self.local, self.turning = config.local_blocks[index], config.turning(index)
         self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
-        self.qkv = [name for name in self.linears if name in (*QKV, FUSED_QKV)]  # one or three
+        own = config.has_own_kv(index)
+        self.qkv = [name for name in self.linears if name in ((*QKV, FUSED_QKV) if own else QKV[:1])]  # of what is read
         self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
         self.norms = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in norms.items()})
         self.register_buffer("scale", scale, persistent=False)
