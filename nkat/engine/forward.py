@@ -27,6 +27,7 @@ from nkat.kernels.cpu.blocks import (
     norm_kernel,
     rope_kernel,
     scale_kernel,
+    wide_norm_kernel,
 )
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels, token_state
@@ -34,6 +35,7 @@ from nkat.kernels.cpu.matmul import embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
 from nkat.lm.architectures import FUSED_QKV, QK_NORMS
 from nkat.lm.attention import query_scales
+from nkat.lm.config import Turning
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer, cache_memory
 
@@ -158,7 +160,7 @@ class ForwardPass:
         cache, score_bytes = self.cache, scores.shape[2]
         for block, rope, attention in zip(self.model.blocks, self.ropes, self.attentions, strict=True):
             keys, values = (a.ctypes.data for a in cache.of(block.index))
-            cosines, sines = (table.ctypes.data for table in tables.angles[block.local])
+            cosines, sines = (table.ctypes.data for table in tables.angles[block.turning])
             rope[6], rope[7], rope[11] = cosines, sines, tables.scales.ctypes.data
             rope[12], rope[13], rope[14] = keys, values, cache.head_bytes(block.index)
             attention[2], attention[3], attention[4] = keys, values, cache.head_bytes(block.index)
@@ -236,6 +238,13 @@ class ForwardPass:
         tokens = self.tokens if len(x) > 1 else 1
         program.add(norm_kernel(self.d, tokens), (x, _numpy(weight), self.epsilon, out, state))
 
+    def _read(self, block: Block, norm: str) -> np.ndarray:
+        """What layers read from the residual stream: its norm, or the stream where the model has none there."""
+        if norm not in block.norms:
+            return self.x
+        self.norm(self.program, self.x, block.norms[norm], self.normed, self.state)
+        return self.normed
+
     def cap_logits(self, program: Program, logits: np.ndarray, columns: int, state: np.ndarray) -> None:
         """Whole vectors of a product's outputs; a barrier must have ended it, and ends this."""
         if self.model.config.logit_cap:
@@ -279,10 +288,14 @@ class ForwardPass:
         config = self.model.config
         heads, ff = self.cache.heads[block.index], config.of(block.index).feed_forward
         layers = {name: block.linear(name) for name in block.linears}
-        self.norm(program, self.x, norms["attn_norm"], self.normed, state)
-        self._linears({n: layers[n] for n in block.qkv}, self.normed)
+        self._linears({n: layers[n] for n in block.qkv}, self._read(block, "attn_norm"))
         q, k, v = self._qkv(block)
-        q_norm, k_norm = (_numpy(norms[name]) if name in norms else 0 for name in QK_NORMS)
+        if config.architecture.wide_qk_norm:
+            for x, name, rows in zip((q, k), QK_NORMS, config.qkv_rows(block.index), strict=False):
+                kernel = wide_norm_kernel(rows, self.tokens)
+                program.add(kernel, (x, x.strides[0], _numpy(norms[name]), self.epsilon, state))
+            program.barrier()
+        q_norm, k_norm = (_numpy(norms[name]) if heads.norm and name in norms else 0 for name in QK_NORMS)
         later = 0  # `use_cache` puts it in
         rope = program.add(
             rope_kernel(heads),
@@ -306,8 +319,7 @@ class ForwardPass:
         program.barrier()
         self._linears({"attn_output": layers["attn_output"]}, self.mixed)
         self._add(y["attn_output"], block, "post_attention_norm")
-        self.norm(program, self.x, norms["ffn_norm"], self.normed, state)
-        self._linears({n: layers[n] for n in block.gate_up}, self.normed)
+        self._linears({n: layers[n] for n in block.gate_up}, self._read(block, "ffn_norm"))
         gate, up = self._parts(block.gate_up, (ff, ff))
         kernel = gate_kernel(ff, self.tokens, config.architecture.gelu)
         program.add(kernel, (gate, up, gate.strides[0], up.strides[0], state))
@@ -384,23 +396,25 @@ def _places(model: Transformer, kept: bool) -> list[int]:
 class PositionTables:
     """What depends on a token's position.
 
-    angles: cosines, then sines, float32 [2, room, rotated / 2]: of blocks that see everything, of those with a window
+    angles: cosines, then sines, float32 [2, room, rotated / 2]
     scales: what the queries are multiplied by, float32 [room]
     """
 
-    angles: list[np.ndarray]
+    angles: dict[Turning, np.ndarray]
     scales: np.ndarray
 
     @classmethod
     def of(cls, model: Transformer, room: int, reach: int) -> PositionTables:
         """For so many positions, of a context that may come to `reach` of them."""
         config, positions = model.config, torch.arange(room, dtype=torch.float64)[:, None]
-        kinds = (model.frequencies_for(reach), config.rope), (model.local_frequencies, config.local_rope)
-        angles = [(rope.magnitude, positions * frequencies) for frequencies, rope in kinds]
+        angles = {}
+        for turning in Turning:
+            frequencies, factor = model.turns(turning, reach)
+            turned = positions * frequencies
+            angles[turning] = (factor * torch.stack((turned.cos(), turned.sin()))).float().numpy()
         warmth = query_scales(config, 0, room)
         scales = config.attention_scale * (torch.ones(room, dtype=torch.float64) if warmth is None else warmth)
-        tables = [(factor * torch.stack((a.cos(), a.sin()))).float().numpy() for factor, a in angles]
-        return cls(tables, scales.float().numpy())
+        return cls(angles, scales.float().numpy())
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

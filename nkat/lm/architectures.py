@@ -17,6 +17,7 @@ SHORT_ROPE, LONG_ROPE = "rope_factors_short", "rope_factors_long"
 LAYER_INPUT_LINEARS = ("inp_gate", "proj")
 BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down", *LAYER_INPUT_LINEARS)
 QK_NORMS = ("attn_q_norm", "attn_k_norm")
+PRE_NORMS = ("attn_norm", "ffn_norm")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
 
@@ -43,12 +44,14 @@ class Window:
     None: a file must have it
     rope_base: of the blocks with a window, where the file has no `rope.freq_base_swa`; their positions are not scaled.
     None: RoPE is the same in all blocks
+    plain_rope: `rope.freq_base` in those blocks, too, and positions are not scaled even where those of others are
     length: where the file has no `attention.sliding_window`
     """
 
     period: int | None
     rope_base: float | None
     length: int = 0
+    plain_rope: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,8 @@ class Architecture:
     interleaved_rope: RoPE turns the elements (2i, 2i+1) of a head ("norm"), else (i, i + dimensions/2) ("neox")
     rope_factors: `rope_freqs.weight` may divide the frequencies, one factor a pair
     qk_norm: RMS norms of every head's q and k, before RoPE
+    wide_qk_norm: RMS norms of q and of k, all heads together, before RoPE
+    pre_norm: RMS norms of what attention and the feed-forward network read; else that is the residual stream as it is
     post_norm: RMS norms of what attention and the feed-forward network add to the residual stream
     gelu: feed-forward activation: tanh GELU, else SiLU
     scaled_embedding: a token's embedding is multiplied by √(its length)
@@ -70,6 +75,7 @@ class Architecture:
     long_rope: other factors for short and for long contexts may divide the frequencies (`nkat.lm.config.Rope`)
     attention_cap, logit_cap: what attention scores and logits are kept within (c·tanh(x/c)), where the file does not
     say otherwise; 0: not at all
+    unturned_period: the last of so many blocks has no RoPE; 0: all have
     varied: heads' length, KV heads and feed-forward length may differ from block to block, later blocks may use the
     keys and values of earlier ones, and where there is no attn_v, the keys before norm and RoPE are the values
     value_norm: every head's v has an RMS norm, without a weight
@@ -83,6 +89,8 @@ class Architecture:
     interleaved_rope: bool = False
     rope_factors: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    pre_norm: bool = True
     post_norm: bool = False
     gelu: bool = False
     scaled_embedding: bool = False
@@ -92,6 +100,7 @@ class Architecture:
     long_rope: bool = False
     attention_cap: float = 0.0
     logit_cap: float = 0.0
+    unturned_period: int = 0
     varied: bool = False
     value_norm: bool = False
     layer_inputs: bool = False
@@ -105,8 +114,9 @@ class Architecture:
     @property
     def block_norms(self) -> tuple[str, ...]:
         """The RMS norms of every block, by their names in the file."""
+        pre = PRE_NORMS if self.pre_norm else ()
         post = POST_NORMS if self.post_norm else ()
-        return ("attn_norm", "ffn_norm", *post, *(QK_NORMS if self.qk_norm else ()))
+        return (*pre, *post, *(QK_NORMS if self.qk_norm or self.wide_qk_norm else ()))
 
 
 def _gemma_scale(blocks_of_27b: int) -> Callable[[Sizes], float]:
@@ -124,6 +134,8 @@ def _gemma_scale(blocks_of_27b: int) -> Callable[[Sizes], float]:
 
 ATTENTION_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 TEMPERATURE = "attention.temperature_scale"
+SCALES = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
+ROPE_SWITCH = "rope.scaling.finetuned"
 LAYER_INPUTS, SHARED_KV = "embedding_length_per_layer_input", "attention.shared_kv_layers"
 YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier")
 
@@ -185,6 +197,27 @@ _ROWS = (
         rope_factors=True,
         long_rope=True,
         reads=(TEMPERATURE, *YARN_KEYS),
+    ),
+    # src/models/smollm3.cpp
+    Architecture("smollm3", interleaved_rope=True, unturned_period=4),
+    # src/models/glm4.cpp: also GLM-Z1; RoPE turns a half of each head
+    Architecture("glm4", interleaved_rope=True, post_norm=True, fused_gate_up=True),
+    # src/models/granite.cpp: dense Granite 3 and 4
+    Architecture(
+        "granite",
+        biases=BLOCK_LINEARS,
+        interleaved_rope=True,
+        rope_factors=True,
+        long_rope=True,
+        reads=(*SCALES, ROPE_SWITCH),
+    ),
+    # src/models/olmo2.cpp: also Olmo 3, whose windows come with YaRN
+    Architecture(
+        "olmo2",
+        wide_qk_norm=True,
+        pre_norm=False,
+        post_norm=True,
+        window=Window(period=4, rope_base=None, plain_rope=True),
     ),
 )
 

@@ -17,10 +17,12 @@ from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantise, packed_tensor
 from nkat.kernels.registry import say_fallbacks
 from nkat.lm.architectures import LONG_ROPE, SHORT_ROPE
-from nkat.lm.config import ConfigError, ModelConfig
+from nkat.lm.config import ModelConfig
+from nkat.lm.keys import ConfigError
 from nkat.lm.linear import StarLinear
-from nkat.lm.tokenizer import Tokenizer, TokenizerError
+from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer
+from nkat.lm.vocabulary import TokenizerError
 from nkat.theta.algebra import Theta
 from nkat.theta.modelfile import ModelFile, open_model_file
 
@@ -152,7 +154,7 @@ class _Assembler:
             config,
             Embedding(packed_table, table.type, shape),
             [self.block(config, i) for i in range(config.block_count)],
-            self.vector("output_norm.weight"),
+            self.vector("output_norm.weight") / config.logit_scale,
             self.linear("token_embd", shape, packed_table) if tied else self.linear("output", shape),
             self.rope_factors(SHORT_ROPE),
             self.rope_factors(LONG_ROPE),

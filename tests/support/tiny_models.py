@@ -40,6 +40,7 @@ class TinyOptions:
     qk_norm: bool = False
     qk_gain: float = SCORE_GAIN  # of these norms
     post_norm: bool = False
+    post_gain: float = 4.0  # of these norms: large, or scaled and tied embeddings make every token predict itself
     qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every 2-D tensor
     qtypes: Mapping[str, gguf.GGMLQuantizationType] | None = None  # of single ones, by name
     tied: bool = False  # True: no output.weight
@@ -81,6 +82,7 @@ ARCHITECTURES = {
         qk_norm=True,
         qk_gain=0.7,  # scores are not divided by anything
         post_norm=True,
+        post_gain=2.5,
         vocab="spm",
         tied=True,
         add_bos=True,
@@ -250,13 +252,13 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
             yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
             yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
         yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
-        if opts.post_norm:  # large, or the scaled and tied embedding would make every token predict itself
-            yield block + "post_attention_norm.weight", (n,), 4.0, 0.8
-            yield block + "post_ffw_norm.weight", (n,), 4.0, 0.8
+        if opts.post_norm:
+            yield block + "post_attention_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
+            yield block + "post_ffw_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
         if p:
             yield block + "inp_gate.weight", (p, n), 0.0, 1.5 / math.sqrt(n)
             yield block + "proj.weight", (n, p), 0.0, 1 / math.sqrt(p)
-            yield block + "post_norm.weight", (n,), 4.0, 0.8
+            yield block + "post_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
         if opts.block_scale:
             yield block + "layer_output_scale.weight", (1,), 0.8, 0.1
 

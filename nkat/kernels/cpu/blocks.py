@@ -69,6 +69,20 @@ def norm_kernel(columns: int, tokens: int) -> int:
 
 
 @functools.cache
+def wide_norm_kernel(columns: int, tokens: int) -> int:
+    """x = its RMS norm, in the first columns of its rows. arguments: x, bytes of a row, weight, epsilon, state"""
+
+    def emit(k: Builder) -> None:
+        x, stride = k.pointer(0), k.integer(1)
+        weight, epsilon, state = (k.pointer(i) for i in (2, 3, 4))
+        with _own_tokens(k, state, tokens) as token:
+            row = x + token * stride
+            _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
+
+    return compile_kernel(f"wide_norm_{columns}_{tokens}", emit)
+
+
+@functools.cache
 def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
     """x += y, or its RMS norm, which then replaces y. arguments: x, y, bytes of a row of y, weight, epsilon, state"""
 
