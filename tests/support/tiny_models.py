@@ -68,6 +68,7 @@ class TinyOptions:
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
     add_bos: bool = False
+    chat_template: str | None = None
 
 
 # An architecture's usual choices. On purpose not made from the toolkit's own rows: llama.cpp is the judge of both.
@@ -279,6 +280,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, opts: TinyOptions) -> int:
     else:
         raise ValueError(f"no tiny vocabulary {opts.vocab!r}: gpt2 or spm")
     writer.add_add_bos_token(opts.add_bos)
+    if opts.chat_template is not None:
+        writer.add_chat_template(opts.chat_template)
     writer.add_vocab_size(size)
     return size
 
