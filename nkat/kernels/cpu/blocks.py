@@ -21,13 +21,13 @@ from nkat.kernels.cpu.llvm import F16, F32, I32, I64, Builder, Value
 KEYS = 16  # positions in one block of the key cache
 
 
-def _width(columns: int) -> int:
+def width_of(columns: int) -> int:
     """Lanes that divide the columns."""
     return math.gcd(columns, 16)
 
 
 @contextmanager
-def _own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
+def own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
     """for each token of this thread's panels of so many"""
     count = k.load(I64(), state)
     with (
@@ -39,7 +39,7 @@ def _own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
 
 def _normalised(k: Builder, row: Value, weight: Value, epsilon: Value, columns: int, out: Value) -> None:
     """RMS norm of a row of float32; `out` may be the row itself."""
-    lanes = _width(columns)
+    lanes = width_of(columns)
     squares = k.variable(k.value(0.0, F32(lanes)))
     with k.loop(0, 4 * columns, 4 * lanes) as i:
         x = k.load(F32(lanes), row + i)
@@ -56,7 +56,7 @@ def norm_kernel(columns: int, tokens: int) -> int:
 
     def emit(k: Builder) -> None:
         x, weight, epsilon, out, state = (k.pointer(i) for i in range(5))
-        with _own_tokens(k, state, tokens) as token:
+        with own_tokens(k, state, tokens) as token:
             at = token * (4 * columns)
             _normalised(k, x + at, weight, k.load(F32(), epsilon), columns, out + at)
 
@@ -70,8 +70,8 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
     def emit(k: Builder) -> None:
         x, y, stride = k.pointer(0), k.pointer(1), k.integer(2)
         weight, epsilon, state = (k.pointer(i) for i in (3, 4, 5))
-        lanes = _width(columns)
-        with _own_tokens(k, state, tokens) as token:
+        lanes = width_of(columns)
+        with own_tokens(k, state, tokens) as token:
             to, row = x + token * (4 * columns), y + token * stride
             if normalise:
                 _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
@@ -87,8 +87,8 @@ def gate_kernel(columns: int, tokens: int, gelu: bool) -> int:
 
     def emit(k: Builder) -> None:
         gate, up, stride, state = k.pointer(0), k.pointer(1), k.integer(2), k.pointer(3)
-        lanes = _width(columns)
-        with _own_tokens(k, state, tokens) as token:
+        lanes = width_of(columns)
+        with own_tokens(k, state, tokens) as token:
             at = token * stride
             with k.loop(0, 4 * columns, 4 * lanes) as i:
                 g = k.load(F32(lanes), gate + at + i)
@@ -148,7 +148,7 @@ def rope_kernel(heads: Heads) -> int:
     same position and has heads of its own in the cache, behind those of the one before
     """
     size, half, width = heads.size, heads.rotated // 2, heads.cache_bytes
-    lanes = _width(half) if half else 1
+    lanes = width_of(half) if half else 1
     every_other = [list(range(start, 2 * lanes, 2)) for start in (0, 1)]
 
     def pairs(k: Builder, row: Value, i: Value) -> tuple[Value, Value]:
@@ -187,8 +187,8 @@ def rope_kernel(heads: Heads) -> int:
                 if heads.norm:
                     _normalised(k, row, q_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
-                with k.loop(0, 4 * size, 4 * _width(size)) as i:
-                    k.store(k.load(F32(_width(size)), turned + i) * scale, row + i)
+                with k.loop(0, 4 * size, 4 * width_of(size)) as i:
+                    k.store(k.load(F32(width_of(size)), turned + i) * scale, row + i)
             with k.when(head >= heads.queries):
                 kv = head - heads.queries
                 row = key + token * k_stride + kv * (4 * size)
@@ -202,8 +202,8 @@ def rope_kernel(heads: Heads) -> int:
                     heads.store(k, k.load(F32(), turned + i * 4), to + i * (width * KEYS))
                 row = v + token * v_stride + kv * (4 * size)
                 to = values + cached + position * (width * size)
-                with k.loop(0, size, _width(size)) as i:
-                    heads.store(k, k.load(F32(_width(size)), row + i * 4), to + i * width)
+                with k.loop(0, size, width_of(size)) as i:
+                    heads.store(k, k.load(F32(width_of(size)), row + i * 4), to + i * width)
 
     return compile_kernel(f"rope_{heads.label}", emit)
 
@@ -220,7 +220,7 @@ def attention_kernel(heads: Heads, rows: int) -> int:
     state (see `rope_kernel`)
     """
     size, group = heads.size, heads.queries // heads.kv
-    chunk = _width(size)
+    chunk = width_of(size)
     chunks = next(n for n in (4, 2, 1) if size % (n * chunk) == 0 and n * rows <= 16)
 
     def emit(k: Builder) -> None:
@@ -335,7 +335,7 @@ def likelihood_kernel(tokens: int) -> int:
             there = lane < (columns - at).narrow(I32())
             return k.select(there, k.load(F32(KEYS), row + at * 4), k.value(-1e30, F32(KEYS)))
 
-        with _own_tokens(k, state, tokens) as token:
+        with own_tokens(k, state, tokens) as token:
             row, own = logits + token * stride, running + token * 12
             before = k.load(F32(), own)
             tops = k.variable(k.value(-1e30, F32(KEYS)))
