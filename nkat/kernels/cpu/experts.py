@@ -19,7 +19,7 @@ from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, padded_rows, unit_byte
 from nkat.kernels.cpu.jit import compile_kernel
 from nkat.kernels.cpu.linear import Panels
 from nkat.kernels.cpu.llvm import F32, I8, I16, I32, I64, Builder, Value
-from nkat.kernels.cpu.matmul import EXACT, FLOAT_TYPES, arguments, matmul_kernel, rounding_of, share
+from nkat.kernels.cpu.matmul import FLOAT_TYPES, arguments, matmul_kernel, rounding_of, share
 from nkat.kernels.cpu.program import Program, aligned
 
 
@@ -171,9 +171,7 @@ def _each_kernel(words: int, state_word: int, tokens: int, lazy: GGMLQuantizatio
 
 def _make_tiles(k: Builder, qtype: GGMLQuantizationType, expert: Value, weight: Value) -> None:
     """Repacks those of this thread's tiles of an expert that are not there yet."""
-    packed, expert_bytes, row_bytes, tile_bytes, units, tiles, rows, there = (
-        k.pointer(6), k.integer(7), k.integer(8), k.integer(9), k.integer(10), k.integer(11), k.integer(12), k.pointer(13)
-    )  # fmt: skip
+    packed, expert_bytes, row_bytes, tile_bytes, units, tiles, rows, there = arguments(k, "pppp ip piiiiiip")[6:]
     first, last = share(k, tiles)
     with k.loop(first, last) as tile:
         number = expert * tiles + tile
