@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache, ForwardPass, attention_heads, rotation_tables
+from nkat.engine.forward import Cache, ForwardPass, PositionTables, attention_heads
 from nkat.errors import NKATError
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import KEYS
@@ -78,10 +78,11 @@ class CompiledDecoder:
         room = -(-room // KEYS) * KEYS
         passes = (self._one, self._many)
         with cache_memory(room):
-            angles, scores = rotation_tables(self.model, room), [forward.scores_for(room) for forward in passes]
+            tables = PositionTables.of(self.model, room, self.capacity)
+            scores = [forward.scores_for(room) for forward in passes]
         self.cache.grow(room)
         for forward, array in zip(passes, scores, strict=True):
-            forward.use_cache(array, angles)
+            forward.use_cache(array, tables)
 
 
 class _LastLogits(ForwardPass):
@@ -89,7 +90,8 @@ class _LastLogits(ForwardPass):
 
     def __init__(self, decoder: CompiledDecoder, threads: int, capacity: int, tokens: int) -> None:
         model = decoder.model
-        super().__init__(model, StarLinear.require_compiled, pool(threads), decoder.cache, capacity, tokens)
+        reach = decoder.capacity
+        super().__init__(model, StarLinear.require_compiled, pool(threads), decoder.cache, capacity, tokens, reach)
         self.last = token_state(1)  # of the output layer
         self.head = self.program if self.capacity == 1 else Program()
         self.logits = aligned((1, padded_rows(model.output.shape[0])), np.float32)
@@ -98,6 +100,7 @@ class _LastLogits(ForwardPass):
         self.norm(self.head, self.last_row, model.output_norm, normed, self.last)
         self.multiply(self.head, self.prepare(self.head, [model.output], normed, self.last)[0], self.logits)
         self.head.barrier()
+        self.cap_logits(self.head, self.logits, model.output.shape[0], self.last)
 
     def run(self, tokens: Sequence[int], position: int, want_logits: bool) -> torch.Tensor:
         """Logits after the last token, float32 [V]; an empty tensor when they are not wanted."""

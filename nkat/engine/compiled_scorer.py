@@ -31,7 +31,7 @@ class CompiledScorer(ForwardPass):
         tokens = batch_tokens()
         # INT8 activations change the inputs of the layers here, and nothing else: the cache is not rounded.
         cache = Cache(1, attention_heads(model, half=False), context, batch)
-        super().__init__(model, _linear, pool(threads), cache, batch * context, tokens, context)
+        super().__init__(model, _linear, pool(threads), cache, batch * context, tokens, context, context)
         rows = -(-batch * self.scored // tokens) * tokens
         self.out_state = token_state(0)
         self.hidden = aligned((rows, self.d), np.float32)
@@ -54,6 +54,7 @@ class CompiledScorer(ForwardPass):
             self.multiply(program, step, logits, tile, count)
             program.barrier()
             columns = min(count * ROWS, vocabulary - first)
+            self.cap_logits(program, logits, columns, state)
             program.add(kernel, (logits, logits.strides[0], columns, first, self.targets, self.running, state))
             program.barrier()
         return program

@@ -16,12 +16,21 @@ from gguf.constants import GGML_QUANT_SIZES
 from nkat.errors import NKATError
 from nkat.gguf.formats import packed_nbytes
 from nkat.kernels.cpu.batch import make_scratch
-from nkat.kernels.cpu.blocks import KEYS, Heads, add_kernel, attention_kernel, gate_kernel, norm_kernel, rope_kernel
+from nkat.kernels.cpu.blocks import (
+    KEYS,
+    Heads,
+    add_kernel,
+    attention_kernel,
+    cap_kernel,
+    gate_kernel,
+    norm_kernel,
+    rope_kernel,
+)
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels, token_state
 from nkat.kernels.cpu.matmul import embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
-from nkat.lm.architectures import BLOCK_LINEARS
+from nkat.lm.attention import query_scales
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Block, Transformer, cache_memory
 
@@ -83,7 +92,8 @@ class Ready:
 class ForwardPass:
     """The program for up to `capacity` tokens, `tokens` to a panel, up to what the last block adds to `x` [token, d].
 
-    linear: what multiplies for a layer;  length: tokens of one sequence, of which the capacity may hold several
+    linear: what multiplies for a layer;  reach: tokens that a sequence may come to
+    length: tokens of one sequence, of which the capacity may hold several
     """
 
     def __init__(
@@ -94,16 +104,18 @@ class ForwardPass:
         cache: Cache,
         capacity: int,
         tokens: int,
+        reach: int,
         length: int = 1 << 40,
     ) -> None:
         config = model.config
         self.model, self.linear, self.threads, self.cache, self.tokens = model, linear, threads, cache, tokens
-        self.heads = cache.heads
+        self.heads, self.reach = cache.heads, reach
         self.capacity = -(-capacity // tokens) * tokens
         self.state = token_state(0)
         self.state[2] = length
         self.epsilon = np.array([config.rms_epsilon], np.float32)
-        self.scale = np.array([config.attention_scale], np.float32)
+        self.attention_cap = np.array([config.attention_cap], np.float32)
+        self.logit_cap = np.array([config.logit_cap], np.float32)
         self.d = config.embedding_length
         self.x, self.normed = self._rows(self.d), self._rows(self.d)
         self.ids = np.zeros(self.capacity, np.int64)
@@ -114,8 +126,11 @@ class ForwardPass:
         self.program = Program()
         self._embedding()
 
-        first = model.blocks[0]
-        self.y = {name: self._rows(padded_rows(first.linear(name).shape[0])) for name in BLOCK_LINEARS}
+        outputs: dict[str, int] = {}
+        for block in model.blocks:
+            for name, (rows, _) in config.linears(block.index).items():
+                outputs[name] = max(rows, outputs.get(name, 0))
+        self.y = {name: self._rows(padded_rows(rows)) for name, rows in outputs.items()}
         self.mixed = self._rows(config.head_count * config.head_dim)
         self.rows = 8 if tokens > 1 else max(r for r in (1, 2, 4) if r == 1 or r < 2 * config.head_count)
         self.ropes: list[np.ndarray] = []  # arguments of each block's kernels that read the cache
@@ -123,20 +138,21 @@ class ForwardPass:
         for block in model.blocks:
             self._block(block)
         self.program.barrier()
-        self.use_cache(self.scores_for(cache.room), rotation_tables(model, cache.room))
+        self.use_cache(self.scores_for(cache.room), PositionTables.of(model, cache.room, reach))
 
     def scores_for(self, room: int) -> np.ndarray:
         """Scratch for the attention over so many tokens: [thread, row, bytes]."""
         return np.zeros((self.threads.count, self.rows, 4 * (room + KEYS)), np.uint8)
 
-    def use_cache(self, scores: np.ndarray, angles: list[np.ndarray]) -> None:
+    def use_cache(self, scores: np.ndarray, tables: PositionTables) -> None:
         """Tells the steps where the cache is, which moves when it grows."""
-        self.scores, self.angles = scores, angles
+        self.scores, self.tables = scores, tables
         cache, score_bytes = self.cache, scores.shape[2]
         for block, rope, attention in zip(self.model.blocks, self.ropes, self.attentions, strict=True):
             keys, values = (a.ctypes.data for a in cache.of(block.index))
-            cosines, sines = (table.ctypes.data for table in angles[block.local])
-            rope[6], rope[7], rope[12], rope[13], rope[14] = cosines, sines, keys, values, cache.head_bytes
+            cosines, sines = (table.ctypes.data for table in tables.angles[block.local])
+            rope[6], rope[7], rope[11] = cosines, sines, tables.scales.ctypes.data
+            rope[12], rope[13], rope[14] = keys, values, cache.head_bytes
             attention[2], attention[3], attention[4] = keys, values, cache.head_bytes
             attention[7], attention[8], attention[9] = scores.ctypes.data, self.rows * score_bytes, score_bytes
 
@@ -212,6 +228,13 @@ class ForwardPass:
         tokens = self.tokens if len(x) > 1 else 1
         program.add(norm_kernel(self.d, tokens), (x, _numpy(weight), self.epsilon, out, state))
 
+    def cap_logits(self, program: Program, logits: np.ndarray, columns: int, state: np.ndarray) -> None:
+        """Whole vectors of a product's outputs; a barrier must have ended it, and ends this."""
+        if self.model.config.logit_cap:
+            columns = -(-columns // 16) * 16
+            program.add(cap_kernel(), (logits, logits.strides[0], columns, self.logit_cap, state))
+            program.barrier()
+
     def _add(self, y: np.ndarray, block: Block, post_norm: str) -> None:
         """Residual stream += y, through a norm where the model has one there."""
         normalise = self.model.config.architecture.post_norm
@@ -231,17 +254,17 @@ class ForwardPass:
     def _block(self, block: Block) -> None:
         program, y, state, norms = self.program, self.y, self.state, block.norms
         heads, config = self.heads, self.model.config
-        layers = {name: block.linear(name) for name in BLOCK_LINEARS}
+        layers = {name: block.linear(name) for name in block.linears}
         self.norm(program, self.x, norms["attn_norm"], self.normed, state)
-        self._linears({n: layers[n] for n in ("attn_q", "attn_k", "attn_v")}, self.normed)
-        q, k, v = (y[n] for n in ("attn_q", "attn_k", "attn_v"))
+        self._linears({n: layers[n] for n in block.qkv}, self.normed)
+        q, k, v = self._parts(block.qkv, config.qkv_rows(block.index))
         q_norm, k_norm = (_numpy(norms[f"attn_{n}_norm"]) if config.architecture.qk_norm else 0 for n in "qk")
         later = 0  # `use_cache` puts it in
         rope = program.add(
             rope_kernel(heads),
             (
                 *(q, k, v, q.strides[0], k.strides[0], v.strides[0], later, later, q_norm, k_norm, self.epsilon),
-                *(self.scale, later, later, later, state),
+                *(later, later, later, later, state),
             ),
         )
         self.ropes.append(rope)
@@ -252,7 +275,7 @@ class ForwardPass:
             (
                 *(q, q.strides[0], later, later, later),
                 *(self.mixed, self.mixed.strides[0], later, later, later),
-                *(window, state),
+                *(window, state, self.attention_cap),
             ),
         )
         self.attentions.append(attention)
@@ -260,12 +283,19 @@ class ForwardPass:
         self._linears({"attn_output": layers["attn_output"]}, self.mixed)
         self._add(y["attn_output"], block, "post_attention_norm")
         self.norm(program, self.x, norms["ffn_norm"], self.normed, state)
-        self._linears({n: layers[n] for n in ("ffn_gate", "ffn_up")}, self.normed)
-        gate, up = y["ffn_gate"], y["ffn_up"]
+        self._linears({n: layers[n] for n in block.gate_up}, self.normed)
+        gate, up = self._parts(block.gate_up, (config.feed_forward_length,) * 2)
         kernel = gate_kernel(config.feed_forward_length, self.tokens, config.architecture.gelu)
         program.add(kernel, (gate, up, gate.strides[0], state))
         self._linears({"ffn_down": layers["ffn_down"]}, gate)
         self._add(y["ffn_down"], block, "post_ffw_norm")
+
+    def _parts(self, names: Sequence[str], rows: Sequence[int]) -> list[np.ndarray]:
+        """The outputs of layers with the same input, each of so many rows, whether they are one layer or several."""
+        if len(names) == len(rows):
+            return [self.y[name] for name in names]
+        ends = np.cumsum(rows)
+        return [self.y[names[0]][:, end - count : end] for count, end in zip(rows, ends, strict=True)]
 
 
 def attention_heads(model: Transformer, *, half: bool) -> Heads:
@@ -279,18 +309,31 @@ def attention_heads(model: Transformer, *, half: bool) -> Heads:
         config.rope.interleaved,
         config.architecture.qk_norm,
         half=half,
+        capped=config.attention_cap != 0.0,
     )
 
 
-def rotation_tables(model: Transformer, room: int) -> list[np.ndarray]:
-    """Cosines, then sines, of the angles at so many positions, float32 [2, room, rotated / 2].
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionTables:
+    """What depends on a token's position.
 
-    Of blocks that see everything, and of those with a window.
+    angles: cosines, then sines, float32 [2, room, rotated / 2]: of blocks that see everything, of those with a window
+    scales: what the queries are multiplied by, float32 [room]
     """
-    config, positions = model.config, torch.arange(room, dtype=torch.float64)[:, None]
-    kinds = (model.frequencies, config.rope), (model.local_frequencies, config.local_rope)
-    angles = [(rope.magnitude, positions * frequencies) for frequencies, rope in kinds]
-    return [(factor * torch.stack((a.cos(), a.sin()))).float().numpy() for factor, a in angles]
+
+    angles: list[np.ndarray]
+    scales: np.ndarray
+
+    @classmethod
+    def of(cls, model: Transformer, room: int, reach: int) -> PositionTables:
+        """For so many positions, of a context that may come to `reach` of them."""
+        config, positions = model.config, torch.arange(room, dtype=torch.float64)[:, None]
+        kinds = (model.frequencies_for(reach), config.rope), (model.local_frequencies, config.local_rope)
+        angles = [(rope.magnitude, positions * frequencies) for frequencies, rope in kinds]
+        warmth = query_scales(config, 0, room)
+        scales = config.attention_scale * (torch.ones(room, dtype=torch.float64) if warmth is None else warmth)
+        tables = [(factor * torch.stack((a.cos(), a.sin()))).float().numpy() for factor, a in angles]
+        return cls(tables, scales.float().numpy())
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

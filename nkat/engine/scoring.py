@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 
 from nkat.kernels.registry import kernel_types
-from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 
@@ -50,7 +49,7 @@ def _has_kernels(model: Transformer) -> bool:
     """
     if model.device.type != "cpu":
         return False
-    linears = [block.linears[name] for block in model.blocks for name in BLOCK_LINEARS]
+    linears = [layer for block in model.blocks for layer in block.linears.values()]
     kernels = kernel_types("cpu")
     return model.embedding.qtype in kernels and all(
         isinstance(layer, StarLinear) and layer.dtype == torch.float32 and layer.qtype in kernels

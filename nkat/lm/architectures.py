@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 QKV = ("attn_q", "attn_k", "attn_v")
-BLOCK_LINEARS = (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+FUSED_QKV = "attn_qkv"
+GATE_UP = ("ffn_gate", "ffn_up")
+LONG_ROPE = ("rope_factors_short", "rope_factors_long")
+BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down")
 QK_NORMS = ("attn_q_norm", "attn_k_norm")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
@@ -36,11 +39,14 @@ class Window:
     """In some blocks a token sees only the last `attention.sliding_window` tokens; 0, or no such key: it sees all.
 
     period: the last of so many blocks sees everything, where the file has no `attention.sliding_window_pattern`
-    rope_base: of the blocks with a window, where the file has no `rope.freq_base_swa`; their positions are not scaled
+    rope_base: of the blocks with a window, where the file has no `rope.freq_base_swa`; their positions are not scaled.
+    None: RoPE is the same in all blocks
+    length: where the file has no `attention.sliding_window`
     """
 
     period: int
-    rope_base: float
+    rope_base: float | None
+    length: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,11 @@ class Architecture:
     scaled_embedding: a token's embedding is multiplied by √(its length)
     attention_scale: what q·k is multiplied by
     window: of blocks that do not see everything; None: every block does, whatever the file says
+    fused_gate_up: the first half of ffn_up's outputs are the gate's, and there is no ffn_gate
+    long_rope: other factors for short and for long contexts may divide the frequencies (`nkat.lm.config.Rope`)
+    attention_cap, logit_cap: what attention scores and logits are kept within (c·tanh(x/c)), where the file does not
+    say otherwise; 0: not at all
+    reads: keys of the metadata that mean something in few architectures, this one among them; others refuse them
     """
 
     name: str
@@ -70,6 +81,15 @@ class Architecture:
     scaled_embedding: bool = False
     attention_scale: Callable[[Sizes], float] = scale_by_head
     window: Window | None = None
+    fused_gate_up: bool = False
+    long_rope: bool = False
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    reads: tuple[str, ...] = ()
+
+    def may_have_bias(self, linear: str) -> bool:
+        """Whether a linear layer of a block may have one; fused ones go by their parts."""
+        return linear in self.biases or (linear == FUSED_QKV and {*QKV} <= {*self.biases})
 
     @property
     def block_norms(self) -> tuple[str, ...]:
@@ -78,19 +98,27 @@ class Architecture:
         return ("attn_norm", "ffn_norm", *post, *(QK_NORMS if self.qk_norm else ()))
 
 
-def _gemma3_scale(sizes: Sizes) -> float:
+def _gemma_scale(blocks_of_27b: int) -> Callable[[Sizes], float]:
     """The 27B model alone scales by embedding / heads, which is not its heads' length; llama.cpp, too, tells it by its
-    62 blocks (src/models/gemma3.cpp, after gemma_pytorch's query_pre_attn_scalar).
+    blocks (src/models/gemma2.cpp and gemma3.cpp, after gemma_pytorch's query_pre_attn_scalar).
     """
-    if sizes.block_count == 62:
-        return float((sizes.embedding_length // sizes.head_count) ** -0.5)
-    return scale_by_head(sizes)
 
+    def scale(sizes: Sizes) -> float:
+        if sizes.block_count == blocks_of_27b:
+            return float((sizes.embedding_length // sizes.head_count) ** -0.5)
+        return scale_by_head(sizes)
+
+    return scale
+
+
+ATTENTION_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
+TEMPERATURE = "attention.temperature_scale"
+YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier")
 
 _ROWS = (
     # src/models/llama.cpp: every bias is optional (models converted from other families have some), and Llama 3.1 and
     # later bring RoPE factors
-    Architecture("llama", biases=BLOCK_LINEARS, interleaved_rope=True, rope_factors=True),
+    Architecture("llama", biases=BLOCK_LINEARS, interleaved_rope=True, rope_factors=True, long_rope=True),
     # src/models/qwen2.cpp
     Architecture("qwen2", biases=(*QKV, "output")),
     # src/models/qwen3.cpp
@@ -102,8 +130,32 @@ _ROWS = (
         post_norm=True,
         gelu=True,
         scaled_embedding=True,
-        attention_scale=_gemma3_scale,
+        attention_scale=_gemma_scale(62),
         window=Window(period=6, rope_base=10000.0),
+        reads=(LOGIT_CAP,),
+    ),
+    # src/models/gemma2.cpp
+    Architecture(
+        "gemma2",
+        post_norm=True,
+        gelu=True,
+        scaled_embedding=True,
+        attention_scale=_gemma_scale(46),
+        window=Window(period=2, rope_base=None, length=4096),
+        attention_cap=50.0,
+        logit_cap=30.0,
+        reads=(ATTENTION_CAP, LOGIT_CAP),
+    ),
+    # src/models/phi3.cpp: also Phi-4; it does not look at the window that their files name
+    Architecture("phi3", fused_gate_up=True, long_rope=True),
+    # src/models/mistral3.cpp: Ministral 3, and Mistral Small where it was converted by that name
+    Architecture(
+        "mistral3",
+        biases=BLOCK_LINEARS,
+        interleaved_rope=True,
+        rope_factors=True,
+        long_rope=True,
+        reads=(TEMPERATURE, *YARN_KEYS),
     ),
 )
 

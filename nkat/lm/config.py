@@ -2,8 +2,8 @@
 
 Dense models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
 (https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
-another one than the file asks for is refused: mixtures of experts, soft-capped logits, RoPE scaling other than linear
-and YaRN, unknown tensors.
+another one than the file asks for is refused: mixtures of experts, keys that another architecture reads, RoPE scaling
+other than linear, YaRN and longrope, unknown tensors.
 """
 
 from __future__ import annotations
@@ -16,27 +16,39 @@ import numpy as np
 
 from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
-from nkat.lm.architectures import ARCHITECTURES, BLOCK_LINEARS, QK_NORMS, Architecture, Sizes
+from nkat.lm.architectures import (
+    ARCHITECTURES,
+    ATTENTION_CAP,
+    FUSED_QKV,
+    LOGIT_CAP,
+    LONG_ROPE,
+    QK_NORMS,
+    QKV,
+    TEMPERATURE,
+    YARN_KEYS,
+    Architecture,
+    Sizes,
+)
 from nkat.theta.set import SUFFIXES
 
-# Keys that change the forward pass in a way this toolkit does not compute, and the values with which they do not.
+# Keys that change the forward pass in a way that is not computed, unless the architecture's row says that it reads
+# them; and the values with which they do not.
 _REFUSED: dict[str, tuple[bool | float, ...]] = {
     "nextn_predict_layers": (0,),
     "attention.causal": (True,),
     "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
+    ATTENTION_CAP: (0.0,),
+    LOGIT_CAP: (0.0,),
+    TEMPERATURE: (0.0,),
     "logit_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
     "rope.scaling.alpha": (0.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
-    "rope.scaling.yarn_beta_fast": (32.0,),
-    "rope.scaling.yarn_beta_slow": (1.0,),
-    "rope.scaling.yarn_log_multiplier": (0.0,),
+    **dict(zip(YARN_KEYS, ((32.0,), (1.0,), (0.0,)), strict=True)),
 }
 
 
@@ -58,8 +70,10 @@ class Rope:
     dimensions: leading elements of a head that are rotated; the others pass unchanged
     base: pair i turns by base^(-2i/dimensions) radians a position
     scale: multiplies positions; 1/factor of linear scaling and, for the slow pairs only, of YaRN
-    yarn: blend between scaled and unscaled by pair, for a model trained on `original_context` tokens
+    yarn: blend between scaled and unscaled by pair, for a model trained on `original_context` tokens: pairs that turn
+    more than `fast` times in them are not scaled, those that turn less than `slow` times are
     magnitude: multiplies both sine and cosine
+    The factors for long contexts (longrope) take effect where there is room for more than `original_context` tokens.
     """
 
     interleaved: bool
@@ -69,6 +83,8 @@ class Rope:
     yarn: bool
     original_context: int
     magnitude: float
+    fast: float = 32.0
+    slow: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +107,11 @@ class ModelConfig:
     sliding_window: int  # 0: none
     attention_scale: float  # multiplies q·k
     embedding_scale: float
+    fused_qkv: frozenset[int] = frozenset()  # blocks that have q, k and v in one weight, in that order
+    attention_cap: float = 0.0  # scores are kept within ±this (c·tanh(x/c)); 0: not
+    logit_cap: float = 0.0
+    temperature: float = 0.0  # see `query_scale`; 0: none
+    temperature_length: int = 0
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
@@ -110,19 +131,29 @@ class ModelConfig:
                 "--beyond-context runs them all the same"
             )
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
-        """(outputs, inputs) of one of BLOCK_LINEARS."""
+    def qkv_rows(self, block: int) -> tuple[int, int, int]:
+        """Outputs of a block's q, k and v."""
+        kv = self.kv_head_count * self.head_dim
+        return self.head_count * self.head_dim, kv, kv
+
+    def linears(self, block: int) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of a block's linear layers, by name, in the order of their computation."""
         d, ff = self.embedding_length, self.feed_forward_length
-        q, kv = self.head_count * self.head_dim, self.kv_head_count * self.head_dim
+        rows = self.qkv_rows(block)
+        qkv = {FUSED_QKV: sum(rows)} if block in self.fused_qkv else dict(zip(QKV, rows, strict=True))
+        up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
         return {
-            "attn_q": (q, d),
-            "attn_k": (kv, d),
-            "attn_v": (kv, d),
-            "attn_output": (d, q),
-            "ffn_gate": (ff, d),
-            "ffn_up": (ff, d),
+            **{name: (outputs, d) for name, outputs in qkv.items()},
+            "attn_output": (d, rows[0]),
+            **{name: (outputs, d) for name, outputs in up.items()},
             "ffn_down": (d, ff),
-        }[linear]
+        }
+
+    def query_scale(self, position: float) -> float:
+        """What a query is multiplied by for its place: 1, and more for later ones where the model was made so."""
+        if not self.temperature:
+            return 1.0
+        return 1.0 + self.temperature * math.log1p(math.floor(position / self.temperature_length))
 
     def norm_shape(self, norm: str) -> tuple[int]:
         """Of one of the architecture's block norms."""
@@ -219,6 +250,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         raise ConfigError(f"metadata {arch}.block_count is {blocks}, but the file has only {len(tensors)} tensors")
     context = keys.integer("context_length")
     rope, local_rope = _read_rope(keys, head_dim, context)
+    temperature = 0.0 if keys.get(TEMPERATURE) in (None, 0) else keys.number(TEMPERATURE)
     window, local_blocks = _read_window(keys, blocks)
     return ModelConfig(
         architecture=architecture,
@@ -237,7 +269,18 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         sliding_window=window,
         attention_scale=architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
         embedding_scale=d**0.5 if architecture.scaled_embedding else 1.0,
+        fused_qkv=frozenset(i for i in range(blocks) if f"blk.{i}.{FUSED_QKV}.weight" in tensors),
+        attention_cap=_read_cap(keys, ATTENTION_CAP, architecture.attention_cap),
+        logit_cap=_read_cap(keys, LOGIT_CAP, architecture.logit_cap),
+        temperature=temperature,
+        temperature_length=rope.original_context,
     )
+
+
+def _read_cap(keys: _Keys, key: str, usual: float) -> float:
+    """0: none"""
+    value = keys.get(key)
+    return usual if value is None else 0.0 if value == 0 else keys.number(key)
 
 
 def _refuse(keys: _Keys) -> None:
@@ -247,7 +290,7 @@ def _refuse(keys: _Keys) -> None:
             raise ConfigError(f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported")
     for key, neutral in _REFUSED.items():
         value = keys.get(key)
-        if value is not None and value not in neutral:
+        if value is not None and value not in neutral and key not in keys.architecture.reads:
             raise ConfigError(f"metadata {keys.name(key)} = {value!r} is not supported")
 
 
@@ -261,9 +304,10 @@ def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
     if keys.integer("rope.dimension_count_swa", dimensions) != dimensions:
         raise ConfigError(f"metadata {keys.name('rope.dimension_count_swa')} differs from the other: not supported")
     kind = keys.text("rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn"):
+    kinds = ("none", "linear", "yarn", *(("longrope",) if keys.architecture.long_rope else ()))
+    if kind not in kinds:
         raise ConfigError(
-            f"metadata {keys.name('rope.scaling.type')} {kind!r} is not supported, only none, linear and yarn"
+            f"metadata {keys.name('rope.scaling.type')} {kind!r} is not supported, only {' and '.join(kinds)}"
         )
     # Files older than rope.scaling.* wrote rope.scale_linear; 0 stands for "no scaling" in both.
     factor_key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
@@ -273,6 +317,12 @@ def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
     if kind == "yarn" and factor < 1.0:
         raise ConfigError(f"metadata {keys.name('rope.scaling.factor')} must be at least 1 for yarn, got {factor:g}")
     attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
+    fast, slow, log_multiplier = (
+        keys.number(key, usual, above=-1.0) if key in keys.architecture.reads else usual
+        for key, usual in zip(YARN_KEYS, (32.0, 1.0, 0.0), strict=True)
+    )
+    # YaRN's attention temperature, folded into q and k as llama.cpp does it
+    warmth = (1.0 + 0.1 * math.log(factor)) / (1.0 + 0.1 * log_multiplier * math.log(factor)) if kind == "yarn" else 1.0
     rope = Rope(
         interleaved=keys.architecture.interleaved_rope,
         dimensions=dimensions,
@@ -280,11 +330,14 @@ def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
         scale=1.0 / factor,
         yarn=kind == "yarn",
         original_context=keys.integer("rope.scaling.original_context_length", context),
-        # YaRN's attention temperature, folded into q and k as llama.cpp does it
-        magnitude=attention_factor * (1.0 + 0.1 * math.log(factor) if kind == "yarn" else 1.0),
+        magnitude=attention_factor * warmth,
+        fast=fast,
+        slow=slow,
     )
     window = keys.architecture.window
-    local_base = keys.number("rope.freq_base_swa", rope.base if window is None else window.rope_base, above=1.0)
+    if window is None or window.rope_base is None:
+        return rope, replace(rope, base=keys.number("rope.freq_base_swa", rope.base, above=1.0))
+    local_base = keys.number("rope.freq_base_swa", window.rope_base, above=1.0)
     return rope, replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
 
 
@@ -294,7 +347,7 @@ def _read_window(keys: _Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
     window = keys.architecture.window
     if window is None:
         return none
-    length = keys.integer("attention.sliding_window", 0, minimum=0)
+    length = keys.integer("attention.sliding_window", window.length, minimum=0)
     if length == 0:
         return none
     name = "attention.sliding_window_pattern"
@@ -318,16 +371,15 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
     architecture, d, v = config.architecture, config.embedding_length, config.vocab_size
     required: dict[str, tuple[int, ...]] = {"token_embd.weight": (v, d), "output_norm.weight": (d,)}
     optional: dict[str, tuple[int, ...]] = {"output.weight": (v, d)}
-    if architecture.rope_factors:
-        optional["rope_freqs.weight"] = (config.rope.dimensions // 2,)
+    factors = (*(("rope_freqs",) if architecture.rope_factors else ()), *(LONG_ROPE if architecture.long_rope else ()))
+    optional |= {f"{name}.weight": (config.rope.dimensions // 2,) for name in factors}
     if "output" in architecture.biases:
         optional["output.bias"] = (v,)
     for i in range(config.block_count):
         block = f"blk.{i}."
-        for linear in BLOCK_LINEARS:
-            outputs, inputs = config.linear_shape(linear)
+        for linear, (outputs, inputs) in config.linears(i).items():
             required[f"{block}{linear}.weight"] = (outputs, inputs)
-            if linear in architecture.biases:
+            if architecture.may_have_bias(linear):
                 optional[f"{block}{linear}.bias"] = (outputs,)
         required |= {f"{block}{norm}.weight": config.norm_shape(norm) for norm in architecture.block_norms}
 

@@ -16,7 +16,7 @@ import torch
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantise, packed_tensor
 from nkat.kernels.registry import say_fallbacks
-from nkat.lm.architectures import BLOCK_LINEARS
+from nkat.lm.architectures import LONG_ROPE
 from nkat.lm.config import ConfigError, ModelConfig
 from nkat.lm.linear import StarLinear
 from nkat.lm.tokenizer import Tokenizer, TokenizerError
@@ -147,7 +147,6 @@ class _Assembler:
         table = self.tensors["token_embd.weight"]
         packed_table = self.packed(table.name)
         tied = "output.weight" not in self.tensors
-        factors = "rope_freqs.weight"
         shape = (config.vocab_size, config.embedding_length)
         return Transformer(
             config,
@@ -155,13 +154,18 @@ class _Assembler:
             [self.block(config, i) for i in range(config.block_count)],
             self.vector("output_norm.weight"),
             self.linear("token_embd", shape, packed_table) if tied else self.linear("output", shape),
-            self.vector(factors) if factors in self.tensors else None,
+            *(self.rope_factors(name) for name in LONG_ROPE),
         )
+
+    def rope_factors(self, name: str) -> torch.Tensor | None:
+        """Those of one of LONG_ROPE; a file has either these or the ones for contexts of any length."""
+        there = [n for n in ("rope_freqs.weight", f"{name}.weight") if n in self.tensors]
+        return self.vector(there[0]) if there else None
 
     def block(self, config: ModelConfig, index: int) -> Block:
         prefix = f"blk.{index}."
         norms = {norm: self.vector(f"{prefix}{norm}.weight") for norm in config.architecture.block_norms}
-        linears = {name: self.linear(prefix + name, config.linear_shape(name)) for name in BLOCK_LINEARS}
+        linears = {name: self.linear(prefix + name, shape) for name, shape in config.linears(index).items()}
         return Block(config, index, linears, norms)
 
     def linear(self, stem: str, shape: tuple[int, int], packed: torch.Tensor | None = None) -> StarLinear:

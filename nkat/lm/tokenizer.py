@@ -29,7 +29,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import groupby
@@ -41,6 +40,7 @@ import tokenizers
 from gguf import TokenType
 
 from nkat.errors import NKATError
+from nkat.lm.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 
 _KEY = "tokenizer.ggml."
 _ID_UNSET = 2**32 - 1  # writers store -1 in the unsigned id fields for "this vocabulary has none"
@@ -51,34 +51,6 @@ _LONGEST_CACHED_WORD = 64  # characters; with the cache's size this bounds its m
 class TokenizerError(NKATError):
     """A vocabulary that cannot be used, or text or ids that it cannot express; names the metadata key."""
 
-
-@dataclass(frozen=True, slots=True)
-class PreTokenizer:
-    """How a `gpt2` vocabulary cuts text into words: each pattern in turn isolates its matches in every piece so far."""
-
-    patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a word that is a token stays whole, even where the merges would not build it
-    adds_bos: bool = False  # unless tokenizer.ggml.add_bos_token says otherwise
-
-
-# The patterns are those of the models' own tokenizer.json. Contractions name both cases instead of using (?i:...),
-# which would also match U+017F (long s).
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORD = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_WORD}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_WORD}|\p{{N}}|{_REST}"
-
-# Every name is one that llama.cpp maps to the patterns of its row.
-_FAMILIES = {
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": PreTokenizer((_LLAMA3,), True, True),
-    "dbrx smaug-bpe": PreTokenizer((_LLAMA3,)),
-    "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan": PreTokenizer((_QWEN2,)),
-    "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": PreTokenizer((r"\p{N}", _GPT2)),
-    "gpt-2 phi-2 mpt olmo jais gigachat a.x-4.0 mellum exaone4 trillion": PreTokenizer((_GPT2,)),
-    "default": PreTokenizer((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-}
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {name: pre for names, pre in _FAMILIES.items() for name in names.split()}
 
 # Texts by which llama.cpp knows tokens that end a generation, whatever their declared type.
 _END_TEXTS = (

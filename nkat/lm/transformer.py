@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
-from nkat.lm.architectures import BLOCK_LINEARS
-from nkat.lm.config import ModelConfig, Rope
+from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV
+from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
+from nkat.lm.config import ModelConfig
 from nkat.lm.linear import PackedModule, StarLinear
 from nkat.theta.algebra import Theta
 
@@ -129,95 +129,23 @@ class Embedding(PackedModule):
         return rows.view(*tokens.shape, self.shape[1])
 
 
-def rope_frequencies(rope: Rope, factors: torch.Tensor | None = None) -> torch.Tensor:
-    """Radians a position by which each pair turns, float64 [dimensions / 2].
-
-    factors: one divisor a pair (`rope_freqs.weight`, Llama 3.1). YaRN (Peng et al., 2023, arXiv 2309.00071) leaves the
-    pairs that turn more than 32 times within the original context as they are, scales those that turn less than once,
-    and blends in between.
-    """
-    half = rope.dimensions // 2
-    index = torch.arange(half, dtype=torch.float64)
-    frequencies = rope.base ** (-index / half)
-    if factors is not None:
-        frequencies = frequencies / factors.double().cpu()
-    if not rope.yarn:
-        return frequencies * rope.scale
-
-    def pair_turning(times: float) -> float:
-        return half * math.log(rope.original_context / (times * 2 * math.pi)) / math.log(rope.base)
-
-    low = max(0.0, math.floor(pair_turning(32.0)))
-    high = min(rope.dimensions - 1.0, math.ceil(pair_turning(1.0)))
-    unscaled = 1.0 - ((index - low) / max(0.001, high - low)).clamp(0.0, 1.0)
-    return frequencies * (unscaled + rope.scale * (1.0 - unscaled))
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """RoPE of x [B, T, H, D] by cos, sin [T, dimensions / 2]; elements beyond `dimensions` pass unchanged."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    turning, passing = x[..., : 2 * half], x[..., 2 * half :]
-    if interleaved:
-        a, b = turning.unflatten(-1, (half, 2)).unbind(-1)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    else:
-        a, b = turning.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return turned if passing.shape[-1] == 0 else torch.cat((turned, passing), dim=-1)
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What the blocks of one kind (with or without a sliding window) share in one forward pass.
-
-    cos, sin: [T, dimensions / 2] for the new tokens
-    first_key: the first of the S keys that any new token can see
-    causal: new token i sees new tokens up to i and there is nothing before them; then mask is None
-    mask: bool [T, S - first_key], True where token sees key; None otherwise: everything is seen
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    first_key: int
-    causal: bool
-    mask: torch.Tensor | None
-
-
-def make_view(
-    frequencies: torch.Tensor, magnitude: float, start: int, count: int, window: int, like: torch.Tensor
-) -> View:
-    """View of `count` tokens at positions start, start + 1, ...; window 0: none. `like` sets dtype and device."""
-    positions = torch.arange(start, start + count, device=like.device)
-    angles = positions[:, None].double() * frequencies
-    cos, sin = (magnitude * angles.cos()).to(like.dtype), (magnitude * angles.sin()).to(like.dtype)
-    first_key = max(0, start - window + 1) if window else 0
-    if count == 1:
-        return View(cos, sin, first_key, False, None)
-    if start == 0 and (window == 0 or count <= window):
-        return View(cos, sin, first_key, True, None)
-    distance = positions[:, None] - torch.arange(first_key, start + count, device=like.device)
-    mask = distance >= 0
-    if window:
-        mask &= distance < window
-    return View(cos, sin, first_key, False, mask)
-
-
 class Block(nn.Module):
     """One transformer block: attention, then the gated feed-forward network, each added to the residual stream."""
 
     def __init__(
         self, config: ModelConfig, index: int, linears: Mapping[str, StarLinear], norms: Mapping[str, torch.Tensor]
     ) -> None:
-        """linears: by name, all of BLOCK_LINEARS; norms: RMS norm weights by GGUF name, its architecture's."""
+        """linears: by name, those of `config.linears`; norms: RMS norm weights by GGUF name, its architecture's."""
         super().__init__()
         self.config, self.index = config, index
         self.local = config.local_blocks[index]
-        self.linears = nn.ModuleDict({name: linears[name] for name in BLOCK_LINEARS})  # or what stands in for them
+        self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
+        self.qkv = [name for name in self.linears if name in (*QKV, FUSED_QKV)]  # one or three
+        self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
         self.norms = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in norms.items()})
 
     def linear(self, name: str) -> StarLinear:
-        """One of BLOCK_LINEARS, not to be asked for while another module stands in for it (`nkat.sources.fit`)."""
+        """A linear layer, not to be asked for while another module stands in for it (`nkat.sources.fit`)."""
         layer = self.linears[name]
         if not isinstance(layer, StarLinear):
             raise TypeError(f"{name} of block {self.index} is a {type(layer).__name__} just now")
@@ -241,30 +169,25 @@ class Block(nn.Module):
 
     def _attention(self, x: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
         config, linears = self.config, self.linears
-        heads = (*x.shape[:2], -1, config.head_dim)
-        q, k, v = (linears[name](x).view(heads) for name in ("attn_q", "attn_k", "attn_v"))
+        outputs = [linears[name](x) for name in self.qkv]
+        parts = outputs[0].split(config.qkv_rows(self.index), dim=-1) if len(outputs) == 1 else outputs
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in parts)
         compute_dtype = v.dtype
         q, k = q.to(x.dtype), k.to(x.dtype)
         if config.architecture.qk_norm:
             q, k = self._norm(q, "attn_q_norm"), self._norm(k, "attn_k_norm")
-        interleaved = config.rope.interleaved
-        q, k = (rotate(t, view.cos, view.sin, interleaved).to(compute_dtype) for t in (q, k))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k = (rotate(t, view.cos, view.sin, config.rope.interleaved) for t in (q, k))
+        if view.warmth is not None:
+            q = q * view.warmth[:, None, None]
+        q, k, v = (t.to(compute_dtype).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.extend(self.index, k, v)
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k[:, :, view.first_key :],
-            v[:, :, view.first_key :],
-            attn_mask=view.mask,
-            is_causal=view.causal,
-            scale=config.attention_scale,
-            enable_gqa=config.kv_head_count != config.head_count,
-        )
+        mixed = attend(q, k, v, view, config.attention_scale, config.attention_cap)
         return linears["attn_output"](mixed.transpose(1, 2).flatten(2))
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.linears["ffn_gate"](x), self.linears["ffn_up"](x)
+        outputs = [self.linears[name](x) for name in self.gate_up]
+        gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
         active = F.gelu(gate, approximate="tanh") if self.config.architecture.gelu else F.silu(gate)
         return self.linears["ffn_down"](active * up)
 
@@ -275,6 +198,7 @@ class Transformer(nn.Module):
     blocks: Sequence[Block]  # an nn.ModuleList, whose own type does not say what is in it
     output_norm: torch.Tensor
     frequencies: torch.Tensor
+    long_frequencies: torch.Tensor
     local_frequencies: torch.Tensor
 
     def __init__(
@@ -285,8 +209,12 @@ class Transformer(nn.Module):
         output_norm: torch.Tensor,
         output: StarLinear,
         rope_factors: torch.Tensor | None = None,
+        long_rope_factors: torch.Tensor | None = None,
     ) -> None:
-        """output_norm: RMS norm weight [d], in the residual stream's dtype; rope_factors: see rope_frequencies."""
+        """output_norm: RMS norm weight [d], in the residual stream's dtype.
+
+        rope_factors, long_rope_factors: see `rope_frequencies` and `frequencies_for`
+        """
         super().__init__()
         self.config = config
         self.gamma: float | None = None
@@ -294,8 +222,10 @@ class Transformer(nn.Module):
         self.embedding, self.output = embedding, output
         self.add_module("blocks", nn.ModuleList(blocks))
         self.register_buffer("output_norm", output_norm, persistent=False)
-        self.register_buffer("frequencies", rope_frequencies(config.rope, rope_factors).to(output_norm.device), False)
-        self.register_buffer("local_frequencies", rope_frequencies(config.local_rope).to(output_norm.device), False)
+        device = output_norm.device
+        self.register_buffer("frequencies", rope_frequencies(config.rope, rope_factors).to(device), False)
+        self.register_buffer("long_frequencies", rope_frequencies(config.rope, long_rope_factors).to(device), False)
+        self.register_buffer("local_frequencies", rope_frequencies(config.local_rope).to(device), False)
 
     @property
     def device(self) -> torch.device:
@@ -304,9 +234,15 @@ class Transformer(nn.Module):
     def star_linears(self) -> dict[str, StarLinear]:
         """Every layer that can carry a Θ, by the name of its weight in the file."""
         layers = {
-            f"blk.{block.index}.{name}.weight": block.linear(name) for block in self.blocks for name in BLOCK_LINEARS
+            f"blk.{block.index}.{name}.weight": block.linear(name) for block in self.blocks for name in block.linears
         }
         return {**layers, "output.weight": self.output}
+
+    def frequencies_for(self, room: int) -> torch.Tensor:
+        """Of blocks that see everything, where there is room for so many tokens: llama.cpp, too, chooses the factors of
+        longrope once for a context, by its size.
+        """
+        return self.long_frequencies if room > self.config.rope.original_context else self.frequencies
 
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ in all layers; None or 1 turns it off. The weights are shared by both arms."""
@@ -347,7 +283,7 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(tokens, cache, trace=trace)
         wanted = {"all": slice(None), "last": slice(-1, None)}[logits] if isinstance(logits, str) else logits
-        return self.output(hidden[:, wanted]).to(hidden.dtype)
+        return capped(self.output(hidden[:, wanted]).to(hidden.dtype), self.config.logit_cap)
 
     def hidden(
         self,
@@ -369,11 +305,14 @@ class Transformer(nn.Module):
             cache.check_room(batch, count)
             start = cache.length
         x = self.embedding(tokens).to(self.output_norm.dtype) * config.embedding_scale
-        view = make_view(self.frequencies, config.rope.magnitude, start, count, 0, x)
+        room = count if cache is None else cache.capacity
+        warmth = query_scales(config, start, count)
+        view = make_view(self.frequencies_for(room), config.rope.magnitude, start, count, 0, x, warmth)
         local = view
         if any(config.local_blocks):
             local_rope = config.local_rope
-            local = make_view(self.local_frequencies, local_rope.magnitude, start, count, config.sliding_window, x)
+            window = config.sliding_window
+            local = make_view(self.local_frequencies, local_rope.magnitude, start, count, window, x, warmth)
         for block in self.blocks:
             seen = local if block.local else view
             x = checkpoint(block, x, seen, cache, use_reentrant=False) if recompute else block(x, seen, cache)
@@ -397,7 +336,7 @@ class Transformer(nn.Module):
         chosen = torch.zeros_like(total)
         for start in range(0, vocabulary, tile):
             stop = min(start + tile, vocabulary)
-            logits = self.output.rows(hidden, start, stop).to(hidden.dtype)
+            logits = capped(self.output.rows(hidden, start, stop).to(hidden.dtype), self.config.logit_cap)
             total = torch.logaddexp(total, logits.logsumexp(dim=-1))
             inside = (targets >= start) & (targets < stop)
             column = (targets - start).clamp(0, stop - start - 1)

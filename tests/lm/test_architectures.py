@@ -17,11 +17,11 @@ from tests.engine.test_compiled import FAMILIES as COMPILED_FAMILIES
 from tests.kernels.test_cuda import FAMILIES as CUDA_FAMILIES
 from tests.lm.test_transformer import FAMILIES
 from tests.support import tiny_models
-from tests.support.golden import read_golden
+from tests.support.golden import kept, read_golden
 from tests.support.tiny_models import write_tiny_model
 
 GOLDEN = read_golden("tiny_logits")
-PERMISSIONS = {"rope_factors"}  # flags that let a tensor be there: a file without it does not notice
+PERMISSIONS = {"rope_factors", "long_rope"}  # flags that let a tensor be there: a file without it does not notice
 FLAGS = [field.name for field in fields(Architecture) if field.type == "bool" and field.name not in PERMISSIONS]
 
 Agrees = Callable[..., bool]
@@ -30,7 +30,7 @@ Agrees = Callable[..., bool]
 def largest_error(path: Path, golden: dict[str, Any]) -> float:
     model = load_model(path).model
     with torch.inference_mode():
-        logits = model(torch.tensor([GOLDEN["ids"]]))[0, GOLDEN["positions"]]
+        logits = kept(golden, model(torch.tensor([GOLDEN["ids"]]))[0, GOLDEN["positions"]])
     return float((logits - torch.tensor(golden["logits"])).abs().max())
 
 
@@ -93,6 +93,15 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
         ("gemma3", "attention_scale", lambda sizes: 1.1 * scale_by_head(sizes)),
         ("qwen2", "biases", ()),
         ("llama_rope_factors", "rope_factors", False),
+        ("gemma2", "attention_cap", 0.0),
+        ("gemma2", "logit_cap", 0.0),
+        ("gemma2", "attention_scale", lambda sizes: 1.1 * scale_by_head(sizes)),
+        ("gemma2_caps", "reads", ()),
+        ("gemma2_caps", "window", Window(period=3, rope_base=None)),
+        ("gemma2_caps", "window", Window(period=2, rope_base=500.0)),
+        ("phi3_short", "long_rope", False),
+        ("phi3_long", "long_rope", False),
+        ("mistral3_warm", "reads", ()),
     ],
 )
 def test_each_other_field_counts(agrees: Agrees, variant: str, field: str, value: object) -> None:
@@ -101,15 +110,15 @@ def test_each_other_field_counts(agrees: Agrees, variant: str, field: str, value
 
 
 def test_one_row_is_all_that_a_further_architecture_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    golden = GOLDEN["variants"]["qwen3"]
+    golden, last = GOLDEN["variants"]["qwen3"], list(ARCHITECTURES)[-1]
     monkeypatch.setitem(tiny_models.ARCHITECTURES, "newcomer", tiny_models.ARCHITECTURES["qwen3"])
     path = write_tiny_model(tmp_path / "newcomer.gguf", "newcomer", golden["seed"], **golden["options"])
-    with pytest.raises(ConfigError, match=r"architecture 'newcomer' is not supported; .* are llama, qwen2, .*gemma3$"):
+    with pytest.raises(ConfigError, match=rf"architecture 'newcomer' is not supported; .* are llama, qwen2, .*{last}$"):
         load_model(path)
     monkeypatch.setitem(ARCHITECTURES, "newcomer", Architecture("newcomer", qk_norm=True))
     assert largest_error(path, golden) < 2e-4
     (tmp_path / "mamba.gguf").write_bytes(path.read_bytes().replace(b"newcomer", b"neocomer"))
-    with pytest.raises(ConfigError, match=r"'neocomer' is not supported; .* gemma3, newcomer$"):
+    with pytest.raises(ConfigError, match=rf"'neocomer' is not supported; .* {last}, newcomer$"):
         load_model(tmp_path / "mamba.gguf")
 
 
@@ -122,10 +131,11 @@ def test_norms_and_biases_follow_from_the_row() -> None:
     assert all({*QKV} <= {*row.biases} <= {*BLOCK_LINEARS, "output"} for row in ARCHITECTURES.values())
 
 
-def test_only_gemma_27b_scales_attention_by_its_embedding() -> None:
-    sizes = Sizes(block_count=62, embedding_length=5376, head_count=32, head_dim=128)
-    assert ARCHITECTURES["gemma3"].attention_scale(sizes) == 168**-0.5
-    assert ARCHITECTURES["gemma3"].attention_scale(replace(sizes, block_count=61)) == 128**-0.5
+@pytest.mark.parametrize(("arch", "blocks"), [("gemma2", 46), ("gemma3", 62)])
+def test_only_gemma_27b_scales_attention_by_its_embedding(arch: str, blocks: int) -> None:
+    sizes = Sizes(block_count=blocks, embedding_length=5376, head_count=32, head_dim=128)
+    assert ARCHITECTURES[arch].attention_scale(sizes) == 168**-0.5
+    assert ARCHITECTURES[arch].attention_scale(replace(sizes, block_count=61)) == 128**-0.5
     assert ARCHITECTURES["qwen3"].attention_scale(sizes) == 128**-0.5
 
 

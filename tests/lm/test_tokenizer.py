@@ -442,7 +442,7 @@ def test_an_id_outside_the_vocabulary_is_refused(token: int):
         (GPT2, "model", None, "is missing"),
         (GPT2, "model", "bert", "is 'bert'; supported are 'gpt2' and 'llama'"),
         (GPT2, "model", 3, "is 3, not a string"),
-        (GPT2, "pre", "tekken", "is 'tekken'; supported are .*default.*llama-bpe.*qwen2.*smollm"),
+        (GPT2, "pre", "kimi-k2", "is 'kimi-k2'; supported are .*default.*llama-bpe.*qwen2.*smollm"),
         (GPT2, "pre", 7, "is 7, not a string"),
         (GPT2, "tokens", None, "is missing"),
         (GPT2, "tokens", [], "is empty"),

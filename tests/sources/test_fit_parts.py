@@ -21,7 +21,7 @@ from nkat.sources.fit import loss as fit_loss
 from nkat.sources.fit.data import FitText, batch_at, fit_text, split_validation
 from nkat.sources.fit.descent import FitSettings, theta_start, to_thetas, visible_columns, zero_start
 from nkat.sources.fit.layers import FittedLinear, ThetaMode, fitted_layers
-from nkat.sources.fit.loss import Teacher, vocabulary_loss
+from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
 from nkat.sources.fit.state import FitState, check_place, load_state, save_state
 from nkat.theta.algebra import quantise_factors
 from nkat.theta.set import ThetaSet, truncate_rank
@@ -33,45 +33,58 @@ N, D, V = 7, 12, 50
 GAMMA = 0.97
 
 
+def random_head(width: int, bias: bool, cap: float) -> Head:
+    weight = torch.randn(V, width, dtype=torch.float64)
+    return Head(weight, torch.randn(V, dtype=torch.float64) if bias else None, cap)
+
+
+def reference_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = hidden @ head.weight.T + (0.0 if head.bias is None else head.bias)
+    return head.cap * torch.tanh(logits / head.cap) if head.cap else logits
+
+
 def reference_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor | None, teacher: Teacher | None
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor | None, teacher: Teacher | None
 ) -> torch.Tensor:
-    logits = hidden @ weight.T
+    logits = reference_logits(hidden, head)
     share = 0.0 if teacher is None else teacher.share
     loss = hidden.new_zeros(())
     if targets is not None:
         loss = loss + (1.0 - share) * F.cross_entropy(logits, targets, reduction="sum")
     if teacher is not None:
-        wanted = F.softmax(teacher.hidden @ teacher.weight.T, dim=-1)
+        wanted = F.softmax(reference_logits(teacher.hidden, teacher.head), dim=-1)
         loss = loss + share * F.kl_div(F.log_softmax(logits, dim=-1), wanted, reduction="sum")
     return loss
 
 
 @pytest.mark.parametrize("tile", [1 << 24, 2 * V])
 @pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
-def test_loss_and_gradient_are_torchs(monkeypatch: pytest.MonkeyPatch, share: float | None, tile: int) -> None:
+@pytest.mark.parametrize(("bias", "cap"), [(False, 0.0), (True, 3.0)])
+def test_loss_and_gradient_are_torchs(
+    monkeypatch: pytest.MonkeyPatch, share: float | None, tile: int, bias: bool, cap: float
+) -> None:
     monkeypatch.setattr(fit_loss, "_TILE_ELEMENTS", tile)
     hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
-    weight, targets = torch.randn(V, D, dtype=torch.float64), torch.randint(V, (N,))
+    head, targets = random_head(D, bias, cap), torch.randint(V, (N,))
     teacher = None
     if share is not None:  # of another width, as another model's may be
-        teacher = Teacher(torch.randn(N, D + 3, dtype=torch.float64), torch.randn(V, D + 3, dtype=torch.float64), share)
-    expected = reference_loss(hidden, weight, targets, teacher)
+        teacher = Teacher(torch.randn(N, D + 3, dtype=torch.float64), random_head(D + 3, not bias, 2 * cap), share)
+    expected = reference_loss(hidden, head, targets, teacher)
     (wanted,) = torch.autograd.grad(expected, hidden)
-    loss = vocabulary_loss(hidden, weight, targets, teacher)
+    loss = vocabulary_loss(hidden, head, targets, teacher)
     (found,) = torch.autograd.grad(3.0 * loss, hidden)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, 3.0 * wanted)
 
 
 def test_divergence_from_itself_is_zero_and_only_then() -> None:
-    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    hidden, head = torch.randn(N, D), Head(torch.randn(V, D))
     leaf = hidden.clone().requires_grad_()
-    same = vocabulary_loss(leaf, weight, None, Teacher(hidden, weight))
+    same = vocabulary_loss(leaf, head, None, Teacher(hidden, head))
     same.backward()
     assert abs(float(same.detach())) < 1e-5
     assert float(leaf.grad.abs().max()) < 1e-5
-    assert float(vocabulary_loss(hidden, weight, None, Teacher(hidden.roll(1, 0), weight))) > 0.1  # control
+    assert float(vocabulary_loss(hidden, head, None, Teacher(hidden.roll(1, 0), head))) > 0.1  # control
 
 
 def star_linear(

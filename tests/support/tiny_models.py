@@ -45,8 +45,13 @@ class TinyOptions:
     freq_base: float = 10000.0
     freq_base_swa: float | None = None  # {arch}.rope.freq_base_swa; left out when None (readers assume 10000)
     rope_scaling: Mapping[str, str | int | float] | None = None  # keys under {arch}.rope.scaling
+    rotary: int | None = None  # elements of a head that RoPE turns; None: all
+    long_factors: bool = False  # rope_factors_short.weight and rope_factors_long.weight, as Phi-3 has
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    metadata: Mapping[str, str | int | float] | None = None  # further keys under {arch}.
     rope_factors: bool = False  # rope_freqs.weight: one divisor for each rotated pair, as Llama 3.1 has
-    sliding_window: int | None = None  # gemma3; with it, blocks 5, 11, ... see everything and the others the window
+    sliding_window: int | None = None  # with it, gemma3's blocks 5, 11, ... see everything and the others the window
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
     add_bos: bool = False
@@ -58,7 +63,23 @@ ARCHITECTURES = {
     "qwen2": TinyOptions(qkv_bias=True),
     "qwen3": TinyOptions(head_dim=24, qk_norm=True),
     "gemma3": TinyOptions(head_dim=24, qk_norm=True, post_norm=True, vocab="spm", tied=True, add_bos=True),
+    "gemma2": TinyOptions(head_dim=24, post_norm=True, vocab="spm", tied=True, add_bos=True),
+    "phi3": TinyOptions(fused_qkv=True, fused_gate_up=True, epsilon=1e-5, vocab="spm", add_bos=True),
+    "mistral3": TinyOptions(epsilon=1e-5, pre="tekken"),
 }
+
+# What the architectures with features of their own are tested with, by the model, the compiled program, the GPU step.
+FURTHER_FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", {"sliding_window": 6, "metadata": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}}),
+    ("phi3", {"long_factors": True, "rotary": 12, "metadata": {"rope.scaling.original_context_length": 30}}),
+    (
+        "mistral3",
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 7, "yarn_log_multiplier": 0.5},
+            "metadata": {"attention.temperature_scale": 0.3},
+        },
+    ),
+]
 
 
 def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Path:
@@ -81,7 +102,11 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
         else:
             writer.add_tensor(name, values)
     if opts.rope_factors:
-        writer.add_tensor("rope_freqs.weight", np.linspace(1.0, 8.0, _head_dim(opts) // 2, dtype=np.float32))
+        writer.add_tensor("rope_freqs.weight", np.linspace(1.0, 8.0, _rotary(opts) // 2, dtype=np.float32))
+    if opts.long_factors:
+        for name, largest in (("short", 2.0), ("long", 20.0)):
+            factors = np.linspace(1.0, largest, _rotary(opts) // 2, dtype=np.float32)
+            writer.add_tensor(f"rope_factors_{name}.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -93,9 +118,13 @@ def _head_dim(opts: TinyOptions) -> int:
     return opts.embedding // opts.heads if opts.head_dim is None else opts.head_dim
 
 
+def _rotary(opts: TinyOptions) -> int:
+    return _head_dim(opts) if opts.rotary is None else opts.rotary
+
+
 def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) -> None:
     head_dim = _head_dim(opts)
-    writer.add_name(f"tiny {arch}")
+    writer.add_name(f"tiny {arch.replace('phi3', 'phi 3')}")  # "phi3" asks for special tokens that it lacks
     writer.add_context_length(opts.context)
     writer.add_embedding_length(opts.embedding)
     writer.add_block_count(opts.blocks)
@@ -104,15 +133,19 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     writer.add_head_count_kv(opts.kv_heads)
     writer.add_layer_norm_rms_eps(opts.epsilon)
     writer.add_rope_freq_base(opts.freq_base)
-    if head_dim * opts.heads == opts.embedding:
+    if opts.rotary is not None:
+        writer.add_rope_dimension_count(opts.rotary)
+    elif head_dim * opts.heads == opts.embedding:
         writer.add_rope_dimension_count(head_dim)
-    else:
+    if head_dim * opts.heads != opts.embedding:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     for key, value in (opts.rope_scaling or {}).items():
         _add_value(writer, f"{arch}.rope.scaling.{key}", value)
     if opts.sliding_window is not None:
         writer.add_sliding_window(opts.sliding_window)
+    for key, value in (opts.metadata or {}).items():
+        _add_value(writer, f"{arch}.{key}", value)
     if opts.freq_base_swa is not None:
         writer.add_float32(f"{arch}.rope.freq_base_swa", opts.freq_base_swa)
 
@@ -137,7 +170,10 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
     yield "output_norm.weight", (n,), 1.0, 0.2
     for block in (f"blk.{i}." for i in range(opts.blocks)):
         yield block + "attn_norm.weight", (n,), 1.0, 0.2
-        for name, rows, gain in (("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)):
+        qkv = [("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)]
+        if opts.fused_qkv:
+            qkv = [("attn_qkv", n_q + 2 * n_kv, SCORE_GAIN)]
+        for name, rows, gain in qkv:
             yield f"{block}{name}.weight", (rows, n), 0.0, gain / math.sqrt(n)
             if opts.qkv_bias:
                 yield f"{block}{name}.bias", (rows,), 0.0, 0.5
@@ -146,8 +182,11 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
             yield block + "attn_k_norm.weight", (head_dim,), SCORE_GAIN, 0.3
         yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
         yield block + "ffn_norm.weight", (n,), 1.0, 0.2
-        yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
-        yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
+        if opts.fused_gate_up:
+            yield block + "ffn_up.weight", (2 * ff, n), 0.0, 1.5 / math.sqrt(n)
+        else:
+            yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
+            yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
         yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
         if opts.post_norm:  # large, or the scaled and tied embedding would make every token predict itself
             yield block + "post_attention_norm.weight", (n,), 4.0, 0.8

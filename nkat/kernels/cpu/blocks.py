@@ -37,6 +37,11 @@ def own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
         yield token
 
 
+def _capped(k: Builder, x: Value, cap: Value) -> Value:
+    """c·tanh(x/c) = c − 2c/(exp(2x/c) + 1)"""
+    return cap - (cap + cap) / (k.exp(x * (k.value(2.0, cap.kind) / cap)) + 1.0)
+
+
 def _normalised(k: Builder, row: Value, weight: Value, epsilon: Value, columns: int, out: Value) -> None:
     """RMS norm of a row of float32; `out` may be the row itself."""
     lanes = width_of(columns)
@@ -100,6 +105,20 @@ def gate_kernel(columns: int, tokens: int, gelu: bool) -> int:
     return compile_kernel(f"gate_{columns}_{tokens}_{gelu}", emit)
 
 
+@functools.cache
+def cap_kernel() -> int:
+    """x = c·tanh(x/c), in place. arguments: x, bytes of a row, columns (whole vectors of 16), c float32 [1], state"""
+
+    def emit(k: Builder) -> None:
+        x, stride, columns, cap, state = k.pointer(0), k.integer(1), k.integer(2), k.pointer(3), k.pointer(4)
+        count, c = k.load(I64(), state), k.load(F32(), cap).spread(16)
+        with k.loop(0, count) as token, k.loop(k.thread * 16, columns, k.threads * 16) as i:
+            at = x + token * stride + i * 4
+            k.store(_capped(k, k.load(F32(16), at), c), at)
+
+    return compile_kernel("cap", emit)
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """Shape of the attention: query heads, KV heads, elements D of a head, and of RoPE.
@@ -107,6 +126,7 @@ class Heads:
     rotated: leading elements that RoPE turns; interleaved: its pairs are neighbours
     norm: q and k heads have an RMS norm
     half: the KV cache is float16, otherwise float32
+    capped: scores are kept within bounds, by tanh
     """
 
     queries: int
@@ -116,6 +136,7 @@ class Heads:
     interleaved: bool
     norm: bool
     half: bool
+    capped: bool = False
 
     @property
     def cache_bytes(self) -> int:
@@ -143,7 +164,7 @@ def rope_kernel(heads: Heads) -> int:
     product as it is. Each thread takes some of the (token, head) pairs.
 
     arguments: q, k, v, bytes of a row of each, cosines and sines [position, rotated / 2], weights of the norms of q and
-    k, epsilon, scale float32 [1], key cache, value cache, bytes of a KV head in them, state
+    k, epsilon, scale float32 [position], key cache, value cache, bytes of a KV head in them, state
     state: of `nkat.kernels.cpu.linear.token_state`; each further sequence starts at the
     same position and has heads of its own in the cache, behind those of the one before
     """
@@ -174,7 +195,7 @@ def rope_kernel(heads: Heads) -> int:
         q_stride, k_stride, v_stride = (k.integer(i) for i in range(3, 6))
         cosines, sines, q_norm, k_norm, epsilon, scale, keys, values = (k.pointer(i) for i in range(6, 14))
         head_bytes, state = k.integer(14), k.pointer(15)
-        epsilon, scale = k.load(F32(), epsilon), k.load(F32(), scale)
+        epsilon = k.load(F32(), epsilon)
         turned = k.local(4 * size)  # `nkat.lm.config.MAX_HEAD` bounds it
         count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
         every = heads.queries + heads.kv
@@ -187,8 +208,9 @@ def rope_kernel(heads: Heads) -> int:
                 if heads.norm:
                     _normalised(k, row, q_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
+                factor = k.load(F32(), scale + position * 4)
                 with k.loop(0, 4 * size, 4 * width_of(size)) as i:
-                    k.store(k.load(F32(width_of(size)), turned + i) * scale, row + i)
+                    k.store(k.load(F32(width_of(size)), turned + i) * factor, row + i)
             with k.when(head >= heads.queries):
                 kv = head - heads.queries
                 row = key + token * k_stride + kv * (4 * size)
@@ -217,7 +239,7 @@ def attention_kernel(heads: Heads, rows: int) -> int:
 
     arguments: q, bytes of a row, key cache, value cache, bytes of a KV head in them, out, bytes of a row, scratch for
     scores, its bytes for one thread, bytes of one row of scores, sliding window (as many as ever where there is none),
-    state (see `rope_kernel`)
+    state (see `rope_kernel`), bounds of the scores float32 [1] (where heads.capped)
     """
     size, group = heads.size, heads.queries // heads.kv
     chunk = width_of(size)
@@ -232,6 +254,7 @@ def attention_kernel(heads: Heads, rows: int) -> int:
         )  # fmt: skip
         del thread_bytes
         count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
+        cap = k.load(F32(), k.pointer(12)).spread(KEYS) if heads.capped else None
         queries = k.minimum(count, length) * group  # of one sequence
         groups = (queries + (rows - 1)) // rows
         sequences = (count + (length - 1)) // length
@@ -247,7 +270,9 @@ def attention_kernel(heads: Heads, rows: int) -> int:
             first = [k.maximum(end - window + 1, 0) for end in last]
             first_block, end_block = first[0] // KEYS, last[-1] // KEYS + 1
             cached = (sequence * heads.kv + kv) * head_bytes
-            tops = _scores(k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride)
+            tops = _scores(
+                k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride, cap
+            )
             inverse = [
                 _softmax(k, scores + score_stride * r, (end_block - first_block) * (4 * KEYS), tops[r])
                 for r in range(rows)
@@ -282,6 +307,7 @@ def _scores(
     keys: Value,
     scores: Value,
     score_stride: Value,
+    cap: Value | None,
 ) -> list[Value]:
     """Writes each query's scores, sixteen positions at a time; returns the largest of each."""
     rows, unroll = len(query), math.gcd(heads.size, 4)
@@ -299,7 +325,8 @@ def _scores(
         for r in range(rows):
             too_early = lane < (first[r] - start).narrow(I32())
             too_late = lane > (last[r] - start).narrow(I32())
-            score = k.select(too_early | too_late, k.value(-1e30, F32(KEYS)), sums[r].value)
+            score = sums[r].value if cap is None else _capped(k, sums[r].value, cap)
+            score = k.select(too_early | too_late, k.value(-1e30, F32(KEYS)), score)
             tops[r].value = k.maximum(tops[r].value, score)
             k.store(score, scores + score_stride * r + (block - first_block) * (4 * KEYS))
     return [top.value.largest() for top in tops]

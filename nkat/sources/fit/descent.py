@@ -23,7 +23,7 @@ from nkat.lm.transformer import Transformer
 from nkat.measure.judge import Passages
 from nkat.sources.fit.data import Batch, FitText, batch_at
 from nkat.sources.fit.layers import Factors, FittedLinear, ThetaMode, fitted_layers
-from nkat.sources.fit.loss import Teacher, vocabulary_loss
+from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
 from nkat.sources.fit.state import FitState
 from nkat.theta.algebra import Theta, coupling, quantise_factors
 
@@ -149,10 +149,10 @@ def fit(
     kind: what is learned; benchmarks compare Θ with other low-rank terms
     Returns the state after the last step; its best_* are the result. Raises NKATError when the loss is not finite.
     """
-    teacher = None if reference is None else _Model(reference, reference.output.weight())
+    teacher = None if reference is None else _Model(reference, _head(reference))
     run = _Run(
         names,
-        _Model(model, model.output.weight()),
+        _Model(model, _head(model)),
         teacher,
         data,
         settings,
@@ -167,12 +167,17 @@ def fit(
     return run.advance(state, settings.steps)
 
 
+def _head(model: Transformer) -> Head:
+    """Its output layer, dequantised once for the whole fit."""
+    return Head(model.output.weight(), model.output.bias, model.config.logit_cap)
+
+
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model and its output layer's weight [V, d], dequantised once for the whole fit."""
+    """A model and its output layer."""
 
     model: Transformer
-    output: torch.Tensor
+    output: Head
 
     @torch.no_grad()
     def teach(self, tokens: torch.Tensor, chosen: torch.Tensor, share: float) -> Teacher:
