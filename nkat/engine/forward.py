@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES
 
+from nkat.engine.expert_rows import ExpertRows
 from nkat.errors import NKATError
 from nkat.gguf.formats import packed_nbytes
 from nkat.kernels.cpu.batch import make_scratch
@@ -26,11 +27,15 @@ from nkat.kernels.cpu.blocks import (
     norm_kernel,
     rope_kernel,
 )
+from nkat.kernels.cpu.experts import CpuExperts
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels, token_state
-from nkat.kernels.cpu.matmul import embedding_kernel
+from nkat.kernels.cpu.matmul import Rounding, embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
+from nkat.lm.activation import kernel_clamp
+from nkat.lm.architectures import STACKS
 from nkat.lm.attention import query_scales
+from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Block, Transformer, cache_memory
 
@@ -92,7 +97,8 @@ class Ready:
 class ForwardPass:
     """The program for up to `capacity` tokens, `tokens` to a panel, up to what the last block adds to `x` [token, d].
 
-    linear: what multiplies for a layer;  reach: tokens that a sequence may come to
+    linear, experts: what multiplies for a layer, and for the experts of a name
+    reach: tokens that a sequence may come to
     length: tokens of one sequence, of which the capacity may hold several
     """
 
@@ -100,6 +106,7 @@ class ForwardPass:
         self,
         model: Transformer,
         linear: Callable[[StarLinear], CpuLinear],
+        experts: Callable[[ExpertStack], CpuExperts],
         threads: Threads,
         cache: Cache,
         capacity: int,
@@ -108,7 +115,8 @@ class ForwardPass:
         length: int = 1 << 40,
     ) -> None:
         config = model.config
-        self.model, self.linear, self.threads, self.cache, self.tokens = model, linear, threads, cache, tokens
+        self.model, self.linear, self.experts = model, linear, experts
+        self.threads, self.cache, self.tokens = threads, cache, tokens
         self.heads, self.reach = cache.heads, reach
         self.capacity = -(-capacity // tokens) * tokens
         self.state = token_state(0)
@@ -131,6 +139,10 @@ class ForwardPass:
             for name, (rows, _) in config.linears(block.index).items():
                 outputs[name] = max(rows, outputs.get(name, 0))
         self.y = {name: self._rows(padded_rows(rows)) for name, rows in outputs.items()}
+        self.expert_rows: ExpertRows | None = None
+        if config.mixture is not None:
+            self.expert_rows = ExpertRows(config, self.capacity, tokens, self.state, self.scratch)
+            self.router_logits = self._rows(padded_rows(config.mixture.count))
         self.mixed = self._rows(config.head_count * config.head_dim)
         self.rows = 8 if tokens > 1 else max(r for r in (1, 2, 4) if r == 1 or r < 2 * config.head_count)
         self.ropes: list[np.ndarray] = []  # arguments of each block's kernels that read the cache
@@ -186,17 +198,13 @@ class ForwardPass:
     def prepare(self, program: Program, layers: Sequence[StarLinear], x: np.ndarray, state: np.ndarray) -> list[Ready]:
         """Steps that round the layers' common input, once for each way of rounding; a barrier ends them."""
         tokens = self.tokens if len(x) > 1 else 1
-        filled: set[int] = set()
+        filled: dict[Rounding, Panels] = {}
         ready = []
         for layer in layers:
             linear = self.linear(layer)
-            key = (f"{linear.shape[1]} {len(x)} {tokens} {state.ctypes.data}", linear.rounding)
-            if key not in self.panels:
-                self.panels[key] = Panels(linear.rounding, linear.shape[1], len(x), tokens, state)
-            panels = self.panels[key]
-            if id(panels) not in filled:
-                panels.fill(program, x, x.strides[0])
-                filled.add(id(panels))
+            if linear.rounding not in filled:
+                filled[linear.rounding] = self._fill(program, linear.rounding, linear.shape[1], x, state)
+            panels = filled[linear.rounding]
             u = None
             if linear.star is not None:
                 linear.star.set_kappa(layer.kappa)
@@ -207,6 +215,15 @@ class ForwardPass:
                 self._star_step(step.layer, step.linear.star, step.linear.down(program, step.panels, step.u))
         program.barrier()
         return ready
+
+    def _fill(self, program: Program, rounding: Rounding, columns: int, x: np.ndarray, state: np.ndarray) -> Panels:
+        """The step that rounds rows into panels of their own or of others of that kind that are no longer needed."""
+        tokens = self.tokens if len(x) > 1 else 1
+        key = (f"{columns} {len(x)} {tokens} {state.ctypes.data}", rounding)
+        if key not in self.panels:
+            self.panels[key] = Panels(rounding, columns, len(x), tokens, state)
+        self.panels[key].fill(program, x, x.strides[0])
+        return self.panels[key]
 
     def multiply(
         self, program: Program, step: Ready, y: np.ndarray, first_tile: int = 0, tiles: int | None = None
@@ -275,20 +292,39 @@ class ForwardPass:
             (
                 *(q, q.strides[0], later, later, later),
                 *(self.mixed, self.mixed.strides[0], later, later, later),
-                *(window, state, self.attention_cap),
+                *(window, state, self.attention_cap, 0 if block.sinks is None else _numpy(block.sinks)),
             ),
         )
         self.attentions.append(attention)
         program.barrier()
         self._linears({"attn_output": layers["attn_output"]}, self.mixed)
         self._add(y["attn_output"], block, "post_attention_norm")
-        self.norm(program, self.x, norms["ffn_norm"], self.normed, state)
+        self.norm(program, self.x, norms[config.architecture.ffn_norm], self.normed, state)
+        if self.expert_rows is not None:
+            self._add(self._experts(block, self.expert_rows), block, "post_ffw_norm")
+            return
         self._linears({n: layers[n] for n in block.gate_up}, self.normed)
         gate, up = self._parts(block.gate_up, (config.feed_forward_length,) * 2)
-        kernel = gate_kernel(config.feed_forward_length, self.tokens, config.architecture.gelu)
+        architecture = config.architecture
+        kernel = gate_kernel(config.feed_forward_length, self.tokens, architecture.gelu, kernel_clamp(architecture))
         program.add(kernel, (gate, up, gate.strides[0], state))
         self._linears({"ffn_down": layers["ffn_down"]}, gate)
         self._add(y["ffn_down"], block, "post_ffw_norm")
+
+    def _experts(self, block: Block, rows: ExpertRows) -> np.ndarray:
+        """The steps of a mixture of experts of `normed`; returns where its output is."""
+        assert block.experts is not None
+        stacks = {name: self.experts(block.experts.stack(name)) for name in STACKS}
+        common: dict[Rounding, Panels] = {}
+        if self.capacity == 1:
+            for name in STACKS[:2]:
+                rounding = stacks[name].rounding
+                if rounding not in common:
+                    common[rounding] = self._fill(self.program, rounding, self.d, self.normed, self.state)
+        router = self.prepare(self.program, [block.experts.router], self.normed, self.state)[0]
+        self.multiply(self.program, router, self.router_logits)
+        self.program.barrier()
+        return rows.add(self.program, self.router_logits, self.normed, stacks, common)
 
     def _parts(self, names: Sequence[str], rows: Sequence[int]) -> list[np.ndarray]:
         """The outputs of layers with the same input, each of so many rows, whether they are one layer or several."""
@@ -310,6 +346,7 @@ def attention_heads(model: Transformer, *, half: bool) -> Heads:
         config.architecture.qk_norm,
         half=half,
         capped=config.attention_cap != 0.0,
+        sinks=config.architecture.sinks,
     )
 
 

@@ -15,6 +15,9 @@ FUSED_QKV = "attn_qkv"
 GATE_UP = ("ffn_gate", "ffn_up")
 LONG_ROPE = ("rope_factors_short", "rope_factors_long")
 BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down")
+STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # of a mixture of experts: [experts, outputs, inputs]
+ROUTER = "ffn_gate_inp"
+SINKS = "attn_sinks"
 QK_NORMS = ("attn_q_norm", "attn_k_norm")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
@@ -54,8 +57,8 @@ class Architecture:
     """How the models of one architecture differ from those of others.
 
     name: `general.architecture`, and the first part of its metadata's keys
-    biases: linear layers that may have a bias: of BLOCK_LINEARS in any block, or "output"; llama.cpp takes those of
-    q, k and v wherever it finds them (`create_tensor_qkv`)
+    biases: linear layers that may have a bias: of BLOCK_LINEARS, ROUTER or STACKS in any block, or "output"; llama.cpp
+    takes those of q, k and v wherever it finds them (`create_tensor_qkv`)
     interleaved_rope: RoPE turns the elements (2i, 2i+1) of a head ("norm"), else (i, i + dimensions/2) ("neox")
     rope_factors: `rope_freqs.weight` may divide the frequencies, one factor a pair
     qk_norm: RMS norms of every head's q and k, before RoPE
@@ -68,6 +71,10 @@ class Architecture:
     long_rope: other factors for short and for long contexts may divide the frequencies (`nkat.lm.config.Rope`)
     attention_cap, logit_cap: what attention scores and logits are kept within (c·tanh(x/c)), where the file does not
     say otherwise; 0: not at all
+    experts: the feed-forward network is a mixture of experts (`nkat.lm.experts`)
+    clamped_gate: feed-forward activation of gpt-oss (`nkat.lm.activation`)
+    sinks: each query head has a score of its own, `attn_sinks`, that takes part in the softmax and stands for nothing
+    ffn_norm: the name of the norm before the feed-forward network
     reads: keys of the metadata that mean something in few architectures, this one among them; others refuse them
     """
 
@@ -85,6 +92,10 @@ class Architecture:
     long_rope: bool = False
     attention_cap: float = 0.0
     logit_cap: float = 0.0
+    experts: bool = False
+    clamped_gate: bool = False
+    sinks: bool = False
+    ffn_norm: str = "ffn_norm"
     reads: tuple[str, ...] = ()
 
     def may_have_bias(self, linear: str) -> bool:
@@ -95,7 +106,7 @@ class Architecture:
     def block_norms(self) -> tuple[str, ...]:
         """The RMS norms of every block, by their names in the file."""
         post = POST_NORMS if self.post_norm else ()
-        return ("attn_norm", "ffn_norm", *post, *(QK_NORMS if self.qk_norm else ()))
+        return ("attn_norm", self.ffn_norm, *post, *(QK_NORMS if self.qk_norm else ()))
 
 
 def _gemma_scale(blocks_of_27b: int) -> Callable[[Sizes], float]:
@@ -156,6 +167,18 @@ _ROWS = (
         rope_factors=True,
         long_rope=True,
         reads=(TEMPERATURE, *YARN_KEYS),
+    ),
+    # src/models/qwen3moe.cpp
+    Architecture("qwen3moe", qk_norm=True, experts=True),
+    # src/models/openai-moe.cpp
+    Architecture(
+        "gpt-oss",
+        biases=(*QKV, "attn_output", ROUTER, *STACKS),
+        window=Window(period=2, rope_base=None),
+        experts=True,
+        clamped_gate=True,
+        sinks=True,
+        ffn_norm="post_attention_norm",
     ),
 )
 

@@ -1,8 +1,8 @@
 """GGUF metadata and tensor shapes → a frozen `ModelConfig`. Nothing here touches a weight.
 
-Dense models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
+Models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
 (https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
-another one than the file asks for is refused: mixtures of experts, keys that another architecture reads, RoPE scaling
+another one than the file asks for is refused: experts in groups, keys that another architecture reads, RoPE scaling
 other than linear, YaRN and longrope, unknown tensors.
 """
 
@@ -24,6 +24,9 @@ from nkat.lm.architectures import (
     LONG_ROPE,
     QK_NORMS,
     QKV,
+    ROUTER,
+    SINKS,
+    STACKS,
     TEMPERATURE,
     YARN_KEYS,
     Architecture,
@@ -35,6 +38,7 @@ from nkat.theta.set import SUFFIXES
 # them; and the values with which they do not.
 _REFUSED: dict[str, tuple[bool | float, ...]] = {
     "nextn_predict_layers": (0,),
+    "expert_group_count": (0, 1),
     "attention.causal": (True,),
     "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
@@ -56,6 +60,7 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
 MAX_SIZE = (1 << 31) - 1
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
+MAX_EXPERTS = 1024  # as in llama.cpp
 
 
 class ConfigError(NKATError):
@@ -88,6 +93,15 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts: how many there are, how many a token goes to, the length of an expert's inner vector."""
+
+    count: int
+    used: int
+    feed_forward_length: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens."""
 
@@ -112,6 +126,7 @@ class ModelConfig:
     logit_cap: float = 0.0
     temperature: float = 0.0  # see `query_scale`; 0: none
     temperature_length: int = 0
+    mixture: Mixture | None = None  # in place of the one feed-forward network of every block
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
@@ -142,12 +157,21 @@ class ModelConfig:
         rows = self.qkv_rows(block)
         qkv = {FUSED_QKV: sum(rows)} if block in self.fused_qkv else dict(zip(QKV, rows, strict=True))
         up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
-        return {
-            **{name: (outputs, d) for name, outputs in qkv.items()},
-            "attn_output": (d, rows[0]),
-            **{name: (outputs, d) for name, outputs in up.items()},
-            "ffn_down": (d, ff),
-        }
+        attention = {**{name: (outputs, d) for name, outputs in qkv.items()}, "attn_output": (d, rows[0])}
+        if self.mixture is not None:
+            return attention
+        return {**attention, **{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
+
+    def stacks(self) -> dict[str, tuple[int, int, int]]:
+        """(experts, outputs, inputs) of a mixture's weights, by name."""
+        assert self.mixture is not None
+        count, d, ff = self.mixture.count, self.embedding_length, self.mixture.feed_forward_length
+        return dict(zip(STACKS, ((count, ff, d), (count, ff, d), (count, d, ff)), strict=True))
+
+    @property
+    def active_experts(self) -> float:
+        """The share of the experts that a token goes to; 1 without experts."""
+        return 1.0 if self.mixture is None else self.mixture.used / self.mixture.count
 
     def query_scale(self, position: float) -> float:
         """What a query is multiplied by for its place: 1, and more for later ones where the model was made so."""
@@ -257,7 +281,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         context_length=context,
         vocab_size=vocab_size,
         embedding_length=d,
-        feed_forward_length=keys.integer("feed_forward_length"),
+        feed_forward_length=keys.integer("feed_forward_length", 0 if architecture.experts else None, minimum=0),
         block_count=blocks,
         head_count=heads,
         kv_head_count=kv_heads,
@@ -274,7 +298,16 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         logit_cap=_read_cap(keys, LOGIT_CAP, architecture.logit_cap),
         temperature=temperature,
         temperature_length=rope.original_context,
+        mixture=_read_mixture(keys) if architecture.experts else None,
     )
+
+
+def _read_mixture(keys: _Keys) -> Mixture:
+    count = keys.integer("expert_count", minimum=2, maximum=MAX_EXPERTS)
+    used = keys.integer("expert_used_count", maximum=count)
+    # older files of qwen3moe have no length of an expert's own (src/models/qwen3moe.cpp)
+    length = keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length", 0, minimum=0) // used)
+    return Mixture(count, used, length)
 
 
 def _read_cap(keys: _Keys, key: str, usual: float) -> float:
@@ -286,8 +319,11 @@ def _read_cap(keys: _Keys, key: str, usual: float) -> float:
 def _refuse(keys: _Keys) -> None:
     for key in ("expert_count", "expert_used_count"):
         count = keys.get(key)
-        if count not in (None, 0):
-            raise ConfigError(f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported")
+        if count not in (None, 0) and not keys.architecture.experts:
+            name = keys.architecture.name
+            raise ConfigError(
+                f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported in {name} models"
+            )
     for key, neutral in _REFUSED.items():
         value = keys.get(key)
         if value is not None and value not in neutral and key not in keys.architecture.reads:
@@ -382,6 +418,13 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             if architecture.may_have_bias(linear):
                 optional[f"{block}{linear}.bias"] = (outputs,)
         required |= {f"{block}{norm}.weight": config.norm_shape(norm) for norm in architecture.block_norms}
+        if architecture.sinks:
+            required[f"{block}{SINKS}.weight"] = (config.head_count,)
+        if config.mixture is not None:
+            stacks: dict[str, tuple[int, ...]] = {ROUTER: (config.mixture.count, d), **config.stacks()}
+            required |= {f"{block}{name}.weight": shape for name, shape in stacks.items()}
+            biases = {name: shape[:-1] for name, shape in stacks.items() if architecture.may_have_bias(name)}
+            optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
 
     for name, shape in (required | optional).items():
         info = tensors.get(name)

@@ -1,4 +1,4 @@
-"""The forward pass of a dense model of any of `nkat.lm.architectures`, and its KV cache.
+"""The forward pass of a model of any of `nkat.lm.architectures`, and its KV cache.
 
 Shapes: B sequences, T new tokens, S tokens seen so far, H heads of D elements. The residual stream, norms and RoPE are
 computed in float32 (float64 in a float64 model), the linear layers and attention in the layers' dtype. The arithmetic
@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
-from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV
+from nkat.lm.activation import activate
+from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV, ROUTER, STACKS
 from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
 from nkat.lm.config import ModelConfig
+from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.linear import PackedModule, StarLinear
 from nkat.theta.algebra import Theta
 
@@ -130,18 +132,32 @@ class Embedding(PackedModule):
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then the gated feed-forward network, each added to the residual stream."""
+    """One transformer block: attention, then the gated feed-forward network or a mixture of them, each added to the
+    residual stream."""
+
+    sinks: torch.Tensor | None
 
     def __init__(
-        self, config: ModelConfig, index: int, linears: Mapping[str, StarLinear], norms: Mapping[str, torch.Tensor]
+        self,
+        config: ModelConfig,
+        index: int,
+        linears: Mapping[str, StarLinear],
+        norms: Mapping[str, torch.Tensor],
+        experts: Experts | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        """linears: by name, those of `config.linears`; norms: RMS norm weights by GGUF name, its architecture's."""
+        """linears: by name, those of `config.linears`; norms: RMS norm weights by GGUF name, its architecture's.
+
+        experts: where `config.mixture` says so; sinks: [H], see `nkat.lm.attention.attend`
+        """
         super().__init__()
         self.config, self.index = config, index
         self.local = config.local_blocks[index]
         self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
         self.qkv = [name for name in self.linears if name in (*QKV, FUSED_QKV)]  # one or three
         self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
+        self.experts = experts
+        self.register_buffer("sinks", sinks, persistent=False)
         self.norms = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in norms.items()})
 
     def linear(self, name: str) -> StarLinear:
@@ -158,7 +174,7 @@ class Block(nn.Module):
         if post_norm:
             attended = self._norm(attended, "post_attention_norm")
         x = x + attended
-        fed = self._feed_forward(self._norm(x, "ffn_norm")).to(x.dtype)
+        fed = self._feed_forward(self._norm(x, self.config.architecture.ffn_norm)).to(x.dtype)
         if post_norm:
             fed = self._norm(fed, "post_ffw_norm")
         return x + fed
@@ -182,14 +198,15 @@ class Block(nn.Module):
         q, k, v = (t.to(compute_dtype).transpose(1, 2) for t in (q, k, v))
         if cache is not None:
             k, v = cache.extend(self.index, k, v)
-        mixed = attend(q, k, v, view, config.attention_scale, config.attention_cap)
+        mixed = attend(q, k, v, view, config.attention_scale, config.attention_cap, self.sinks)
         return linears["attn_output"](mixed.transpose(1, 2).flatten(2))
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.experts is not None:
+            return self.experts(x)
         outputs = [self.linears[name](x) for name in self.gate_up]
         gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
-        active = F.gelu(gate, approximate="tanh") if self.config.architecture.gelu else F.silu(gate)
-        return self.linears["ffn_down"](active * up)
+        return self.linears["ffn_down"](activate(self.config.architecture, gate, up))
 
 
 class Transformer(nn.Module):
@@ -237,6 +254,15 @@ class Transformer(nn.Module):
             f"blk.{block.index}.{name}.weight": block.linear(name) for block in self.blocks for name in block.linears
         }
         return {**layers, "output.weight": self.output}
+
+    def multipliers(self) -> dict[str, StarLinear | ExpertStack]:
+        """Everything that multiplies by a weight, by the weight's name: what can carry a Θ, routers and experts."""
+        found: dict[str, StarLinear | ExpertStack] = {**self.star_linears()}
+        for block in self.blocks:
+            if block.experts is not None:
+                found[f"blk.{block.index}.{ROUTER}.weight"] = block.experts.router
+                found |= {f"blk.{block.index}.{name}.weight": block.experts.stack(name) for name in STACKS}
+        return found
 
     def frequencies_for(self, room: int) -> torch.Tensor:
         """Of blocks that see everything, where there is room for so many tokens: llama.cpp, too, chooses the factors of

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
@@ -87,8 +87,12 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
 
 
 @functools.cache
-def gate_kernel(columns: int, tokens: int, gelu: bool) -> int:
-    """gate = activation(gate) * up: SiLU, or GELU by its tanh form. arguments: gate, up, bytes of a row, state"""
+def gate_kernel(columns: int, tokens: int, gelu: bool, clamp: tuple[float, float] | None = None) -> int:
+    """gate = activation(gate) * up: SiLU, or GELU by its tanh form. arguments: gate, up, bytes of a row, state
+
+    clamp: what the two are kept below and how steep the logistic function is, of an activation that adds 1 to `up`
+    """
+    limit, slope = clamp or (0.0, 1.0)
 
     def emit(k: Builder) -> None:
         gate, up, stride, state = k.pointer(0), k.pointer(1), k.integer(2), k.pointer(3)
@@ -96,13 +100,20 @@ def gate_kernel(columns: int, tokens: int, gelu: bool) -> int:
         with own_tokens(k, state, tokens) as token:
             at = token * stride
             with k.loop(0, 4 * columns, 4 * lanes) as i:
-                g = k.load(F32(lanes), gate + at + i)
+                g, u = k.load(F32(lanes), gate + at + i), k.load(F32(lanes), up + at + i)
+                if clamp is not None:
+                    g, u = _below(k, g, limit), _below(k, _below(k, u, limit) * -1.0, limit) * -1.0 + 1.0
                 # both are g times a logistic function: tanh(z) = 2·logistic(2z) − 1
                 z = g * k.fma(g * g, 2 * 0.7978845608 * 0.044715, k.value(2 * 0.7978845608, g.kind)) if gelu else g
-                active = g / (k.exp(z * -1.0) + 1.0)
-                k.store(active * k.load(F32(lanes), up + at + i), gate + at + i)
+                active = g / (k.exp(z * -slope) + 1.0)
+                k.store(active * u, gate + at + i)
 
-    return compile_kernel(f"gate_{columns}_{tokens}_{gelu}", emit)
+    return compile_kernel(f"gate_{columns}_{tokens}_{gelu}_{clamp is not None}", emit)
+
+
+def _below(k: Builder, x: Value, limit: float) -> Value:
+    """The smaller of the two; NaN stays NaN."""
+    return k.select(x > limit, k.value(limit, x.kind), x)
 
 
 @functools.cache
@@ -127,6 +138,7 @@ class Heads:
     norm: q and k heads have an RMS norm
     half: the KV cache is float16, otherwise float32
     capped: scores are kept within bounds, by tanh
+    sinks: each query head has a score that stands for nothing and takes part in the softmax
     """
 
     queries: int
@@ -137,6 +149,7 @@ class Heads:
     norm: bool
     half: bool
     capped: bool = False
+    sinks: bool = False
 
     @property
     def cache_bytes(self) -> int:
@@ -239,7 +252,8 @@ def attention_kernel(heads: Heads, rows: int) -> int:
 
     arguments: q, bytes of a row, key cache, value cache, bytes of a KV head in them, out, bytes of a row, scratch for
     scores, its bytes for one thread, bytes of one row of scores, sliding window (as many as ever where there is none),
-    state (see `rope_kernel`), bounds of the scores float32 [1] (where heads.capped)
+    state (see `rope_kernel`), bounds of the scores float32 [1] (where heads.capped), sinks float32
+    [query head] (where heads.sinks)
     """
     size, group = heads.size, heads.queries // heads.kv
     chunk = width_of(size)
@@ -273,9 +287,10 @@ def attention_kernel(heads: Heads, rows: int) -> int:
             tops = _scores(
                 k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride, cap
             )
+            sinks = [k.load(F32(), k.pointer(13) + (kv * group + i % group) * 4) for i in row] if heads.sinks else []
+            score_bytes = (end_block - first_block) * (4 * KEYS)
             inverse = [
-                _softmax(k, scores + score_stride * r, (end_block - first_block) * (4 * KEYS), tops[r])
-                for r in range(rows)
+                _softmax(k, scores + score_stride * r, score_bytes, tops[r], sinks[r : r + 1]) for r in range(rows)
             ]
             value = values + cached
             begin, stop = first_block * KEYS, last[-1] + 1
@@ -332,14 +347,20 @@ def _scores(
     return [top.value.largest() for top in tops]
 
 
-def _softmax(k: Builder, scores: Value, count: Value, top: Value) -> Value:
-    """Scores (so many bytes of them) → e to the power of their distance from the top; returns 1 / their sum."""
+def _softmax(k: Builder, scores: Value, count: Value, top: Value, sinks: Sequence[Value]) -> Value:
+    """Scores (so many bytes of them) → e to the power of their distance from the top; returns 1 / their sum, of which
+    the sinks are a part."""
+    for sink in sinks:
+        top = k.maximum(top, sink)
     total = k.variable(k.value(0.0, F32(KEYS)))
     with k.loop(0, count, 4 * KEYS) as i:
         weight = k.exp(k.load(F32(KEYS), scores + i) - top)
         total.value = total.value + weight
         k.store(weight, scores + i)
-    return k.value(1.0, F32()) / total.value.total()
+    whole = total.value.total()
+    for sink in sinks:
+        whole = whole + k.exp(sink - top)
+    return k.value(1.0, F32()) / whole
 
 
 @functools.cache
