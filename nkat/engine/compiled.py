@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache, ForwardPass, PositionTables, attention_heads
+from nkat.engine.forward import Cache, ForwardPass, PositionTables
 from nkat.errors import NKATError
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import KEYS
@@ -31,8 +31,8 @@ class CompiledDecoder:
     def __init__(self, model: Transformer, capacity: int, threads: int) -> None:
         self.model, self.capacity, self.length = model, capacity, 0
         self.name = f"compiled CPU program, {threads} thread{'s' if threads > 1 else ''}"
-        heads = attention_heads(model, half=model.output.int8_activations)  # as in llama.cpp
-        self.cache = Cache(model.config.block_count, heads, min(capacity, FIRST_ROOM))
+        half = model.output.int8_activations  # as in llama.cpp
+        self.cache = Cache(model, min(capacity, FIRST_ROOM), half=half)
         self._made_for = model.theta_changes
         self._one = _LastLogits(self, threads, 1, 1)
         self._many = _LastLogits(self, threads, min(PREFILL_TOKENS, capacity), batch_tokens())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache, ForwardPass, attention_heads
+from nkat.engine.forward import Cache, ForwardPass
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import likelihood_kernel
 from nkat.kernels.cpu.experts import CpuExperts
@@ -36,7 +36,7 @@ class CompiledScorer(ForwardPass):
         self.scored = context - 1 - self.first
         tokens = batch_tokens()
         # INT8 activations change the inputs of the layers here, and nothing else: the cache is not rounded.
-        cache = Cache(1, attention_heads(model, half=False), context, batch)
+        cache = Cache(model, context, batch, kept=False, half=False)
         super().__init__(model, _linear, _experts, pool(threads), cache, batch * context, tokens, context, context)
         rows = -(-batch * self.scored // tokens) * tokens
         self.out_state = token_state(0)

@@ -11,9 +11,7 @@ from typing import Protocol
 import torch
 
 from nkat.engine.eager import EagerDecoder
-from nkat.host.console import note
 from nkat.kernels.registry import kernel_types
-from nkat.lm.config import ModelConfig
 from nkat.lm.transformer import Transformer
 
 
@@ -50,29 +48,19 @@ class Decoder(Protocol):
         ...
 
 
-def unplanned(config: ModelConfig) -> str | None:
-    """What of a model `nkat.engine.plan` has no operation for; None: nothing."""
-    if config.mixture is not None:
-        return "mixture of experts"
-    return "attention sinks" if config.architecture.sinks else None
-
-
 def make_decoder(model: Transformer, capacity: int) -> Decoder:
     """The fastest decoder for this model as it was loaded, with room for `capacity` tokens.
 
     One tensor that has no CPU kernel is enough to leave the compiled program, which has no step for the reference: then
-    the model decodes an operation at a time, its other layers still by their kernels.
+    the model decodes an operation at a time, its other layers still by their kernels. So does, on a GPU, one whose
+    blocks differ in more than `nkat.engine.plan` knows of.
     """
     compiled = all(layer.compiled is not None for layer in model.multipliers().values())
-    if compiled and model.embedding.qtype in kernel_types("cpu"):
+    if compiled and all(table.qtype in kernel_types("cpu") for table in model.tables()):
         from nkat.engine.compiled import CompiledDecoder  # LLVM is loaded only where it is used
 
         return CompiledDecoder(model, capacity, torch.get_num_threads())
-    if model.output.device_weight is not None:
-        missing = unplanned(model.config)
-        if missing is not None:
-            note(f"the GPU's step has no {missing}: the model decodes an operation at a time, which is slower")
-            return EagerDecoder(model, capacity)
+    if model.output.device_weight is not None and model.config.architecture.has_gpu_step:
         from nkat.engine.cuda_graph import CudaGraphDecoder  # Triton is loaded only where it is used
 
         return CudaGraphDecoder(model, capacity)

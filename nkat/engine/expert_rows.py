@@ -75,7 +75,7 @@ class ExpertRows:
             self._multiply(program, stack, inputs[stack.rounding], y, self.gathered is None)
         program.barrier()
         kernel = gate_kernel(self.ff, tokens, self.config.architecture.gelu, kernel_clamp(self.config.architecture))
-        program.add(kernel, (self.gate, self.up, self.gate.strides[0], self.row_state))
+        program.add(kernel, (self.gate, self.up, self.gate.strides[0], self.up.strides[0], self.row_state))
         active = self._fill(program, down.rounding, self.gate, self.ff)
         program.barrier()
         self._multiply(program, down, active, self.down, False)

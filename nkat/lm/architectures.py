@@ -13,12 +13,14 @@ from dataclasses import dataclass
 QKV = ("attn_q", "attn_k", "attn_v")
 FUSED_QKV = "attn_qkv"
 GATE_UP = ("ffn_gate", "ffn_up")
-LONG_ROPE = ("rope_factors_short", "rope_factors_long")
-BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down")
+SHORT_ROPE, LONG_ROPE = "rope_factors_short", "rope_factors_long"
+LAYER_INPUT_LINEARS = ("inp_gate", "proj")
+BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down", *LAYER_INPUT_LINEARS)
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # of a mixture of experts: [experts, outputs, inputs]
 ROUTER = "ffn_gate_inp"
 SINKS = "attn_sinks"
 QK_NORMS = ("attn_q_norm", "attn_k_norm")
+PRE_NORMS = ("attn_norm", "ffn_norm")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
 
@@ -41,15 +43,18 @@ def scale_by_head(sizes: Sizes) -> float:
 class Window:
     """In some blocks a token sees only the last `attention.sliding_window` tokens; 0, or no such key: it sees all.
 
-    period: the last of so many blocks sees everything, where the file has no `attention.sliding_window_pattern`
+    period: the last of so many blocks sees everything, where the file has no `attention.sliding_window_pattern`;
+    None: a file must have it
     rope_base: of the blocks with a window, where the file has no `rope.freq_base_swa`; their positions are not scaled.
     None: RoPE is the same in all blocks
+    plain_rope: `rope.freq_base` in those blocks, too, and positions are not scaled even where those of others are
     length: where the file has no `attention.sliding_window`
     """
 
-    period: int
+    period: int | None
     rope_base: float | None
     length: int = 0
+    plain_rope: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class Architecture:
     interleaved_rope: RoPE turns the elements (2i, 2i+1) of a head ("norm"), else (i, i + dimensions/2) ("neox")
     rope_factors: `rope_freqs.weight` may divide the frequencies, one factor a pair
     qk_norm: RMS norms of every head's q and k, before RoPE
+    wide_qk_norm: RMS norms of q and of k, all heads together, before RoPE
+    pre_norm: RMS norms of what attention and the feed-forward network read; else that is the residual stream as it is
     post_norm: RMS norms of what attention and the feed-forward network add to the residual stream
     gelu: feed-forward activation: tanh GELU, else SiLU
     scaled_embedding: a token's embedding is multiplied by √(its length)
@@ -71,10 +78,16 @@ class Architecture:
     long_rope: other factors for short and for long contexts may divide the frequencies (`nkat.lm.config.Rope`)
     attention_cap, logit_cap: what attention scores and logits are kept within (c·tanh(x/c)), where the file does not
     say otherwise; 0: not at all
+    unturned_period: the last of so many blocks has no RoPE; 0: all have
+    varied: heads' length, KV heads and feed-forward length may differ from block to block, later blocks may use the
+    keys and values of earlier ones, and where there is no attn_v, the keys before norm and RoPE are the values
+    value_norm: every head's v has an RMS norm, without a weight
+    layer_inputs: every block may add something of its own about each token (`nkat.lm.transformer.LayerInputs`)
+    block_scale: what leaves a block may be multiplied by `layer_output_scale.weight`, one number
     experts: the feed-forward network is a mixture of experts (`nkat.lm.experts`)
     clamped_gate: feed-forward activation of gpt-oss (`nkat.lm.activation`)
     sinks: each query head has a score of its own, `attn_sinks`, that takes part in the softmax and stands for nothing
-    ffn_norm: the name of the norm before the feed-forward network
+    ffn_norm: what the file calls the norm before the feed-forward network
     reads: keys of the metadata that mean something in few architectures, this one among them; others refuse them
     """
 
@@ -83,6 +96,8 @@ class Architecture:
     interleaved_rope: bool = False
     rope_factors: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    pre_norm: bool = True
     post_norm: bool = False
     gelu: bool = False
     scaled_embedding: bool = False
@@ -92,6 +107,11 @@ class Architecture:
     long_rope: bool = False
     attention_cap: float = 0.0
     logit_cap: float = 0.0
+    unturned_period: int = 0
+    varied: bool = False
+    value_norm: bool = False
+    layer_inputs: bool = False
+    block_scale: bool = False
     experts: bool = False
     clamped_gate: bool = False
     sinks: bool = False
@@ -102,11 +122,21 @@ class Architecture:
         """Whether a linear layer of a block may have one; fused ones go by their parts."""
         return linear in self.biases or (linear == FUSED_QKV and {*QKV} <= {*self.biases})
 
+    def norm_in_file(self, norm: str) -> str:
+        """What the file calls one of a block's norms."""
+        return self.ffn_norm if norm == "ffn_norm" else norm
+
+    @property
+    def has_gpu_step(self) -> bool:
+        """Whether `nkat.engine.plan` has operations for all that its models compute."""
+        return not (self.varied or self.experts or self.sinks)
+
     @property
     def block_norms(self) -> tuple[str, ...]:
-        """The RMS norms of every block, by their names in the file."""
+        """The RMS norms of every block."""
+        pre = PRE_NORMS if self.pre_norm else ()
         post = POST_NORMS if self.post_norm else ()
-        return ("attn_norm", self.ffn_norm, *post, *(QK_NORMS if self.qk_norm else ()))
+        return (*pre, *post, *(QK_NORMS if self.qk_norm or self.wide_qk_norm else ()))
 
 
 def _gemma_scale(blocks_of_27b: int) -> Callable[[Sizes], float]:
@@ -124,6 +154,9 @@ def _gemma_scale(blocks_of_27b: int) -> Callable[[Sizes], float]:
 
 ATTENTION_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 TEMPERATURE = "attention.temperature_scale"
+SCALES = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
+ROPE_SWITCH = "rope.scaling.finetuned"
+LAYER_INPUTS, SHARED_KV = "embedding_length_per_layer_input", "attention.shared_kv_layers"
 YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier")
 
 _ROWS = (
@@ -157,6 +190,23 @@ _ROWS = (
         logit_cap=30.0,
         reads=(ATTENTION_CAP, LOGIT_CAP),
     ),
+    # src/models/gemma4.cpp: the dense ones
+    Architecture(
+        "gemma4",
+        rope_factors=True,
+        qk_norm=True,
+        post_norm=True,
+        gelu=True,
+        scaled_embedding=True,
+        attention_scale=lambda sizes: 1.0,
+        window=Window(period=None, rope_base=10000.0),
+        logit_cap=30.0,
+        varied=True,
+        value_norm=True,
+        layer_inputs=True,
+        block_scale=True,
+        reads=(LOGIT_CAP, LAYER_INPUTS, SHARED_KV),
+    ),
     # src/models/phi3.cpp: also Phi-4; it does not look at the window that their files name
     Architecture("phi3", fused_gate_up=True, long_rope=True),
     # src/models/mistral3.cpp: Ministral 3, and Mistral Small where it was converted by that name
@@ -167,6 +217,27 @@ _ROWS = (
         rope_factors=True,
         long_rope=True,
         reads=(TEMPERATURE, *YARN_KEYS),
+    ),
+    # src/models/smollm3.cpp
+    Architecture("smollm3", interleaved_rope=True, unturned_period=4),
+    # src/models/glm4.cpp: also GLM-Z1; RoPE turns a half of each head
+    Architecture("glm4", interleaved_rope=True, post_norm=True, fused_gate_up=True),
+    # src/models/granite.cpp: dense Granite 3 and 4
+    Architecture(
+        "granite",
+        biases=BLOCK_LINEARS,
+        interleaved_rope=True,
+        rope_factors=True,
+        long_rope=True,
+        reads=(*SCALES, ROPE_SWITCH),
+    ),
+    # src/models/olmo2.cpp: also Olmo 3, whose windows come with YaRN
+    Architecture(
+        "olmo2",
+        wide_qk_norm=True,
+        pre_norm=False,
+        post_norm=True,
+        window=Window(period=4, rope_base=None, plain_rope=True),
     ),
     # src/models/qwen3moe.cpp
     Architecture("qwen3moe", qk_norm=True, experts=True),

@@ -16,12 +16,14 @@ import torch
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantise, packed_tensor
 from nkat.kernels.registry import say_fallbacks
-from nkat.lm.architectures import LONG_ROPE, ROUTER, SINKS
-from nkat.lm.config import ConfigError, ModelConfig
+from nkat.lm.architectures import LONG_ROPE, ROUTER, SHORT_ROPE, SINKS
+from nkat.lm.config import ModelConfig
 from nkat.lm.experts import Experts, ExpertStack
+from nkat.lm.keys import ConfigError
 from nkat.lm.linear import StarLinear
-from nkat.lm.tokenizer import Tokenizer, TokenizerError
-from nkat.lm.transformer import Block, Embedding, Transformer
+from nkat.lm.tokenizer import Tokenizer
+from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer
+from nkat.lm.vocabulary import TokenizerError
 from nkat.theta.algebra import Theta
 from nkat.theta.modelfile import ModelFile, open_model_file
 
@@ -126,7 +128,7 @@ def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo
         from nkat.kernels.cuda.linear import out_of_memory_hint  # Triton is loaded only where it is used
 
         with out_of_memory_hint():
-            for linear in model.star_linears().values():  # routers and experts stay as they are
+            for linear in model.all_linears().values():  # routers and experts stay as they are
                 linear.repack()
             model.embedding.repack(model.output.device_weight if tied else None)
         return
@@ -153,22 +155,36 @@ class _Assembler:
             config,
             Embedding(packed_table, table.type, shape),
             [self.block(config, i) for i in range(config.block_count)],
-            self.vector("output_norm.weight"),
+            self.vector("output_norm.weight") / config.logit_scale,
             self.linear("token_embd", shape, packed_table) if tied else self.linear("output", shape),
-            *(self.rope_factors(name) for name in LONG_ROPE),
+            self.rope_factors(SHORT_ROPE),
+            self.rope_factors(LONG_ROPE),
+            self.layer_inputs(config) if config.layer_input_length else None,
+        )
+
+    def layer_inputs(self, config: ModelConfig) -> LayerInputs:
+        table = self.tensors["per_layer_token_embd.weight"]
+        length = config.block_count * config.layer_input_length
+        return LayerInputs(
+            config,
+            Embedding(self.packed(table.name), table.type, (config.vocab_size, length)),
+            self.linear("per_layer_model_proj", (length, config.embedding_length)),
+            self.vector("per_layer_proj_norm.weight"),
         )
 
     def rope_factors(self, name: str) -> torch.Tensor | None:
-        """Those of one of LONG_ROPE; a file has either these or the ones for contexts of any length."""
+        """Those for short or for long contexts; a file has either these or the ones for contexts of any length."""
         there = [n for n in ("rope_freqs.weight", f"{name}.weight") if n in self.tensors]
         return self.vector(there[0]) if there else None
 
     def block(self, config: ModelConfig, index: int) -> Block:
         prefix = f"blk.{index}."
-        norms = {norm: self.vector(f"{prefix}{norm}.weight") for norm in config.architecture.block_norms}
+        in_file = config.architecture.norm_in_file
+        norms = {norm: self.vector(f"{prefix}{in_file(norm)}.weight") for norm in config.norms(index)}
         linears = {name: self.linear(prefix + name, shape) for name, shape in config.linears(index).items()}
-        sinks = self.vector(f"{prefix}{SINKS}.weight") if config.architecture.sinks else None
-        return Block(config, index, linears, norms, self.experts(config, prefix), sinks)
+        names = [f"{prefix}{name}.weight" for name in ("layer_output_scale", SINKS)]
+        scale, sinks = (self.vector(name) if name in self.tensors else None for name in names)
+        return Block(config, index, linears, norms, scale, sinks, self.experts(config, prefix))
 
     def experts(self, config: ModelConfig, prefix: str) -> Experts | None:
         if config.mixture is None:

@@ -30,7 +30,8 @@ FAMILIES = {
     "gemma3 window": ("gemma3", {"blocks": 7, "sliding_window": 20}),
     "odd heads": ("llama", {"heads": 6, "kv_heads": 3, "embedding": 72, "head_dim": 12, "feed_forward": 100}),
     "one head": ("qwen3", {"heads": 1, "kv_heads": 1}),
-    **{arch: (arch, options) for arch, options in (*FURTHER_FAMILIES, *MIXTURE_FAMILIES)},
+    **{f"{arch} {i}": (arch, options) for i, (arch, options) in enumerate(FURTHER_FAMILIES)},
+    **{arch: (arch, options) for arch, options in MIXTURE_FAMILIES},
 }
 IDS = [(29 * i + 5) % 200 for i in range(2 * PREFILL_TOKENS + 40)]
 

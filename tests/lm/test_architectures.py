@@ -28,10 +28,11 @@ from tests.kernels.test_cuda import FAMILIES as CUDA_FAMILIES
 from tests.lm.test_transformer import FAMILIES
 from tests.support import tiny_models
 from tests.support.golden import kept, read_golden
-from tests.support.tiny_models import MIXTURE_FAMILIES, write_tiny_model
+from tests.support.tiny_models import write_tiny_model
 
 GOLDEN = read_golden("tiny_logits")
-PERMISSIONS = {"rope_factors", "long_rope"}  # flags that let a tensor be there: a file without it does not notice
+# Flags that let a tensor or a key be there: a file without it does not notice.
+PERMISSIONS = {"rope_factors", "long_rope", "varied", "layer_inputs", "block_scale"}
 FLAGS = [field.name for field in fields(Architecture) if field.type == "bool" and field.name not in PERMISSIONS]
 
 Agrees = Callable[..., bool]
@@ -67,11 +68,12 @@ def agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agrees:
 
 def untested(rows: Iterable[str]) -> dict[str, set[str]]:
     """The rows that lack a test, by kind of test."""
+    without_gpu_step = {name for name, row in ARCHITECTURES.items() if not row.has_gpu_step}
     tested = {
         "logits by llama.cpp": {variant["arch"] for variant in GOLDEN["variants"].values()},
         "the model's forward pass": {arch for arch, _ in FAMILIES},
         "the compiled CPU program": {arch for arch, _ in COMPILED_FAMILIES.values()},
-        "the GPU step": {arch for arch, _ in CUDA_FAMILIES} | {arch for arch, _ in MIXTURE_FAMILIES},
+        "the GPU step": {arch for arch, _ in CUDA_FAMILIES} | without_gpu_step,
     }
     return {kind: missing for kind, names in tested.items() if (missing := {*rows} - names)}
 
@@ -111,6 +113,10 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
         ("gemma2_caps", "reads", ()),
         ("gemma2_caps", "window", Window(period=3, rope_base=None)),
         ("gemma2_caps", "window", Window(period=2, rope_base=500.0)),
+        ("gemma4", "varied", False),
+        ("gemma4", "layer_inputs", False),
+        ("gemma4", "block_scale", False),
+        ("gemma4", "reads", ()),
         ("phi3_short", "long_rope", False),
         ("phi3_long", "long_rope", False),
         ("mistral3_warm", "reads", ()),

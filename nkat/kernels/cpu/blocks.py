@@ -69,6 +69,20 @@ def norm_kernel(columns: int, tokens: int) -> int:
 
 
 @functools.cache
+def wide_norm_kernel(columns: int, tokens: int) -> int:
+    """x = its RMS norm, in the first columns of its rows. arguments: x, bytes of a row, weight, epsilon, state"""
+
+    def emit(k: Builder) -> None:
+        x, stride = k.pointer(0), k.integer(1)
+        weight, epsilon, state = (k.pointer(i) for i in (2, 3, 4))
+        with own_tokens(k, state, tokens) as token:
+            row = x + token * stride
+            _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
+
+    return compile_kernel(f"wide_norm_{columns}_{tokens}", emit)
+
+
+@functools.cache
 def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
     """x += y, or its RMS norm, which then replaces y. arguments: x, y, bytes of a row of y, weight, epsilon, state"""
 
@@ -88,25 +102,28 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
 
 @functools.cache
 def gate_kernel(columns: int, tokens: int, gelu: bool, clamp: tuple[float, float] | None = None) -> int:
-    """gate = activation(gate) * up: SiLU, or GELU by its tanh form. arguments: gate, up, bytes of a row, state
+    """gate = activation(gate) * up: SiLU, or GELU by its tanh form.
 
+    arguments: gate, up, bytes of a row of each, state
     clamp: what the two are kept below and how steep the logistic function is, of an activation that adds 1 to `up`
     """
     limit, slope = clamp or (0.0, 1.0)
 
     def emit(k: Builder) -> None:
-        gate, up, stride, state = k.pointer(0), k.pointer(1), k.integer(2), k.pointer(3)
+        gate, up, gate_stride, up_stride, state = (
+            k.pointer(0), k.pointer(1), k.integer(2), k.integer(3), k.pointer(4)
+        )  # fmt: skip
         lanes = width_of(columns)
         with own_tokens(k, state, tokens) as token:
-            at = token * stride
+            to, row = gate + token * gate_stride, up + token * up_stride
             with k.loop(0, 4 * columns, 4 * lanes) as i:
-                g, u = k.load(F32(lanes), gate + at + i), k.load(F32(lanes), up + at + i)
+                g, u = k.load(F32(lanes), to + i), k.load(F32(lanes), row + i)
                 if clamp is not None:
                     g, u = _below(k, g, limit), _below(k, _below(k, u, limit) * -1.0, limit) * -1.0 + 1.0
                 # both are g times a logistic function: tanh(z) = 2·logistic(2z) − 1
                 z = g * k.fma(g * g, 2 * 0.7978845608 * 0.044715, k.value(2 * 0.7978845608, g.kind)) if gelu else g
                 active = g / (k.exp(z * -slope) + 1.0)
-                k.store(active * u, gate + at + i)
+                k.store(active * u, to + i)
 
     return compile_kernel(f"gate_{columns}_{tokens}_{gelu}_{clamp is not None}", emit)
 
@@ -114,6 +131,40 @@ def gate_kernel(columns: int, tokens: int, gelu: bool, clamp: tuple[float, float
 def _below(k: Builder, x: Value, limit: float) -> Value:
     """The smaller of the two; NaN stays NaN."""
     return k.select(x > limit, k.value(limit, x.kind), x)
+
+
+@functools.cache
+def scale_kernel(columns: int, tokens: int) -> int:
+    """x *= factor. arguments: x, factor float32 [1], state"""
+
+    def emit(k: Builder) -> None:
+        x, factor, state = k.pointer(0), k.load(F32(), k.pointer(1)), k.pointer(2)
+        lanes = width_of(columns)
+        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * columns, 4 * lanes) as i:
+            at = x + token * (4 * columns) + i
+            k.store(k.load(F32(lanes), at) * factor, at)
+
+    return compile_kernel(f"scale_{columns}_{tokens}", emit)
+
+
+@functools.cache
+def layer_input_kernel(length: int, blocks: int, tokens: int) -> int:
+    """own = (own + RMS norm of projected) / √2, for each block's `length` numbers by themselves; projected is used up.
+
+    arguments: own, bytes of a row, projected, bytes of a row, weight, epsilon float32 [1], state
+    """
+
+    def emit(k: Builder) -> None:
+        own, own_stride, projected, stride = k.pointer(0), k.integer(1), k.pointer(2), k.integer(3)
+        weight, epsilon, state = k.pointer(4), k.load(F32(), k.pointer(5)), k.pointer(6)
+        lanes = width_of(length)
+        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * length * blocks, 4 * length) as start:
+            to, row = own + token * own_stride + start, projected + token * stride + start
+            _normalised(k, row, weight, epsilon, length, row)
+            with k.loop(0, 4 * length, 4 * lanes) as i:
+                k.store((k.load(F32(lanes), to + i) + k.load(F32(lanes), row + i)) * math.sqrt(0.5), to + i)
+
+    return compile_kernel(f"layer_input_{length}_{blocks}_{tokens}", emit)
 
 
 @functools.cache
@@ -139,6 +190,8 @@ class Heads:
     half: the KV cache is float16, otherwise float32
     capped: scores are kept within bounds, by tanh
     sinks: each query head has a score that stands for nothing and takes part in the softmax
+    own: the new tokens have keys and values, which go into the cache; otherwise another block put them there
+    value_norm: v heads have an RMS norm, whose weights are all the same
     """
 
     queries: int
@@ -150,6 +203,8 @@ class Heads:
     half: bool
     capped: bool = False
     sinks: bool = False
+    own: bool = True
+    value_norm: bool = False
 
     @property
     def cache_bytes(self) -> int:
@@ -177,7 +232,8 @@ def rope_kernel(heads: Heads) -> int:
     product as it is. Each thread takes some of the (token, head) pairs.
 
     arguments: q, k, v, bytes of a row of each, cosines and sines [position, rotated / 2], weights of the norms of q and
-    k, epsilon, scale float32 [position], key cache, value cache, bytes of a KV head in them, state
+    k, epsilon, scale float32 [position], key cache, value cache, bytes of a KV head in them, state, ones float32 [size]
+    (where heads.value_norm); v may be k, whose norm and RoPE it does not get
     state: of `nkat.kernels.cpu.linear.token_state`; each further sequence starts at the
     same position and has heads of its own in the cache, behind those of the one before
     """
@@ -211,7 +267,7 @@ def rope_kernel(heads: Heads) -> int:
         epsilon = k.load(F32(), epsilon)
         turned = k.local(4 * size)  # `nkat.lm.config.MAX_HEAD` bounds it
         count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
-        every = heads.queries + heads.kv
+        every = heads.queries + (heads.kv if heads.own else 0)
         with k.loop(k.thread, count * every, k.threads) as item:
             token, head = item // every, item % every
             sequence, position = token // length, start + token % length
@@ -226,19 +282,22 @@ def rope_kernel(heads: Heads) -> int:
                     k.store(k.load(F32(width_of(size)), turned + i) * factor, row + i)
             with k.when(head >= heads.queries):
                 kv = head - heads.queries
+                row = v + token * v_stride + kv * (4 * size)
+                cached = (sequence * heads.kv + kv) * head_bytes
+                if heads.value_norm:
+                    _normalised(k, row, k.pointer(16), epsilon, size, turned)
+                    row = turned
+                to = values + cached + position * (width * size)
+                with k.loop(0, size, width_of(size)) as i:
+                    heads.store(k, k.load(F32(width_of(size)), row + i * 4), to + i * width)
                 row = key + token * k_stride + kv * (4 * size)
                 if heads.norm:
                     _normalised(k, row, k_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
                 block, place = position // KEYS, position % KEYS
-                cached = (sequence * heads.kv + kv) * head_bytes
                 to = keys + cached + (block * (KEYS * size) + place) * width
                 with k.loop(0, size) as i:
                     heads.store(k, k.load(F32(), turned + i * 4), to + i * (width * KEYS))
-                row = v + token * v_stride + kv * (4 * size)
-                to = values + cached + position * (width * size)
-                with k.loop(0, size, width_of(size)) as i:
-                    heads.store(k, k.load(F32(width_of(size)), row + i * 4), to + i * width)
 
     return compile_kernel(f"rope_{heads.label}", emit)
 
