@@ -33,6 +33,11 @@ _ZERO_START = 0.02  # standard deviation of P where Q starts at zero
 _SNAPSHOTS = 3  # of a whole fit, evenly spaced
 
 
+def warm_cosine(step: int, steps: int, warmup: int, highest: float) -> float:
+    """The learning rate of a step: it rises over `warmup` of them, then falls to zero along a cosine."""
+    return highest * min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
 @dataclass(frozen=True, slots=True)
 class FitSettings:
     """How a fit goes. Every field is a flag of the converter; the defaults were found by experiment.
@@ -70,8 +75,7 @@ class FitSettings:
     patience: int = 0
 
     def learning_rate_at(self, step: int) -> float:
-        rising = min(1.0, (step + 1) / max(1, self.warmup))
-        return self.learning_rate * rising * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+        return warm_cosine(step, self.steps, self.warmup, self.learning_rate)
 
     def rounds_at(self, step: int) -> bool:
         return step >= self.steps * (1.0 - self.int8_share)
