@@ -23,7 +23,7 @@ from nkat.host.distributed import World
 from nkat.lm.transformer import Transformer
 from nkat.measure.judge import Passages
 from nkat.sources.fit.data import Batch, FitText, batch_at
-from nkat.sources.fit.layers import Factors, FittedLinear, ThetaMode, fitted_layers
+from nkat.sources.fit.layers import Factors, FittedLinear, MakeLayer, ThetaMode, fitted_layers
 from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
 from nkat.sources.fit.state import FitState
 from nkat.theta.algebra import Theta, coupling, quantise_factors
@@ -154,7 +154,7 @@ def fit(
     validator: Transformer | None = None,
     state: FitState | None = None,
     world: World | None = None,
-    kind: type[FittedLinear] = FittedLinear,
+    kind: MakeLayer = FittedLinear,
 ) -> FitState:
     """Learns factors for the named weights from one of `starts`, or goes on from `state`, which then needs none.
 
@@ -210,7 +210,7 @@ class _Run:
     settings: FitSettings
     progress: Progress
     world: World
-    kind: type[FittedLinear]
+    kind: MakeLayer
     validator: Transformer | None
 
     def choose(self, states: Sequence[FitState]) -> FitState:
