@@ -1,8 +1,8 @@
 """GGUF metadata and tensor shapes → a frozen `ModelConfig`. Nothing here touches a weight.
 
-Dense models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
+Models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
 (https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
-another one than the file asks for is refused: mixtures of experts, keys that another architecture reads, RoPE scaling
+another one than the file asks for is refused: experts in groups, keys that another architecture reads, RoPE scaling
 other than linear, YaRN and longrope, unknown tensors.
 """
 
@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import numpy as np
 
-from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
 from nkat.lm.architectures import (
     ARCHITECTURES,
@@ -25,21 +25,27 @@ from nkat.lm.architectures import (
     LONG_ROPE,
     QK_NORMS,
     QKV,
+    ROPE_SWITCH,
+    ROUTER,
+    SCALES,
     SHARED_KV,
     SHORT_ROPE,
+    SINKS,
+    STACKS,
     TEMPERATURE,
     YARN_KEYS,
     Architecture,
     Sizes,
 )
+from nkat.lm.keys import ConfigError, Keys
 from nkat.theta.set import SUFFIXES
 
 # Keys that change the forward pass in a way that is not computed, unless the architecture's row says that it reads
 # them; and the values with which they do not.
 _REFUSED: dict[str, tuple[bool | float, ...]] = {
     "nextn_predict_layers": (0,),
+    "expert_group_count": (0, 1),
     "attention.causal": (True,),
-    "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     ATTENTION_CAP: (0.0,),
@@ -47,9 +53,10 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
     TEMPERATURE: (0.0,),
     LAYER_INPUTS: (0,),
     SHARED_KV: (0,),
-    "logit_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
+    **dict.fromkeys(SCALES, (0.0, 1.0)),
+    "attention.scale": (0.0,),
+    "deepstack_mapping": (-1,),
+    "rope.dimension_sections": (0,),
     "rope.scaling.alpha": (0.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
@@ -57,14 +64,9 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
 }
 
 
-# Sizes that a file may ask for. Lengths, counts and positions are signed 32-bit integers in llama.cpp, too.
-MAX_SIZE = (1 << 31) - 1
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
-
-
-class ConfigError(NKATError):
-    """The metadata or the tensors do not describe a model this toolkit can run; the message names the key or tensor."""
+MAX_EXPERTS = 1024  # as in llama.cpp
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,14 @@ class Rope:
     slow: float = 1.0
 
 
+class Turning(Enum):
+    """How RoPE turns q and k of a block."""
+
+    SEES_ALL = 0  # by `ModelConfig.rope`
+    WINDOW = 1  # by `ModelConfig.local_rope`
+    NONE = 2  # not at all
+
+
 @dataclass(frozen=True, slots=True)
 class BlockSizes:
     """What may differ from block to block. Lengths in elements.
@@ -108,8 +118,21 @@ class BlockSizes:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts: how many there are, how many a token goes to, the length of an expert's inner vector."""
+
+    count: int
+    used: int
+    feed_forward_length: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens."""
+    """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens.
+
+    A model that multiplies what it adds to the residual stream by a number has that stream kept divided by it, so that
+    nothing but the embedding's scale and the norms' epsilon knows: RMS norms do not see how long their input is.
+    """
 
     architecture: Architecture
     context_length: int
@@ -132,7 +155,11 @@ class ModelConfig:
     logit_cap: float = 0.0
     temperature: float = 0.0  # see `query_scale`; 0: none
     temperature_length: int = 0
+    unturned_blocks: frozenset[int] = frozenset()  # whose q and k RoPE leaves as they are
+    logit_scale: float = 1.0  # logits are divided by it
     sizes: tuple[BlockSizes, ...] = ()  # of each block; none: all are as the fields above say
+    idle: frozenset[str] = frozenset()  # weights that nothing reads: k and v of blocks that use an earlier one's
+    mixture: Mixture | None = None  # in place of the one feed-forward network of every block
     layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
 
     @classmethod
@@ -152,6 +179,12 @@ class ModelConfig:
                 f"{what}: {tokens} tokens are more than the {self.context_length} that the model was made for; "
                 "--beyond-context runs them all the same"
             )
+
+    def turning(self, block: int) -> Turning:
+        """How RoPE turns a block's q and k."""
+        if block in self.unturned_blocks:
+            return Turning.NONE
+        return Turning.WINDOW if self.local_blocks[block] else Turning.SEES_ALL
 
     def of(self, block: int) -> BlockSizes:
         """The sizes of a block."""
@@ -183,18 +216,33 @@ class ModelConfig:
         elif not sizes.has_value:
             del qkv["attn_v"]
         up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
+        feed_forward = {**{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
         return {
             **{name: (outputs, d) for name, outputs in qkv.items()},
             "attn_output": (d, rows[0]),
-            **{name: (outputs, d) for name, outputs in up.items()},
-            "ffn_down": (d, ff),
+            **({} if self.mixture is not None else feed_forward),
             **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
+            **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
 
+    def stacks(self) -> dict[str, tuple[int, int, int]]:
+        """(experts, outputs, inputs) of a mixture's weights, by name."""
+        assert self.mixture is not None
+        count, d, ff = self.mixture.count, self.embedding_length, self.mixture.feed_forward_length
+        return dict(zip(STACKS, ((count, ff, d), (count, ff, d), (count, d, ff)), strict=True))
+
+    @property
+    def active_experts(self) -> float:
+        """The share of the experts that a token goes to; 1 without experts."""
+        return 1.0 if self.mixture is None else self.mixture.used / self.mixture.count
+
     def norms(self, block: int) -> dict[str, tuple[int]]:
-        """Lengths of the RMS norms of a block, by their names in the file."""
+        """Lengths of the RMS norms of a block, by name (`Architecture.norm_in_file`)."""
         names = [name for name in self.architecture.block_norms if name != "attn_k_norm" or self.has_own_kv(block)]
-        lengths = {name: self.of(block).head_dim if name in QK_NORMS else self.embedding_length for name in names}
+        lengths = dict.fromkeys(names, self.embedding_length)
+        wide = dict(zip(QK_NORMS, self.qkv_rows(block)[:2], strict=True))
+        for name in lengths.keys() & wide.keys():
+            lengths[name] = wide[name] if self.architecture.wide_qk_norm else self.of(block).head_dim
         if self.layer_input_length:
             lengths["post_norm"] = self.embedding_length
         return {name: (length,) for name, length in lengths.items()}
@@ -206,69 +254,6 @@ class ModelConfig:
         return 1.0 + self.temperature * math.log1p(math.floor(position / self.temperature_length))
 
 
-class _Keys:
-    """Typed, checked look-ups of `{architecture}.{key}`."""
-
-    def __init__(self, metadata: Mapping[str, object], architecture: Architecture) -> None:
-        self.metadata, self.architecture = metadata, architecture
-
-    def name(self, key: str) -> str:
-        return f"{self.architecture.name}.{key}"
-
-    def get(self, key: str) -> object:
-        """The value or None; an array with one value for every block counts as that value."""
-        value = self.metadata.get(self.name(key))
-        if isinstance(value, np.ndarray):
-            distinct = np.unique(value)
-            if len(distinct) != 1:
-                raise ConfigError(f"metadata {self.name(key)} differs from block to block, which is not supported")
-            return distinct[0].item()
-        return value
-
-    def per_block(self, key: str, blocks: int, default: int | None = None) -> list[int]:
-        """One integer for each block, of an array or all the same."""
-        value = self.metadata.get(self.name(key))
-        if not isinstance(value, np.ndarray):
-            return [self.integer(key, default)] * blocks
-        if len(value) != blocks:
-            raise ConfigError(f"metadata {self.name(key)} has {len(value)} values for {blocks} blocks")
-        return [self._checked(key, number, 1, MAX_SIZE) for number in value.tolist()]
-
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
-        return self._checked(key, self._required(key, default), minimum, maximum)
-
-    def _checked(self, key: str, value: object, minimum: int, maximum: int) -> int:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"metadata {self.name(key)} must be an integer, got {value!r}")
-        if value < minimum:
-            raise ConfigError(f"metadata {self.name(key)} must be at least {minimum}, got {value}")
-        if value > maximum:
-            raise ConfigError(f"metadata {self.name(key)} must be at most {maximum}, got {value}")
-        return value
-
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
-        value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"metadata {self.name(key)} must be a number, got {value!r}")
-        if not (math.isfinite(value) and value > above):
-            raise ConfigError(f"metadata {self.name(key)} must be a finite number above {above:g}, got {value}")
-        return float(value)
-
-    def text(self, key: str, default: str) -> str:
-        value = self._required(key, default)
-        if not isinstance(value, str):
-            raise ConfigError(f"metadata {self.name(key)} must be a string, got {value!r}")
-        return value
-
-    def _required(self, key: str, default: object) -> object:
-        value = self.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"metadata {self.name(key)} is missing")
-        return value
-
-
 def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
     arch = metadata.get("general.architecture")
     if arch is None:
@@ -276,7 +261,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     architecture = ARCHITECTURES.get(arch) if isinstance(arch, str) else None
     if architecture is None:
         raise ConfigError(f"architecture {arch!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}")
-    keys = _Keys(metadata, architecture)
+    keys = Keys(metadata, architecture)
     _refuse(keys)
 
     embedding = tensors.get("token_embd.weight")
@@ -315,7 +300,9 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     rope, local_rope = _read_rope(keys, head_dim, local_dim, context)
     temperature = 0.0 if keys.get(TEMPERATURE) in (None, 0) else keys.number(TEMPERATURE)
     window, local_blocks = _read_window(keys, blocks)
-    feed_forward = _by_block(keys, "feed_forward_length", blocks)
+    embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
+    residual = residual_scale or 1.0
+    feed_forward = _by_block(keys, "feed_forward_length", blocks, 1 if architecture.experts else None)
     sizes = _read_sizes(keys, local_blocks, (head_dim, local_dim), kv_heads, feed_forward, tensors)
     return ModelConfig(
         architecture=architecture,
@@ -327,24 +314,41 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         head_count=heads,
         kv_head_count=max(kv_heads),
         head_dim=head_dim,
-        rms_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
+        rms_epsilon=keys.number("attention.layer_norm_rms_epsilon") / residual**2,
         rope=rope,
         local_rope=local_rope,
         local_blocks=local_blocks,
         sliding_window=window,
-        attention_scale=architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
-        embedding_scale=d**0.5 if architecture.scaled_embedding else 1.0,
+        attention_scale=attention_scale or architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
+        embedding_scale=(d**0.5 if architecture.scaled_embedding else embedding_scale or 1.0) / residual,
         fused_qkv=frozenset(i for i in range(blocks) if f"blk.{i}.{FUSED_QKV}.weight" in tensors),
         attention_cap=_read_cap(keys, ATTENTION_CAP, architecture.attention_cap),
         logit_cap=_read_cap(keys, LOGIT_CAP, architecture.logit_cap),
         temperature=temperature,
         temperature_length=rope.original_context,
+        unturned_blocks=frozenset(i for i in range(blocks) if _is_unturned(keys, i)),
+        logit_scale=logit_scale or 1.0,
         sizes=sizes if architecture.varied else (),
+        idle=frozenset(
+            name
+            for i, block in enumerate(sizes)
+            for name in (f"blk.{i}.{linear}.weight" for linear in QKV[1:])
+            if block.kv_block != i and name in tensors
+        ),
+        mixture=_read_mixture(keys) if architecture.experts else None,
         layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
     )
 
 
-def _by_block(keys: _Keys, key: str, blocks: int, default: int | None = None) -> list[int]:
+def _read_mixture(keys: Keys) -> Mixture:
+    count = keys.integer("expert_count", minimum=2, maximum=MAX_EXPERTS)
+    used = keys.integer("expert_used_count", maximum=count)
+    # older files of qwen3moe have no length of an expert's own (src/models/qwen3moe.cpp)
+    length = keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length", 0, minimum=0) // used)
+    return Mixture(count, used, length)
+
+
+def _by_block(keys: Keys, key: str, blocks: int, default: int | None = None) -> list[int]:
     """One number for each block; only where the architecture allows it may they differ."""
     if keys.architecture.varied:
         return keys.per_block(key, blocks, default)
@@ -352,7 +356,7 @@ def _by_block(keys: _Keys, key: str, blocks: int, default: int | None = None) ->
 
 
 def _read_sizes(
-    keys: _Keys,
+    keys: Keys,
     local_blocks: Sequence[bool],
     head_dims: tuple[int, int],
     kv_heads: Sequence[int],
@@ -389,24 +393,41 @@ def _read_sizes(
     )
 
 
-def _read_cap(keys: _Keys, key: str, usual: float) -> float:
+def _read_scale(keys: Keys, key: str) -> float:
+    """0: the file has none, or the architecture does not look at it"""
+    if key not in keys.architecture.reads or keys.get(key) in (None, 0):
+        return 0.0
+    return keys.number(key)
+
+
+def _is_unturned(keys: Keys, block: int) -> bool:
+    if ROPE_SWITCH in keys.architecture.reads and keys.get(ROPE_SWITCH) is False:
+        return True
+    period = keys.architecture.unturned_period
+    return period > 0 and block % period == period - 1
+
+
+def _read_cap(keys: Keys, key: str, usual: float) -> float:
     """0: none"""
     value = keys.get(key)
     return usual if value is None else 0.0 if value == 0 else keys.number(key)
 
 
-def _refuse(keys: _Keys) -> None:
+def _refuse(keys: Keys) -> None:
     for key in ("expert_count", "expert_used_count"):
         count = keys.get(key)
-        if count not in (None, 0):
-            raise ConfigError(f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported")
+        if count not in (None, 0) and not keys.architecture.experts:
+            name = keys.architecture.name
+            raise ConfigError(
+                f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported in {name} models"
+            )
     for key, neutral in _REFUSED.items():
         value = keys.get(key)
         if value is not None and value not in neutral and key not in keys.architecture.reads:
             raise ConfigError(f"metadata {keys.name(key)} = {value!r} is not supported")
 
 
-def _read_rope(keys: _Keys, head_dim: int, local_dim: int, context: int) -> tuple[Rope, Rope]:
+def _read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[Rope, Rope]:
     """RoPE of blocks that see everything, and of blocks with a sliding window: of heads of so many elements."""
     dimensions = keys.integer("rope.dimension_count", head_dim)
     if dimensions % 2 or dimensions > head_dim:
@@ -453,6 +474,8 @@ def _read_rope(keys: _Keys, head_dim: int, local_dim: int, context: int) -> tupl
         slow=slow,
     )
     window = keys.architecture.window
+    if window is not None and window.plain_rope:
+        return rope, replace(rope, scale=1.0, yarn=False, magnitude=1.0)
     if window is None or window.rope_base is None:
         return rope, replace(rope, base=keys.number("rope.freq_base_swa", rope.base, above=1.0))
     local_base = keys.number("rope.freq_base_swa", window.rope_base, above=1.0)
@@ -460,7 +483,7 @@ def _read_rope(keys: _Keys, head_dim: int, local_dim: int, context: int) -> tupl
     return rope, replace(local, dimensions=local_dimensions)
 
 
-def _read_window(keys: _Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
+def _read_window(keys: Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
     """The window's length (0: none) and which blocks have it."""
     none = 0, (False,) * blocks
     window = keys.architecture.window
@@ -490,7 +513,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
     architecture, d, v = config.architecture, config.embedding_length, config.vocab_size
     required: dict[str, tuple[int, ...]] = {"token_embd.weight": (v, d), "output_norm.weight": (d,)}
     optional: dict[str, tuple[int, ...]] = {"output.weight": (v, d)}
-    factors = ("rope_freqs",) if architecture.rope_factors else ()
+    factors: tuple[str, ...] = ("rope_freqs",) if architecture.rope_factors else ()
     factors += (SHORT_ROPE, LONG_ROPE) if architecture.long_rope else ()
     optional |= {f"{name}.weight": (config.rope.dimensions // 2,) for name in factors}
     if config.layer_input_length:
@@ -508,7 +531,17 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             required[f"{block}{linear}.weight"] = (outputs, inputs)
             if architecture.may_have_bias(linear):
                 optional[f"{block}{linear}.bias"] = (outputs,)
-        required |= {f"{block}{norm}.weight": shape for norm, shape in config.norms(i).items()}
+        norms = config.norms(i).items()
+        required |= {f"{block}{architecture.norm_in_file(norm)}.weight": shape for norm, shape in norms}
+        if architecture.qk_norm and not config.has_own_kv(i):
+            optional[f"{block}attn_k_norm.weight"] = (config.of(i).head_dim,)  # llama.cpp, too, reads past it
+        if architecture.sinks:
+            required[f"{block}{SINKS}.weight"] = (config.head_count,)
+        if config.mixture is not None:
+            stacks: dict[str, tuple[int, ...]] = {ROUTER: (config.mixture.count, d), **config.stacks()}
+            required |= {f"{block}{name}.weight": shape for name, shape in stacks.items()}
+            biases = {name: shape[:-1] for name, shape in stacks.items() if architecture.may_have_bias(name)}
+            optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
         if architecture.block_scale:
             optional[f"{block}layer_output_scale.weight"] = (1,)
 

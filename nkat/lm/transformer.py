@@ -1,4 +1,4 @@
-"""The forward pass of a dense model of any of `nkat.lm.architectures`, and its KV cache.
+"""The forward pass of a model of any of `nkat.lm.architectures`, and its KV cache.
 
 Shapes: B sequences, T new tokens, S tokens seen so far, H heads of D elements. The residual stream, norms and RoPE are
 computed in float32 (float64 in a float64 model), the linear layers and attention in the layers' dtype. The arithmetic
@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
-from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV
+from nkat.lm.activation import activate
+from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV, ROUTER, STACKS
 from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
-from nkat.lm.config import ModelConfig
+from nkat.lm.config import ModelConfig, Turning
+from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.linear import PackedModule, StarLinear
 from nkat.theta.algebra import Theta
 
@@ -123,9 +125,9 @@ class Embedding(PackedModule):
 
     def repack(self, shared: PackedWeight | None) -> None:
         """Into the layout of the GPU kernels; `shared`: it is the output layer's weight, which is there already."""
-        from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
+        from nkat.kernels.cuda.packing import pack  # Triton is loaded only where it is used
 
-        self.move_to_kernels(cuda.pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
+        self.move_to_kernels(pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] → float32 [B, T, d]."""
@@ -161,8 +163,10 @@ class LayerInputs(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then the gated feed-forward network, each added to the residual stream."""
+    """One transformer block: attention, then the gated feed-forward network or a mixture of them, each added to the
+    residual stream."""
 
+    sinks: torch.Tensor | None
     scale: torch.Tensor | None
 
     def __init__(
@@ -172,17 +176,23 @@ class Block(nn.Module):
         linears: Mapping[str, StarLinear],
         norms: Mapping[str, torch.Tensor],
         scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        experts: Experts | None = None,
     ) -> None:
         """linears: by name, those of `config.linears`; norms: RMS norm weights, those of `config.norms`.
 
-        scale: of what leaves the block, [1]
+        scale: of what leaves the block, [1]; sinks: [H], see `nkat.lm.attention.attend`; experts: where
+        `config.mixture` says so
         """
         super().__init__()
         self.config, self.index = config, index
-        self.local = config.local_blocks[index]
+        self.local, self.turning = config.local_blocks[index], config.turning(index)
         self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
-        self.qkv = [name for name in self.linears if name in (*QKV, FUSED_QKV)]  # one or three
+        own = config.has_own_kv(index)
+        self.qkv = [name for name in self.linears if name in ((*QKV, FUSED_QKV) if own else QKV[:1])]  # of what is read
         self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
+        self.experts = experts
+        self.register_buffer("sinks", sinks, persistent=False)
         self.norms = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in norms.items()})
         self.register_buffer("scale", scale, persistent=False)
 
@@ -205,22 +215,19 @@ class Block(nn.Module):
 
         given: those of an earlier block, for a block without its own;  layer_input: see `LayerInputs`, [B, T, p]
         """
-        post_norm = self.config.architecture.post_norm
         attended, met = self._attention(self._norm(x, "attn_norm"), view, cache, given)
-        attended = attended.to(x.dtype)
-        if post_norm:
-            attended = self._norm(attended, "post_attention_norm")
-        x = x + attended
+        x = x + self._norm(attended.to(x.dtype), "post_attention_norm")
         fed = self._feed_forward(self._norm(x, "ffn_norm")).to(x.dtype)
-        if post_norm:
-            fed = self._norm(fed, "post_ffw_norm")
-        x = x + fed
+        x = x + self._norm(fed, "post_ffw_norm")
         if layer_input is not None:
             gated = F.gelu(self.linears["inp_gate"](x), approximate="tanh").to(x.dtype) * layer_input
             x = x + self._norm(self.linears["proj"](gated).to(x.dtype), "post_norm")
         return (x if self.scale is None else x * self.scale), met
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """x itself where the model has no such norm."""
+        if name not in self.norms:
+            return x
         weight = self.norms[name]
         return F.rms_norm(x, weight.shape, weight, self.config.rms_epsilon)
 
@@ -231,12 +238,12 @@ class Block(nn.Module):
         outputs = [self.linears[name](x) for name in self.qkv]
         compute_dtype = outputs[0].dtype
         parts = outputs[0].split(config.qkv_rows(self.index), dim=-1) if self.qkv == [FUSED_QKV] else outputs
-        q, *own = (part.unflatten(-1, (-1, config.of(self.index).head_dim)) for part in parts)
+        q, *own = parts
         q = self._turned(q.to(x.dtype), "attn_q_norm", view)
         if view.warmth is not None:
             q = q * view.warmth[:, None, None]
         if own:
-            k, v = self._turned(own[0].to(x.dtype), "attn_k_norm", view), own[-1]
+            k, v = self._turned(own[0].to(x.dtype), "attn_k_norm", view), self._heads(own[-1])
             if config.architecture.value_norm:
                 v = F.rms_norm(v.to(x.dtype), v.shape[-1:], eps=config.rms_epsilon)
             k, v = (t.to(compute_dtype).transpose(1, 2) for t in (k, v))
@@ -244,20 +251,27 @@ class Block(nn.Module):
         if given is None:
             raise TypeError(f"block {self.index} has no keys of its own and was given none")
         q = q.to(compute_dtype).transpose(1, 2)
-        mixed = attend(q, *given, view, config.attention_scale, config.attention_cap)
+        mixed = attend(q, *given, view, config.attention_scale, config.attention_cap, self.sinks)
         return self.linears["attn_output"](mixed.transpose(1, 2).flatten(2)), given
 
-    def _turned(self, heads: torch.Tensor, norm: str, view: View) -> torch.Tensor:
-        """Queries or keys [B, T, H, D] after their norm and RoPE."""
-        if self.config.architecture.qk_norm:
+    def _heads(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[B, T, H·D] → [B, T, H, D]"""
+        return outputs.unflatten(-1, (-1, self.config.of(self.index).head_dim))
+
+    def _turned(self, outputs: torch.Tensor, norm: str, view: View) -> torch.Tensor:
+        """Queries or keys [B, T, H·D] after their norm and RoPE, [B, T, H, D]."""
+        architecture = self.config.architecture
+        heads = self._heads(self._norm(outputs, norm) if architecture.wide_qk_norm else outputs)
+        if architecture.qk_norm:
             heads = self._norm(heads, norm)
         return rotate(heads, view.cos, view.sin, self.config.rope.interleaved)
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.experts is not None:
+            return self.experts(x)
         outputs = [self.linears[name](x) for name in self.gate_up]
         gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
-        active = F.gelu(gate, approximate="tanh") if self.config.architecture.gelu else F.silu(gate)
-        return self.linears["ffn_down"](active * up)
+        return self.linears["ffn_down"](activate(self.config.architecture, gate, up))
 
 
 class Transformer(nn.Module):
@@ -312,6 +326,15 @@ class Transformer(nn.Module):
         inputs = self.layer_inputs
         return self.star_linears() | ({} if inputs is None else {"per_layer_model_proj.weight": inputs.projection})
 
+    def multipliers(self) -> dict[str, StarLinear | ExpertStack]:
+        """Everything that multiplies by a weight, by the weight's name: `all_linears`, routers and experts."""
+        found: dict[str, StarLinear | ExpertStack] = {**self.all_linears()}
+        for block in self.blocks:
+            if block.experts is not None:
+                found[f"blk.{block.index}.{ROUTER}.weight"] = block.experts.router
+                found |= {f"blk.{block.index}.{name}.weight": block.experts.stack(name) for name in STACKS}
+        return found
+
     def tables(self) -> list[Embedding]:
         """What token ids are looked up in."""
         return [self.embedding] if self.layer_inputs is None else [self.embedding, self.layer_inputs.table]
@@ -321,6 +344,14 @@ class Transformer(nn.Module):
         longrope once for a context, by its size.
         """
         return self.long_frequencies if room > self.config.rope.original_context else self.frequencies
+
+    def turns(self, turning: Turning, room: int) -> tuple[torch.Tensor, float]:
+        """Radians a position by which a block's pairs turn, float64, and what sine and cosine are multiplied by."""
+        if turning is Turning.NONE:
+            return torch.zeros_like(self.frequencies), 1.0
+        if turning is Turning.WINDOW:
+            return self.local_frequencies, self.config.local_rope.magnitude
+        return self.frequencies_for(room), self.config.rope.magnitude
 
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ in all layers; None or 1 turns it off. The weights are shared by both arms."""
@@ -385,18 +416,16 @@ class Transformer(nn.Module):
         x = self.embedding(tokens).to(self.output_norm.dtype) * config.embedding_scale
         room = count if cache is None else cache.capacity
         warmth = query_scales(config, start, count)
-        view = make_view(self.frequencies_for(room), config.rope.magnitude, start, count, 0, x, warmth)
-        local = view
-        if any(config.local_blocks):
-            local_rope = config.local_rope
-            window = config.sliding_window
-            local = make_view(self.local_frequencies, local_rope.magnitude, start, count, window, x, warmth)
+        views: dict[tuple[bool, Turning], View] = {}
+        for local, turning in {(block.local, block.turning): None for block in self.blocks}:
+            window = config.sliding_window if local else 0
+            views[local, turning] = make_view(*self.turns(turning, room), start, count, window, x, warmth)
         inputs = None if self.layer_inputs is None else self.layer_inputs(tokens, x)
         met: dict[int, KeysValues] = {}  # of the blocks whose keys and values others use
         for block in self.blocks:
             i = block.index
             arguments = (
-                *(x, local if block.local else view, cache),
+                *(x, views[block.local, block.turning], cache),
                 *(met.get(config.of(i).kv_block), None if inputs is None else inputs[i]),
             )
             x, own = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)

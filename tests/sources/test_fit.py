@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -23,7 +24,7 @@ from nkat.theta.layers import adaptable_layers
 from nkat.theta.modelfile import open_model_file
 from nkat.theta.set import truncate_rank
 from tests.conftest import ROOT, Script
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import FURTHER_FAMILIES, write_tiny_model
 
 GAMMA = 0.97
 QUICK = ["--fit-steps", "12", "--fit-batch", "2", "--fit-context", "48", "--fit-validate-every", "4"]
@@ -112,6 +113,18 @@ def test_a_fit_lowers_the_loss_on_text_it_has_not_seen(tiny: Fixture) -> None:
     assert after == pytest.approx(state.best_nll, rel=1e-5)  # what was validated is what the file will hold
     assert [row["step"] for row in state.history] == list(range(4, 25, 4))
     assert float(tiny.data.validation.score(tiny.loaded.model).mean()) == before
+
+
+@pytest.mark.parametrize(("arch", "options"), FURTHER_FAMILIES)
+def test_every_kind_of_block_can_be_fitted(tmp_path: Path, arch: str, options: dict[str, Any]) -> None:
+    """Caps, fused weights, keys of earlier blocks and the like have gradients, and every factor gets one."""
+    tiny = Fixture(write_tiny_model(tmp_path / "tiny.gguf", arch, **options))
+    settings = tiny.settings(steps=6, validate_every=6)
+    state = tiny.run(settings)
+    assert state.best_nll is not None
+    assert state.best_nll < float(tiny.data.validation.score(tiny.loaded.model).mean()) - 0.02
+    starts = [f for pair in zero_start(tiny.shapes, settings.rank, settings.seed) for f in pair]
+    assert all(not torch.equal(a.cpu(), b) for a, b in zip(state.factors, starts, strict=True))
 
 
 @pytest.mark.isa

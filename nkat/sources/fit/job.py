@@ -25,7 +25,7 @@ from nkat.measure.judge import Judge, Passages, evenly
 from nkat.measure.perplexity import PairedChange, chunk_context, text_bos, warn_of_short_chunks
 from nkat.measure.texts import Text
 from nkat.sources.fit.choice import Choice, Judged, Panel, Space, choose
-from nkat.sources.fit.data import Parts, chat_text, fit_text, split_chats, split_text
+from nkat.sources.fit.data import Parts, calibration_parts, chat_text, fit_text
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.sources.fit.layers import Factors
 from nkat.sources.fit.state import FitState, check_place, load_state, run_identity, save_state
@@ -95,9 +95,9 @@ def run_fit(request: FitRequest) -> FitResult:
     if request.reference is not None:
         check_reference_is_better(request.model.gguf, request.reference.gguf, request.names)
     with join_world(request.allow_cuda) as world:
-        dtype = _dtype(request.precision, world.device)
+        dtype = compute_dtype(request.precision, world.device)
         loaded = _working_copy(request, world.device, dtype)
-        reference = None if request.reference is None else _load_reference(request.reference, loaded)
+        reference = None if request.reference is None else load_reference(request.reference, loaded)
         data, parts = _data(request, loaded, text, keep)
         guard = _guard(request, parts.own)  # what cannot guard is known before time is spent
         identity, hashes = _identity(request, text, keep, dtype)
@@ -257,15 +257,16 @@ def _guard(request: FitRequest, own: Passages | None) -> list[GuardText]:
     return guard_texts(request.model, request.guard, own=[] if own is None else [own])
 
 
-def check_state(path: Path, resume: bool, force: bool) -> None:
-    """Raises NKATError when an interrupted fit would be lost, or there is none to resume."""
+def check_state(path: Path, resume: bool, force: bool, what: str = "fit") -> None:
+    """Raises NKATError when an interrupted fit would be lost, or there is none to resume. what: its name for people."""
     if resume and not path.exists():
-        raise NKATError(f"{path}: there is no interrupted fit to resume")
+        raise NKATError(f"{path}: there is no interrupted {what} to resume")
     if path.exists() and not resume and not force:
-        raise NKATError(f"{path}: is an interrupted fit; --resume goes on with it, --force starts anew")
+        raise NKATError(f"{path}: is an interrupted {what}; --resume goes on with it, --force starts anew")
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What a fit's products are made in: "float32", "bfloat16", or "auto" for the faster on this device."""
     if precision != "auto":
         return DTYPES[precision]
     return torch.bfloat16 if hardware.computes_bfloat16(device) else torch.float32
@@ -280,7 +281,8 @@ def _working_copy(request: FitRequest, device: torch.device, dtype: torch.dtype)
     return load_model(exact, thetas={}, gamma=1.0, device=device, dtype=dtype, keep_dense=fast)
 
 
-def _load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
+def load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
+    """The reference as `loaded` computes. Raises NKATError where it is another model."""
     reference = load_model(exact, thetas={}, gamma=1.0, device=loaded.model.device, dtype=loaded.model.output.dtype)
     if reference.config != loaded.config:
         names = [f.name for f in fields(loaded.config)]
@@ -296,15 +298,7 @@ def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | Non
     """What is learned from, with some of the validation chunks to look at meanwhile; and all that is kept back."""
     context = request.settings.context
     judged = chunk_context(loaded.config.context_length)
-    tokenizer, metadata = loaded.tokenizer, loaded.gguf.metadata
-    if is_chats(text):
-        if request.ignore:
-            raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
-        chats = conversations(text, metadata, tokenizer)
-        parts = split_chats(chats, text.name, tokenizer, context, judged)
-    else:
-        whole = fit_text(tokenizer, text, request.ignore)
-        parts = split_text(whole, text.name, context, judged)
+    parts = calibration_parts(loaded, text, request.ignore, context, judged)
     if request.guard is not None and parts.own is None:
         note(f"note: {text.name} is too short for a part of it to guard what is left")
     warn_of_short_chunks(judged)
@@ -312,9 +306,11 @@ def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | Non
     validation = looked_at if looked_at.tokens else parts.validation
     if keep is None:
         return FitData(parts.learned, validation), parts
-    kept = fit_text(tokenizer, keep)
     if is_chats(keep):
-        kept = chat_text(conversations(keep, metadata, tokenizer), text_bos(tokenizer), context)
+        chats = conversations(keep, loaded.gguf.metadata, loaded.tokenizer)
+        kept = chat_text(chats, text_bos(loaded.tokenizer), context)
+    else:
+        kept = fit_text(loaded.tokenizer, keep)
     if len(kept.tokens) < context:
         raise NKATError(
             f"{keep.name}: the text is too short: it has {counted(len(kept.tokens), 'token')}, one sequence needs "
