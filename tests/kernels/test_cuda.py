@@ -40,12 +40,13 @@ from nkat.lm.transformer import Block, Embedding, Transformer
 from nkat.theta.algebra import Theta, quantise_factors
 from tests.conftest import ROOT
 from tests.gguf.test_formats import HALVES, oracle, random_rows
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import FURTHER_FAMILIES, write_tiny_model
 
 needs_triton = pytest.mark.skipif(optional_triton.triton is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 every_format = pytest.mark.parametrize("qtype", FORMATS, ids=lambda qtype: qtype.name)
 FAMILIES = [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("gemma3", {"blocks": 7, "sliding_window": 4})]
+FAMILIES += [(arch, options) for arch, options in FURTHER_FAMILIES if ARCHITECTURES[arch].has_gpu_step]
 IDS = [(29 * i + 5) % 200 for i in range(12)]
 
 
@@ -406,8 +407,7 @@ def seven_billion(blocks: int) -> Transformer:
         return StarLinear(meta_weight(qtype, m, n), qtype, (m, n), dtype=torch.bfloat16, theta=own)
 
     def block(index: int) -> Block:
-        linears = {name: linear(name, *config.linear_shape(name)) for name in
-                   ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}  # fmt: skip
+        linears = {name: linear(name, *shape) for name, shape in config.linears(index).items()}
         norms = {name: torch.empty(d, device="meta") for name in ("attn_norm", "ffn_norm")}
         return Block(config, index, linears, norms)
 

@@ -202,22 +202,23 @@ def test_activation_kernel(gelu):
 
 @pytest.mark.parametrize("position", [0, 64, 255])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "rotated", "interleaved", "window", "norm"),
-    [(6, 2, 16, 16, True, 0, False), (4, 1, 24, 16, False, 70, True), (2, 2, 32, 32, False, 0, True)],
+    ("heads", "kv_heads", "head_dim", "rotated", "interleaved", "window", "norm", "cap"),
+    [(6, 2, 16, 16, True, 0, False, 0.0), (4, 1, 24, 16, False, 70, True, 1.5), (2, 2, 32, 32, False, 0, True, 0.0)],
 )
-def test_attention_kernels(position, heads, kv_heads, head_dim, rotated, interleaved, window, norm):
+def test_attention_kernels(position, heads, kv_heads, head_dim, rotated, interleaved, window, norm, cap):
     capacity = 256
     angles = torch.rand(capacity, rotated // 2)
     keys, values = torch.randn(2, kv_heads, capacity, head_dim)
     keys[:, position:], values[:, position:] = float("nan"), float("nan")  # must not be read
     norms = torch.rand(2, head_dim) if norm else (None, None)
+    warmth = 1.0 + torch.rand(capacity) if cap else None
     qkv, readers = torch.randn((heads + 2 * kv_heads) * head_dim), siblings(heads * head_dim, layers=1)
 
     def attend(ops, fill):
         k, v = keys.clone(), values.clone()
         k[k.isnan()], v[v.isnan()] = fill, fill
         attention = Attention(
-            heads, head_dim**-0.5, window, interleaved, 1e-6, *norms, angles.cos(), angles.sin(), k, v
+            heads, head_dim**-0.5, window, interleaved, 1e-6, *norms, angles.cos(), angles.sin(), k, v, cap, warmth
         )
         return ops(star=True).attend(qkv, attention, torch.tensor([position]), readers), k, v
 
