@@ -1,8 +1,8 @@
 """GGUF metadata and tensor shapes → a frozen `ModelConfig`. Nothing here touches a weight.
 
-Dense models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
+Models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
 (https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
-another one than the file asks for is refused: mixtures of experts, keys that another architecture reads, RoPE scaling
+another one than the file asks for is refused: experts in groups, keys that another architecture reads, RoPE scaling
 other than linear, YaRN and longrope, unknown tensors.
 """
 
@@ -26,9 +26,12 @@ from nkat.lm.architectures import (
     QK_NORMS,
     QKV,
     ROPE_SWITCH,
+    ROUTER,
     SCALES,
     SHARED_KV,
     SHORT_ROPE,
+    SINKS,
+    STACKS,
     TEMPERATURE,
     YARN_KEYS,
     Architecture,
@@ -41,6 +44,7 @@ from nkat.theta.set import SUFFIXES
 # them; and the values with which they do not.
 _REFUSED: dict[str, tuple[bool | float, ...]] = {
     "nextn_predict_layers": (0,),
+    "expert_group_count": (0, 1),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
@@ -62,6 +66,7 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
 
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
+MAX_EXPERTS = 1024  # as in llama.cpp
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +118,15 @@ class BlockSizes:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts: how many there are, how many a token goes to, the length of an expert's inner vector."""
+
+    count: int
+    used: int
+    feed_forward_length: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens.
 
@@ -145,6 +159,7 @@ class ModelConfig:
     logit_scale: float = 1.0  # logits are divided by it
     sizes: tuple[BlockSizes, ...] = ()  # of each block; none: all are as the fields above say
     idle: frozenset[str] = frozenset()  # weights that nothing reads: k and v of blocks that use an earlier one's
+    mixture: Mixture | None = None  # in place of the one feed-forward network of every block
     layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
 
     @classmethod
@@ -201,17 +216,28 @@ class ModelConfig:
         elif not sizes.has_value:
             del qkv["attn_v"]
         up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
+        feed_forward = {**{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
         return {
             **{name: (outputs, d) for name, outputs in qkv.items()},
             "attn_output": (d, rows[0]),
-            **{name: (outputs, d) for name, outputs in up.items()},
-            "ffn_down": (d, ff),
+            **({} if self.mixture is not None else feed_forward),
             **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
             **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
 
+    def stacks(self) -> dict[str, tuple[int, int, int]]:
+        """(experts, outputs, inputs) of a mixture's weights, by name."""
+        assert self.mixture is not None
+        count, d, ff = self.mixture.count, self.embedding_length, self.mixture.feed_forward_length
+        return dict(zip(STACKS, ((count, ff, d), (count, ff, d), (count, d, ff)), strict=True))
+
+    @property
+    def active_experts(self) -> float:
+        """The share of the experts that a token goes to; 1 without experts."""
+        return 1.0 if self.mixture is None else self.mixture.used / self.mixture.count
+
     def norms(self, block: int) -> dict[str, tuple[int]]:
-        """Lengths of the RMS norms of a block, by their names in the file."""
+        """Lengths of the RMS norms of a block, by name (`Architecture.norm_in_file`)."""
         names = [name for name in self.architecture.block_norms if name != "attn_k_norm" or self.has_own_kv(block)]
         lengths = dict.fromkeys(names, self.embedding_length)
         wide = dict(zip(QK_NORMS, self.qkv_rows(block)[:2], strict=True))
@@ -276,7 +302,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     window, local_blocks = _read_window(keys, blocks)
     embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
     residual = residual_scale or 1.0
-    feed_forward = _by_block(keys, "feed_forward_length", blocks)
+    feed_forward = _by_block(keys, "feed_forward_length", blocks, 1 if architecture.experts else None)
     sizes = _read_sizes(keys, local_blocks, (head_dim, local_dim), kv_heads, feed_forward, tensors)
     return ModelConfig(
         architecture=architecture,
@@ -309,8 +335,17 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
             for name in (f"blk.{i}.{linear}.weight" for linear in QKV[1:])
             if block.kv_block != i and name in tensors
         ),
+        mixture=_read_mixture(keys) if architecture.experts else None,
         layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
     )
+
+
+def _read_mixture(keys: Keys) -> Mixture:
+    count = keys.integer("expert_count", minimum=2, maximum=MAX_EXPERTS)
+    used = keys.integer("expert_used_count", maximum=count)
+    # older files of qwen3moe have no length of an expert's own (src/models/qwen3moe.cpp)
+    length = keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length", 0, minimum=0) // used)
+    return Mixture(count, used, length)
 
 
 def _by_block(keys: Keys, key: str, blocks: int, default: int | None = None) -> list[int]:
@@ -381,8 +416,11 @@ def _read_cap(keys: Keys, key: str, usual: float) -> float:
 def _refuse(keys: Keys) -> None:
     for key in ("expert_count", "expert_used_count"):
         count = keys.get(key)
-        if count not in (None, 0):
-            raise ConfigError(f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported")
+        if count not in (None, 0) and not keys.architecture.experts:
+            name = keys.architecture.name
+            raise ConfigError(
+                f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported in {name} models"
+            )
     for key, neutral in _REFUSED.items():
         value = keys.get(key)
         if value is not None and value not in neutral and key not in keys.architecture.reads:
@@ -493,9 +531,17 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             required[f"{block}{linear}.weight"] = (outputs, inputs)
             if architecture.may_have_bias(linear):
                 optional[f"{block}{linear}.bias"] = (outputs,)
-        required |= {f"{block}{norm}.weight": shape for norm, shape in config.norms(i).items()}
+        norms = config.norms(i).items()
+        required |= {f"{block}{architecture.norm_in_file(norm)}.weight": shape for norm, shape in norms}
         if architecture.qk_norm and not config.has_own_kv(i):
             optional[f"{block}attn_k_norm.weight"] = (config.of(i).head_dim,)  # llama.cpp, too, reads past it
+        if architecture.sinks:
+            required[f"{block}{SINKS}.weight"] = (config.head_count,)
+        if config.mixture is not None:
+            stacks: dict[str, tuple[int, ...]] = {ROUTER: (config.mixture.count, d), **config.stacks()}
+            required |= {f"{block}{name}.weight": shape for name, shape in stacks.items()}
+            biases = {name: shape[:-1] for name, shape in stacks.items() if architecture.may_have_bias(name)}
+            optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
         if architecture.block_scale:
             optional[f"{block}layer_output_scale.weight"] = (1,)
 

@@ -46,7 +46,7 @@ needs_triton = pytest.mark.skipif(optional_triton.triton is None, reason="triton
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 every_format = pytest.mark.parametrize("qtype", FORMATS, ids=lambda qtype: qtype.name)
 FAMILIES = [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("gemma3", {"blocks": 7, "sliding_window": 4})]
-FAMILIES += [(arch, options) for arch, options in FURTHER_FAMILIES if not ARCHITECTURES[arch].varied]
+FAMILIES += [(arch, options) for arch, options in FURTHER_FAMILIES if ARCHITECTURES[arch].has_gpu_step]
 IDS = [(29 * i + 5) % 200 for i in range(12)]
 
 

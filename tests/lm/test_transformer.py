@@ -22,13 +22,21 @@ from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer
 from nkat.theta.algebra import Theta, quantise_factors
 from tests.support.golden import kept, read_golden
-from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, write_tiny_model
+from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, MIXTURE_FAMILIES, write_tiny_model
 
 pytestmark = pytest.mark.isa
 
 TINY = read_golden("tiny_logits")
 SWA = {"blocks": 7, "sliding_window": 4}
-FAMILIES = [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("gemma3", {}), ("gemma3", SWA), *FURTHER_FAMILIES]
+FAMILIES = [
+    ("llama", {}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("gemma3", {}),
+    ("gemma3", SWA),
+    *FURTHER_FAMILIES,
+    *MIXTURE_FAMILIES,
+]
 IDS = torch.tensor([[(29 * i + 5) % 200 for i in range(12)]])
 
 Tiny = Callable[..., LoadedModel]
@@ -140,7 +148,10 @@ def test_cache_refuses_what_does_not_fit(tiny):
 def test_a_token_changes_nothing_before_it(tiny, arch, options):
     model = tiny(arch, options).model
     before, after = run(model, IDS)[0], run(model, changed(IDS, 7))[0]
-    assert torch.equal(before[:7], after[:7])
+    if model.config.mixture is None:
+        assert torch.equal(before[:7], after[:7])
+    else:  # an expert multiplies the tokens that go to it together: how many they are changes the order of sums
+        assert (before[:7] - after[:7]).abs().max() < 1e-5
     assert ((before[7:] - after[7:]).abs().amax(dim=1) > 1e-3).all()
 
 
@@ -333,7 +344,10 @@ def test_nll_in_tiles_equals_the_log_softmax(tiny, monkeypatch, tile):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("arch", "options"), FAMILIES)
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [family for family in FAMILIES if family not in MIXTURE_FAMILIES],  # there a rounding may choose another expert
+)
 def test_half_precision_stays_close(tiny, arch, options, dtype):
     exact, half = (run(tiny(arch, options, dtype=d).model, IDS) for d in (torch.float32, dtype))
     assert half.dtype == torch.float32

@@ -41,7 +41,7 @@ class TinyOptions:
     qk_gain: float = SCORE_GAIN  # of these norms
     post_norm: bool = False
     post_gain: float = 4.0  # of these norms: large, or scaled and tied embeddings make every token predict itself
-    qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every 2-D tensor
+    qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every tensor of 2 or 3 dimensions
     qtypes: Mapping[str, gguf.GGMLQuantizationType] | None = None  # of single ones, by name
     tied: bool = False  # True: no output.weight
     freq_base: float = 10000.0
@@ -65,6 +65,11 @@ class TinyOptions:
     metadata: Mapping[str, str | int | float] | None = None  # further keys under {arch}.
     rope_factors: bool = False  # rope_freqs.weight: one divisor for each rotated pair, as Llama 3.1 has
     sliding_window: int | None = None  # with it, gemma3's blocks 5, 11, ... see everything and the others the window
+    experts: int = 0  # of a mixture in place of the feed-forward network, each of `feed_forward` inner elements
+    experts_used: int = 2
+    expert_bias: bool = False  # and of the router and the attention's output
+    sinks: bool = False
+    ffn_norm: str = "ffn_norm"
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
     add_bos: bool = False
@@ -100,6 +105,18 @@ ARCHITECTURES = {
     ),
     "phi3": TinyOptions(fused_qkv=True, fused_gate_up=True, epsilon=1e-5, vocab="spm", add_bos=True),
     "mistral3": TinyOptions(epsilon=1e-5, pre="tekken"),
+    "qwen3moe": TinyOptions(head_dim=24, qk_norm=True, feed_forward=48, experts=6),
+    "gpt-oss": TinyOptions(
+        epsilon=1e-5,
+        feed_forward=48,
+        experts=6,
+        qkv_bias=True,
+        expert_bias=True,
+        sinks=True,
+        ffn_norm="post_attention_norm",
+        sliding_window=6,
+        pre="gpt-4o",
+    ),
 }
 
 # What the architectures with features of their own are tested with, by the model, the compiled program, the GPU step.
@@ -115,6 +132,12 @@ FURTHER_FAMILIES: list[tuple[str, dict[str, Any]]] = [
             "metadata": {"attention.temperature_scale": 0.3},
         },
     ),
+]
+
+# The same for those that no step of the GPU's computes (`nkat.lm.architectures.Architecture.has_gpu_step`).
+MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3moe", {}),
+    ("gpt-oss", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 8}}),
 ]
 
 
@@ -133,7 +156,7 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
     for name, shape, mean, std in _tensor_list(opts, vocab_size):
         values = _random_tensor(seed, name, shape, mean, std)
         qtype = (opts.qtypes or {}).get(name, opts.qtype)
-        if len(shape) == 2 and qtype != gguf.GGMLQuantizationType.F32:
+        if len(shape) > 1 and qtype != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
         else:
             writer.add_tensor(name, values)
@@ -174,6 +197,10 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     writer.add_embedding_length(opts.embedding)
     writer.add_block_count(opts.blocks)
     writer.add_feed_forward_length(opts.feed_forward_by_block or opts.feed_forward)
+    if opts.experts:
+        writer.add_expert_count(opts.experts)
+        writer.add_expert_used_count(opts.experts_used)
+        writer.add_expert_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
     writer.add_head_count_kv(opts.kv_heads_by_block or opts.kv_heads)
     if opts.local is not None:
@@ -247,13 +274,18 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
             if own or opts.idle_kv:
                 yield block + "attn_k_norm.weight", (head_dim,), opts.qk_gain, 0.3
         yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
-        yield block + "ffn_norm.weight", (n,), 1.0, 0.2
-        if opts.fused_gate_up:
+        if opts.sinks:
+            yield block + "attn_sinks.weight", (opts.heads,), 1.0, 1.5
+        yield f"{block}{opts.ffn_norm}.weight", (n,), 1.0, 0.2
+        if opts.experts:
+            yield from _expert_tensors(block, opts)
+        elif opts.fused_gate_up:
             yield block + "ffn_up.weight", (2 * ff, n), 0.0, 1.5 / math.sqrt(n)
         else:
             yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
             yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
-        yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
+        if not opts.experts:
+            yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
         if opts.post_norm:
             yield block + "post_attention_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
             yield block + "post_ffw_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
@@ -263,6 +295,22 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
             yield block + "post_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
         if opts.block_scale:
             yield block + "layer_output_scale.weight", (1,), 0.8, 0.1
+
+
+def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+    """The router and the experts' weights. The latter are large enough for the clamps of gpt-oss to act."""
+    n, ff, count = opts.embedding, opts.feed_forward, opts.experts
+    large = 4.0 if opts.expert_bias else 1.0
+    yield block + "ffn_gate_inp.weight", (count, n), 0.0, 2 / math.sqrt(n)
+    yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
+    yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
+    yield block + "ffn_down_exps.weight", (count, n, ff), 0.0, 1 / large / math.sqrt(ff)
+    if opts.expert_bias:
+        yield block + "attn_output.bias", (n,), 0.0, 0.5
+        yield block + "ffn_gate_inp.bias", (count,), 0.0, 0.5
+        yield block + "ffn_gate_exps.bias", (count, ff), 0.0, 0.5
+        yield block + "ffn_up_exps.bias", (count, ff), 0.0, 0.5
+        yield block + "ffn_down_exps.bias", (count, n), 0.0, 0.5
 
 
 def _random_tensor(seed: int, name: str, shape: tuple[int, ...], mean: float, std: float) -> np.ndarray:
