@@ -248,16 +248,27 @@ class Bench:
         row = state.history[-1]
         settings = {"steps": self.settings.steps, "batch": self.settings.batch, "context": self.settings.context}
         return {
-            **{"model": model, "form": form, "rate": rate, "seed": seed, "bytes": plan.nbytes, **settings},
+            "model": model,
+            "form": form,
+            "rate": rate,
+            "seed": seed,
+            "bytes": plan.nbytes,
+            **settings,
             "columns": {"additive": max(plan.additive.values()), "rotation": max(plan.rotation.values())},
-            **{"validation_nll": row["validation_nll"], "seconds": state.seconds, "texts": texts},
+            "validation_nll": row["validation_nll"],
+            "seconds": state.seconds,
+            "texts": texts,
         }
 
     def fit(self, loaded: LoadedModel, plan: Plan, rate: float, seed: int) -> FitState:
         base = self.settings
         settings = FitSettings(
             **{name: getattr(base, name) for name in ("rank", "gamma", "steps", "batch", "context", "warmup")},
-            **{"seed": seed, "learning_rate": rate, "nested": False, "fast": True, "validate_every": base.steps},
+            seed=seed,
+            learning_rate=rate,
+            nested=False,
+            fast=True,
+            validate_every=base.steps,
         )
         text = load_text(self.data / CALIBRATION)
         learned, validation = split_validation(fit_text(loaded.tokenizer, text, IGNORED), text.name, base.context)

@@ -18,6 +18,7 @@ from torch import Tensor
 from nkat.errors import NKATError
 from nkat.kernels.cuda import linear as cuda
 from nkat.kernels.cuda import planes
+from nkat.kernels.cuda.packing import pack
 from nkat.kernels.cuda.planes import PackedWeight, PlaneWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings
 from nkat.lm.attention import View, attend, capped, query_scales, rotate
@@ -264,7 +265,7 @@ def _rope_tables(frequencies: Tensor, magnitude: float, cache: KVCache) -> tuple
 
 def _weight(module: PackedModule) -> PackedWeight:
     on_device = module.device_weight
-    return cuda.pack(module.file_bytes, module.qtype, module.shape) if on_device is None else on_device
+    return pack(module.file_bytes, module.qtype, module.shape) if on_device is None else on_device
 
 
 def _embedding(embedding: Embedding, output: StarLinear, packed_output: Siblings) -> PackedWeight:

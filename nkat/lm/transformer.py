@@ -125,9 +125,9 @@ class Embedding(PackedModule):
 
     def repack(self, shared: PackedWeight | None) -> None:
         """Into the layout of the GPU kernels; `shared`: it is the output layer's weight, which is there already."""
-        from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
+        from nkat.kernels.cuda.packing import pack  # Triton is loaded only where it is used
 
-        self.move_to_kernels(cuda.pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
+        self.move_to_kernels(pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] → float32 [B, T, d]."""

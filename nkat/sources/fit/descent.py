@@ -164,10 +164,10 @@ def fit(
     kind: what is learned; benchmarks compare Θ with other low-rank terms
     Returns the state after the last step; its best_* are the result. Raises NKATError when the loss is not finite.
     """
-    teacher = None if reference is None else _Model(reference, _head(reference))
+    teacher = None if reference is None else _Model(reference, Head.of(reference))
     run = _Run(
         names,
-        _Model(model, _head(model)),
+        _Model(model, Head.of(model)),
         teacher,
         data,
         settings,
@@ -181,11 +181,6 @@ def fit(
         states = [FitState(name, 0, list(fs), rate) for name, fs in factors.items() for rate in settings.rates]
         state = states[0] if len(states) == 1 else run.choose(states)
     return run.advance(state, settings.steps)
-
-
-def _head(model: Transformer) -> Head:
-    """Its output layer, dequantised once for the whole fit."""
-    return Head(model.output.weight(), model.output.bias, model.config.logit_cap)
 
 
 @dataclass(frozen=True, slots=True)
