@@ -20,10 +20,11 @@ from nkat.host.console import note
 from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
 from nkat.lm.load import LoadedModel, load_model
+from nkat.measure.chats import is_chats
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.perplexity import Perplexity, chunk_context, paired, warn_of_short_chunks
 from nkat.measure.texts import Text
-from nkat.sources.fit.data import FitText, fit_text, split_validation
+from nkat.sources.fit.data import FitText, calibration_parts, fit_text, split_validation
 from nkat.sources.fit.descent import Progress
 from nkat.sources.fit.job import compute_dtype, load_reference
 from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
@@ -132,9 +133,12 @@ def run_repair(request: RepairRequest) -> RepairResult:
 
 def _data(request: RepairRequest, loaded: LoadedModel) -> tuple[FitText, Passages]:
     """What is learned from, and what is kept back."""
-    whole = fit_text(loaded.tokenizer, request.calibrate, request.ignore)
     judged = chunk_context(loaded.config.context_length)
     warn_of_short_chunks(judged)
+    if is_chats(request.calibrate):
+        parts = calibration_parts(loaded, request.calibrate, request.ignore, request.settings.context, judged)
+        return parts.learned, parts.validation
+    whole = fit_text(loaded.tokenizer, request.calibrate, request.ignore)
     return split_validation(whole, request.calibrate.name, request.settings.context, judged)
 
 
