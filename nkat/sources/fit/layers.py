@@ -73,9 +73,17 @@ def fitted_layers(
     mode = ThetaMode()
     layers = model.star_linears()
     fitted = {name: kind(layers[name], start, mode) for name, start in factors.items()}
-    try:
-        _replace(model, fitted)
+    with stand_ins(model, fitted):
         yield fitted, mode
+
+
+@contextlib.contextmanager
+def stand_ins(model: Transformer, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Puts modules in place of the layers of their names; the layers are put back."""
+    layers = model.star_linears()
+    try:
+        _replace(model, modules)
+        yield
     finally:
         _replace(model, layers)
 
