@@ -191,7 +191,10 @@ class _Assembler:
             return None
         # which experts are chosen hangs on small differences: the router computes as the residual stream does
         router = self.linear(prefix + ROUTER, (config.mixture.count, config.embedding_length), dtype=self.stream)
-        stacks = {name: self.stack(prefix + name, shape) for name, shape in config.stacks().items()}
+        stacks = {
+            name: self.stack(prefix + name, shape)
+            for name, shape in config.mixture.stacks(config.embedding_length).items()
+        }
         return Experts(config.architecture, config.mixture.used, router, stacks)
 
     def stack(self, stem: str, shape: tuple[int, int, int]) -> ExpertStack:
