@@ -62,6 +62,8 @@ def make_decoder(model: Transformer, capacity: int) -> Decoder:
         return CompiledDecoder(model, capacity, torch.get_num_threads())
     if model.output.device_weight is not None and model.config.architecture.has_gpu_step:
         from nkat.engine.cuda_graph import CudaGraphDecoder  # Triton is loaded only where it is used
+        from nkat.engine.step_check import step_works
 
-        return CudaGraphDecoder(model, capacity)
+        if step_works(model, capacity):
+            return CudaGraphDecoder(model, capacity)
     return EagerDecoder(model, capacity)

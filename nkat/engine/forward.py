@@ -335,8 +335,8 @@ class ForwardPass:
         self._linears({"attn_output": layers["attn_output"]}, self.mixed)
         self._add(y["attn_output"], block, "post_attention_norm")
         read = self._read(block, "ffn_norm")
-        pairs = self.expert_rows
-        fed = self._feed_forward(block, read) if pairs is None else self._experts(block, read, pairs)
+        expert_rows = self.expert_rows
+        fed = self._feed_forward(block, read) if expert_rows is None else self._experts(block, read, expert_rows)
         self._add(fed, block, "post_ffw_norm")
         if self.layer_inputs is not None:
             self._add_layer_input(block, self.layer_inputs)

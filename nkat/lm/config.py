@@ -147,6 +147,7 @@ class ModelConfig:
     unturned_blocks: frozenset[int] = frozenset()  # whose q and k RoPE leaves as they are
     logit_scale: float = 1.0  # logits are divided by it
     sizes: tuple[BlockSizes, ...] = ()  # of each block; none: all are as the fields above say
+    idle: frozenset[str] = frozenset()  # weights that nothing reads: k and v of blocks that use an earlier one's
     mixture: Mixture | None = None  # in place of the one feed-forward network of every block
     layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
 
@@ -210,6 +211,7 @@ class ModelConfig:
             "attn_output": (d, rows[0]),
             **({} if self.mixture is not None else feed_forward),
             **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
+            **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
 
     @property
@@ -310,6 +312,12 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         unturned_blocks=frozenset(i for i in range(blocks) if _is_unturned(keys, i)),
         logit_scale=logit_scale or 1.0,
         sizes=sizes if architecture.varied else (),
+        idle=frozenset(
+            name
+            for i, block in enumerate(sizes)
+            for name in (f"blk.{i}.{linear}.weight" for linear in QKV[1:])
+            if block.kv_block != i and name in tensors
+        ),
         mixture=Mixture.read(keys) if architecture.experts else None,
         layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
     )
@@ -500,6 +508,8 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
                 optional[f"{block}{linear}.bias"] = (outputs,)
         norms = config.norms(i).items()
         required |= {f"{block}{architecture.norm_in_file(norm)}.weight": shape for norm, shape in norms}
+        if architecture.qk_norm and not config.has_own_kv(i):
+            optional[f"{block}attn_k_norm.weight"] = (config.of(i).head_dim,)  # llama.cpp, too, reads past it
         if architecture.sinks:
             required[f"{block}{SINKS}.weight"] = (config.head_count,)
         if config.mixture is not None:

@@ -125,9 +125,9 @@ class Embedding(PackedModule):
 
     def repack(self, shared: PackedWeight | None) -> None:
         """Into the layout of the GPU kernels; `shared`: it is the output layer's weight, which is there already."""
-        from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
+        from nkat.kernels.cuda.packing import pack  # Triton is loaded only where it is used
 
-        self.move_to_kernels(cuda.pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
+        self.move_to_kernels(pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] → float32 [B, T, d]."""
@@ -188,7 +188,8 @@ class Block(nn.Module):
         self.config, self.index = config, index
         self.local, self.turning = config.local_blocks[index], config.turning(index)
         self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
-        self.qkv = [name for name in self.linears if name in (*QKV, FUSED_QKV)]  # one or three
+        own = config.has_own_kv(index)
+        self.qkv = [name for name in self.linears if name in ((*QKV, FUSED_QKV) if own else QKV[:1])]  # of what is read
         self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
         self.experts = experts
         self.register_buffer("sinks", sinks, persistent=False)

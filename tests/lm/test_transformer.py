@@ -11,6 +11,7 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 
+from nkat.engine.plan import make_plan
 from nkat.errors import NKATError
 from nkat.gguf.formats import UnsupportedTypeError
 from nkat.lm import transformer
@@ -173,6 +174,21 @@ def test_sequences_of_a_batch_do_not_mix(tiny):
     assert (together[0] - run(model, IDS)[0]).abs().max() < 1e-12
     assert (together[1] - run(model, other)[0]).abs().max() < 1e-12
     assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_keys_that_nobody_reads_change_nothing(tiny):
+    """The last blocks use an earlier one's; a file may have weights for them all the same, and a Θ may act on those."""
+    plain, idle = tiny("gemma4").model, tiny("gemma4", {"idle_kv": True}).model
+    assert idle.star_linears().keys() - plain.star_linears().keys() == {
+        f"blk.{block}.attn_{part}.weight" for block in (4, 5) for part in "kv"
+    }
+    expected = run(plain, IDS)
+    assert torch.equal(run(idle, IDS), expected)
+    idle.set_thetas({name: theta for name, theta in make_thetas(idle).items() if name.startswith("blk.4.attn_k")})
+    idle.set_gamma(0.9)
+    assert torch.equal(run(idle, IDS), expected)
+    with pytest.raises(NKATError, match="blocks that a recorded step does not know of"):
+        make_plan(plain, plain.new_cache(1, 8))
 
 
 # --- RoPE

@@ -181,11 +181,11 @@ def test_rounding_is_that_of_the_file_with_a_gradient_of_one() -> None:
     layer = FittedLinear(
         star_linear(16, 32, torch.float32), (F.pad(p, (0, 0, 0, 12)), F.pad(q, (0, 0, 0, 12))), ThetaMode()
     )
-    from nkat.sources.fit.layers import _round_straight_through
+    from nkat.sources.fit.layers import round_straight_through
 
     stored = quantise_factors(layer.p.detach(), layer.q.detach())
-    torch.testing.assert_close(_round_straight_through(layer.p).detach(), stored.factors()[0], rtol=0, atol=1e-7)
-    (gradient,) = torch.autograd.grad(_round_straight_through(layer.p).sum(), layer.p)
+    torch.testing.assert_close(round_straight_through(layer.p).detach(), stored.factors()[0], rtol=0, atol=1e-7)
+    (gradient,) = torch.autograd.grad(round_straight_through(layer.p).sum(), layer.p)
     assert torch.equal(gradient, torch.ones_like(gradient))
 
 

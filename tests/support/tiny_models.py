@@ -56,6 +56,7 @@ class TinyOptions:
     kv_heads_by_block: tuple[int, ...] | None = None
     feed_forward_by_block: tuple[int, ...] | None = None
     shared_kv: int = 0
+    idle_kv: bool = False  # these have keys and values of their own all the same, which nobody reads
     layer_inputs: int = 0
     block_scale: bool = False
     keys_are_values: bool = False  # of blocks that see everything
@@ -260,7 +261,7 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
         qkv = [("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)]
         if opts.fused_qkv:
             qkv = [("attn_qkv", n_q + 2 * n_kv, SCORE_GAIN)]
-        if not own:
+        if not own and not opts.idle_kv:
             qkv = qkv[:1]
         elif opts.keys_are_values and opts.local is not None and not opts.local[i]:
             qkv = qkv[:2]
@@ -270,7 +271,7 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
                 yield f"{block}{name}.bias", (rows,), 0.0, 0.5
         if opts.qk_norm:
             yield block + "attn_q_norm.weight", (head_dim,), opts.qk_gain, 0.3
-            if own:
+            if own or opts.idle_kv:
                 yield block + "attn_k_norm.weight", (head_dim,), opts.qk_gain, 0.3
         yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
         if opts.sinks:

@@ -23,7 +23,7 @@ from nkat.host.distributed import World
 from nkat.lm.transformer import Transformer
 from nkat.measure.judge import Passages
 from nkat.sources.fit.data import Batch, FitText, batch_at
-from nkat.sources.fit.layers import Factors, FittedLinear, ThetaMode, fitted_layers
+from nkat.sources.fit.layers import Factors, FittedLinear, MakeLayer, ThetaMode, fitted_layers
 from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
 from nkat.sources.fit.state import FitState
 from nkat.theta.algebra import Theta, coupling, quantise_factors
@@ -31,6 +31,11 @@ from nkat.theta.algebra import Theta, coupling, quantise_factors
 _BETAS = (0.9, 0.99)  # of AdamW: a fit has few steps, so its second moments must settle in fewer than the usual 1000
 _ZERO_START = 0.02  # standard deviation of P where Q starts at zero
 _SNAPSHOTS = 3  # of a whole fit, evenly spaced
+
+
+def warm_cosine(step: int, steps: int, warmup: int, highest: float) -> float:
+    """The learning rate of a step: it rises over `warmup` of them, then falls to zero along a cosine."""
+    return highest * min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +75,7 @@ class FitSettings:
     patience: int = 0
 
     def learning_rate_at(self, step: int) -> float:
-        rising = min(1.0, (step + 1) / max(1, self.warmup))
-        return self.learning_rate * rising * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+        return warm_cosine(step, self.steps, self.warmup, self.learning_rate)
 
     def rounds_at(self, step: int) -> bool:
         return step >= self.steps * (1.0 - self.int8_share)
@@ -150,7 +154,7 @@ def fit(
     validator: Transformer | None = None,
     state: FitState | None = None,
     world: World | None = None,
-    kind: type[FittedLinear] = FittedLinear,
+    kind: MakeLayer = FittedLinear,
 ) -> FitState:
     """Learns factors for the named weights from one of `starts`, or goes on from `state`, which then needs none.
 
@@ -160,10 +164,10 @@ def fit(
     kind: what is learned; benchmarks compare Θ with other low-rank terms
     Returns the state after the last step; its best_* are the result. Raises NKATError when the loss is not finite.
     """
-    teacher = None if reference is None else _Model(reference, _head(reference))
+    teacher = None if reference is None else _Model(reference, Head.of(reference))
     run = _Run(
         names,
-        _Model(model, _head(model)),
+        _Model(model, Head.of(model)),
         teacher,
         data,
         settings,
@@ -177,11 +181,6 @@ def fit(
         states = [FitState(name, 0, list(fs), rate) for name, fs in factors.items() for rate in settings.rates]
         state = states[0] if len(states) == 1 else run.choose(states)
     return run.advance(state, settings.steps)
-
-
-def _head(model: Transformer) -> Head:
-    """Its output layer, dequantised once for the whole fit."""
-    return Head(model.output.weight(), model.output.bias, model.config.logit_cap)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +205,7 @@ class _Run:
     settings: FitSettings
     progress: Progress
     world: World
-    kind: type[FittedLinear]
+    kind: MakeLayer
     validator: Transformer | None
 
     def choose(self, states: Sequence[FitState]) -> FitState:

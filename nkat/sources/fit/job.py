@@ -95,9 +95,9 @@ def run_fit(request: FitRequest) -> FitResult:
     if request.reference is not None:
         check_reference_is_better(request.model.gguf, request.reference.gguf, request.names)
     with join_world(request.allow_cuda) as world:
-        dtype = _dtype(request.precision, world.device)
+        dtype = compute_dtype(request.precision, world.device)
         loaded = _working_copy(request, world.device, dtype)
-        reference = None if request.reference is None else _load_reference(request.reference, loaded)
+        reference = None if request.reference is None else load_reference(request.reference, loaded)
         data, parts = _data(request, loaded, text, keep)
         guard = _guard(request, parts.own)  # what cannot guard is known before time is spent
         identity, hashes = _identity(request, text, keep, dtype)
@@ -257,15 +257,16 @@ def _guard(request: FitRequest, own: Passages | None) -> list[GuardText]:
     return guard_texts(request.model, request.guard, own=[] if own is None else [own])
 
 
-def check_state(path: Path, resume: bool, force: bool) -> None:
-    """Raises NKATError when an interrupted fit would be lost, or there is none to resume."""
+def check_state(path: Path, resume: bool, force: bool, what: str = "fit") -> None:
+    """Raises NKATError when an interrupted fit would be lost, or there is none to resume. what: its name for people."""
     if resume and not path.exists():
-        raise NKATError(f"{path}: there is no interrupted fit to resume")
+        raise NKATError(f"{path}: there is no interrupted {what} to resume")
     if path.exists() and not resume and not force:
-        raise NKATError(f"{path}: is an interrupted fit; --resume goes on with it, --force starts anew")
+        raise NKATError(f"{path}: is an interrupted {what}; --resume goes on with it, --force starts anew")
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What a fit's products are made in: "float32", "bfloat16", or "auto" for the faster on this device."""
     if precision != "auto":
         return DTYPES[precision]
     return torch.bfloat16 if hardware.computes_bfloat16(device) else torch.float32
@@ -280,7 +281,8 @@ def _working_copy(request: FitRequest, device: torch.device, dtype: torch.dtype)
     return load_model(exact, thetas={}, gamma=1.0, device=device, dtype=dtype, keep_dense=fast)
 
 
-def _load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
+def load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
+    """The reference as `loaded` computes. Raises NKATError where it is another model."""
     reference = load_model(exact, thetas={}, gamma=1.0, device=loaded.model.device, dtype=loaded.model.output.dtype)
     if reference.config != loaded.config:
         names = [f.name for f in fields(loaded.config)]
