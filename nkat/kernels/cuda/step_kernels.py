@@ -257,7 +257,7 @@ def attention_kernel(
     kind = keys_ptr.dtype.element_ty
     q, new_k, new_v = q.to(kind), new_k.to(kind), new_v.to(kind)
 
-    cache = kv * capacity * head_dim
+    cache = kv.to(tl.int64) * capacity * head_dim  # 32 heads of 128 pass 2³¹ elements at 524288 tokens
     if split == 0:
         tl.store(keys_ptr + cache + position * head_dim + d, new_k, mask=d_mask)
         tl.store(values_ptr + cache + position * head_dim + d, new_v, mask=d_mask)
