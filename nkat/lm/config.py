@@ -26,18 +26,17 @@ from nkat.lm.architectures import (
     QK_NORMS,
     QKV,
     ROPE_SWITCH,
-    ROUTER,
     SCALES,
     SHARED_KV,
     SHORT_ROPE,
     SINKS,
-    STACKS,
     TEMPERATURE,
     YARN_KEYS,
     Architecture,
     Sizes,
 )
 from nkat.lm.keys import ConfigError, Keys
+from nkat.lm.mixture import Mixture
 from nkat.lm.rope import Rope, read_rope
 from nkat.theta.set import SUFFIXES
 
@@ -67,7 +66,6 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
 
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
-MAX_EXPERTS = 1024  # as in llama.cpp
 
 
 class Turning(Enum):
@@ -91,15 +89,6 @@ class BlockSizes:
     feed_forward: int
     kv_block: int
     has_value: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """A mixture of experts: how many there are, how many a token goes to, the length of an expert's inner vector."""
-
-    count: int
-    used: int
-    feed_forward_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,16 +190,10 @@ class ModelConfig:
             **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
 
-    def stacks(self) -> dict[str, tuple[int, int, int]]:
-        """(experts, outputs, inputs) of a mixture's weights, by name."""
-        assert self.mixture is not None
-        count, d, ff = self.mixture.count, self.embedding_length, self.mixture.feed_forward_length
-        return dict(zip(STACKS, ((count, ff, d), (count, ff, d), (count, d, ff)), strict=True))
-
     @property
     def active_experts(self) -> float:
         """The share of the experts that a token goes to; 1 without experts."""
-        return 1.0 if self.mixture is None else self.mixture.used / self.mixture.count
+        return 1.0 if self.mixture is None else self.mixture.active
 
     def norms(self, block: int) -> dict[str, tuple[int]]:
         """Lengths of the RMS norms of a block, by name (`Architecture.norm_in_file`)."""
@@ -311,17 +294,9 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
             for name in (f"blk.{i}.{linear}.weight" for linear in QKV[1:])
             if block.kv_block != i and name in tensors
         ),
-        mixture=_read_mixture(keys) if architecture.experts else None,
+        mixture=Mixture.read(keys) if architecture.experts else None,
         layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
     )
-
-
-def _read_mixture(keys: Keys) -> Mixture:
-    count = keys.integer("expert_count", minimum=2, maximum=MAX_EXPERTS)
-    used = keys.integer("expert_used_count", maximum=count)
-    # older files of qwen3moe have no length of an expert's own (src/models/qwen3moe.cpp)
-    length = keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length", 0, minimum=0) // used)
-    return Mixture(count, used, length)
 
 
 def _by_block(keys: Keys, key: str, blocks: int, default: int | None = None) -> list[int]:
@@ -458,9 +433,9 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
         if architecture.sinks:
             required[f"{block}{SINKS}.weight"] = (config.head_count,)
         if config.mixture is not None:
-            stacks: dict[str, tuple[int, ...]] = {ROUTER: (config.mixture.count, d), **config.stacks()}
-            required |= {f"{block}{name}.weight": shape for name, shape in stacks.items()}
-            biases = {name: shape[:-1] for name, shape in stacks.items() if architecture.may_have_bias(name)}
+            weights = config.mixture.weights(d)
+            required |= {f"{block}{name}.weight": shape for name, shape in weights.items()}
+            biases = {name: shape[:-1] for name, shape in weights.items() if architecture.may_have_bias(name)}
             optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
         if architecture.block_scale:
             optional[f"{block}layer_output_scale.weight"] = (1,)
