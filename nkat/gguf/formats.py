@@ -15,7 +15,7 @@ cache, and the threads meet after every short operation. GNU OpenMP, which torch
 where other programs keep the cores busy, that makes several threads ten times slower than one, unless the process was
 started with OMP_WAIT_POLICY=PASSIVE in its environment.
 
-Limits: little-endian machines; no IQ1, IQ2, IQ3, ternary or FP4 types.
+Limits: little-endian machines; no IQ1, IQ2, IQ3 or ternary types, no NVFP4.
 """
 
 from __future__ import annotations
@@ -379,18 +379,22 @@ class Q6_K(BlockFormat, qtype=GGMLQuantizationType.Q6_K, halves=(208,)):
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
+# ggml's kvalues_fp4: what the 16 values of FP4 (E2M1) stand for, doubled so that they are whole numbers
+FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
 @functools.cache
-def _iq4_pairs(device: torch.device) -> Tensor:
+def _level_pairs(levels: tuple[int, ...], device: torch.device) -> Tensor:
     """int16 (0x1000,): the two bytes of entry a + 256·b are the levels of nibbles a and b."""
     index = torch.arange(0x1000, device=device)
-    levels = torch.tensor(IQ4_LEVELS, dtype=torch.int8, device=device)
-    return torch.stack([levels[index & 0x0F], levels[index >> 8]], dim=1).view(torch.int16).squeeze(1)
+    table = torch.tensor(levels, dtype=torch.int8, device=device)
+    return torch.stack([table[index & 0x0F], table[index >> 8]], dim=1).view(torch.int16).squeeze(1)
 
 
-def _iq4_levels(nibbles: Tensor) -> Tensor:
+def _levels(levels: tuple[int, ...], nibbles: Tensor) -> Tensor:
     """The level of each nibble as int8, two to a look-up."""
     pairs = nibbles.view(torch.int16).to(torch.int32)
-    return _iq4_pairs(nibbles.device).index_select(0, pairs).view(torch.int8)
+    return _level_pairs(levels, nibbles.device).index_select(0, pairs).view(torch.int8)
 
 
 class IQ4_NL(BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
@@ -404,7 +408,7 @@ class IQ4_NL(BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
-        return _iq4_levels(_nibbles(blocks[:, 2:], 16))
+        return _levels(IQ4_LEVELS, _nibbles(blocks[:, 2:], 16))
 
 
 class IQ4_XS(BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
@@ -427,7 +431,25 @@ class IQ4_XS(BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
-        return _iq4_levels(_nibbles(blocks[:, 8:], 16))
+        return _levels(IQ4_LEVELS, _nibbles(blocks[:, 8:], 16))
+
+
+class MXFP4(BlockFormat, qtype=GGMLQuantizationType.MXFP4):
+    """w = 2^(e - 128)·level[k], level = `FP4_LEVELS`: 32 weights in 17 bytes.
+
+    byte   0      e, 0 to 255
+    bytes  1-16   byte i: k[i] in bits 0-3, k[16 + i] in bits 4-7
+    """
+
+    @staticmethod
+    def scales(blocks: Tensor) -> tuple[Tensor, None]:
+        e = blocks[:, :1].to(torch.int32)
+        # the bits of a float32: from 2 on e - 1 is the exponent; what lies below is subnormal
+        return torch.where(e > 1, (e - 1) << 23, (e + 1) << 21).view(torch.float32), None
+
+    @staticmethod
+    def quants(blocks: Tensor) -> Tensor:
+        return _levels(FP4_LEVELS, _nibbles(blocks[:, 1:], 16))
 
 
 BLOCK_FORMATS: Mapping[GGMLQuantizationType, type[BlockFormat]] = {

@@ -23,7 +23,7 @@ from nkat.measure.perplexity import scored_tokens
 from nkat.sources.fit.data import FitText, batch_at
 from nkat.sources.fit.descent import Progress, warm_cosine
 from nkat.sources.fit.layers import stand_ins
-from nkat.sources.fit.loss import Teacher, vocabulary_loss
+from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
 from nkat.sources.fit.state import FitState
 from nkat.sources.repair.layers import RepairedLinear, no_change
 
@@ -103,18 +103,18 @@ def repair(
     validation. Raises NKATError when the loss is not finite.
     """
     world = world or World(0, 1, model.device)
-    teacher = None if reference is None else _Model(reference, reference.output.weight())
-    run = _Run(names, _Model(model, model.output.weight()), teacher, text, validation, settings, progress, world)
+    teacher = None if reference is None else _Model(reference, Head.of(reference))
+    run = _Run(names, _Model(model, Head.of(model)), teacher, text, validation, settings, progress, world)
     before = run.validate()
     return before, run.advance(run.begin(before, starts or {}) if state is None else state)
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model and its output layer's weight [V, d], unpacked once for the whole repair."""
+    """A model and its output layer, unpacked once for the whole repair."""
 
     model: Transformer
-    output: torch.Tensor
+    output: Head
 
 
 @dataclass(frozen=True, slots=True)
