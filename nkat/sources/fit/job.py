@@ -296,33 +296,41 @@ def load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
 
 def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> tuple[FitData, Parts]:
     """What is learned from, with some of the validation chunks to look at meanwhile; and all that is kept back."""
-    context = request.settings.context
-    judged = chunk_context(loaded.config.context_length)
-    tokenizer, metadata = loaded.tokenizer, loaded.gguf.metadata
-    if is_chats(text):
-        if request.ignore:
-            raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
-        chats = conversations(text, metadata, tokenizer)
-        parts = split_chats(chats, text.name, tokenizer, context, judged)
-    else:
-        whole = fit_text(tokenizer, text, request.ignore)
-        parts = split_text(whole, text.name, context, judged)
+    context, tokenizer = request.settings.context, loaded.tokenizer
+    parts = calibration_parts(loaded, text, request.ignore, context)
     if request.guard is not None and parts.own is None:
         note(f"note: {text.name} is too short for a part of it to guard what is left")
-    warn_of_short_chunks(judged)
     looked_at = parts.validation.pick(evenly(len(parts.validation.chunks), _LEARNING_CHUNKS))
     validation = looked_at if looked_at.tokens else parts.validation
     if keep is None:
         return FitData(parts.learned, validation), parts
     kept = fit_text(tokenizer, keep)
     if is_chats(keep):
-        kept = chat_text(conversations(keep, metadata, tokenizer), text_bos(tokenizer), context)
+        chats = conversations(keep, loaded.gguf.metadata, tokenizer)
+        kept = chat_text(chats, text_bos(tokenizer), context)
     if len(kept.tokens) < context:
         raise NKATError(
             f"{keep.name}: the text is too short: it has {counted(len(kept.tokens), 'token')}, one sequence needs "
             f"{context}"
         )
     return FitData(parts.learned, validation, kept), parts
+
+
+def calibration_parts(loaded: LoadedModel, text: Text, ignore: Sequence[str], context: int) -> Parts:
+    """A plain text or chats for a model, in parts. context: tokens of a sequence
+
+    Raises NKATError for what is too short, and for strings to ignore in chats.
+    """
+    judged = chunk_context(loaded.config.context_length)
+    if is_chats(text):
+        if ignore:
+            raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
+        chats = conversations(text, loaded.gguf.metadata, loaded.tokenizer)
+        parts = split_chats(chats, text.name, loaded.tokenizer, context, judged)
+    else:
+        parts = split_text(fit_text(loaded.tokenizer, text, ignore), text.name, context, judged)
+    warn_of_short_chunks(judged)
+    return parts
 
 
 def _identity(
