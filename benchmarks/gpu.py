@@ -69,6 +69,12 @@ PARTS = {
         ("llama", "qwen2", "qwen3", "gemma3", "7B"),
     ),
     "graph": Part("Recorded steps against the model's own", "benchmarks.gpu_checks:graph", 80),
+    "first-use": Part(
+        "The kernels' checks at their first use",
+        "benchmarks.gpu_first_use:checks",
+        90,
+        ("7B", "7B unchecked", "wrong product", "wrong step", *(qtype.name for qtype in FORMATS)),
+    ),
     "decode": Part("Decoding a 7B shape, Q4_K_M", "benchmarks.gpu_speed:decoding", 120),
     "prompt": Part("Prompts against float32", "benchmarks.gpu_checks:prompt", 60),
     "prefill": Part("Prompts of a 7B shape, Q4_K_M", "benchmarks.gpu_speed:prompts", 80),

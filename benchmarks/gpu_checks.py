@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from gguf.constants import GGMLQuantizationType as Q
-from torch import Tensor
 
 from benchmarks.dequantise import random_rows
 from benchmarks.gpu_figures import Figure, Keep, measured
@@ -26,10 +25,10 @@ from benchmarks.shapes import HALVES, tensor_types, write_shaped
 from benchmarks.vit_step import make_step
 from nkat.engine.cuda_graph import CudaGraphDecoder
 from nkat.engine.eager import EagerDecoder
-from nkat.engine.plan import TorchOps, decode_step, make_plan
+from nkat.engine.plan import decode_step, make_plan
+from nkat.engine.step_check import ComparedOps
 from nkat.kernels.cuda import linear as cuda
-from nkat.kernels.cuda.planes import PackedWeight
-from nkat.kernels.cuda.step import Attention, Input, Siblings, TritonOps
+from nkat.kernels.cuda import planes
 from nkat.lm.load import LoadedModel, load_model
 from nkat.sources.fit.data import FitText, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, fit, zero_start
@@ -94,7 +93,7 @@ def kernels(job: Job, keep: Keep) -> None:
     for m, n in ((300, -(-768 // block) * block), (4096, 4096)):
         data = random_bytes(qtype, (m, n))
         values = torch.from_numpy(gguf.quants.dequantize(data, qtype)).to(device).double()
-        weight = cuda.pack(torch.from_numpy(data.reshape(-1)).to(device), qtype, (m, n))
+        weight = planes.pack(torch.from_numpy(data.reshape(-1)).to(device), qtype, (m, n))
         where = f"{qtype.name} {m}x{n}"
         difference = float((weight.dequantise().double() - values).abs().max())
         keep(measured(f"{where}, planes", [difference], "", at_most=0.0, target="exact"))
@@ -121,68 +120,6 @@ def kernels(job: Job, keep: Keep) -> None:
             keep(Figure(f"{where}, {batch} inputs, κ = 0", float(same), "", target="the same bits", met=same))
 
 
-class ComparedOps:
-    """The operations by Triton, each compared with what plain torch makes of the same inputs.
-
-    errors: by operation, the largest difference as a share of the largest number
-    """
-
-    star = True
-
-    def __init__(self) -> None:
-        self.triton, self.torch = TritonOps(star=True), TorchOps(star=True)
-        self.errors: dict[str, float] = {}
-
-    def embed(self, weight: PackedWeight, token: Tensor, scale: float) -> Tensor:
-        found = self.triton.embed(weight, token, scale)
-        return self._seen("embed", found, self.torch.embed(weight, token, scale))
-
-    def norm(
-        self,
-        x: Tensor,
-        branch: Tensor | None,
-        branch_weight: Tensor | None,
-        weight: Tensor,
-        epsilon: float,
-        readers: Siblings,
-    ) -> tuple[Tensor, Input]:
-        total, found = self.triton.norm(x, branch, branch_weight, weight, epsilon, readers)
-        expected_total, expected = self.torch.norm(x, branch, branch_weight, weight, epsilon, readers)
-        return self._seen("norm, sum", total, expected_total), self._input("norm", found, expected)
-
-    def linear(self, siblings: Siblings, x: Input) -> Tensor:
-        return self._seen("linear", self.triton.linear(siblings, x), self.torch.linear(siblings, x))
-
-    def attend(self, qkv: Tensor, attention: Attention, position: Tensor, readers: Siblings) -> Input:
-        mine = replace(attention, keys=attention.keys.clone(), values=attention.values.clone())
-        expected = self.torch.attend(qkv, mine, position, readers)
-        found = self.triton.attend(qkv, attention, position, readers)
-        self._seen("attend, keys", attention.keys, mine.keys)
-        self._seen("attend, values", attention.values, mine.values)
-        return self._input("attend", found, expected)
-
-    def activate(self, gate_up: Tensor, gelu: bool, readers: Siblings) -> Input:
-        return self._input(
-            "activate", self.triton.activate(gate_up, gelu, readers), self.torch.activate(gate_up, gelu, readers)
-        )
-
-    def _input(self, name: str, found: Input, expected: Input) -> Input:
-        self._seen(name, found.natural, expected.natural)
-        whole = found.natural[None, : len(found.natural) // 32 * 32]
-        if whole.shape[1] == len(found.natural):
-            self._seen(f"{name}, permuted", found.permuted, cuda.permute(whole))
-        if found.inner is not None and expected.inner is not None:
-            self._seen(f"{name}, Θ's products", found.inner.sum(dim=2), expected.inner.sum(dim=2))
-        return found
-
-    def _seen(self, name: str, found: Tensor, expected: Tensor) -> Tensor:
-        largest = expected.double().abs().max().clamp_min(1e-30)
-        error = float((found.double() - expected.double()).abs().max() / largest)
-        before = self.errors.get(name, 0.0)
-        self.errors[name] = error if not error <= before else before  # NaN stays
-        return found
-
-
 def step(job: Job, keep: Keep) -> None:
     """Every operation of some decode steps of one model (`job.unit`: tiny, or the 7B shape) beside plain torch."""
     name = job.unit
@@ -194,7 +131,7 @@ def step(job: Job, keep: Keep) -> None:
         path = job.model(_SMALL_BLOCKS)
     for dtype, most in ((torch.float32, 1e-4), (torch.bfloat16, 2e-2)):
         loaded = _with_theta(path, job.device, dtype)
-        ops = ComparedOps()
+        ops = ComparedOps(star=True)
         with torch.inference_mode():
             cache = loaded.model.new_cache(1, 200)
             ids = token_ids(loaded, 150)

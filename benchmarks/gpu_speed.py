@@ -20,6 +20,7 @@ from benchmarks.shapes import BLOCK_WEIGHTS, DIM
 from nkat.engine.cuda_graph import CudaGraphDecoder
 from nkat.engine.decoder import make_decoder
 from nkat.kernels.cuda import linear as cuda
+from nkat.kernels.cuda import planes
 from nkat.kernels.cuda.planes import FORMATS
 from nkat.lm.load import LoadedModel, load_model
 
@@ -195,7 +196,9 @@ def formats(job: Job, keep: Keep) -> None:
     permuted, out = cuda.permute(torch.randn(1, n, device=job.device)), torch.empty(1, m, device=job.device)
     for qtype in FORMATS:
         packed = torch.from_numpy(random_bytes(qtype, (m, n)).reshape(-1)).to(job.device)
-        weights = [cuda.pack(packed, qtype, (m, n)) for _ in range(8)]  # more bytes than an L2 holds, one after another
+        weights = [
+            planes.pack(packed, qtype, (m, n)) for _ in range(8)
+        ]  # more bytes than an L2 holds, one after another
         seconds = _in_a_graph(lambda: [cuda.vector(w, permuted, out=out) for w in weights])  # noqa: B023
         shares = [100 * len(weights) * packed.nbytes / 1e9 / s / copy for s in seconds]
         keep(measured(f"{qtype.name}, one input", shares, "% of the copy's speed"))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nkat.convert import merge, rank_search, tables
+from nkat.convert import merge, rank_search, repair, tables
 from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions, parse_arguments
 from nkat.convert.outputs import check_outputs, size, write, write_unless_dry
@@ -29,6 +29,7 @@ from nkat.host.tools import suggest
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.texts import load_text
 from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
+from nkat.sources.fit.options import choice_space, lower_ranks
 from nkat.sources.make import (
     check_options,
     check_reference_is_better,
@@ -75,6 +76,11 @@ def _run(options: ConvertOptions) -> None:
     recorder = Recorder(
         options.json, options.force, {"machine": hardware.describe(hardware.pick_device(allow_cuda=False))}
     )
+    if options.repair is not None:
+        if not _repair(options, inputs, recorder):
+            return
+        options, inputs = _on_repaired(options)
+        model = inputs.model
     if options.remove:
         record = remove_theta(options, model, recorder)
     elif not options.writes_model and not _makes_theta_to_merge(options, model):
@@ -91,6 +97,32 @@ def _run(options: ConvertOptions) -> None:
     suggest_next(options, record)
 
 
+def _repair(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> bool:
+    """Writes the repaired file; whether a Θ is to be made for it then."""
+    repaired = repair.repair_model(options, inputs)
+    if not repaired:
+        return False
+    recorder.add({"repair": repaired})
+    recorder.keep({})
+    repair.print_repair(repaired)
+    if repaired["finished"] and not options.only_repairs:
+        return True
+    recorder.finish({})
+    if not repaired["finished"]:
+        sys.exit(INTERRUPTED)
+    suggest_next(options, {})
+    return False
+
+
+def _on_repaired(options: ConvertOptions) -> tuple[ConvertOptions, Inputs]:
+    """What is left to do, for the repaired file in place of the input."""
+    assert options.repair is not None
+    resume = options.fit.resume and options.fit_state.exists()  # the interrupted one may have been the repair
+    options = replace(options, input=options.repair, repair=None, fit=replace(options.fit, resume=resume))
+    inputs = Inputs(open_model_file(options.input), options.reference, options.text, options.chunks)
+    return options, inputs
+
+
 def suggest_next(options: ConvertOptions, record: Mapping[str, Any]) -> None:
     """What a user would do with what was written."""
     if options.dry_run:
@@ -101,8 +133,8 @@ def suggest_next(options: ConvertOptions, record: Mapping[str, Any]) -> None:
         suggest("engine", "--model", options.input, "--theta", record["output"], "--compare")
     elif record.get("output"):
         suggest("engine", "--model", record["output"], "--compare")
-    elif options.merge is not None:
-        suggest("engine", "--model", options.merge, "--perplexity")
+    elif options.merge is not None or options.repair is not None:
+        suggest("engine", "--model", options.merge or options.repair, "--perplexity")
     else:
         suggest("kobold", "--model", options.input)
 
@@ -119,7 +151,8 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
     names = select_layers(base.tensors, options.selective_layers)
     made_as = _theta_options(options, inputs, names)
     check_options(base.tensors, names, made_as)
-    rank_judge = inputs.judge if options.optimize_rank else None  # what cannot be judged is known before time is spent
+    searches = options.optimize_rank and options.theta_source != "fit"  # which chooses for itself
+    rank_judge = inputs.judge if searches else None  # what cannot be judged is known before time is spent
     merge_judge = _merge_judge(options, inputs)
     _announce(options, model, f"{counted(len(names), 'layer')}, {_kind(options, made_as)}")
 
@@ -134,7 +167,8 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
         if not fitted.writes:
             return {}
         thetas, validation, record["fit"] = fitted.thetas, fitted.validation, fitted.record
-        made_as = replace(made_as, notes=fitted.notes)
+        rank = max(theta.rank for theta in thetas.values())
+        made_as = replace(made_as, rank=rank, gamma=fitted.gamma, notes=fitted.notes)
     else:
         thetas, made = _make(model, names, made_as)
         record |= made
@@ -285,6 +319,8 @@ def _fit(
     options: ConvertOptions, inputs: Inputs, base_sha256: str, names: Sequence[str], made_as: ThetaOptions
 ) -> FitResult:
     fit, has_reference = options.fit, options.reference is not None
+    ranks = lower_ranks(made_as.rank) if options.theta_rank is None and fit.nested else (made_as.rank,)
+    ranks = tuple(rank_search.RANKS) if options.optimize_rank else ranks
     request = FitRequest(
         model=inputs.loaded,
         base_sha256=base_sha256,
@@ -299,6 +335,8 @@ def _fit(
         state=options.fit_state,
         resume=fit.resume,
         allow_cuda=fit.allow_cuda,
+        space=choice_space(ranks, options.theta_gamma, guarded=fit.guard is not None),
+        guard=None if fit.guard is None else [load_text(path) for path in fit.guard],
     )
     return run_fit(request)
 
@@ -381,7 +419,12 @@ def _is_unfinished(path: Path) -> bool:
 def _kind(options: ConvertOptions, made: ThetaOptions) -> str:
     """What Θ is to be made, for people."""
     rank = "2, 4, 6 or 8, whichever measures best" if options.optimize_rank else str(made.rank)
-    return f"rank {rank}, {_strength(made.gamma)}, source {made.source}, seed {made.seed}"
+    strength = _strength(made.gamma)
+    if made.source == "fit" and options.theta_rank is None and not options.optimize_rank and options.fit.nested:
+        rank = f"{rank} or less"
+    if made.source == "fit" and options.theta_gamma is None:
+        strength = "gamma as is best" if options.fit.guard is None else "gamma as the guard admits"
+    return f"rank {rank}, {strength}, source {made.source}, seed {made.seed}"
 
 
 def _strength(gamma: float) -> str:

@@ -17,6 +17,7 @@ from nkat.kernels.cpu.blocks import KEYS
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import token_state
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import FIRST_ROOM, Transformer, cache_memory, next_room
 
@@ -91,7 +92,8 @@ class _LastLogits(ForwardPass):
     def __init__(self, decoder: CompiledDecoder, threads: int, capacity: int, tokens: int) -> None:
         model = decoder.model
         reach = decoder.capacity
-        super().__init__(model, StarLinear.require_compiled, pool(threads), decoder.cache, capacity, tokens, reach)
+        products = StarLinear.require_compiled, ExpertStack.require_compiled
+        super().__init__(model, *products, pool(threads), decoder.cache, capacity, tokens, reach)
         self.last = token_state(1)  # of the output layer
         self.head = self.program if self.capacity == 1 else Program()
         self.logits = aligned((1, padded_rows(model.output.shape[0])), np.float32)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES
 
+from nkat.engine.expert_rows import ExpertRows
 from nkat.errors import NKATError
 from nkat.gguf.formats import packed_nbytes
 from nkat.kernels.cpu.batch import make_scratch
@@ -29,13 +30,16 @@ from nkat.kernels.cpu.blocks import (
     scale_kernel,
     wide_norm_kernel,
 )
+from nkat.kernels.cpu.experts import CpuExperts
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels, token_state
-from nkat.kernels.cpu.matmul import embedding_kernel
+from nkat.kernels.cpu.matmul import Rounding, embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
-from nkat.lm.architectures import FUSED_QKV, QK_NORMS
+from nkat.lm.activation import kernel_clamp
+from nkat.lm.architectures import FUSED_QKV, QK_NORMS, STACKS
 from nkat.lm.attention import query_scales
 from nkat.lm.config import Turning
+from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer, cache_memory
 
@@ -100,7 +104,8 @@ class Ready:
 class ForwardPass:
     """The program for up to `capacity` tokens, `tokens` to a panel, up to what the last block adds to `x` [token, d].
 
-    linear: what multiplies for a layer;  reach: tokens that a sequence may come to
+    linear, experts: what multiplies for a layer, and for the experts of a name
+    reach: tokens that a sequence may come to
     length: tokens of one sequence, of which the capacity may hold several
     """
 
@@ -108,6 +113,7 @@ class ForwardPass:
         self,
         model: Transformer,
         linear: Callable[[StarLinear], CpuLinear],
+        experts: Callable[[ExpertStack], CpuExperts],
         threads: Threads,
         cache: Cache,
         capacity: int,
@@ -116,8 +122,8 @@ class ForwardPass:
         length: int = 1 << 40,
     ) -> None:
         config = model.config
-        self.model, self.linear, self.threads, self.cache, self.tokens = model, linear, threads, cache, tokens
-        self.reach = reach
+        self.model, self.linear, self.experts = model, linear, experts
+        self.threads, self.cache, self.tokens, self.reach = threads, cache, tokens, reach
         self.capacity = -(-capacity // tokens) * tokens
         self.state = token_state(0)
         self.state[2] = length
@@ -139,6 +145,10 @@ class ForwardPass:
             for name, (rows, _) in config.linears(block.index).items():
                 outputs[name] = max(rows, outputs.get(name, 0))
         self.y = {name: self._rows(padded_rows(rows)) for name, rows in outputs.items()}
+        self.expert_rows: ExpertRows | None = None
+        if config.mixture is not None:
+            self.expert_rows = ExpertRows(config, self.capacity, tokens, self.state, self.scratch)
+            self.router_logits = self._rows(padded_rows(config.mixture.count))
         self.mixed = self._rows(max(heads.queries * heads.size for heads in cache.heads))
         self.ones = np.ones(max(heads.size for heads in cache.heads), np.float32)
         self.layer_inputs = None if model.layer_inputs is None else self._layer_inputs(model.layer_inputs)
@@ -196,17 +206,13 @@ class ForwardPass:
     def prepare(self, program: Program, layers: Sequence[StarLinear], x: np.ndarray, state: np.ndarray) -> list[Ready]:
         """Steps that round the layers' common input, once for each way of rounding; a barrier ends them."""
         tokens = self.tokens if len(x) > 1 else 1
-        filled: set[int] = set()
+        filled: dict[Rounding, Panels] = {}
         ready = []
         for layer in layers:
             linear = self.linear(layer)
-            key = (f"{linear.shape[1]} {len(x)} {tokens} {state.ctypes.data}", linear.rounding)
-            if key not in self.panels:
-                self.panels[key] = Panels(linear.rounding, linear.shape[1], len(x), tokens, state)
-            panels = self.panels[key]
-            if id(panels) not in filled:
-                panels.fill(program, x, x.strides[0])
-                filled.add(id(panels))
+            if linear.rounding not in filled:
+                filled[linear.rounding] = self._fill(program, linear.rounding, linear.shape[1], x, state)
+            panels = filled[linear.rounding]
             u = None
             if linear.star is not None:
                 linear.star.set_kappa(layer.kappa)
@@ -217,6 +223,15 @@ class ForwardPass:
                 self._star_step(step.layer, step.linear.star, step.linear.down(program, step.panels, step.u))
         program.barrier()
         return ready
+
+    def _fill(self, program: Program, rounding: Rounding, columns: int, x: np.ndarray, state: np.ndarray) -> Panels:
+        """The step that rounds rows into panels of their own or of others of that kind that are no longer needed."""
+        tokens = self.tokens if len(x) > 1 else 1
+        key = (f"{columns} {len(x)} {tokens} {state.ctypes.data}", rounding)
+        if key not in self.panels:
+            self.panels[key] = Panels(rounding, columns, len(x), tokens, state)
+        self.panels[key].fill(program, x, x.strides[0])
+        return self.panels[key]
 
     def multiply(
         self, program: Program, step: Ready, y: np.ndarray, first_tile: int = 0, tiles: int | None = None
@@ -286,7 +301,7 @@ class ForwardPass:
     def _block(self, block: Block) -> None:
         program, y, state, norms = self.program, self.y, self.state, block.norms
         config = self.model.config
-        heads, ff = self.cache.heads[block.index], config.of(block.index).feed_forward
+        heads = self.cache.heads[block.index]
         layers = {name: block.linear(name) for name in block.linears}
         self._linears({n: layers[n] for n in block.qkv}, self._read(block, "attn_norm"))
         q, k, v = self._qkv(block)
@@ -312,23 +327,31 @@ class ForwardPass:
             (
                 *(q, q.strides[0], later, later, later),
                 *(self.mixed, self.mixed.strides[0], later, later, later),
-                *(window, state, self.attention_cap),
+                *(window, state, self.attention_cap, 0 if block.sinks is None else _numpy(block.sinks)),
             ),
         )
         self.attentions.append(attention)
         program.barrier()
         self._linears({"attn_output": layers["attn_output"]}, self.mixed)
         self._add(y["attn_output"], block, "post_attention_norm")
-        self._linears({n: layers[n] for n in block.gate_up}, self._read(block, "ffn_norm"))
-        gate, up = self._parts(block.gate_up, (ff, ff))
-        kernel = gate_kernel(ff, self.tokens, config.architecture.gelu)
-        program.add(kernel, (gate, up, gate.strides[0], up.strides[0], state))
-        self._linears({"ffn_down": layers["ffn_down"]}, gate)
-        self._add(y["ffn_down"], block, "post_ffw_norm")
+        read = self._read(block, "ffn_norm")
+        expert_rows = self.expert_rows
+        fed = self._feed_forward(block, read) if expert_rows is None else self._experts(block, read, expert_rows)
+        self._add(fed, block, "post_ffw_norm")
         if self.layer_inputs is not None:
             self._add_layer_input(block, self.layer_inputs)
         if block.scale is not None:
             program.add(scale_kernel(self.d, self.tokens), (self.x, _numpy(block.scale), state))
+
+    def _feed_forward(self, block: Block, x: np.ndarray) -> np.ndarray:
+        """Returns where the output is, as `_experts` does."""
+        ff, architecture = self.model.config.of(block.index).feed_forward, self.model.config.architecture
+        self._linears({name: block.linear(name) for name in block.gate_up}, x)
+        gate, up = self._parts(block.gate_up, (ff, ff))
+        kernel = gate_kernel(ff, self.tokens, architecture.gelu, kernel_clamp(architecture))
+        self.program.add(kernel, (gate, up, gate.strides[0], up.strides[0], self.state))
+        self._linears({"ffn_down": block.linear("ffn_down")}, gate)
+        return self.y["ffn_down"]
 
     def _add_layer_input(self, block: Block, inputs: np.ndarray) -> None:
         length = self.model.config.layer_input_length
@@ -346,6 +369,21 @@ class ForwardPass:
             return q, k, v
         parts = [self.y[name] for name in block.qkv]
         return parts[0], parts[min(1, len(parts) - 1)], parts[-1]
+
+    def _experts(self, block: Block, x: np.ndarray, rows: ExpertRows) -> np.ndarray:
+        """The steps of a mixture of experts of x; returns where its output is."""
+        assert block.experts is not None
+        stacks = {name: self.experts(block.experts.stack(name)) for name in STACKS}
+        common: dict[Rounding, Panels] = {}
+        if self.capacity == 1:
+            for name in STACKS[:2]:
+                rounding = stacks[name].rounding
+                if rounding not in common:
+                    common[rounding] = self._fill(self.program, rounding, self.d, x, self.state)
+        router = self.prepare(self.program, [block.experts.router], x, self.state)[0]
+        self.multiply(self.program, router, self.router_logits)
+        self.program.barrier()
+        return rows.add(self.program, self.router_logits, x, stacks, common)
 
     def _parts(self, names: Sequence[str], rows: Sequence[int]) -> list[np.ndarray]:
         """The outputs of layers with the same input, each of so many rows, whether they are one layer or several."""
@@ -370,6 +408,7 @@ def block_heads(model: Transformer, *, half: bool) -> list[Heads]:
             capped=config.attention_cap != 0.0,
             own=config.has_own_kv(block.index),
             value_norm=config.architecture.value_norm,
+            sinks=config.architecture.sinks,
         )
         for block in model.blocks
     ]

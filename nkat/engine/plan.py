@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nkat.errors import NKATError
 from nkat.kernels.cuda import linear as cuda
 from nkat.kernels.cuda import planes
+from nkat.kernels.cuda.packing import pack
 from nkat.kernels.cuda.planes import PackedWeight, PlaneWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings
 from nkat.lm.architectures import QK_NORMS
@@ -97,6 +99,8 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
     one in its place, so that the weight is in memory once.
     """
     config, architecture = model.config, model.config.architecture
+    if architecture.varied:
+        raise NKATError(f"a {architecture.name} model has blocks that a recorded step does not know of")
     kappas = strengths(model).to(model.device)
     place = {id(layer): i for i, layer in enumerate(_layers(model))}
 
@@ -193,7 +197,7 @@ class TorchOps:
         self.star = star
 
     def embed(self, weight: PackedWeight, token: Tensor, scale: float) -> Tensor:
-        return weight.dequantise()[token[0]] * scale
+        return weight.dequantise()[token[0]].double() * scale  # rounded once, by whoever reads it
 
     def norm(
         self,
@@ -279,7 +283,7 @@ def _rope_tables(frequencies: Tensor, magnitude: float, cache: KVCache) -> tuple
 
 def _weight(module: PackedModule) -> PackedWeight:
     on_device = module.device_weight
-    return cuda.pack(module.file_bytes, module.qtype, module.shape) if on_device is None else on_device
+    return pack(module.file_bytes, module.qtype, module.shape) if on_device is None else on_device
 
 
 def _embedding(embedding: Embedding, output: StarLinear, packed_output: Siblings) -> PackedWeight:

@@ -53,6 +53,11 @@ def _has_kernels(model: Transformer) -> bool:
     if model.layer_inputs is not None:
         linears.append(model.layer_inputs.projection)
     kernels = kernel_types("cpu")
+    experts = [block.experts for block in model.blocks if block.experts is not None]
+    linears += [each.router for each in experts]
+    stacks = [stack for each in experts for stack in each.stacks.values()]
+    if not all(stack.dtype == torch.float32 and stack.qtype in kernels for stack in stacks):
+        return False
     return all(table.qtype in kernels for table in model.tables()) and all(
         isinstance(layer, StarLinear) and layer.dtype == torch.float32 and layer.qtype in kernels
         for layer in (*linears, model.output)

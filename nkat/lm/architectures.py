@@ -16,6 +16,9 @@ GATE_UP = ("ffn_gate", "ffn_up")
 SHORT_ROPE, LONG_ROPE = "rope_factors_short", "rope_factors_long"
 LAYER_INPUT_LINEARS = ("inp_gate", "proj")
 BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down", *LAYER_INPUT_LINEARS)
+STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # of a mixture of experts: [experts, outputs, inputs]
+ROUTER = "ffn_gate_inp"
+SINKS = "attn_sinks"
 QK_NORMS = ("attn_q_norm", "attn_k_norm")
 PRE_NORMS = ("attn_norm", "ffn_norm")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
@@ -59,8 +62,8 @@ class Architecture:
     """How the models of one architecture differ from those of others.
 
     name: `general.architecture`, and the first part of its metadata's keys
-    biases: linear layers that may have a bias: of BLOCK_LINEARS in any block, or "output"; llama.cpp takes those of
-    q, k and v wherever it finds them (`create_tensor_qkv`)
+    biases: linear layers that may have a bias: of BLOCK_LINEARS, ROUTER or STACKS in any block, or "output"; llama.cpp
+    takes those of q, k and v wherever it finds them (`create_tensor_qkv`)
     interleaved_rope: RoPE turns the elements (2i, 2i+1) of a head ("norm"), else (i, i + dimensions/2) ("neox")
     rope_factors: `rope_freqs.weight` may divide the frequencies, one factor a pair
     qk_norm: RMS norms of every head's q and k, before RoPE
@@ -81,6 +84,10 @@ class Architecture:
     value_norm: every head's v has an RMS norm, without a weight
     layer_inputs: every block may add something of its own about each token (`nkat.lm.transformer.LayerInputs`)
     block_scale: what leaves a block may be multiplied by `layer_output_scale.weight`, one number
+    experts: the feed-forward network is a mixture of experts (`nkat.lm.experts`)
+    clamped_gate: feed-forward activation of gpt-oss (`nkat.lm.activation`)
+    sinks: each query head has a score of its own, `attn_sinks`, that takes part in the softmax and stands for nothing
+    ffn_norm: what the file calls the norm before the feed-forward network
     reads: keys of the metadata that mean something in few architectures, this one among them; others refuse them
     """
 
@@ -105,15 +112,28 @@ class Architecture:
     value_norm: bool = False
     layer_inputs: bool = False
     block_scale: bool = False
+    experts: bool = False
+    clamped_gate: bool = False
+    sinks: bool = False
+    ffn_norm: str = "ffn_norm"
     reads: tuple[str, ...] = ()
 
     def may_have_bias(self, linear: str) -> bool:
         """Whether a linear layer of a block may have one; fused ones go by their parts."""
         return linear in self.biases or (linear == FUSED_QKV and {*QKV} <= {*self.biases})
 
+    def norm_in_file(self, norm: str) -> str:
+        """What the file calls one of a block's norms."""
+        return self.ffn_norm if norm == "ffn_norm" else norm
+
+    @property
+    def has_gpu_step(self) -> bool:
+        """Whether `nkat.engine.plan` has operations for all that its models compute."""
+        return not (self.varied or self.experts or self.sinks)
+
     @property
     def block_norms(self) -> tuple[str, ...]:
-        """The RMS norms of every block, by their names in the file."""
+        """The RMS norms of every block."""
         pre = PRE_NORMS if self.pre_norm else ()
         post = POST_NORMS if self.post_norm else ()
         return (*pre, *post, *(QK_NORMS if self.qk_norm or self.wide_qk_norm else ()))
@@ -218,6 +238,18 @@ _ROWS = (
         pre_norm=False,
         post_norm=True,
         window=Window(period=4, rope_base=None, plain_rope=True),
+    ),
+    # src/models/qwen3moe.cpp
+    Architecture("qwen3moe", qk_norm=True, experts=True),
+    # src/models/openai-moe.cpp
+    Architecture(
+        "gpt-oss",
+        biases=(*QKV, "attn_output", ROUTER, *STACKS),
+        window=Window(period=2, rope_base=None),
+        experts=True,
+        clamped_gate=True,
+        sinks=True,
+        ffn_norm="post_attention_norm",
     ),
 )
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nkat.lm.config import ModelConfig, Rope
+from nkat.lm.config import ModelConfig
+from nkat.lm.rope import Rope
 
 _ROWS = 256  # queries at a time, so that scores take memory for so many × tokens seen
 
@@ -112,16 +113,23 @@ def capped(x: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, view: View, scale: float, cap: float = 0.0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    view: View,
+    scale: float,
+    cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of q [B, H, T, D] over those of k and v [B, H_kv, S, D] that `view` says are seen.
 
     Returns [B, H, T, D], as q.
 
     cap: scores are kept within ±it; 0: not
+    sinks: [H], a score of each head that takes part in the softmax and has no value
     """
     k, v = k[:, :, view.first_key :], v[:, :, view.first_key :]
-    if not cap:
+    if not cap and sinks is None:
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -132,15 +140,25 @@ def attend(
             enable_gqa=q.shape[1] != k.shape[1],
         )
     groups = q.unflatten(1, (k.shape[1], -1))  # query heads of one KV head together
+    k, v = k[:, :, None], v[:, :, None]
+    if sinks is not None:
+        sinks = sinks.view(*groups.shape[1:3], 1, 1)
     parts = [
-        _attend_rows(groups[..., start : start + _ROWS, :], k[:, :, None], v[:, :, None], view, start, scale, cap)
+        _attend_rows(groups[..., start : start + _ROWS, :], k, v, view, start, scale, cap, sinks)
         for start in range(0, q.shape[2], _ROWS)
     ]
     return torch.cat(parts, dim=-2).flatten(1, 2)
 
 
 def _attend_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, view: View, start: int, scale: float, cap: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    view: View,
+    start: int,
+    scale: float,
+    cap: float,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q: the rows from `start` on."""
     precise = q.dtype if q.dtype == torch.float64 else torch.float32
@@ -151,4 +169,7 @@ def _attend_rows(
     elif view.causal:
         seen = rows[:, None] >= torch.arange(k.shape[-2], device=q.device)
         scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        with_sinks = torch.cat((scores, sinks.to(precise).expand(*scores.shape[:-1], 1)), dim=-1)
+        return with_sinks.softmax(dim=-1)[..., :-1].to(v.dtype) @ v
     return scores.softmax(dim=-1).to(v.dtype) @ v

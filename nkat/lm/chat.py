@@ -38,15 +38,20 @@ def render_chat(metadata: Mapping[str, Any], tokenizer: Tokenizer, messages: Seq
 
     Raises NKATError when the file has no template, or the template fails or refuses the messages.
     """
-    variables = {
-        "messages": [dict(message) for message in messages],
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": True,
-        "bos_token": _text(tokenizer, tokenizer.bos_id),
-        "eos_token": _text(tokenizer, tokenizer.eos_id),
-    }
-    return _render(chat_template(metadata), variables)
+    (text,) = _render(chat_template(metadata), [_variables(tokenizer, messages, True)])
+    if isinstance(text, NKATError):
+        raise text
+    return text
+
+
+def render_chats(
+    metadata: Mapping[str, Any], tokenizer: Tokenizer, chats: Sequence[tuple[Sequence[Message], bool]]
+) -> list[str | NKATError]:
+    """The text of each conversation, or why the template gave none; True: up to where the assistant answers.
+
+    All of them in one process. Raises NKATError when the file has no template, and for what ends the process.
+    """
+    return _render(chat_template(metadata), [_variables(tokenizer, messages, asks) for messages, asks in chats])
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
@@ -57,8 +62,10 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
     return ids
 
 
-def chat_template(metadata: Mapping[str, Any]) -> str:
+def chat_template(metadata: Mapping[str, Any], instead: str = "leave --chat out") -> str:
     """The template of a file. Raises NKATError where there is none, or several of which none is the usual one.
+
+    instead: what the user can do then
 
     Beside a text it may be an array of texts, whose names `tokenizer.chat_templates` has, an array of pairs of a name
     and a text, or texts under keys of their own (`tokenizer.chat_template.NAME`).
@@ -84,15 +91,27 @@ def chat_template(metadata: Mapping[str, Any]) -> str:
     if texts:
         raise NKATError(
             f"this model has {len(texts)} chat templates ({', '.join(texts):.200}) and none is its default, so none "
-            "can be chosen: leave --chat out"
+            f"can be chosen: {instead}"
         )
     if value is None or isinstance(value, str):
-        raise NKATError(f"this model has no chat template ({TEMPLATE_KEY}): it continues text; leave --chat out")
-    raise NKATError(f"the model's chat template ({TEMPLATE_KEY}) is {value!r:.80}, which is no text: leave --chat out")
+        raise NKATError(f"this model has no chat template ({TEMPLATE_KEY}): it continues text; {instead}")
+    raise NKATError(f"the model's chat template ({TEMPLATE_KEY}) is {value!r:.80}, which is no text: {instead}")
 
 
-def _render(template: str, variables: Mapping[str, Any]) -> str:
-    request = json.dumps({"template": template, "variables": variables}).encode()
+def _variables(tokenizer: Tokenizer, messages: Sequence[Message], asks: bool) -> dict[str, Any]:
+    """What transformers gives a template."""
+    return {
+        "messages": [dict(message) for message in messages],
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": asks,
+        "bos_token": _text(tokenizer, tokenizer.bos_id),
+        "eos_token": _text(tokenizer, tokenizer.eos_id),
+    }
+
+
+def _render(template: str, renders: Sequence[Mapping[str, Any]]) -> list[str | NKATError]:
+    request = json.dumps({"template": template, "renders": renders}).encode()
     program = str(Path(__file__).with_name("template.py"))
     try:
         done = subprocess.run(
@@ -103,15 +122,13 @@ def _render(template: str, variables: Mapping[str, Any]) -> str:
     except OSError as error:
         raise NKATError(f"no process could be started for the chat template: {error.strerror or error}") from None
     try:
-        found: dict[str, str] = json.loads(done.stdout)
+        found: list[dict[str, str]] = json.loads(done.stdout)
     except ValueError:  # the system ended it
         took_long = done.returncode in (-_SIGXCPU, -_SIGKILL)
         raise _failed(
             "it takes too long" if took_long else f"it ended its process with status {done.returncode}"
         ) from None
-    if "error" in found:
-        raise _failed(found["error"])
-    return found["text"]
+    return [_failed(one["error"]) if "error" in one else one["text"] for one in found]
 
 
 def _failed(why: str) -> NKATError:

@@ -1,8 +1,8 @@
 """GGUF metadata and tensor shapes → a frozen `ModelConfig`. Nothing here touches a weight.
 
-Dense models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
+Models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
 (https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
-another one than the file asks for is refused: mixtures of experts, keys that another architecture reads, RoPE scaling
+another one than the file asks for is refused: experts in groups, keys that another architecture reads, RoPE scaling
 other than linear, YaRN and longrope, unknown tensors.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
@@ -26,21 +26,26 @@ from nkat.lm.architectures import (
     QK_NORMS,
     QKV,
     ROPE_SWITCH,
+    ROUTER,
     SCALES,
     SHARED_KV,
     SHORT_ROPE,
+    SINKS,
+    STACKS,
     TEMPERATURE,
     YARN_KEYS,
     Architecture,
     Sizes,
 )
 from nkat.lm.keys import ConfigError, Keys
+from nkat.lm.rope import Rope, read_rope
 from nkat.theta.set import SUFFIXES
 
 # Keys that change the forward pass in a way that is not computed, unless the architecture's row says that it reads
 # them; and the values with which they do not.
 _REFUSED: dict[str, tuple[bool | float, ...]] = {
     "nextn_predict_layers": (0,),
+    "expert_group_count": (0, 1),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
@@ -62,31 +67,7 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
 
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding of one kind of block.
-
-    interleaved: pairs are elements (2i, 2i+1) ("norm"); otherwise (i, i + dimensions/2) ("neox")
-    dimensions: leading elements of a head that are rotated; the others pass unchanged
-    base: pair i turns by base^(-2i/dimensions) radians a position
-    scale: multiplies positions; 1/factor of linear scaling and, for the slow pairs only, of YaRN
-    yarn: blend between scaled and unscaled by pair, for a model trained on `original_context` tokens: pairs that turn
-    more than `fast` times in them are not scaled, those that turn less than `slow` times are
-    magnitude: multiplies both sine and cosine
-    The factors for long contexts (longrope) take effect where there is room for more than `original_context` tokens.
-    """
-
-    interleaved: bool
-    dimensions: int
-    base: float
-    scale: float
-    yarn: bool
-    original_context: int
-    magnitude: float
-    fast: float = 32.0
-    slow: float = 1.0
+MAX_EXPERTS = 1024  # as in llama.cpp
 
 
 class Turning(Enum):
@@ -110,6 +91,15 @@ class BlockSizes:
     feed_forward: int
     kv_block: int
     has_value: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts: how many there are, how many a token goes to, the length of an expert's inner vector."""
+
+    count: int
+    used: int
+    feed_forward_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +134,8 @@ class ModelConfig:
     unturned_blocks: frozenset[int] = frozenset()  # whose q and k RoPE leaves as they are
     logit_scale: float = 1.0  # logits are divided by it
     sizes: tuple[BlockSizes, ...] = ()  # of each block; none: all are as the fields above say
+    idle: frozenset[str] = frozenset()  # weights that nothing reads: k and v of blocks that use an earlier one's
+    mixture: Mixture | None = None  # in place of the one feed-forward network of every block
     layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
 
     @classmethod
@@ -200,16 +192,28 @@ class ModelConfig:
         elif not sizes.has_value:
             del qkv["attn_v"]
         up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
+        feed_forward = {**{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
         return {
             **{name: (outputs, d) for name, outputs in qkv.items()},
             "attn_output": (d, rows[0]),
-            **{name: (outputs, d) for name, outputs in up.items()},
-            "ffn_down": (d, ff),
+            **({} if self.mixture is not None else feed_forward),
             **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
+            **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
 
+    def stacks(self) -> dict[str, tuple[int, int, int]]:
+        """(experts, outputs, inputs) of a mixture's weights, by name."""
+        assert self.mixture is not None
+        count, d, ff = self.mixture.count, self.embedding_length, self.mixture.feed_forward_length
+        return dict(zip(STACKS, ((count, ff, d), (count, ff, d), (count, d, ff)), strict=True))
+
+    @property
+    def active_experts(self) -> float:
+        """The share of the experts that a token goes to; 1 without experts."""
+        return 1.0 if self.mixture is None else self.mixture.used / self.mixture.count
+
     def norms(self, block: int) -> dict[str, tuple[int]]:
-        """Lengths of the RMS norms of a block, by their names in the file."""
+        """Lengths of the RMS norms of a block, by name (`Architecture.norm_in_file`)."""
         names = [name for name in self.architecture.block_norms if name != "attn_k_norm" or self.has_own_kv(block)]
         lengths = dict.fromkeys(names, self.embedding_length)
         wide = dict(zip(QK_NORMS, self.qkv_rows(block)[:2], strict=True))
@@ -269,12 +273,12 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
             )
 
     context = keys.integer("context_length")
-    rope, local_rope = _read_rope(keys, head_dim, local_dim, context)
+    rope, local_rope = read_rope(keys, head_dim, local_dim, context)
     temperature = 0.0 if keys.get(TEMPERATURE) in (None, 0) else keys.number(TEMPERATURE)
     window, local_blocks = _read_window(keys, blocks)
     embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
     residual = residual_scale or 1.0
-    feed_forward = _by_block(keys, "feed_forward_length", blocks)
+    feed_forward = _by_block(keys, "feed_forward_length", blocks, 1 if architecture.experts else None)
     sizes = _read_sizes(keys, local_blocks, (head_dim, local_dim), kv_heads, feed_forward, tensors)
     return ModelConfig(
         architecture=architecture,
@@ -301,8 +305,23 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         unturned_blocks=frozenset(i for i in range(blocks) if _is_unturned(keys, i)),
         logit_scale=logit_scale or 1.0,
         sizes=sizes if architecture.varied else (),
+        idle=frozenset(
+            name
+            for i, block in enumerate(sizes)
+            for name in (f"blk.{i}.{linear}.weight" for linear in QKV[1:])
+            if block.kv_block != i and name in tensors
+        ),
+        mixture=_read_mixture(keys) if architecture.experts else None,
         layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
     )
+
+
+def _read_mixture(keys: Keys) -> Mixture:
+    count = keys.integer("expert_count", minimum=2, maximum=MAX_EXPERTS)
+    used = keys.integer("expert_used_count", maximum=count)
+    # older files of qwen3moe have no length of an expert's own (src/models/qwen3moe.cpp)
+    length = keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length", 0, minimum=0) // used)
+    return Mixture(count, used, length)
 
 
 def _by_block(keys: Keys, key: str, blocks: int, default: int | None = None) -> list[int]:
@@ -373,68 +392,15 @@ def _read_cap(keys: Keys, key: str, usual: float) -> float:
 def _refuse(keys: Keys) -> None:
     for key in ("expert_count", "expert_used_count"):
         count = keys.get(key)
-        if count not in (None, 0):
-            raise ConfigError(f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported")
+        if count not in (None, 0) and not keys.architecture.experts:
+            name = keys.architecture.name
+            raise ConfigError(
+                f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported in {name} models"
+            )
     for key, neutral in _REFUSED.items():
         value = keys.get(key)
         if value is not None and value not in neutral and key not in keys.architecture.reads:
             raise ConfigError(f"metadata {keys.name(key)} = {value!r} is not supported")
-
-
-def _read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[Rope, Rope]:
-    """RoPE of blocks that see everything, and of blocks with a sliding window: of heads of so many elements."""
-    dimensions = keys.integer("rope.dimension_count", head_dim)
-    if dimensions % 2 or dimensions > head_dim:
-        raise ConfigError(
-            f"metadata {keys.name('rope.dimension_count')} must be even and at most {head_dim}, got {dimensions}"
-        )
-    local_dimensions = keys.integer("rope.dimension_count_swa", dimensions)
-    if local_dimensions != dimensions and not keys.architecture.varied:
-        raise ConfigError(f"metadata {keys.name('rope.dimension_count_swa')} differs from the other: not supported")
-    if keys.architecture.varied and (local_dimensions % 2 or local_dimensions > local_dim):
-        raise ConfigError(
-            f"metadata {keys.name('rope.dimension_count_swa')} must be even and at most {local_dim}, "
-            f"got {local_dimensions}"
-        )
-    kind = keys.text("rope.scaling.type", "linear")
-    kinds = ("none", "linear", "yarn", *(("longrope",) if keys.architecture.long_rope else ()))
-    if kind not in kinds:
-        raise ConfigError(
-            f"metadata {keys.name('rope.scaling.type')} {kind!r} is not supported, only {' and '.join(kinds)}"
-        )
-    # Files older than rope.scaling.* wrote rope.scale_linear; 0 stands for "no scaling" in both.
-    factor_key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
-    factor = keys.number(factor_key, 1.0) if keys.get(factor_key) not in (None, 0) else 1.0
-    if kind == "none":
-        factor = 1.0
-    if kind == "yarn" and factor < 1.0:
-        raise ConfigError(f"metadata {keys.name('rope.scaling.factor')} must be at least 1 for yarn, got {factor:g}")
-    attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
-    fast, slow, log_multiplier = (
-        keys.number(key, usual, above=-1.0) if key in keys.architecture.reads else usual
-        for key, usual in zip(YARN_KEYS, (32.0, 1.0, 0.0), strict=True)
-    )
-    # YaRN's attention temperature, folded into q and k as llama.cpp does it
-    warmth = (1.0 + 0.1 * math.log(factor)) / (1.0 + 0.1 * log_multiplier * math.log(factor)) if kind == "yarn" else 1.0
-    rope = Rope(
-        interleaved=keys.architecture.interleaved_rope,
-        dimensions=dimensions,
-        base=keys.number("rope.freq_base", 10000.0, above=1.0),
-        scale=1.0 / factor,
-        yarn=kind == "yarn",
-        original_context=keys.integer("rope.scaling.original_context_length", context),
-        magnitude=attention_factor * warmth,
-        fast=fast,
-        slow=slow,
-    )
-    window = keys.architecture.window
-    if window is not None and window.plain_rope:
-        return rope, replace(rope, scale=1.0, yarn=False, magnitude=1.0)
-    if window is None or window.rope_base is None:
-        return rope, replace(rope, base=keys.number("rope.freq_base_swa", rope.base, above=1.0))
-    local_base = keys.number("rope.freq_base_swa", window.rope_base, above=1.0)
-    local = replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
-    return rope, replace(local, dimensions=local_dimensions)
 
 
 def _read_window(keys: Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
@@ -485,7 +451,17 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             required[f"{block}{linear}.weight"] = (outputs, inputs)
             if architecture.may_have_bias(linear):
                 optional[f"{block}{linear}.bias"] = (outputs,)
-        required |= {f"{block}{norm}.weight": shape for norm, shape in config.norms(i).items()}
+        norms = config.norms(i).items()
+        required |= {f"{block}{architecture.norm_in_file(norm)}.weight": shape for norm, shape in norms}
+        if architecture.qk_norm and not config.has_own_kv(i):
+            optional[f"{block}attn_k_norm.weight"] = (config.of(i).head_dim,)  # llama.cpp, too, reads past it
+        if architecture.sinks:
+            required[f"{block}{SINKS}.weight"] = (config.head_count,)
+        if config.mixture is not None:
+            stacks: dict[str, tuple[int, ...]] = {ROUTER: (config.mixture.count, d), **config.stacks()}
+            required |= {f"{block}{name}.weight": shape for name, shape in stacks.items()}
+            biases = {name: shape[:-1] for name, shape in stacks.items() if architecture.may_have_bias(name)}
+            optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
         if architecture.block_scale:
             optional[f"{block}layer_output_scale.weight"] = (1,)
 

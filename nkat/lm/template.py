@@ -1,6 +1,7 @@
-"""Renders one chat template, in a process of its own with little memory and time.
+"""Renders a chat template, in a process of its own with little memory and time.
 
-    python -I nkat/lm/template.py        a request as JSON on stdin; {"text": …} or {"error": …} on stdout
+    python -I nkat/lm/template.py        a request as JSON on stdin, on stdout {"text": …} or {"error": …} for each of
+                                         its `renders`
 
 A template is a program that comes with a model from anywhere. Jinja's sandbox keeps it from the system, but not from
 looping for ever, filling the memory or recursing through the stack; so `nkat.lm.chat` runs it here, where whatever it
@@ -54,10 +55,16 @@ def environment() -> Any:
     return made
 
 
-def answer(template: str, variables: dict[str, Any]) -> dict[str, str]:
-    """The rendered text, or why there is none."""
+def answers(template: str, renders: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """For each set of variables the rendered text, or why there is none."""
+    made = environment()
+    return [answer(made, template, variables) for variables in renders]
+
+
+def answer(made: Any, template: str, variables: dict[str, Any]) -> dict[str, str]:
+    """made: see `environment`, which keeps what it has compiled"""
     try:
-        text = environment().from_string(template).render(**variables)
+        text = made.from_string(template).render(**variables)
     except RecursionError:
         return {"error": "it calls itself without an end"}
     except (MemoryError, OverflowError):
@@ -89,7 +96,7 @@ def _limit() -> None:
 def main() -> None:
     request = json.loads(sys.stdin.buffer.read())
     _limit()
-    sys.stdout.write(json.dumps(answer(**request)))
+    sys.stdout.write(json.dumps(answers(**request)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The forward pass of a dense model of any of `nkat.lm.architectures`, and its KV cache.
+"""The forward pass of a model of any of `nkat.lm.architectures`, and its KV cache.
 
 Shapes: B sequences, T new tokens, S tokens seen so far, H heads of D elements. The residual stream, norms and RoPE are
 computed in float32 (float64 in a float64 model), the linear layers and attention in the layers' dtype. The arithmetic
@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
-from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV
+from nkat.lm.activation import activate
+from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV, ROUTER, STACKS
 from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
 from nkat.lm.config import ModelConfig, Turning
+from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.linear import PackedModule, StarLinear
 from nkat.theta.algebra import Theta
 
@@ -123,9 +125,9 @@ class Embedding(PackedModule):
 
     def repack(self, shared: PackedWeight | None) -> None:
         """Into the layout of the GPU kernels; `shared`: it is the output layer's weight, which is there already."""
-        from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
+        from nkat.kernels.cuda.packing import pack  # Triton is loaded only where it is used
 
-        self.move_to_kernels(cuda.pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
+        self.move_to_kernels(pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] → float32 [B, T, d]."""
@@ -161,8 +163,10 @@ class LayerInputs(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then the gated feed-forward network, each added to the residual stream."""
+    """One transformer block: attention, then the gated feed-forward network or a mixture of them, each added to the
+    residual stream."""
 
+    sinks: torch.Tensor | None
     scale: torch.Tensor | None
 
     def __init__(
@@ -172,17 +176,23 @@ class Block(nn.Module):
         linears: Mapping[str, StarLinear],
         norms: Mapping[str, torch.Tensor],
         scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        experts: Experts | None = None,
     ) -> None:
         """linears: by name, those of `config.linears`; norms: RMS norm weights, those of `config.norms`.
 
-        scale: of what leaves the block, [1]
+        scale: of what leaves the block, [1]; sinks: [H], see `nkat.lm.attention.attend`; experts: where
+        `config.mixture` says so
         """
         super().__init__()
         self.config, self.index = config, index
         self.local, self.turning = config.local_blocks[index], config.turning(index)
         self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
-        self.qkv = [name for name in self.linears if name in (*QKV, FUSED_QKV)]  # one or three
+        own = config.has_own_kv(index)
+        self.qkv = [name for name in self.linears if name in ((*QKV, FUSED_QKV) if own else QKV[:1])]  # of what is read
         self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
+        self.experts = experts
+        self.register_buffer("sinks", sinks, persistent=False)
         self.norms = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in norms.items()})
         self.register_buffer("scale", scale, persistent=False)
 
@@ -241,7 +251,7 @@ class Block(nn.Module):
         if given is None:
             raise TypeError(f"block {self.index} has no keys of its own and was given none")
         q = q.to(compute_dtype).transpose(1, 2)
-        mixed = attend(q, *given, view, config.attention_scale, config.attention_cap)
+        mixed = attend(q, *given, view, config.attention_scale, config.attention_cap, self.sinks)
         return self.linears["attn_output"](mixed.transpose(1, 2).flatten(2)), given
 
     def _heads(self, outputs: torch.Tensor) -> torch.Tensor:
@@ -257,10 +267,11 @@ class Block(nn.Module):
         return rotate(heads, view.cos, view.sin, self.config.rope.interleaved)
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.experts is not None:
+            return self.experts(x)
         outputs = [self.linears[name](x) for name in self.gate_up]
         gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
-        active = F.gelu(gate, approximate="tanh") if self.config.architecture.gelu else F.silu(gate)
-        return self.linears["ffn_down"](active * up)
+        return self.linears["ffn_down"](activate(self.config.architecture, gate, up))
 
 
 class Transformer(nn.Module):
@@ -314,6 +325,15 @@ class Transformer(nn.Module):
         """Every linear layer by the name of its weight in the file, with those that no Θ acts on."""
         inputs = self.layer_inputs
         return self.star_linears() | ({} if inputs is None else {"per_layer_model_proj.weight": inputs.projection})
+
+    def multipliers(self) -> dict[str, StarLinear | ExpertStack]:
+        """Everything that multiplies by a weight, by the weight's name: `all_linears`, routers and experts."""
+        found: dict[str, StarLinear | ExpertStack] = {**self.all_linears()}
+        for block in self.blocks:
+            if block.experts is not None:
+                found[f"blk.{block.index}.{ROUTER}.weight"] = block.experts.router
+                found |= {f"blk.{block.index}.{name}.weight": block.experts.stack(name) for name in STACKS}
+        return found
 
     def tables(self) -> list[Embedding]:
         """What token ids are looked up in."""

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
+from nkat.errors import NKATError
 from nkat.host.console import counted, note
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
+from nkat.measure.chats import chat_chunks, conversations, is_chats
 from nkat.measure.perplexity import (
     DEFAULT_BATCH,
     PairedChange,
@@ -153,15 +155,28 @@ class Judge:
         return Judge(loaded, self.passages, batch=self.batch)
 
     def _perplexity(self, nll: torch.Tensor) -> Perplexity:
-        return Perplexity(nll if nll.ndim == 2 else nll[None], self.passages.chunks.shape[1])
+        count, context = self.passages.chunks.shape
+        return Perplexity(nll, context) if nll.ndim == 2 else Perplexity(nll[None], context, count)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """At most so many of 0 … count − 1, evenly spread."""
+    wanted = min(count, most)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
 def text_passages(loaded: LoadedModel, text: Text, chunks: int | None, context: int | None = None) -> Passages:
-    """A text's first chunks, of which every scored token counts.
+    """A text's first chunks, of which every scored token counts; of chats the assistant's tokens.
 
     chunks: at most so many; None: all;  context: tokens of each; None: 512, or fewer where the model was made for fewer
     """
     length = chunk_context(loaded.config.context_length) if context is None else context
+    if is_chats(text):
+        chats = conversations(text, loaded.gguf.metadata, loaded.tokenizer)
+        cut, counts = chat_chunks(chats, length, loaded.tokenizer, chunks)
+        if not len(cut):
+            raise NKATError(f"{text.name}: the assistant's messages are empty, so that there is nothing to judge on")
+        return Passages(cut, counts, text.name, text.sha256)
     cut = text_chunks(loaded.tokenizer, text.content, chunks, length)
     if context is None:
         warn_of_short_chunks(length)

@@ -35,14 +35,16 @@ class Perplexity:
     """What a model scored on a text.
 
     nll: −ln p of every scored token in nats, float64 [chunks, scored tokens of a chunk]
+    scattered: over how many chunks they were where not all tokens of each count; nll then is [1, n]
     """
 
     nll: torch.Tensor
     context: int = CONTEXT
+    scattered: int | None = None
 
     @property
     def chunks(self) -> int:
-        return self.nll.shape[0]
+        return self.nll.shape[0] if self.scattered is None else self.scattered
 
     @property
     def tokens(self) -> int:
@@ -149,10 +151,27 @@ def text_chunks(tokenizer: Tokenizer, text: str, chunks: int | None = None, cont
         raise NKATError(f"the text is too short: it has {counted(len(ids), 'token')}, and one chunk needs {context}")
     count = available if chunks is None else min(chunks, available)
     cut = ids[: count * context].view(count, context)
-    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+    bos = text_bos(tokenizer)
+    if bos is not None:
         cut = cut.clone()
-        cut[:, 0] = tokenizer.bos_id
+        cut[:, 0] = bos
     return cut
+
+
+def text_bos(tokenizer: Tokenizer) -> int | None:
+    """What a chunk begins with in place of its first token, None where the vocabulary adds nothing to texts."""
+    return tokenizer.bos_id if tokenizer.adds_bos else None
+
+
+def windows(count: int, context: int) -> torch.Tensor:
+    """Places in a sequence of `count` tokens, int64 [C, context], such that each of them is scored.
+
+    The scored places of a window follow those of the window before; the first window begins with the end of the
+    sequence, and the last one goes beyond it: places are to be taken modulo `count`, and scored ones from `count` on
+    have been scored before.
+    """
+    scored = scored_tokens(context)
+    return torch.arange(-(-count // scored))[:, None] * scored + torch.arange(context) - (context - scored)
 
 
 def score_chunks(

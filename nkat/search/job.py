@@ -110,6 +110,8 @@ def prepare(options: SearchOptions, space: Space) -> Prepared:
     loaded = load_model(options.model, thetas={}, gamma=1.0)
     model, base = loaded.file, loaded.file.require_base()
     passages = text_passages(loaded, text, options.chunks * (1 + HELD_OUT_FACTOR))
+    if passages.counted is not None:
+        raise NKATError(f"{text.name}: a search compares chunk by chunk, on plain text, and not on chats")
     chunks = len(passages.chunks)
     seen = chunks // (1 + HELD_OUT_FACTOR)
     if seen < 2:

@@ -17,7 +17,8 @@ from nkat.gguf.writer import MetadataValue
 from nkat.host.console import format_bytes, note
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
-from nkat.measure.perplexity import CONTEXT, DEFAULT_BATCH, chunk_context, text_chunks
+from nkat.measure.judge import text_passages
+from nkat.measure.perplexity import CONTEXT, DEFAULT_BATCH, chunk_context
 from nkat.measure.texts import Text
 from nkat.theta.layers import adaptable_layers
 from nkat.theta.set import CALIBRATION_KEY
@@ -37,11 +38,11 @@ def input_second_moments(
 
     The model runs without Θ. chunks: of 512 tokens, or as many tokens in shorter ones
     names: None for all that Θ adapts by default; full_bytes: budget of the full matrices.
-    Raises NKATError for a text that is empty or shorter than one chunk.
+    Raises NKATError for a text that is empty or shorter than one chunk, or for chats that are none.
     """
     loaded.model.set_gamma(None)
     context = chunk_context(loaded.config.context_length)
-    cut = text_chunks(loaded.tokenizer, text.content, chunks * CONTEXT // context, context)
+    cut = text_passages(loaded, text, chunks * CONTEXT // context, context).chunks
     names = adaptable_layers(loaded.tensors) if names is None else names
     moments = gather_moments(loaded.model, cut, names, full_bytes)
     return moments, {CALIBRATION_KEY: text.sha256, "nkat.calibration.tokens": cut.numel()}

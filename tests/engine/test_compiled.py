@@ -14,7 +14,7 @@ from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
 from nkat.theta.algebra import quantise_factors
 from tests.support.golden import read_golden
-from tests.support.tiny_models import FURTHER_FAMILIES, write_tiny_model
+from tests.support.tiny_models import FURTHER_FAMILIES, MIXTURE_FAMILIES, write_tiny_model
 
 pytestmark = pytest.mark.isa
 
@@ -31,6 +31,7 @@ FAMILIES = {
     "odd heads": ("llama", {"heads": 6, "kv_heads": 3, "embedding": 72, "head_dim": 12, "feed_forward": 100}),
     "one head": ("qwen3", {"heads": 1, "kv_heads": 1}),
     **{f"{arch} {i}": (arch, options) for i, (arch, options) in enumerate(FURTHER_FAMILIES)},
+    **{arch: (arch, options) for arch, options in MIXTURE_FAMILIES},
 }
 IDS = [(29 * i + 5) % 200 for i in range(2 * PREFILL_TOKENS + 40)]
 

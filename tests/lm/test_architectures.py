@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from nkat.lm.architectures import ARCHITECTURES, BLOCK_LINEARS, QKV, Architecture, Sizes, Window, scale_by_head
+from nkat.lm.architectures import (
+    ARCHITECTURES,
+    BLOCK_LINEARS,
+    QKV,
+    ROUTER,
+    STACKS,
+    Architecture,
+    Sizes,
+    Window,
+    scale_by_head,
+)
 from nkat.lm.config import ConfigError
 from nkat.lm.load import load_model
 from tests.conftest import ROOT
@@ -58,11 +68,12 @@ def agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agrees:
 
 def untested(rows: Iterable[str]) -> dict[str, set[str]]:
     """The rows that lack a test, by kind of test."""
+    without_gpu_step = {name for name, row in ARCHITECTURES.items() if not row.has_gpu_step}
     tested = {
         "logits by llama.cpp": {variant["arch"] for variant in GOLDEN["variants"].values()},
         "the model's forward pass": {arch for arch, _ in FAMILIES},
         "the compiled CPU program": {arch for arch, _ in COMPILED_FAMILIES.values()},
-        "the GPU step": {arch for arch, _ in CUDA_FAMILIES} | {n for n, row in ARCHITECTURES.items() if row.varied},
+        "the GPU step": {arch for arch, _ in CUDA_FAMILIES} | without_gpu_step,
     }
     return {kind: missing for kind, names in tested.items() if (missing := {*rows} - names)}
 
@@ -82,7 +93,9 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
     """Against llama.cpp's logits the row as it is agrees, and with any flag turned it does not."""
     assert len(FLAGS) >= 5
     assert agrees(arch)
-    assert [flag for flag in FLAGS if agrees(arch, **{flag: not getattr(ARCHITECTURES[arch], flag)})] == []
+    row = ARCHITECTURES[arch]
+    flags = [flag for flag in FLAGS if flag != "fused_gate_up" or not row.experts]  # which have no such weight
+    assert [flag for flag in flags if agrees(arch, **{flag: not getattr(row, flag)})] == []
 
 
 @pytest.mark.parametrize(
@@ -107,6 +120,11 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
         ("phi3_short", "long_rope", False),
         ("phi3_long", "long_rope", False),
         ("mistral3_warm", "reads", ()),
+        ("gpt-oss", "biases", QKV),
+        ("gpt-oss", "window", None),
+        ("gpt-oss", "window", Window(period=3, rope_base=None)),
+        ("gpt-oss", "ffn_norm", "ffn_norm"),
+        ("gpt-oss_yarn", "window", Window(period=2, rope_base=10000.0)),
     ],
 )
 def test_each_other_field_counts(agrees: Agrees, variant: str, field: str, value: object) -> None:
@@ -133,7 +151,8 @@ def test_norms_and_biases_follow_from_the_row() -> None:
         *("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"),
         *("attn_q_norm", "attn_k_norm"),
     }
-    assert all({*QKV} <= {*row.biases} <= {*BLOCK_LINEARS, "output"} for row in ARCHITECTURES.values())
+    known = {*BLOCK_LINEARS, ROUTER, *STACKS, "output"}
+    assert all({*QKV} <= {*row.biases} <= known for row in ARCHITECTURES.values())
 
 
 @pytest.mark.parametrize(("arch", "blocks"), [("gemma2", 46), ("gemma3", 62)])

@@ -11,7 +11,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from nkat.gguf.file import GGUFFile, TensorInfo
-from nkat.lm.architectures import BLOCK_LINEARS
+from nkat.lm.architectures import BLOCK_LINEARS, QKV
 from nkat.lm.config import ConfigError, ModelConfig
 from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
 
@@ -42,7 +42,7 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     tiny = ARCHITECTURES[arch]
     head_dim = tiny.head_dim or 16  # from attention.key_length, or embedding / heads
     assert (config.embedding_length, config.block_count) == (64, tiny.blocks)
-    assert config.feed_forward_length == max(tiny.feed_forward_by_block or [96])
+    assert config.feed_forward_length == max(tiny.feed_forward_by_block or [tiny.feed_forward])
     assert (config.head_count, config.kv_head_count, config.head_dim) == (4, 2, head_dim)
     assert config.attention_scale == (1.0 if arch == "gemma4" else head_dim**-0.5)
     assert config.rope.interleaved == (arch in ("llama", "mistral3"))
@@ -56,6 +56,11 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     else:
         assert linears["attn_k"] == ((tiny.kv_heads_by_block or (2, 2))[1] * head_dim, 64)
     assert linears["attn_output"] == (64, 4 * head_dim)
+    if config.mixture is not None:
+        assert (config.mixture.count, config.mixture.used, config.active_experts) == (6, 2, 1 / 3)
+        assert list(config.stacks().values()) == [(6, 48, 64), (6, 48, 64), (6, 64, 48)]
+        assert list(linears) == [*QKV, "attn_output"]
+        return
     assert linears["ffn_up"] == (192 if tiny.fused_gate_up else 96, 64)
     assert linears["ffn_down"] == (64, 96)
     assert list(linears) == [name for name in BLOCK_LINEARS if name in linears]  # in the order of the computation

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nkat.engine.plan import TorchOps, decode_step, make_plan
 from nkat.kernels.cuda import linear as cuda
+from nkat.kernels.cuda import planes
 from nkat.kernels.cuda.planes import FORMATS, PackedWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings, TritonOps
 from tests.kernels.test_cuda import FAMILIES, IDS, packed_weight, row_length, tiny, whole
@@ -53,7 +54,7 @@ def error(found: Tensor, x: Tensor, values: Tensor, expected: Tensor | None = No
 
 def make(qtype: QType, m: int = 9, chunks: int = 5, seed: int = 0) -> tuple[PackedWeight, Tensor]:
     packed, values = packed_weight(qtype, m, row_length(qtype, chunks), seed)
-    return cuda.pack(packed, qtype, tuple(values.shape)), values
+    return planes.pack(packed, qtype, tuple(values.shape)), values
 
 
 @every_format
@@ -231,7 +232,7 @@ def test_attention_kernels(position, heads, kv_heads, head_dim, rotated, interle
 
 def test_linear_without_a_kernel_takes_part_in_a_step():
     values, bias, x = torch.randn(6, 64), torch.randn(6), torch.randn(64)
-    weight = cuda.pack(values.view(torch.uint8).view(-1), QType.F32, (6, 64))
+    weight = planes.pack(values.view(torch.uint8).view(-1), QType.F32, (6, 64))
     layers = Siblings(
         (Group(weight, bias, torch.randn(6, 3), 0, ()),), 64, 6, 3, torch.randn(3, 64), torch.tensor([0.5])
     )

@@ -42,7 +42,8 @@ class TinyOptions:
     wide_qk_norm: bool = False  # of all heads together
     pre_norm: bool = True
     post_norm: bool = False
-    qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every 2-D tensor
+    post_gain: float = 4.0  # of these norms: large, or scaled and tied embeddings make every token predict itself
+    qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every tensor of 2 or 3 dimensions
     qtypes: Mapping[str, gguf.GGMLQuantizationType] | None = None  # of single ones, by name
     tied: bool = False  # True: no output.weight
     freq_base: float = 10000.0
@@ -57,6 +58,7 @@ class TinyOptions:
     kv_heads_by_block: tuple[int, ...] | None = None
     feed_forward_by_block: tuple[int, ...] | None = None
     shared_kv: int = 0
+    idle_kv: bool = False  # these have keys and values of their own all the same, which nobody reads
     layer_inputs: int = 0
     block_scale: bool = False
     keys_are_values: bool = False  # of blocks that see everything
@@ -65,9 +67,15 @@ class TinyOptions:
     metadata: Mapping[str, str | int | float] | None = None  # further keys under {arch}.
     rope_factors: bool = False  # rope_freqs.weight: one divisor for each rotated pair, as Llama 3.1 has
     sliding_window: int | None = None  # with it, gemma3's blocks 5, 11, ... see everything and the others the window
+    experts: int = 0  # of a mixture in place of the feed-forward network, each of `feed_forward` inner elements
+    experts_used: int = 2
+    expert_bias: bool = False  # and of the router and the attention's output
+    sinks: bool = False
+    ffn_norm: str = "ffn_norm"
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
     add_bos: bool = False
+    chat_template: str | None = None
 
 
 # An architecture's usual choices. On purpose not made from the toolkit's own rows: llama.cpp is the judge of both.
@@ -83,6 +91,7 @@ ARCHITECTURES = {
         qk_norm=True,
         qk_gain=0.7,  # scores are not divided by anything
         post_norm=True,
+        post_gain=2.5,
         vocab="spm",
         tied=True,
         add_bos=True,
@@ -106,6 +115,18 @@ ARCHITECTURES = {
         metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
     ),
     "olmo2": TinyOptions(wide_qk_norm=True, pre_norm=False, post_norm=True, pre="dbrx"),
+    "qwen3moe": TinyOptions(head_dim=24, qk_norm=True, feed_forward=48, experts=6),
+    "gpt-oss": TinyOptions(
+        epsilon=1e-5,
+        feed_forward=48,
+        experts=6,
+        qkv_bias=True,
+        expert_bias=True,
+        sinks=True,
+        ffn_norm="post_attention_norm",
+        sliding_window=6,
+        pre="gpt-4o",
+    ),
 }
 
 # What the architectures with features of their own are tested with, by the model, the compiled program, the GPU step.
@@ -134,6 +155,12 @@ FURTHER_FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ),
 ]
 
+# The same for those that no step of the GPU's computes (`nkat.lm.architectures.Architecture.has_gpu_step`).
+MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3moe", {}),
+    ("gpt-oss", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 8}}),
+]
+
 
 def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Path:
     """Write a tiny GGUF model to `path` (overwritten) and return `path`.
@@ -150,7 +177,7 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
     for name, shape, mean, std in _tensor_list(opts, vocab_size):
         values = _random_tensor(seed, name, shape, mean, std)
         qtype = (opts.qtypes or {}).get(name, opts.qtype)
-        if len(shape) == 2 and qtype != gguf.GGMLQuantizationType.F32:
+        if len(shape) > 1 and qtype != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
         else:
             writer.add_tensor(name, values)
@@ -191,6 +218,10 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     writer.add_embedding_length(opts.embedding)
     writer.add_block_count(opts.blocks)
     writer.add_feed_forward_length(opts.feed_forward_by_block or opts.feed_forward)
+    if opts.experts:
+        writer.add_expert_count(opts.experts)
+        writer.add_expert_used_count(opts.experts_used)
+        writer.add_expert_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
     writer.add_head_count_kv(opts.kv_heads_by_block or opts.kv_heads)
     if opts.local is not None:
@@ -254,7 +285,7 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
         qkv = [("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)]
         if opts.fused_qkv:
             qkv = [("attn_qkv", n_q + 2 * n_kv, SCORE_GAIN)]
-        if not own:
+        if not own and not opts.idle_kv:
             qkv = qkv[:1]
         elif opts.keys_are_values and opts.local is not None and not opts.local[i]:
             qkv = qkv[:2]
@@ -264,26 +295,47 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
                 yield f"{block}{name}.bias", (rows,), 0.0, 0.5
         if opts.qk_norm or opts.wide_qk_norm:
             yield block + "attn_q_norm.weight", (n_q if opts.wide_qk_norm else head_dim,), opts.qk_gain, 0.3
-            if own:
+            if own or opts.idle_kv:
                 yield block + "attn_k_norm.weight", (n_kv if opts.wide_qk_norm else head_dim,), opts.qk_gain, 0.3
         yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
+        if opts.sinks:
+            yield block + "attn_sinks.weight", (opts.heads,), 1.0, 1.5
         if opts.pre_norm:
-            yield block + "ffn_norm.weight", (n,), 1.0, 0.2
-        if opts.fused_gate_up:
+            yield f"{block}{opts.ffn_norm}.weight", (n,), 1.0, 0.2
+        if opts.experts:
+            yield from _expert_tensors(block, opts)
+        elif opts.fused_gate_up:
             yield block + "ffn_up.weight", (2 * ff, n), 0.0, 1.5 / math.sqrt(n)
         else:
             yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
             yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
-        yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
-        if opts.post_norm:  # large, or the scaled and tied embedding would make every token predict itself
-            yield block + "post_attention_norm.weight", (n,), 4.0, 0.8
-            yield block + "post_ffw_norm.weight", (n,), 4.0, 0.8
+        if not opts.experts:
+            yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
+        if opts.post_norm:
+            yield block + "post_attention_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
+            yield block + "post_ffw_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
         if p:
             yield block + "inp_gate.weight", (p, n), 0.0, 1.5 / math.sqrt(n)
             yield block + "proj.weight", (n, p), 0.0, 1 / math.sqrt(p)
-            yield block + "post_norm.weight", (n,), 4.0, 0.8
+            yield block + "post_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
         if opts.block_scale:
             yield block + "layer_output_scale.weight", (1,), 0.8, 0.1
+
+
+def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+    """The router and the experts' weights. The latter are large enough for the clamps of gpt-oss to act."""
+    n, ff, count = opts.embedding, opts.feed_forward, opts.experts
+    large = 4.0 if opts.expert_bias else 1.0
+    yield block + "ffn_gate_inp.weight", (count, n), 0.0, 2 / math.sqrt(n)
+    yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
+    yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
+    yield block + "ffn_down_exps.weight", (count, n, ff), 0.0, 1 / large / math.sqrt(ff)
+    if opts.expert_bias:
+        yield block + "attn_output.bias", (n,), 0.0, 0.5
+        yield block + "ffn_gate_inp.bias", (count,), 0.0, 0.5
+        yield block + "ffn_gate_exps.bias", (count, ff), 0.0, 0.5
+        yield block + "ffn_up_exps.bias", (count, ff), 0.0, 0.5
+        yield block + "ffn_down_exps.bias", (count, n), 0.0, 0.5
 
 
 def _random_tensor(seed: int, name: str, shape: tuple[int, ...], mean: float, std: float) -> np.ndarray:
@@ -301,6 +353,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, opts: TinyOptions) -> int:
     else:
         raise ValueError(f"no tiny vocabulary {opts.vocab!r}: gpt2 or spm")
     writer.add_add_bos_token(opts.add_bos)
+    if opts.chat_template is not None:
+        writer.add_chat_template(opts.chat_template)
     writer.add_vocab_size(size)
     return size
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
@@ -21,13 +21,13 @@ from nkat.kernels.cpu.llvm import F16, F32, I32, I64, Builder, Value
 KEYS = 16  # positions in one block of the key cache
 
 
-def _width(columns: int) -> int:
+def width_of(columns: int) -> int:
     """Lanes that divide the columns."""
     return math.gcd(columns, 16)
 
 
 @contextmanager
-def _own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
+def own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
     """for each token of this thread's panels of so many"""
     count = k.load(I64(), state)
     with (
@@ -44,7 +44,7 @@ def _capped(k: Builder, x: Value, cap: Value) -> Value:
 
 def _normalised(k: Builder, row: Value, weight: Value, epsilon: Value, columns: int, out: Value) -> None:
     """RMS norm of a row of float32; `out` may be the row itself."""
-    lanes = _width(columns)
+    lanes = width_of(columns)
     squares = k.variable(k.value(0.0, F32(lanes)))
     with k.loop(0, 4 * columns, 4 * lanes) as i:
         x = k.load(F32(lanes), row + i)
@@ -61,7 +61,7 @@ def norm_kernel(columns: int, tokens: int) -> int:
 
     def emit(k: Builder) -> None:
         x, weight, epsilon, out, state = (k.pointer(i) for i in range(5))
-        with _own_tokens(k, state, tokens) as token:
+        with own_tokens(k, state, tokens) as token:
             at = token * (4 * columns)
             _normalised(k, x + at, weight, k.load(F32(), epsilon), columns, out + at)
 
@@ -75,7 +75,7 @@ def wide_norm_kernel(columns: int, tokens: int) -> int:
     def emit(k: Builder) -> None:
         x, stride = k.pointer(0), k.integer(1)
         weight, epsilon, state = (k.pointer(i) for i in (2, 3, 4))
-        with _own_tokens(k, state, tokens) as token:
+        with own_tokens(k, state, tokens) as token:
             row = x + token * stride
             _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
 
@@ -89,8 +89,8 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
     def emit(k: Builder) -> None:
         x, y, stride = k.pointer(0), k.pointer(1), k.integer(2)
         weight, epsilon, state = (k.pointer(i) for i in (3, 4, 5))
-        lanes = _width(columns)
-        with _own_tokens(k, state, tokens) as token:
+        lanes = width_of(columns)
+        with own_tokens(k, state, tokens) as token:
             to, row = x + token * (4 * columns), y + token * stride
             if normalise:
                 _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
@@ -101,27 +101,36 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
 
 
 @functools.cache
-def gate_kernel(columns: int, tokens: int, gelu: bool) -> int:
+def gate_kernel(columns: int, tokens: int, gelu: bool, clamp: tuple[float, float] | None = None) -> int:
     """gate = activation(gate) * up: SiLU, or GELU by its tanh form.
 
     arguments: gate, up, bytes of a row of each, state
+    clamp: what the two are kept below and how steep the logistic function is, of an activation that adds 1 to `up`
     """
+    limit, slope = clamp or (0.0, 1.0)
 
     def emit(k: Builder) -> None:
         gate, up, gate_stride, up_stride, state = (
             k.pointer(0), k.pointer(1), k.integer(2), k.integer(3), k.pointer(4)
         )  # fmt: skip
-        lanes = _width(columns)
-        with _own_tokens(k, state, tokens) as token:
+        lanes = width_of(columns)
+        with own_tokens(k, state, tokens) as token:
             to, row = gate + token * gate_stride, up + token * up_stride
             with k.loop(0, 4 * columns, 4 * lanes) as i:
-                g = k.load(F32(lanes), to + i)
+                g, u = k.load(F32(lanes), to + i), k.load(F32(lanes), row + i)
+                if clamp is not None:
+                    g, u = _below(k, g, limit), _below(k, _below(k, u, limit) * -1.0, limit) * -1.0 + 1.0
                 # both are g times a logistic function: tanh(z) = 2·logistic(2z) − 1
                 z = g * k.fma(g * g, 2 * 0.7978845608 * 0.044715, k.value(2 * 0.7978845608, g.kind)) if gelu else g
-                active = g / (k.exp(z * -1.0) + 1.0)
-                k.store(active * k.load(F32(lanes), row + i), to + i)
+                active = g / (k.exp(z * -slope) + 1.0)
+                k.store(active * u, to + i)
 
-    return compile_kernel(f"gate_{columns}_{tokens}_{gelu}", emit)
+    return compile_kernel(f"gate_{columns}_{tokens}_{gelu}_{clamp is not None}", emit)
+
+
+def _below(k: Builder, x: Value, limit: float) -> Value:
+    """The smaller of the two; NaN stays NaN."""
+    return k.select(x > limit, k.value(limit, x.kind), x)
 
 
 @functools.cache
@@ -130,8 +139,8 @@ def scale_kernel(columns: int, tokens: int) -> int:
 
     def emit(k: Builder) -> None:
         x, factor, state = k.pointer(0), k.load(F32(), k.pointer(1)), k.pointer(2)
-        lanes = _width(columns)
-        with _own_tokens(k, state, tokens) as token, k.loop(0, 4 * columns, 4 * lanes) as i:
+        lanes = width_of(columns)
+        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * columns, 4 * lanes) as i:
             at = x + token * (4 * columns) + i
             k.store(k.load(F32(lanes), at) * factor, at)
 
@@ -148,8 +157,8 @@ def layer_input_kernel(length: int, blocks: int, tokens: int) -> int:
     def emit(k: Builder) -> None:
         own, own_stride, projected, stride = k.pointer(0), k.integer(1), k.pointer(2), k.integer(3)
         weight, epsilon, state = k.pointer(4), k.load(F32(), k.pointer(5)), k.pointer(6)
-        lanes = _width(length)
-        with _own_tokens(k, state, tokens) as token, k.loop(0, 4 * length * blocks, 4 * length) as start:
+        lanes = width_of(length)
+        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * length * blocks, 4 * length) as start:
             to, row = own + token * own_stride + start, projected + token * stride + start
             _normalised(k, row, weight, epsilon, length, row)
             with k.loop(0, 4 * length, 4 * lanes) as i:
@@ -180,6 +189,7 @@ class Heads:
     norm: q and k heads have an RMS norm
     half: the KV cache is float16, otherwise float32
     capped: scores are kept within bounds, by tanh
+    sinks: each query head has a score that stands for nothing and takes part in the softmax
     own: the new tokens have keys and values, which go into the cache; otherwise another block put them there
     value_norm: v heads have an RMS norm, whose weights are all the same
     """
@@ -192,6 +202,7 @@ class Heads:
     norm: bool
     half: bool
     capped: bool = False
+    sinks: bool = False
     own: bool = True
     value_norm: bool = False
 
@@ -227,7 +238,7 @@ def rope_kernel(heads: Heads) -> int:
     same position and has heads of its own in the cache, behind those of the one before
     """
     size, half, width = heads.size, heads.rotated // 2, heads.cache_bytes
-    lanes = _width(half) if half else 1
+    lanes = width_of(half) if half else 1
     every_other = [list(range(start, 2 * lanes, 2)) for start in (0, 1)]
 
     def pairs(k: Builder, row: Value, i: Value) -> tuple[Value, Value]:
@@ -267,8 +278,8 @@ def rope_kernel(heads: Heads) -> int:
                     _normalised(k, row, q_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
                 factor = k.load(F32(), scale + position * 4)
-                with k.loop(0, 4 * size, 4 * _width(size)) as i:
-                    k.store(k.load(F32(_width(size)), turned + i) * factor, row + i)
+                with k.loop(0, 4 * size, 4 * width_of(size)) as i:
+                    k.store(k.load(F32(width_of(size)), turned + i) * factor, row + i)
             with k.when(head >= heads.queries):
                 kv = head - heads.queries
                 row = v + token * v_stride + kv * (4 * size)
@@ -277,8 +288,8 @@ def rope_kernel(heads: Heads) -> int:
                     _normalised(k, row, k.pointer(16), epsilon, size, turned)
                     row = turned
                 to = values + cached + position * (width * size)
-                with k.loop(0, size, _width(size)) as i:
-                    heads.store(k, k.load(F32(_width(size)), row + i * 4), to + i * width)
+                with k.loop(0, size, width_of(size)) as i:
+                    heads.store(k, k.load(F32(width_of(size)), row + i * 4), to + i * width)
                 row = key + token * k_stride + kv * (4 * size)
                 if heads.norm:
                     _normalised(k, row, k_norm, epsilon, size, row)
@@ -300,10 +311,11 @@ def attention_kernel(heads: Heads, rows: int) -> int:
 
     arguments: q, bytes of a row, key cache, value cache, bytes of a KV head in them, out, bytes of a row, scratch for
     scores, its bytes for one thread, bytes of one row of scores, sliding window (as many as ever where there is none),
-    state (see `rope_kernel`), bounds of the scores float32 [1] (where heads.capped)
+    state (see `rope_kernel`), bounds of the scores float32 [1] (where heads.capped), sinks float32
+    [query head] (where heads.sinks)
     """
     size, group = heads.size, heads.queries // heads.kv
-    chunk = _width(size)
+    chunk = width_of(size)
     chunks = next(n for n in (4, 2, 1) if size % (n * chunk) == 0 and n * rows <= 16)
 
     def emit(k: Builder) -> None:
@@ -334,9 +346,10 @@ def attention_kernel(heads: Heads, rows: int) -> int:
             tops = _scores(
                 k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride, cap
             )
+            sinks = [k.load(F32(), k.pointer(13) + (kv * group + i % group) * 4) for i in row] if heads.sinks else []
+            score_bytes = (end_block - first_block) * (4 * KEYS)
             inverse = [
-                _softmax(k, scores + score_stride * r, (end_block - first_block) * (4 * KEYS), tops[r])
-                for r in range(rows)
+                _softmax(k, scores + score_stride * r, score_bytes, tops[r], sinks[r : r + 1]) for r in range(rows)
             ]
             value = values + cached
             begin, stop = first_block * KEYS, last[-1] + 1
@@ -393,14 +406,20 @@ def _scores(
     return [top.value.largest() for top in tops]
 
 
-def _softmax(k: Builder, scores: Value, count: Value, top: Value) -> Value:
-    """Scores (so many bytes of them) → e to the power of their distance from the top; returns 1 / their sum."""
+def _softmax(k: Builder, scores: Value, count: Value, top: Value, sinks: Sequence[Value]) -> Value:
+    """Scores (so many bytes of them) → e to the power of their distance from the top; returns 1 / their sum, of which
+    the sinks are a part."""
+    for sink in sinks:
+        top = k.maximum(top, sink)
     total = k.variable(k.value(0.0, F32(KEYS)))
     with k.loop(0, count, 4 * KEYS) as i:
         weight = k.exp(k.load(F32(KEYS), scores + i) - top)
         total.value = total.value + weight
         k.store(weight, scores + i)
-    return k.value(1.0, F32()) / total.value.total()
+    whole = total.value.total()
+    for sink in sinks:
+        whole = whole + k.exp(sink - top)
+    return k.value(1.0, F32()) / whole
 
 
 @functools.cache
@@ -423,7 +442,7 @@ def likelihood_kernel(tokens: int) -> int:
             there = lane < (columns - at).narrow(I32())
             return k.select(there, k.load(F32(KEYS), row + at * 4), k.value(-1e30, F32(KEYS)))
 
-        with _own_tokens(k, state, tokens) as token:
+        with own_tokens(k, state, tokens) as token:
             row, own = logits + token * stride, running + token * 12
             before = k.load(F32(), own)
             tops = k.variable(k.value(-1e30, F32(KEYS)))

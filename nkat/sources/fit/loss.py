@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nkat.lm.attention import capped
+from nkat.lm.transformer import Transformer
 
 _TILE_ELEMENTS = 1 << 24  # logits of a tile: 64 MB in float32
 
@@ -28,6 +29,11 @@ class Head:
     weight: torch.Tensor
     bias: torch.Tensor | None = None
     cap: float = 0.0
+
+    @classmethod
+    def of(cls, model: Transformer) -> Head:
+        """A model's, dequantised once for the whole fit."""
+        return cls(model.output.weight(), model.output.bias, model.config.logit_cap)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
