@@ -16,7 +16,7 @@ from nkat.errors import NKATError
 from nkat.gguf.formats import UnsupportedTypeError
 from nkat.lm import transformer
 from nkat.lm.attention import rope_frequencies, rotate
-from nkat.lm.config import ConfigError
+from nkat.lm.keys import ConfigError
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.rope import Rope
 from nkat.lm.tokenizer import Tokenizer
