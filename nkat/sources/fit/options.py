@@ -37,8 +37,8 @@ _FLAGS: dict[str, tuple[Callable[[str], float], str]] = {  # field of FitSetting
 STARTS = ("auto", "zero", "weight", "residual")
 
 
-def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the group of flags; those not given stay None."""
+def add_fit_arguments(parser: argparse.ArgumentParser, resume: bool = True) -> None:
+    """Adds the group of flags; those not given stay None. resume: --resume too; a search has one of its own."""
     group = parser.add_argument_group("how --theta-source fit learns")
     for name, (kind, text) in _FLAGS.items():
         group.add_argument(
@@ -69,7 +69,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--beyond-context", action="store_true", help="let --fit-context be more than what the model was made for"
     )
-    group.add_argument("--resume", action="store_true", help="go on with a fit that was interrupted")
+    if resume:
+        group.add_argument("--resume", action="store_true", help="go on with a fit that was interrupted")
     group.add_argument("--no-cuda", action="store_true", help="fit on the processor even where there is a GPU")
     group.add_argument(
         "--calibrate-ignore", nargs="+", metavar="STRING", help='parts of the text not to be learned, such as "<unk>"'
@@ -143,6 +144,24 @@ def fit_options(parsed: argparse.Namespace) -> FitOptions:
         ignore=tuple(parsed.calibrate_ignore or ()),
         beyond_context=parsed.beyond_context,
     )
+
+
+def fit_flags(options: FitOptions) -> list[object]:
+    """The group's flags that say the same on another command line, but for --resume."""
+    words: list[object] = []
+    for name, value in options.settings.items():
+        words += [f"--fit-{name.replace('_', '-')}", value]
+    if options.reference_share is not None:
+        words += ["--fit-reference-share", options.reference_share]
+    words += ["--fit-start", options.start, "--fit-precision", options.precision]
+    given = {
+        "--fit-fast": options.fast,
+        "--no-nested": not options.nested,
+        "--no-cuda": not options.allow_cuda,
+        "--beyond-context": options.beyond_context,
+    }
+    words += [flag for flag, wanted in given.items() if wanted]
+    return words + (["--calibrate-ignore", *options.ignore] if options.ignore else [])
 
 
 def _check(settings: FitSettings) -> None:
