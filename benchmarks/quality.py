@@ -160,13 +160,17 @@ class Bench:
         model_bytes = self.path(model).stat().st_size
         return {"model": model, "model_bytes": model_bytes, "theta_bytes": theta_bytes, "ratio": ratio, "texts": texts}
 
-    def thetas(self, name: str, model: str, *flags: object) -> ThetaSet:
-        """What the converter makes with these flags, kept as NAME.theta; an interrupted fit goes on."""
+    def thetas(self, name: str, model: str, *flags: object, gamma: float | None = GAMMA) -> ThetaSet:
+        """What the converter makes with these flags, kept as NAME.theta; an interrupted fit goes on.
+
+        gamma: None: the converter's choice
+        """
         path = self.out / f"{name}.theta"
         interrupted = path.with_name(path.name + ".fit").exists()  # then a Θ that is there is an unfinished one
         if interrupted or not path.exists():
             command = [sys.executable, ROOT / "nkat_gguf_converter.py", "--input", self.path(model), "--theta-only"]
-            command += ["--output", path, "--theta-gamma", GAMMA, "--json", path.with_suffix(".converter.json"), *flags]
+            command += ["--output", path, "--json", path.with_suffix(".converter.json"), *flags]
+            command += [] if gamma is None else ["--theta-gamma", gamma]
             command += ["--resume"] if interrupted else []
             done = subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False)
             if done.returncode != 0:
@@ -176,7 +180,7 @@ class Bench:
     def fit_flags(self, rank: int, *more: object, calibrate: Path | None = None) -> list[object]:
         """Of a fit. Its start is named because the trials of `auto` take time."""
         start = "residual" if "--reference" in more else "weight"
-        flags = ["--theta-source", "fit", "--theta-rank", rank, "--fit-steps", self.steps, "--fit-fast"]
+        flags = ["--theta-source", "fit", "--theta-rank", rank, "--fit-steps", self.steps, "--fit-fast", "--no-guard"]
         flags += [] if "--fit-start" in more else ["--fit-start", start]
         text = self.text(CALIBRATION) if calibrate is None else calibrate
         ignore = ["--calibrate-ignore", "<unk>"] if text.name == CALIBRATION else []
@@ -194,19 +198,20 @@ Case = Callable[[Bench, str], dict[str, Any]]
 
 
 def theta_case(
-    model: str, make: Callable[[Bench], ThetaSet], gamma: float = GAMMA, texts: Iterable[str] | None = None
+    model: str, make: Callable[[Bench], ThetaSet], gamma: float | None = GAMMA, texts: Iterable[str] | None = None
 ) -> Case:
-    """A Θ that the converter made, at one γ."""
+    """A Θ that the converter made, at one γ; None: at its own."""
 
     def run(bench: Bench, name: str) -> dict[str, Any]:
         theta_set = make(bench)
+        strength = theta_set.gamma if gamma is None else gamma
 
         def apply(transformer: Transformer) -> None:
             transformer.set_thetas(theta_set.layers)
-            transformer.set_gamma(gamma)
+            transformer.set_gamma(strength)
 
         record = bench.compare(model, name, theta_set.nbytes, apply, texts)
-        return {**record, "rank": theta_set.rank, "gamma": gamma, "source": theta_set.source}
+        return {**record, "rank": theta_set.rank, "gamma": strength, "source": theta_set.source}
 
     return run
 
@@ -255,8 +260,23 @@ def all_cases() -> dict[str, Case]:
         cases[f"fit-r4-{model}"] = theta_case(model, fitted)
         for gamma in WEAKER:
             cases[f"fit-r4-{model}-at-{gamma}"] = theta_case(model, fitted, gamma)
-    cases |= _domain_cases() | _weight_cases() | _repair_cases()
+    cases |= _default_cases() | _domain_cases() | _weight_cases() | _repair_cases()
     cases["unrestricted-same-bytes"] = terms_case("smollm2", _unrestricted)
+    return cases
+
+
+def _default_cases() -> dict[str, Case]:
+    """What a user gets who gives one text and nothing else: rank, γ and step as the converter chooses them."""
+    cases: dict[str, Case] = {}
+    for model in ("smollm2", "gemma3", "qwen"):
+        for kind, flags in (("guarded", []), ("unguarded", ["--no-guard"])):
+
+            def fitted(bench: Bench, m: str = model, k: str = kind, f: list[str] = flags) -> ThetaSet:
+                text = ["--calibrate", bench.text(CALIBRATION), "--calibrate-ignore", "<unk>"]
+                learned = ["--theta-source", "fit", "--fit-steps", bench.steps, "--fit-fast", *text]
+                return bench.thetas(f"{k}-{m}", m, *learned, *f, gamma=None)
+
+            cases[f"{kind}-{model}"] = theta_case(model, fitted, None)
     return cases
 
 

@@ -29,6 +29,7 @@ from nkat.host.tools import suggest
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.texts import load_text
 from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
+from nkat.sources.fit.options import choice_space, lower_ranks
 from nkat.sources.make import (
     check_options,
     check_reference_is_better,
@@ -119,7 +120,8 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
     names = select_layers(base.tensors, options.selective_layers)
     made_as = _theta_options(options, inputs, names)
     check_options(base.tensors, names, made_as)
-    rank_judge = inputs.judge if options.optimize_rank else None  # what cannot be judged is known before time is spent
+    searches = options.optimize_rank and options.theta_source != "fit"  # which chooses for itself
+    rank_judge = inputs.judge if searches else None  # what cannot be judged is known before time is spent
     merge_judge = _merge_judge(options, inputs)
     _announce(options, model, f"{counted(len(names), 'layer')}, {_kind(options, made_as)}")
 
@@ -134,7 +136,8 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
         if not fitted.writes:
             return {}
         thetas, validation, record["fit"] = fitted.thetas, fitted.validation, fitted.record
-        made_as = replace(made_as, notes=fitted.notes)
+        rank = max(theta.rank for theta in thetas.values())
+        made_as = replace(made_as, rank=rank, gamma=fitted.gamma, notes=fitted.notes)
     else:
         thetas, made = _make(model, names, made_as)
         record |= made
@@ -294,6 +297,8 @@ def _fit(
     options: ConvertOptions, inputs: Inputs, base_sha256: str, names: Sequence[str], made_as: ThetaOptions
 ) -> FitResult:
     fit, has_reference = options.fit, options.reference is not None
+    ranks = lower_ranks(made_as.rank) if options.theta_rank is None and fit.nested else (made_as.rank,)
+    ranks = tuple(rank_search.RANKS) if options.optimize_rank else ranks
     request = FitRequest(
         model=inputs.loaded,
         base_sha256=base_sha256,
@@ -308,6 +313,8 @@ def _fit(
         state=options.fit_state,
         resume=fit.resume,
         allow_cuda=fit.allow_cuda,
+        space=choice_space(ranks, options.theta_gamma, guarded=fit.guard is not None),
+        guard=None if fit.guard is None else [load_text(path) for path in fit.guard],
     )
     return run_fit(request)
 
@@ -390,7 +397,12 @@ def _is_unfinished(path: Path) -> bool:
 def _kind(options: ConvertOptions, made: ThetaOptions) -> str:
     """What Θ is to be made, for people."""
     rank = "2, 4, 6 or 8, whichever measures best" if options.optimize_rank else str(made.rank)
-    return f"rank {rank}, {_strength(made.gamma)}, source {made.source}, seed {made.seed}"
+    strength = _strength(made.gamma)
+    if made.source == "fit" and options.theta_rank is None and not options.optimize_rank and options.fit.nested:
+        rank = f"{rank} or less"
+    if made.source == "fit" and options.theta_gamma is None:
+        strength = "gamma as is best" if options.fit.guard is None else "gamma as the guard admits"
+    return f"rank {rank}, {strength}, source {made.source}, seed {made.seed}"
 
 
 def _strength(gamma: float) -> str:

@@ -81,7 +81,7 @@ class ConvertOptions:
     @property
     def inputs(self) -> list[Path | None]:
         """What is read, and never to be replaced by what is written."""
-        return [self.input, self.reference, self.text, self.calibrate, self.keep, self.theta]
+        return [self.input, self.reference, self.text, self.calibrate, self.keep, self.theta, *(self.fit.guard or ())]
 
     @property
     def outputs(self) -> dict[str, Path | str | None]:
@@ -126,8 +126,16 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
     (lambda o: o.theta_source != "fit" and o.fit.given, "{o.fit.given[0]} is for --theta-source fit"),
     (lambda o: o.theta_source != "fit" and o.keep is not None, "--keep is for --theta-source fit"),
     (
+        lambda o: o.fit.guard is None and "--guard" in o.fit.given,
+        "--no-guard lets a fit cost whatever it does, so --guard has no meaning with it",
+    ),
+    (
         lambda o: o.theta_source == "fit" and o.calibrate is None,
         "--theta-source fit needs --calibrate, the text to learn from",
+    ),
+    (
+        lambda o: o.theta_source == "fit" and o.optimize_rank and not o.fit.nested,
+        "--optimize-rank needs lower ranks in the first columns, which --no-nested does not learn",
     ),
     (
         lambda o: o.theta_source == "fit" and (o.target_size or o.depth_decay),
@@ -200,13 +208,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         "--theta-rank",
         type=commandline.positive_int,
         metavar="R",
-        help=f"columns of each factor (default {DEFAULT_RANK})",
+        help=f"columns of each factor (default {DEFAULT_RANK}; fit: {DEFAULT_RANK} or fewer, whatever is best)",
     )
     add(
         "--theta-gamma",
         type=float,
         metavar="G",
-        help=f"strength, 0 < G <= 1: lower is stronger, 1 is none (default {DEFAULT_GAMMA})",
+        help=f"strength, 0 < G <= 1: lower is stronger, 1 is none (default {DEFAULT_GAMMA}; fit: the strongest that "
+        "--guard admits)",
     )
     add("--optimize-rank", action="store_true", help="measure ranks 2, 4, 6, 8 and keep the one with the highest TPE")
     add(
@@ -237,7 +246,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="residual: text whose activations weight the error; fit: text to learn from",
+        help="residual: text whose activations weight the error; fit: text to learn from, or chats: a .jsonl of rows "
+        "with messages, or with prompt and completion, of which the assistant's words are learned",
     )
     add("--keep", type=Path, metavar="FILE", help="fit: another text, on which the model is to stay as it is")
     add(

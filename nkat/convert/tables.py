@@ -9,6 +9,7 @@ import torch
 
 from nkat.host.console import format_table
 from nkat.measure.perplexity import change_text
+from nkat.sources.fit.choice import print_choice
 from nkat.sources.residual import ErrorsLeft
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
@@ -64,6 +65,10 @@ def print_summary(record: Mapping[str, Any]) -> None:
 
 def print_fit(record: Mapping[str, Any]) -> None:
     """What a fit gained where it did not learn."""
+    if record["choice"] is not None:
+        print("\nrank, gamma and step were chosen from (first looked at on some chunks, then judged on all):\n")
+        print_choice(record["choice"])
+        print()
     change = change_text(record["heldout_change_percent"], record["heldout_change_percent_stderr"])
     kept = f"of step {record['kept_step']} of {record['steps']}"
     print(f"fit: the Θ {kept} changes perplexity by {change} on the part of the text that was kept back")

@@ -16,9 +16,20 @@ from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import load_model
+from nkat.measure.chats import Conversation
+from nkat.measure.judge import Passages
 from nkat.measure.texts import Text, default_text
 from nkat.sources.fit import loss as fit_loss
-from nkat.sources.fit.data import FitText, batch_at, fit_text, split_validation
+from nkat.sources.fit.data import (
+    FitText,
+    batch_at,
+    chat_starts,
+    chat_text,
+    fit_text,
+    split_chats,
+    split_text,
+    split_validation,
+)
 from nkat.sources.fit.descent import FitSettings, theta_start, to_thetas, visible_columns, zero_start
 from nkat.sources.fit.layers import FittedLinear, ThetaMode, fitted_layers
 from nkat.sources.fit.loss import Teacher, vocabulary_loss
@@ -281,6 +292,65 @@ def test_validation_is_kept_back(tmp_path: Path) -> None:
     assert len(fit_text(tokenizer, default_text()).tokens) > 20_000
 
 
+def test_the_guards_part_is_the_first_tenth_and_is_not_learned() -> None:
+    text = FitText(torch.arange(40_000), torch.zeros(40_000, dtype=torch.bool), bos=None)
+    parts = split_text(text, "t", 256)
+    assert parts.own.chunks.flatten().tolist() == list(range(7 * 512))  # a tenth in whole chunks
+    validated = parts.validation.chunks.numel()
+    assert parts.learned.tokens.tolist() == list(range(7 * 512, 40_000 - validated))
+    assert split_text(numbered(100_000), "t", 256).own.chunks.shape == (8, 512)  # no more than it takes to judge
+    short = split_text(numbered(1280 + 511), "t", 256)
+    assert short.own is None
+    assert len(short.learned.tokens) == 256 + 511
+    assert split_text(numbered(1280 + 512), "t", 256).own.chunks.shape == (1, 512)
+
+
+def conversation(start: int, length: int, answer: int) -> Conversation:
+    return Conversation(torch.arange(start, start + length), torch.arange(length) >= length - answer)
+
+
+def test_sequences_of_chats_begin_where_chats_do() -> None:
+    assert chat_starts([30, 30, 30, 30], 64) == [0, 56]  # two fit, the third is cut and begins the next
+    assert chat_starts([64, 64], 64) == [0, 64]
+    assert chat_starts([200, 10], 64) == [0, 32, 64, 96, 128, 146]
+    lengths = [17, 80, 5, 64, 130, 3, 40]
+    starts = chat_starts(lengths, 64)
+    covered = {place for start in starts for place in range(start, start + 64)}
+    assert covered >= set(range(sum(lengths)))
+    chats = [conversation(0, 40, 5), conversation(40, 100, 3), conversation(140, 60, 10)]
+    text = chat_text(chats, 7, 64)
+    for first in range(4):
+        batch = batch_at(text, first, 1, 64, 0)
+        assert bool(batch.counted.any())
+        assert int(batch.tokens[0, 0]) == 7
+    learned = set()
+    for first in range(len(text.starts)):
+        batch = batch_at(text, first, 1, 64, 0)
+        learned |= set(batch.tokens[:, 1:][batch.counted].tolist())
+    assert learned == {*range(35, 40), *range(137, 140), *range(190, 200)}
+
+
+def test_chats_are_split_between_conversations(tmp_path: Path) -> None:
+    tokenizer = load_model(write_tiny_model(tmp_path / "m.gguf", "llama", blocks=1)).tokenizer
+    chats = [conversation(100 * i, 100, 20) for i in range(30)]
+    parts = split_chats(chats, "c.jsonl", tokenizer, 64, 128)
+
+    def answers(passages: Passages) -> set[int]:
+        scored = passages.chunks[:, -passages.counted.shape[1] :]
+        return set(scored[passages.counted].tolist())
+
+    whole = [set(chat.tokens[chat.said].tolist()) for chat in chats]
+    assert answers(parts.own) == set().union(*whole[:3])
+    assert answers(parts.validation) == set().union(*whole[27:])
+    assert parts.learned.tokens.tolist() == list(range(300, 2700))
+    with pytest.raises(NKATError, match=r"c\.jsonl: 2 chats are too few"):
+        split_chats(chats[:2], "c.jsonl", tokenizer, 64, 128)
+    with pytest.raises(NKATError, match="those to learn from have 100 tokens, and a sequence has 256"):
+        split_chats(chats[:3], "c.jsonl", tokenizer, 256, 128)
+    with pytest.raises(NKATError, match="messages are empty"):
+        split_chats([conversation(100 * i, 100, 0) for i in range(3)], "c.jsonl", tokenizer, 64, 128)
+
+
 def test_columns_seen() -> None:
     seen = visible_columns(0, 400, 8, 0)
     assert bool(seen[::2].all())
@@ -308,7 +378,7 @@ def _state(path: Path) -> dict:
     optimizer.step()
     kept = [factor.detach() for factor in factors]
     row = {"step": 3, "loss": 1.0, "validation_nll": 1.0}
-    save_state(path, FitState("zero", 3, kept, optimizer.state_dict(), 3, 1.0, kept, [row]), "me")
+    save_state(path, FitState("zero", 3, kept, 1.0, optimizer.state_dict(), 3, 1.0, kept, {1: kept}, [row]), "me")
     return torch.load(path, weights_only=True)
 
 
@@ -320,6 +390,7 @@ def test_damaged_states_are_one_line(tmp_path: Path) -> None:
     odd.append(torch.zeros(4, 2, dtype=torch.complex64))
     changes: list[dict[str, object]] = [{key: value} for key in good for value in odd if (key, value) != ("start", "x")]
     changes += [{"factors": good["factors"][:3]}, {"factors": [torch.full((4, 2), math.nan)] * 4}, {"best_factors": []}]
+    changes += [{"snapshots": {2: value}} for value in odd] + [{"snapshots": {4: good["factors"]}}]
     changes += [{"history": [{**good["history"][0], name: value}]} for name in good["history"][0] for value in odd]
     moments = good["optimizer"]["state"]
     for state in [

@@ -5,7 +5,8 @@ model to its own unmodified predictions there. What is learned is the product κ
 
 Each sequence of a batch may see only the first columns of P and Q (`nested`): the first r columns of the result then
 are a good Θ of rank r (Kusupati et al., 2022, "Matryoshka Representation Learning", arXiv 2205.13147). In the last
-steps the factors act as INT8 will have them. A validation slice decides which step's factors are kept.
+steps the factors act as INT8 will have them. A validation slice says which step's factors are best; some others are
+kept beside them, as what is best at home need not be what costs least elsewhere (`nkat.sources.fit.choice`).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from nkat.theta.algebra import Theta, coupling, quantise_factors
 
 _BETAS = (0.9, 0.99)  # of AdamW: a fit has few steps, so its second moments must settle in fewer than the usual 1000
 _ZERO_START = 0.02  # standard deviation of P where Q starts at zero
+_SNAPSHOTS = 3  # of a whole fit, evenly spaced
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class FitSettings:
     int8_share: share of the steps, the last ones, in which the factors act rounded
     reference_share: of the reference model's prediction in the loss's target, 0 to 1
     keep_weight: of the divergence from the unmodified model on the second text; keep_batch: sequences of it in a step
-    start_steps: with several starts, after how many steps the validation slice chooses the one that goes on
+    rates: multiples of the learning rate that are tried; one: taken as it is
+    start_steps: with several starts or rates, after how many steps the validation slice chooses what goes on
     fast: keep activations instead of computing them again for the backward pass
     patience: validations without a better one before the fit ends; 0: never
     """
@@ -52,6 +55,7 @@ class FitSettings:
     batch: int = 4
     context: int = 256
     learning_rate: float = 3e-3
+    rates: tuple[float, ...] = (1.0,)
     warmup: int = 10
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -72,10 +76,17 @@ class FitSettings:
     def rounds_at(self, step: int) -> bool:
         return step >= self.steps * (1.0 - self.int8_share)
 
+    def keeps_at(self, step: int) -> bool:
+        """Whether the factors after so many steps are kept to choose from."""
+        return step in {math.ceil(self.steps * part / _SNAPSHOTS) for part in range(1, _SNAPSHOTS + 1)}
+
 
 @dataclass(frozen=True, slots=True)
 class FitData:
-    """text: to learn from;  validation: a part of it, kept back;  keep: a text on which to change nothing."""
+    """text: to learn from;  validation: a part of it, kept back, to look at while learning
+
+    keep: a text on which to change nothing
+    """
 
     text: FitText
     validation: Passages
@@ -162,7 +173,8 @@ def fit(
         validator,
     )
     if state is None:
-        states = [FitState(name, 0, [f for pair in pairs for f in pair]) for name, pairs in starts.items()]
+        factors = {name: [f for pair in pairs for f in pair] for name, pairs in starts.items()}
+        states = [FitState(name, 0, list(fs), rate) for name, fs in factors.items() for rate in settings.rates]
         state = states[0] if len(states) == 1 else run.choose(states)
     return run.advance(state, settings.steps)
 
@@ -209,7 +221,7 @@ class _Run:
             began = time.monotonic() - state.seconds
             without_gain = sum(row["step"] > (state.best_step or 0) for row in state.history)
             for step in range(state.step, until):
-                loss = self.step(step, parameters, optimizer, mode)
+                loss = self.step(step, state.rate, parameters, optimizer, mode)
                 state.step = step + 1
                 stopping = not trial and self.anywhere(self.progress.stop())
                 if stopping or state.step % settings.validate_every == 0 or state.step == until:
@@ -220,6 +232,8 @@ class _Run:
                         state.best_factors = [parameter.detach().clone() for parameter in parameters]
                     state.history.append({"step": state.step, "loss": loss, "validation_nll": nll})
                 state.factors = [parameter.detach() for parameter in parameters]
+                if settings.keeps_at(state.step):
+                    state.snapshots[state.step] = [parameter.detach().clone() for parameter in parameters]
                 state.optimizer = optimizer.state_dict()
                 state.seconds = time.monotonic() - began
                 self.progress.step(None if trial else state, loss)
@@ -231,9 +245,17 @@ class _Run:
         return torch.optim.AdamW(parameters, betas=_BETAS, weight_decay=self.settings.weight_decay, fused=True)
 
     def step(
-        self, step: int, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, mode: ThetaMode
+        self,
+        step: int,
+        rate: float,
+        parameters: Sequence[torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        mode: ThetaMode,
     ) -> float:
-        """One step of gradient descent; returns its loss in nats a token, over all processes."""
+        """One step of gradient descent; returns its loss in nats a token, over all processes.
+
+        rate: multiple of the settings' learning rate
+        """
         settings, data = self.settings, self.data
         mode.rounded = settings.rounds_at(step)
         loss = self.learn(self.batch(data.text, step, settings.batch, mode), mode)
@@ -247,7 +269,7 @@ class _Run:
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise self.diverged(f"at step {step + 1}")
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
+            group["lr"] = rate * settings.learning_rate_at(step)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss)

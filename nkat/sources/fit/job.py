@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,24 @@ from nkat.host.console import counted, note
 from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
 from nkat.lm.load import DTYPES, LoadedModel, load_model
-from nkat.measure.judge import Judge, Passages
-from nkat.measure.perplexity import PairedChange, chunk_context, warn_of_short_chunks
+from nkat.measure.chats import conversations, is_chats
+from nkat.measure.guard import Guard, GuardText, guard_texts
+from nkat.measure.judge import Judge, Passages, evenly
+from nkat.measure.perplexity import PairedChange, chunk_context, text_bos, warn_of_short_chunks
 from nkat.measure.texts import Text
-from nkat.sources.fit.data import fit_text, split_validation
+from nkat.sources.fit.choice import Choice, Judged, Panel, Space, choose
+from nkat.sources.fit.data import Parts, chat_text, fit_text, split_chats, split_text
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.sources.fit.layers import Factors
 from nkat.sources.fit.state import FitState, check_place, load_state, run_identity, save_state
 from nkat.sources.make import check_reference_is_better, describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
-from nkat.theta.algebra import Theta
+from nkat.theta.algebra import Theta, coupling
 from nkat.theta.modelfile import base_hash
-from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ThetaSet
+from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ThetaSet, truncate_rank
 
 _SAVE_SECONDS = 60.0
+_LEARNING_CHUNKS = 6  # of the validation slice, looked at while learning: a twentieth of a fit's time
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,9 @@ class FitRequest:
     model: as the engine runs it, exact;  names: the weights that get a Θ
     reference: the same model at a higher precision;  keep: where to change nothing
     start: "auto" or one of the starts;  precision: "auto", "float32" or "bfloat16"
-    state: the file of an interrupted fit, None to keep none; `resume` goes on with it; see check_state
+    state: the file of a fit that is not yet written, None to keep none; `resume` goes on with it; see check_state
+    space: from what rank, γ and step are chosen; None: the step is the best on validation, the rest as learned
+    guard: texts beside the default ones on which the choice may cost little; None: no guard
     """
 
     model: LoadedModel
@@ -57,20 +64,24 @@ class FitRequest:
     state: Path | None
     resume: bool
     allow_cuda: bool
+    space: Space | None = None
+    guard: Sequence[Text] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FitResult:
-    """thetas: by weight name;  notes: what a Θ file records;  record: for the report
+    """thetas: by weight name, and their γ;  notes: what a Θ file records;  record: for the report
 
-    validation: the part of the calibration text that was kept back
+    validation: the part of the calibration text that was kept back;  own: the part for the guard, if there is one
     writes: whether this process is the one to write files;  finished: False when it was interrupted
     """
 
     thetas: dict[str, Theta]
+    gamma: float
     notes: dict[str, MetadataValue]
     record: dict[str, Any]
     validation: Passages
+    own: Passages | None
     writes: bool
     finished: bool
 
@@ -80,57 +91,167 @@ def run_fit(request: FitRequest) -> FitResult:
     text, keep = request.calibrate, request.keep
     if keep is not None and keep.sha256 == text.sha256:
         raise NKATError(f"{keep.name}: the text to keep and the text to learn from are the same text")
+    _check_guard(request)
     if request.reference is not None:
         check_reference_is_better(request.model.gguf, request.reference.gguf, request.names)
     with join_world(request.allow_cuda) as world:
         dtype = _dtype(request.precision, world.device)
         loaded = _working_copy(request, world.device, dtype)
         reference = None if request.reference is None else _load_reference(request.reference, loaded)
-        data = _data(request, loaded, text, keep)
+        data, parts = _data(request, loaded, text, keep)
+        guard = _guard(request, parts.own)  # what cannot guard is known before time is spent
         identity, hashes = _identity(request, text, keep, dtype)
         state = _interrupted_state(request, loaded, identity)
         starts = _starts(request, loaded) if state is None else {}
         exact = _without_theta(request, world.device) if world.device.type == "cpu" else None
         state, finished = _run(request, loaded, reference, exact, data, starts, state, identity, world)
-    settings = request.settings
-    thetas = to_thetas(by_name(request.names, state.best_factors), settings.gamma)
-    options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source="fit")
-    theta = describe_theta_set(request.model.file, thetas, options, request.base_sha256)
-    change = None
+    outcome = _best_at_home(request, state)
     if world.first:
-        change = _judge(exact or _without_theta(request, world.device), theta, data.validation)
+        exact = exact or _without_theta(request, world.device)
+        if request.space is None:
+            outcome = replace(outcome, change=_judge(exact, _theta_set(request, outcome.thetas), parts.validation))
+        else:
+            outcome = _choose(request, exact, state, parts.validation, guard, finished)
     record = {
         "settings": asdict(request.settings),
         "start": state.start,
+        "learning_rate": state.rate * request.settings.learning_rate,
         "steps": state.step,
-        "kept_step": state.best_step,
+        "kept_step": outcome.step,
         "finished": finished,
         "precision": str(dtype).removeprefix("torch."),
         "processes": world.size,
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / max(1, state.step),
         "peak_memory_bytes": memory().peak,
-        "validation_tokens": data.validation.tokens,
+        "validation_tokens": parts.validation.tokens,
         "history": state.history,
+        "choice": outcome.choice,
         **hashes,
     }
     notes: dict[str, MetadataValue] = {
         CALIBRATION_KEY: text.sha256,
         "nkat.calibration.tokens": len(data.text.tokens),
         "nkat.fit.start": state.start,
+        "nkat.fit.learning_rate": state.rate * request.settings.learning_rate,
         "nkat.fit.steps": state.step,
-        "nkat.fit.kept_step": state.best_step or 0,
+        "nkat.fit.kept_step": outcome.step,
         UNFINISHED_KEY: not finished,
     }
     if keep is not None:
         notes[KEEP_KEY] = keep.sha256
     if "reference_sha256" in hashes:
         notes["nkat.reference.sha256"] = hashes["reference_sha256"]
-    if change is not None:
-        record |= change.record("heldout_")
-        notes |= change.record(HELDOUT_PREFIX)
-        notes[f"{HELDOUT_PREFIX}tokens"] = data.validation.tokens
-    return FitResult(thetas, notes, record, data.validation, world.first, finished)
+    if outcome.change is not None:
+        record |= outcome.change.record("heldout_")
+        notes |= outcome.change.record(HELDOUT_PREFIX)
+        notes[f"{HELDOUT_PREFIX}tokens"] = parts.validation.tokens
+    notes |= outcome.notes
+    return FitResult(outcome.thetas, outcome.gamma, notes, record, parts.validation, parts.own, world.first, finished)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What of a fit is kept. choice: its record;  notes: what a Θ file says of it"""
+
+    step: int
+    thetas: dict[str, Theta]
+    gamma: float
+    change: PairedChange | None = None
+    choice: dict[str, Any] | None = None
+    notes: dict[str, MetadataValue] = field(default_factory=dict)
+
+
+def _best_at_home(request: FitRequest, state: FitState) -> _Outcome:
+    return _Outcome(state.best_step or 0, _thetas(request, state.best_factors), request.settings.gamma)
+
+
+def _choose(
+    request: FitRequest,
+    exact: LoadedModel,
+    state: FitState,
+    validation: Passages,
+    guard: Sequence[GuardText],
+    finished: bool,
+) -> _Outcome:
+    """The best candidate within the guard. Of a fit that was interrupted one state alone is judged, and on less text.
+
+    Raises NKATError where none is to be kept.
+    """
+    assert request.space is not None
+    candidates = state.candidates()
+    panel = Panel(Judge(exact, validation), Guard(exact, guard) if guard else None)
+    space = request.space
+    if not finished:
+        assert state.best_step is not None  # an interruption validates
+        candidates, panel = {state.best_step: state.best_factors}, panel.part()
+        space = replace(space, ranks=(max(space.ranks),))
+    whole = cache(lambda step: _theta_set(request, _thetas(request, candidates[step])))
+    choice = choose(lambda c: truncate_rank(whole(c.step), c.rank), list(candidates), space, panel)
+    kept = choice.kept
+    if kept is None:
+        raise NKATError(_nothing_kept(request, choice))
+    if not kept.admitted:
+        note(f"warning: {_breaks(kept)}; with gamma left open a weaker one is chosen that the guard admits")
+    theta = truncate_rank(whole(kept.candidate.step), kept.candidate.rank)
+    notes: dict[str, MetadataValue] = {}
+    if kept.verdict is not None:
+        worst = kept.verdict.worst
+        notes = {"nkat.guard.text": worst.name, **worst.change.record("nkat.guard.")}
+    return _Outcome(kept.candidate.step, theta.layers, kept.candidate.gamma, kept.home.change, choice.record(), notes)
+
+
+def _nothing_kept(request: FitRequest, choice: Choice) -> str:
+    """Why; the state of a fit from which nothing can come is removed."""
+    best = min(choice.judged, key=lambda row: row.home.change.log_ratio)
+    if best.home.change.log_ratio < 0.0:
+        weakest = min(choice.judged, key=lambda row: coupling(row.candidate.gamma))
+        return (
+            f"{_breaks(weakest)}, weak as it is; nothing was written (the same command with --resume --no-guard writes "
+            "what is best at home)"
+        )
+    if request.state is not None:
+        request.state.unlink(missing_ok=True)
+    return _no_gain(best.home.change)
+
+
+def _no_gain(change: PairedChange) -> str:
+    return (
+        f"no step of the fit beats the model without Θ on the validation slice: the best changes its perplexity by "
+        f"{change}; nothing was written"
+    )
+
+
+def _breaks(row: Judged) -> str:
+    candidate, verdict = row.candidate, row.verdict
+    assert verdict is not None
+    return (
+        f"rank {candidate.rank}, gamma {candidate.gamma:g} breaks the guard: {verdict}, and {100 * verdict.limit:g} % "
+        "are allowed"
+    )
+
+
+def _thetas(request: FitRequest, factors: Sequence[torch.Tensor]) -> dict[str, Theta]:
+    return to_thetas(by_name(request.names, factors), request.settings.gamma)
+
+
+def _theta_set(request: FitRequest, thetas: dict[str, Theta]) -> ThetaSet:
+    settings = request.settings
+    options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source="fit")
+    return describe_theta_set(request.model.file, thetas, options, request.base_sha256)
+
+
+def _check_guard(request: FitRequest) -> None:
+    used = {text.sha256: what for text, what in ((request.calibrate, "learn from"), (request.keep, "keep")) if text}
+    for text in request.guard or ():
+        if text.sha256 in used:
+            raise NKATError(f"{text.name}: the guard's text and the text to {used[text.sha256]} are the same text")
+
+
+def _guard(request: FitRequest, own: Passages | None) -> list[GuardText]:
+    if request.guard is None or request.space is None:
+        return []
+    return guard_texts(request.model, request.guard, own=[] if own is None else [own])
 
 
 def check_state(path: Path, resume: bool, force: bool) -> None:
@@ -168,21 +289,41 @@ def _load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
     return reference
 
 
-def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> FitData:
+def calibration_parts(loaded: LoadedModel, text: Text, ignore: Sequence[str], context: int) -> Parts:
+    """What of a calibration text is learned in sequences of `context` tokens, and what is kept back.
+
+    ignore: strings of a plain text that are not to be learned. Raises NKATError for a text that is too short.
+    """
+    judged, tokenizer = chunk_context(loaded.config.context_length), loaded.tokenizer
+    if not is_chats(text):
+        return split_text(fit_text(tokenizer, text, ignore), text.name, context, judged)
+    if ignore:
+        raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
+    chats = conversations(text, loaded.gguf.metadata, tokenizer)
+    return split_chats(chats, text.name, tokenizer, context, judged)
+
+
+def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> tuple[FitData, Parts]:
+    """What is learned from, with some of the validation chunks to look at meanwhile; and all that is kept back."""
     context = request.settings.context
-    whole = fit_text(loaded.tokenizer, text, request.ignore)
-    judged = chunk_context(loaded.config.context_length)
-    learned, validation = split_validation(whole, text.name, context, judged)
-    warn_of_short_chunks(judged)
+    tokenizer, metadata = loaded.tokenizer, loaded.gguf.metadata
+    parts = calibration_parts(loaded, text, request.ignore, context)
+    if request.guard is not None and parts.own is None:
+        note(f"note: {text.name} is too short for a part of it to guard what is left")
+    warn_of_short_chunks(chunk_context(loaded.config.context_length))
+    looked_at = parts.validation.pick(evenly(len(parts.validation.chunks), _LEARNING_CHUNKS))
+    validation = looked_at if looked_at.tokens else parts.validation
     if keep is None:
-        return FitData(learned, validation)
-    kept = fit_text(loaded.tokenizer, keep)
+        return FitData(parts.learned, validation), parts
+    kept = fit_text(tokenizer, keep)
+    if is_chats(keep):
+        kept = chat_text(conversations(keep, metadata, tokenizer), text_bos(tokenizer), context)
     if len(kept.tokens) < context:
         raise NKATError(
             f"{keep.name}: the text is too short: it has {counted(len(kept.tokens), 'token')}, one sequence needs "
             f"{context}"
         )
-    return FitData(learned, validation, kept)
+    return FitData(parts.learned, validation, kept), parts
 
 
 def _identity(
@@ -219,7 +360,7 @@ def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]
     shapes = [layers[name].shape for name in request.names]
     wanted = [request.start]
     if request.start == "auto":
-        wanted = ["zero", "weight"] + ["residual"] * (request.reference is not None)
+        wanted = ["zero"] + ["residual"] * (request.reference is not None)
     starts = {}
     for source in wanted:
         if source == "zero":
@@ -247,7 +388,7 @@ def _run(
     """The fit with its bar, its saved states and Ctrl-C; returns the last state and whether it came to its end."""
     settings = request.settings
     unmodified = float(data.validation.score((validator or loaded).model, "without Θ").mean())
-    trials = max(0, len(starts) - 1) * min(settings.start_steps, settings.steps)
+    trials = max(0, len(starts) * len(settings.rates) - 1) * min(settings.start_steps, settings.steps)
     saved = time.monotonic()
     bar = console.bar(trials + settings.steps, "fitting", "step")
     bar.disable = bar.disable or not world.first
@@ -277,7 +418,7 @@ def _run(
             world=world,
         )
         stopped = bool(interrupted) and state.step < settings.steps
-        if world.first and stopped and request.state:
+        if world.first and request.state:  # what is chosen from it takes time, too
             save_state(request.state, state, identity)
     return state, not stopped
 
@@ -295,8 +436,5 @@ def _judge(exact: LoadedModel, theta: ThetaSet, validation: Passages) -> PairedC
     """The INT8 Θ against none on the validation slice."""
     change = Judge(exact, validation).score(theta, progress="validating").change
     if change.log_ratio >= 0.0:
-        raise NKATError(
-            f"no step of the fit beats the model without Θ on the validation slice: the best changes its perplexity by "
-            f"{change}; nothing was written"
-        )
+        raise NKATError(_no_gain(change))
     return change

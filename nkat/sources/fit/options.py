@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.lm.config import ModelConfig
+from nkat.sources.fit.choice import GAMMAS, Space
 from nkat.sources.fit.descent import FitSettings
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(FitSettings)}
@@ -26,7 +28,7 @@ _FLAGS: dict[str, tuple[Callable[[str], float], str]] = {  # field of FitSetting
     "keep_batch": (commandline.positive_int, "sequences of --keep's text a step"),
     "start_steps": (
         commandline.positive_int,
-        "steps that --fit-start auto takes from each start; the best one goes on",
+        "steps taken with each learning rate and from each start that is tried; the best goes on",
     ),
     "validate_every": (commandline.positive_int, "steps between validations"),
     "patience": (
@@ -35,14 +37,16 @@ _FLAGS: dict[str, tuple[Callable[[str], float], str]] = {  # field of FitSetting
     ),
 }
 STARTS = ("auto", "zero", "weight", "residual")
+RATES = (1.0, 1.0 / 3.0)  # of the default learning rate: some models want the lower one
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser, resume: bool = True) -> None:
     """Adds the group of flags; those not given stay None. resume: --resume too; a search has one of its own."""
     group = parser.add_argument_group("how --theta-source fit learns")
     for name, (kind, text) in _FLAGS.items():
+        default = _DEFAULTS[name] if name != "learning_rate" else _rates_tried()
         group.add_argument(
-            f"--fit-{name.replace('_', '-')}", type=kind, metavar="N", help=f"{text} (default {_DEFAULTS[name]})"
+            f"--fit-{name.replace('_', '-')}", type=kind, metavar="N", help=f"{text} (default {default})"
         )
     group.add_argument(
         "--fit-reference-share",
@@ -51,7 +55,9 @@ def add_fit_arguments(parser: argparse.ArgumentParser, resume: bool = True) -> N
         help="with --reference: share of its prediction in what is learned, the rest is the text itself (default 1)",
     )
     group.add_argument(
-        "--fit-start", choices=STARTS, help="where P and Q begin; auto: whichever is best after a few steps (default)"
+        "--fit-start",
+        choices=STARTS,
+        help="where P and Q begin; auto: zero, or residual where that is better after a few steps (default)",
     )
     group.add_argument(
         "--fit-precision",
@@ -68,6 +74,19 @@ def add_fit_arguments(parser: argparse.ArgumentParser, resume: bool = True) -> N
     )
     group.add_argument(
         "--beyond-context", action="store_true", help="let --fit-context be more than what the model was made for"
+    )
+    group.add_argument(
+        "--guard",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="further texts on which perplexity may rise by 0.5 %% at most; beside Python's documentation, sixteen "
+        "kinds of English text, and the first tenth of --calibrate, which is not learned",
+    )
+    group.add_argument(
+        "--no-guard",
+        action="store_true",
+        help="take the rank, gamma and step that gain most, whatever they cost elsewhere",
     )
     if resume:
         group.add_argument("--resume", action="store_true", help="go on with a fit that was interrupted")
@@ -86,6 +105,7 @@ class FitOptions:
     start: one of STARTS;  precision: "auto", "float32" or "bfloat16";  nested: learn lower ranks in the first columns
     ignore: parts of the text that are not to be learned
     beyond_context: sequences may be longer than what the model was made for
+    guard: a user's texts beside the default ones; None: no guard
     """
 
     given: tuple[str, ...]
@@ -99,6 +119,7 @@ class FitOptions:
     allow_cuda: bool
     ignore: tuple[str, ...]
     beyond_context: bool
+    guard: tuple[Path, ...] | None
 
     def fit_settings(self, config: ModelConfig, rank: int, gamma: float, seed: int, has_reference: bool) -> FitSettings:
         """The settings of a fit of a model. Raises NKATError for values that make no sense.
@@ -117,19 +138,36 @@ class FitOptions:
             nested=self.nested and rank > 1,
             fast=self.fast,
             reference_share=share,
+            rates=_DEFAULTS["rates"] if "learning_rate" in self.settings else RATES,
             **{"context": min(_DEFAULTS["context"], config.context_length), **self.settings},
         )
         _check(settings)
         return settings
 
 
+def choice_space(ranks: Sequence[int], gamma: float | None, *, guarded: bool) -> Space:
+    """What a fit's rank and γ are chosen from. gamma: None: any; without a guard the weak ones have no merit."""
+    return Space(tuple(ranks), GAMMAS[: None if guarded else 5] if gamma is None else (gamma,))
+
+
+def lower_ranks(rank: int) -> tuple[int, ...]:
+    """A rank, its half, its quarter."""
+    return tuple(sorted({rank, -(-rank // 2), -(-rank // 4)}))
+
+
 def fit_options(parsed: argparse.Namespace) -> FitOptions:
     """The group's flags out of a parsed command line."""
     settings = {name: getattr(parsed, f"fit_{name}") for name in _FLAGS}
-    names = [*(f"fit_{name}" for name in (*_FLAGS, "reference_share", "start", "precision")), "calibrate_ignore"]
+    names = [
+        *(f"fit_{name}" for name in (*_FLAGS, "reference_share", "start", "precision")),
+        "calibrate_ignore",
+        "guard",
+    ]
     given = [name for name in names if getattr(parsed, name) is not None]
     given += [
-        name for name in ("fit_fast", "no_nested", "resume", "no_cuda", "beyond_context") if getattr(parsed, name)
+        name
+        for name in ("fit_fast", "no_nested", "no_guard", "resume", "no_cuda", "beyond_context")
+        if getattr(parsed, name)
     ]
     return FitOptions(
         given=tuple("--" + name.replace("_", "-") for name in given),
@@ -143,6 +181,7 @@ def fit_options(parsed: argparse.Namespace) -> FitOptions:
         allow_cuda=not parsed.no_cuda,
         ignore=tuple(parsed.calibrate_ignore or ()),
         beyond_context=parsed.beyond_context,
+        guard=None if parsed.no_guard else tuple(parsed.guard or ()),
     )
 
 
@@ -159,9 +198,15 @@ def fit_flags(options: FitOptions) -> list[object]:
         "--no-nested": not options.nested,
         "--no-cuda": not options.allow_cuda,
         "--beyond-context": options.beyond_context,
+        "--no-guard": options.guard is None,
     }
     words += [flag for flag, wanted in given.items() if wanted]
+    words += ["--guard", *options.guard] if options.guard else []
     return words + (["--calibrate-ignore", *options.ignore] if options.ignore else [])
+
+
+def _rates_tried() -> str:
+    return " or ".join(f"{rate * _DEFAULTS['learning_rate']:g}" for rate in RATES) + ", whichever is better at first"
 
 
 def _check(settings: FitSettings) -> None:

@@ -15,7 +15,7 @@ import torch
 from nkat.errors import NKATError
 from nkat.host.tensors import load_tensors, save_tensors
 
-_FORMAT = 1
+_FORMAT = 2
 _MOST_STEPS = (1 << 31) - 1  # a Θ file notes them
 
 
@@ -23,21 +23,29 @@ _MOST_STEPS = (1 << 31) - 1  # a Θ file notes them
 class FitState:
     """How far a fit has come. Everything else is made anew from its inputs.
 
-    start: where it began;  step: steps done
+    start: where it began;  step: steps done;  rate: of the settings' learning rate, what it is multiplied with
     factors: P and Q of one layer after the other, float32;  optimizer: AdamW's own state
     best_*: of the step with the lowest validation loss so far, None before the first validation
+    snapshots: factors after some of the steps so far, by their numbers, among which is chosen in the end
     history: one record a validation
     """
 
     start: str
     step: int
     factors: list[torch.Tensor]
+    rate: float = 1.0
     optimizer: dict[str, Any] = field(default_factory=dict)
     best_step: int | None = None
     best_nll: float | None = None
     best_factors: list[torch.Tensor] = field(default_factory=list)
+    snapshots: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+
+    def candidates(self) -> dict[int, list[torch.Tensor]]:
+        """Factors by the step after which they were so, ascending: the snapshots, and those that validated best."""
+        best = {} if self.best_step is None else {self.best_step: self.best_factors}
+        return dict(sorted({**best, **self.snapshots}.items()))
 
 
 def run_identity(inputs: Mapping[str, Any]) -> str:
@@ -110,14 +118,22 @@ def _wrong_part(record: Mapping[str, Any]) -> str | None:
     fits = {
         "start": isinstance(record["start"], str),
         "factors": _are_like(factors, factors),
+        "rate": _is_number(record["rate"]) and record["rate"] > 0,
         "optimizer": _are_moments(record["optimizer"], factors),
         "best_step": not validated or _is_count(record["best_step"], step),
         "best_nll": _is_number(record["best_nll"]) if validated else record["best_nll"] is None,
         "best_factors": _are_like(record["best_factors"], factors if validated else []),
+        "snapshots": _are_snapshots(record["snapshots"], factors, step),
         "history": isinstance(record["history"], list) and all(_is_row(row, step) for row in record["history"]),
         "seconds": _is_number(record["seconds"]) and record["seconds"] >= 0,
     }
     return next((name for name, good in fits.items() if not good), None)
+
+
+def _are_snapshots(snapshots: object, factors: Sequence[torch.Tensor], step: int) -> bool:
+    return isinstance(snapshots, dict) and all(
+        _is_count(number, step) and _are_like(kept, factors) for number, kept in snapshots.items()
+    )
 
 
 def _is_row(row: object, step: int) -> bool:
