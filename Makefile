@@ -1,5 +1,6 @@
 # make demo   set up, fetch a real 135 M-parameter model, convert it, measure it with and without Θ
 # make test   set up, pass all tests          make lint   style, types   make bench   side-by-side benchmarks
+# make gpu    with an NVIDIA card: all that runs on one, checked and measured, into docs/results/cuda.md
 # make test-isa   the tests that compare floats, once more as on other processors
 #
 # PYTHON=python3.12 picks the interpreter; TORCH=torch picks the newest torch (with CUDA on Linux);
@@ -11,7 +12,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install
 
-.PHONY: demo test test-isa lint bench clean
+.PHONY: demo test test-isa lint bench gpu clean
 
 demo: $(VENV)/.user
 	$(PY) -m examples.demo $(if $(TEXT),--text "$(TEXT)")
@@ -35,6 +36,10 @@ bench: $(VENV)/.user
 	$(PY) -m benchmarks.svd
 	$(PY) -m benchmarks.cpu_kernels
 	$(PY) -m benchmarks.convert_7b
+
+gpu: TORCH = torch
+gpu: $(VENV)/.user
+	$(PY) -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -44,14 +44,18 @@ BLOCK_WEIGHTS = {
 }
 WEIGHT_STD = 0.02
 # Of a block: where its float16 numbers are; the second, of what is taken off, in units of the first
-_HALVES: dict[Q, dict[int, float]] = {
+HALVES: dict[Q, dict[int, float]] = {
     Q.Q4_0: {0: 1.0},
+    Q.Q4_1: {0: 1.0, 2: -7.5},
+    Q.Q5_0: {0: 1.0},
+    Q.Q5_1: {0: 1.0, 2: -15.5},
     Q.Q8_0: {0: 1.0},
     Q.Q2_K: {80: 1.0, 82: 1.5},
     Q.Q3_K: {108: 1.0},
     Q.Q4_K: {0: 1.0, 2: 7.5},
     Q.Q5_K: {0: 1.0, 2: 15.5},
     Q.Q6_K: {208: 1.0},
+    Q.IQ4_NL: {0: 1.0},
     Q.IQ4_XS: {0: 1.0},
 }
 
@@ -112,7 +116,7 @@ def weights(qtype: Q, shape: tuple[int, int]) -> np.ndarray:
     blocks = packed.reshape(-1, block_bytes)
 
     def scaled(by: float) -> np.ndarray:
-        for at, factor in _HALVES[qtype].items():
+        for at, factor in HALVES[qtype].items():
             blocks[:, at : at + 2] = np.array([by * factor], np.float16).view(np.uint8)
         return packed
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nkat.convert import merge, rank_search, tables
+from nkat.convert import merge, rank_search, repair, tables
 from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions, parse_arguments
 from nkat.convert.outputs import check_outputs, size, write, write_unless_dry
@@ -76,6 +76,11 @@ def _run(options: ConvertOptions) -> None:
     recorder = Recorder(
         options.json, options.force, {"machine": hardware.describe(hardware.pick_device(allow_cuda=False))}
     )
+    if options.repair is not None:
+        if not _repair(options, inputs, recorder):
+            return
+        options, inputs = _on_repaired(options)
+        model = inputs.model
     if options.remove:
         record = remove_theta(options, model, recorder)
     elif not options.writes_model and not _makes_theta_to_merge(options, model):
@@ -92,6 +97,32 @@ def _run(options: ConvertOptions) -> None:
     suggest_next(options, record)
 
 
+def _repair(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> bool:
+    """Writes the repaired file; whether a Θ is to be made for it then."""
+    repaired = repair.repair_model(options, inputs)
+    if not repaired:
+        return False
+    recorder.add({"repair": repaired})
+    recorder.keep({})
+    repair.print_repair(repaired)
+    if repaired["finished"] and not options.only_repairs:
+        return True
+    recorder.finish({})
+    if not repaired["finished"]:
+        sys.exit(INTERRUPTED)
+    suggest_next(options, {})
+    return False
+
+
+def _on_repaired(options: ConvertOptions) -> tuple[ConvertOptions, Inputs]:
+    """What is left to do, for the repaired file in place of the input."""
+    assert options.repair is not None
+    resume = options.fit.resume and options.fit_state.exists()  # the interrupted one may have been the repair
+    options = replace(options, input=options.repair, repair=None, fit=replace(options.fit, resume=resume))
+    inputs = Inputs(open_model_file(options.input), options.reference, options.text, options.chunks)
+    return options, inputs
+
+
 def suggest_next(options: ConvertOptions, record: Mapping[str, Any]) -> None:
     """What a user would do with what was written."""
     if options.dry_run:
@@ -102,8 +133,8 @@ def suggest_next(options: ConvertOptions, record: Mapping[str, Any]) -> None:
         suggest("engine", "--model", options.input, "--theta", record["output"], "--compare")
     elif record.get("output"):
         suggest("engine", "--model", record["output"], "--compare")
-    elif options.merge is not None:
-        suggest("engine", "--model", options.merge, "--perplexity")
+    elif options.merge is not None or options.repair is not None:
+        suggest("engine", "--model", options.merge or options.repair, "--perplexity")
     else:
         suggest("kobold", "--model", options.input)
 

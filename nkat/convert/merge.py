@@ -10,7 +10,7 @@ Limits: no importance matrix; types that `nkat.gguf.formats` cannot unpack canno
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from nkat.gguf.formats import dequantise
 from nkat.gguf.quantise import quantisation_steps, quantise
 from nkat.gguf.weights import read_weight
 from nkat.gguf.writer import (
-    FileRange,
     Part,
     Progress,
     part_size,
+    replaced_parts,
     write_parts,
 )
 from nkat.host.console import bar, counted, format_table
@@ -267,29 +267,17 @@ def _merged_parts(
 ) -> Iterator[Part]:
     """The base's parts with adapted tensors replaced, one at a time as they are asked for; fills `losses`."""
     base = model.require_base()
-    file = base.file
-    adapted = sorted((base.tensors[name] for name in thetas), key=lambda info: info.offset)
-    for part in model.base_parts():
-        if not isinstance(part, FileRange):
-            yield part
-            continue
-        position = part.start
-        for info in _inside(adapted, part):
-            yield FileRange(part.path, position, info.offset)
-            try:
-                packed, losses[info.name] = merge_weight(
-                    read_weight(file, info.name), thetas[info.name], kappa, info.type
-                )
-            except ThetaError as error:
-                raise ThetaError(f"{model.path}: {info.name}: {error}") from None
-            file.release(info.name)
-            yield packed
-            position = info.offset + info.nbytes
-        yield FileRange(part.path, position, part.end)
 
+    def merged(info: TensorInfo) -> np.ndarray:
+        try:
+            weight = read_weight(base.file, info.name)
+            packed, losses[info.name] = merge_weight(weight, thetas[info.name], kappa, info.type)
+        except ThetaError as error:
+            raise ThetaError(f"{model.path}: {info.name}: {error}") from None
+        base.file.release(info.name)
+        return packed
 
-def _inside(tensors: Sequence[TensorInfo], part: FileRange) -> Iterator[TensorInfo]:
-    return (info for info in tensors if part.start <= info.offset and info.offset + info.nbytes <= part.end)
+    return replaced_parts(model.base_parts(), [base.tensors[name] for name in thetas], merged)
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from nkat.host import commandline
 from nkat.sources.fit.options import FitOptions, add_fit_arguments, fit_options
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
+from nkat.sources.repair.options import SHARED_FLAGS, add_repair_arguments
 
 EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat
@@ -16,6 +17,7 @@ EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --selective-layers 'blk.*.attn_q.weight'
   python nkat_gguf_converter.py --input model.gguf --output best.nkat --optimize-rank
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-source fit --calibrate text.txt
+  python nkat_gguf_converter.py --input q3.gguf --repair q3-repaired.gguf --reference better.gguf --calibrate text.txt
   python nkat_gguf_converter.py --input model.gguf --in-place
   python nkat_gguf_converter.py --input model.nkat --export-lora theta-lora.gguf
   python nkat_gguf_converter.py --input model.nkat --merge merged.gguf --text text.txt
@@ -34,6 +36,9 @@ class ConvertOptions:
     theta_only: bool
     export_lora: Path | None
     merge: Path | None
+    repair: Path | None
+    repair_steps: int | None
+    repair_learning_rate: float | None
     remove: bool
     theta_rank: int | None
     theta_gamma: float | None
@@ -87,7 +92,7 @@ class ConvertOptions:
     def outputs(self) -> dict[str, Path | str | None]:
         """The files to write, by the flags that name them."""
         named = {"--output": self.output, "--export-lora": self.export_lora, "--merge": self.merge}
-        return {**named, "--json": self.json}
+        return {**named, "--repair": self.repair, "--json": self.json}
 
     @property
     def fit_state(self) -> Path:
@@ -95,12 +100,61 @@ class ConvertOptions:
         target = self.output or self.input
         return target.with_name(target.name + ".fit")
 
+    @property
+    def repair_state(self) -> Path:
+        """The same of an interrupted repair."""
+        assert self.repair is not None
+        return self.repair.with_name(self.repair.name + ".fit")
+
+    @property
+    def only_repairs(self) -> bool:
+        """Whether a repaired model is all that is asked for, and no Θ for it."""
+        return self.repair is not None and not self.writes_model and self.merge is None
+
+    @property
+    def flags_of_a_fit(self) -> list[str]:
+        """Those given that only a fit of Θ understands."""
+        return [flag for flag in self.fit.given if self.repair is None or flag not in SHARED_FLAGS]
+
 
 CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
     (lambda o: o.output is not None and o.in_place, "--output and --in-place exclude each other"),
     (
-        lambda o: not o.writes_model and (o.remove or (o.export_lora is None and o.merge is None)),
-        "say where the result goes: --output FILE or --in-place (or --export-lora FILE, --merge FILE)",
+        lambda o: o.repair is None and (o.repair_steps or o.repair_learning_rate is not None),
+        "--repair-steps and --repair-learning-rate are for --repair",
+    ),
+    (
+        lambda o: o.repair and (o.in_place or o.remove or o.truncate_rank),
+        "--repair writes a model of its own: --in-place, --remove and --truncate-rank do not go with it",
+    ),
+    (
+        lambda o: o.repair and o.calibrate is None,
+        "--repair needs --calibrate, the text to learn on (and --reference, to win back what was lost)",
+    ),
+    (
+        lambda o: (
+            o.only_repairs
+            and (
+                o.export_lora
+                or o.theta_only
+                or o.layout
+                or o.theta_source != "weight"
+                or o.theta_gamma is not None
+                or o.theta_rank
+                or o.target_size
+                or o.optimize_rank
+                or o.depth_decay
+            )
+        ),
+        "--repair alone makes no Θ; to make one for the repaired model give --output too",
+    ),
+    (
+        lambda o: o.repair and not o.only_repairs and o.dry_run,
+        "--dry-run writes no repaired model that a Θ could be made for: give --repair alone, or leave --dry-run out",
+    ),
+    (
+        lambda o: not o.writes_model and (o.remove or (o.export_lora is None and o.merge is None and o.repair is None)),
+        "say where the result goes: --output FILE or --in-place (or --export-lora FILE, --merge FILE, --repair FILE)",
     ),
     (
         lambda o: o.merge and o.output is None and (o.theta_only or o.layout),
@@ -120,10 +174,10 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
         "--theta-source residual needs --reference, the same model at a higher precision",
     ),
     (
-        lambda o: o.theta_source == "weight" and (o.reference or o.calibrate),
-        "--reference and --calibrate are for --theta-source residual or fit",
+        lambda o: o.theta_source == "weight" and o.repair is None and (o.reference or o.calibrate),
+        "--reference and --calibrate are for --theta-source residual or fit, and for --repair",
     ),
-    (lambda o: o.theta_source != "fit" and o.fit.given, "{o.fit.given[0]} is for --theta-source fit"),
+    (lambda o: o.theta_source != "fit" and o.flags_of_a_fit, "{o.flags_of_a_fit[0]} is for --theta-source fit"),
     (lambda o: o.theta_source != "fit" and o.keep is not None, "--keep is for --theta-source fit"),
     (
         lambda o: o.fit.guard is None and "--guard" in o.fit.given,
@@ -163,7 +217,12 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
         "--remove only takes Θ off: it goes with --input, --output or --in-place, --force, --dry-run, --json",
     ),
     (
-        lambda o: not o.writes_model and o.merge is None and (o.makes_theta or o.theta_only or o.keeps_theta),
+        lambda o: (
+            not o.writes_model
+            and o.merge is None
+            and o.repair is None
+            and (o.makes_theta or o.theta_only or o.keeps_theta)
+        ),
         "--export-lora alone exports the Θ the input has; to make a new one give --output or --in-place too",
     ),
     (
@@ -273,6 +332,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
     add("--dry-run", action="store_true", help="do everything but write")
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
+    add_repair_arguments(parser)
     add_fit_arguments(parser)
     parsed = parser.parse_args(argv)
     options = commandline.taken(ConvertOptions, parsed, fit=fit_options(parsed))

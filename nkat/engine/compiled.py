@@ -10,13 +10,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache, ForwardPass, attention_heads, rotation_tables
+from nkat.engine.forward import Cache, ForwardPass, PositionTables
 from nkat.errors import NKATError
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import KEYS
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import token_state
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import FIRST_ROOM, Transformer, cache_memory, next_room
 
@@ -30,8 +31,8 @@ class CompiledDecoder:
     def __init__(self, model: Transformer, capacity: int, threads: int) -> None:
         self.model, self.capacity, self.length = model, capacity, 0
         self.name = f"compiled CPU program, {threads} thread{'s' if threads > 1 else ''}"
-        heads = attention_heads(model, half=model.output.int8_activations)  # as in llama.cpp
-        self.cache = Cache(model.config.block_count, heads, min(capacity, FIRST_ROOM))
+        half = model.output.int8_activations  # as in llama.cpp
+        self.cache = Cache(model, min(capacity, FIRST_ROOM), half=half)
         self._made_for = model.theta_changes
         self._one = _LastLogits(self, threads, 1, 1)
         self._many = _LastLogits(self, threads, min(PREFILL_TOKENS, capacity), batch_tokens())
@@ -78,10 +79,11 @@ class CompiledDecoder:
         room = -(-room // KEYS) * KEYS
         passes = (self._one, self._many)
         with cache_memory(room):
-            angles, scores = rotation_tables(self.model, room), [forward.scores_for(room) for forward in passes]
+            tables = PositionTables.of(self.model, room, self.capacity)
+            scores = [forward.scores_for(room) for forward in passes]
         self.cache.grow(room)
         for forward, array in zip(passes, scores, strict=True):
-            forward.use_cache(array, angles)
+            forward.use_cache(array, tables)
 
 
 class _LastLogits(ForwardPass):
@@ -89,7 +91,9 @@ class _LastLogits(ForwardPass):
 
     def __init__(self, decoder: CompiledDecoder, threads: int, capacity: int, tokens: int) -> None:
         model = decoder.model
-        super().__init__(model, StarLinear.require_compiled, pool(threads), decoder.cache, capacity, tokens)
+        reach = decoder.capacity
+        products = StarLinear.require_compiled, ExpertStack.require_compiled
+        super().__init__(model, *products, pool(threads), decoder.cache, capacity, tokens, reach)
         self.last = token_state(1)  # of the output layer
         self.head = self.program if self.capacity == 1 else Program()
         self.logits = aligned((1, padded_rows(model.output.shape[0])), np.float32)
@@ -98,6 +102,7 @@ class _LastLogits(ForwardPass):
         self.norm(self.head, self.last_row, model.output_norm, normed, self.last)
         self.multiply(self.head, self.prepare(self.head, [model.output], normed, self.last)[0], self.logits)
         self.head.barrier()
+        self.cap_logits(self.head, self.logits, model.output.shape[0], self.last)
 
     def run(self, tokens: Sequence[int], position: int, want_logits: bool) -> torch.Tensor:
         """Logits after the last token, float32 [V]; an empty tensor when they are not wanted."""

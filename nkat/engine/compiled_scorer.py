@@ -10,15 +10,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache, ForwardPass, attention_heads
+from nkat.engine.forward import Cache, ForwardPass
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import likelihood_kernel
+from nkat.kernels.cpu.experts import CpuExperts
 from nkat.kernels.cpu.formats import ROWS
 from nkat.kernels.cpu.linear import CpuLinear, token_state
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 
+_EXPERT_TOKENS = 1024  # at once through a mixture of experts, whose rows are as many times as many as a token's experts
 _BLOCK_TILES = 128  # of the vocabulary: the logits of 2048 ids at a time
 
 
@@ -26,12 +29,15 @@ class CompiledScorer(ForwardPass):
     """`nkat.engine.scoring.Scorer` on the CPU kernels: up to `batch` sequences of `context` tokens together."""
 
     def __init__(self, model: Transformer, batch: int, context: int, threads: int) -> None:
+        if model.config.mixture is not None:
+            batch = min(batch, max(1, _EXPERT_TOKENS // context))
+        self.batch = batch
         self.first = context // 2
         self.scored = context - 1 - self.first
         tokens = batch_tokens()
         # INT8 activations change the inputs of the layers here, and nothing else: the cache is not rounded.
-        cache = Cache(1, attention_heads(model, half=False), context, batch)
-        super().__init__(model, _linear, pool(threads), cache, batch * context, tokens, context)
+        cache = Cache(model, context, batch, kept=False, half=False)
+        super().__init__(model, _linear, _experts, pool(threads), cache, batch * context, tokens, context, context)
         rows = -(-batch * self.scored // tokens) * tokens
         self.out_state = token_state(0)
         self.hidden = aligned((rows, self.d), np.float32)
@@ -54,6 +60,7 @@ class CompiledScorer(ForwardPass):
             self.multiply(program, step, logits, tile, count)
             program.barrier()
             columns = min(count * ROWS, vocabulary - first)
+            self.cap_logits(program, logits, columns, state)
             program.add(kernel, (logits, logits.strides[0], columns, first, self.targets, self.running, state))
             program.barrier()
         return program
@@ -66,6 +73,13 @@ class CompiledScorer(ForwardPass):
 
     def _score(self, chunks: torch.Tensor, plain: int) -> torch.Tensor:
         """plain: how many chunks, the first ones, do not feel Θ."""
+        parts = [
+            self._score_together(chunks[start : start + self.batch], max(0, plain - start))
+            for start in range(0, len(chunks), self.batch)
+        ]
+        return torch.cat(parts)
+
+    def _score_together(self, chunks: torch.Tensor, plain: int) -> torch.Tensor:
         ids = chunks.numpy()
         self.state[3], self.out_state[3] = plain * ids.shape[1], plain * self.scored
         self.forward(np.ascontiguousarray(ids).reshape(-1), 0)
@@ -78,6 +92,14 @@ class CompiledScorer(ForwardPass):
         self.head.run(self.threads)
         largest, total, chosen = self.running[:count].astype(np.float64).T
         return torch.from_numpy(largest + np.log(total) - chosen).view(len(ids), self.scored)
+
+
+def _experts(stack: ExpertStack) -> CpuExperts:
+    """As `_linear`."""
+    if stack.compiled is not None:
+        return stack.compiled
+    exact = not stack.int8_activations
+    return CpuExperts(stack.packed, stack.qtype, stack.shape, stack.bias, exact=exact, in_place=True)
 
 
 def _linear(layer: StarLinear) -> CpuLinear:

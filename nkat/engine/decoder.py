@@ -52,15 +52,18 @@ def make_decoder(model: Transformer, capacity: int) -> Decoder:
     """The fastest decoder for this model as it was loaded, with room for `capacity` tokens.
 
     One tensor that has no CPU kernel is enough to leave the compiled program, which has no step for the reference: then
-    the model decodes an operation at a time, its other layers still by their kernels.
+    the model decodes an operation at a time, its other layers still by their kernels. So does, on a GPU, one whose
+    blocks differ in more than `nkat.engine.plan` knows of.
     """
-    compiled = all(layer.compiled is not None for layer in model.star_linears().values())
-    if compiled and model.embedding.qtype in kernel_types("cpu"):
+    compiled = all(layer.compiled is not None for layer in model.multipliers().values())
+    if compiled and all(table.qtype in kernel_types("cpu") for table in model.tables()):
         from nkat.engine.compiled import CompiledDecoder  # LLVM is loaded only where it is used
 
         return CompiledDecoder(model, capacity, torch.get_num_threads())
-    if model.output.device_weight is not None:
+    if model.output.device_weight is not None and model.config.architecture.has_gpu_step:
         from nkat.engine.cuda_graph import CudaGraphDecoder  # Triton is loaded only where it is used
+        from nkat.engine.step_check import step_works
 
-        return CudaGraphDecoder(model, capacity)
+        if step_works(model, capacity):
+            return CudaGraphDecoder(model, capacity)
     return EagerDecoder(model, capacity)

@@ -13,38 +13,60 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES
 
+from nkat.engine.expert_rows import ExpertRows
 from nkat.errors import NKATError
 from nkat.gguf.formats import packed_nbytes
 from nkat.kernels.cpu.batch import make_scratch
-from nkat.kernels.cpu.blocks import KEYS, Heads, add_kernel, attention_kernel, gate_kernel, norm_kernel, rope_kernel
+from nkat.kernels.cpu.blocks import (
+    KEYS,
+    Heads,
+    add_kernel,
+    attention_kernel,
+    cap_kernel,
+    gate_kernel,
+    layer_input_kernel,
+    norm_kernel,
+    rope_kernel,
+    scale_kernel,
+    wide_norm_kernel,
+)
+from nkat.kernels.cpu.experts import CpuExperts
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels, token_state
-from nkat.kernels.cpu.matmul import embedding_kernel
+from nkat.kernels.cpu.matmul import Rounding, embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
-from nkat.lm.architectures import BLOCK_LINEARS
+from nkat.lm.activation import kernel_clamp
+from nkat.lm.architectures import FUSED_QKV, QK_NORMS, STACKS
+from nkat.lm.attention import query_scales
+from nkat.lm.config import Turning
+from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
-from nkat.lm.transformer import Block, Transformer, cache_memory
+from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer, cache_memory
 
 
 class Cache:
     """Keys and values of every block; see `nkat.kernels.cpu.blocks`. `room`: tokens that there is memory for.
 
-    sequences: how many lie behind one another;  blocks: 1 for all of them where nothing is to be kept
+    sequences: how many lie behind one another
+    kept: everything stays for the tokens to come; otherwise only until no later block needs it
+    half: as float16, otherwise float32
     """
 
-    def __init__(self, blocks: int, heads: Heads, room: int, sequences: int = 1) -> None:
-        self.heads, self.sequences, self.room = heads, sequences, 0
-        self.keys = [self._array(0) for _ in range(blocks)]
-        self.values = [self._array(0) for _ in range(blocks)]
+    def __init__(self, model: Transformer, room: int, sequences: int = 1, *, kept: bool = True, half: bool) -> None:
+        self.heads, self.sequences, self.room = block_heads(model, half=half), sequences, 0
+        self.places = _places(model, kept)  # number of the arrays that a block's keys and values are in
+        shapes = dict(zip(self.places, self.heads, strict=True))
+        self._shapes = [shapes[place] for place in range(len(shapes))]
+        self.keys = [self._array(heads, 0) for heads in self._shapes]
+        self.values = [self._array(heads, 0) for heads in self._shapes]
         self.grow(room)
 
-    def _array(self, room: int) -> np.ndarray:
-        dtype = np.float16 if self.heads.half else np.float32
-        return aligned((self.sequences * self.heads.kv, room, self.heads.size), dtype)
+    def _array(self, heads: Heads, room: int) -> np.ndarray:
+        return aligned((self.sequences * heads.kv, room, heads.size), np.float16 if heads.half else np.float32)
 
     def of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values of a block."""
-        place = block % len(self.keys)
+        place = self.places[block]
         return self.keys[place], self.values[place]
 
     def grow(self, room: int) -> None:
@@ -54,16 +76,15 @@ class Cache:
         """
         room = -(-room // KEYS) * KEYS
         with cache_memory(room):
-            new = [[self._array(room) for _ in arrays] for arrays in (self.keys, self.values)]
+            new = [[self._array(heads, room) for heads in self._shapes] for _ in range(2)]
         for arrays, larger in zip((self.keys, self.values), new, strict=True):
             for i, array in enumerate(larger):
                 array[:, : self.room] = arrays[i]  # whole blocks of keys, whose order within is the same
                 arrays[i] = array
         self.room = room
 
-    @property
-    def head_bytes(self) -> int:
-        return self.room * self.heads.size * self.heads.cache_bytes
+    def head_bytes(self, block: int) -> int:
+        return self.room * self.heads[block].size * self.heads[block].cache_bytes
 
     @property
     def nbytes(self) -> int:
@@ -83,27 +104,32 @@ class Ready:
 class ForwardPass:
     """The program for up to `capacity` tokens, `tokens` to a panel, up to what the last block adds to `x` [token, d].
 
-    linear: what multiplies for a layer;  length: tokens of one sequence, of which the capacity may hold several
+    linear, experts: what multiplies for a layer, and for the experts of a name
+    reach: tokens that a sequence may come to
+    length: tokens of one sequence, of which the capacity may hold several
     """
 
     def __init__(
         self,
         model: Transformer,
         linear: Callable[[StarLinear], CpuLinear],
+        experts: Callable[[ExpertStack], CpuExperts],
         threads: Threads,
         cache: Cache,
         capacity: int,
         tokens: int,
+        reach: int,
         length: int = 1 << 40,
     ) -> None:
         config = model.config
-        self.model, self.linear, self.threads, self.cache, self.tokens = model, linear, threads, cache, tokens
-        self.heads = cache.heads
+        self.model, self.linear, self.experts = model, linear, experts
+        self.threads, self.cache, self.tokens, self.reach = threads, cache, tokens, reach
         self.capacity = -(-capacity // tokens) * tokens
         self.state = token_state(0)
         self.state[2] = length
         self.epsilon = np.array([config.rms_epsilon], np.float32)
-        self.scale = np.array([config.attention_scale], np.float32)
+        self.attention_cap = np.array([config.attention_cap], np.float32)
+        self.logit_cap = np.array([config.logit_cap], np.float32)
         self.d = config.embedding_length
         self.x, self.normed = self._rows(self.d), self._rows(self.d)
         self.ids = np.zeros(self.capacity, np.int64)
@@ -112,32 +138,42 @@ class ForwardPass:
         self.strength = model.gamma  # that the programs are set to
         self.scratch = make_scratch(threads.count, tokens)
         self.program = Program()
-        self._embedding()
+        self._look_up(model.embedding, config.embedding_scale, self.x)
 
-        first = model.blocks[0]
-        self.y = {name: self._rows(padded_rows(first.linear(name).shape[0])) for name in BLOCK_LINEARS}
-        self.mixed = self._rows(config.head_count * config.head_dim)
+        outputs: dict[str, int] = {}
+        for block in model.blocks:
+            for name, (rows, _) in config.linears(block.index).items():
+                outputs[name] = max(rows, outputs.get(name, 0))
+        self.y = {name: self._rows(padded_rows(rows)) for name, rows in outputs.items()}
+        self.expert_rows: ExpertRows | None = None
+        if config.mixture is not None:
+            self.expert_rows = ExpertRows(config, self.capacity, tokens, self.state, self.scratch)
+            self.router_logits = self._rows(padded_rows(config.mixture.count))
+        self.mixed = self._rows(max(heads.queries * heads.size for heads in cache.heads))
+        self.ones = np.ones(max(heads.size for heads in cache.heads), np.float32)
+        self.layer_inputs = None if model.layer_inputs is None else self._layer_inputs(model.layer_inputs)
         self.rows = 8 if tokens > 1 else max(r for r in (1, 2, 4) if r == 1 or r < 2 * config.head_count)
         self.ropes: list[np.ndarray] = []  # arguments of each block's kernels that read the cache
         self.attentions: list[np.ndarray] = []
         for block in model.blocks:
             self._block(block)
         self.program.barrier()
-        self.use_cache(self.scores_for(cache.room), rotation_tables(model, cache.room))
+        self.use_cache(self.scores_for(cache.room), PositionTables.of(model, cache.room, reach))
 
     def scores_for(self, room: int) -> np.ndarray:
         """Scratch for the attention over so many tokens: [thread, row, bytes]."""
         return np.zeros((self.threads.count, self.rows, 4 * (room + KEYS)), np.uint8)
 
-    def use_cache(self, scores: np.ndarray, angles: list[np.ndarray]) -> None:
+    def use_cache(self, scores: np.ndarray, tables: PositionTables) -> None:
         """Tells the steps where the cache is, which moves when it grows."""
-        self.scores, self.angles = scores, angles
+        self.scores, self.tables = scores, tables
         cache, score_bytes = self.cache, scores.shape[2]
         for block, rope, attention in zip(self.model.blocks, self.ropes, self.attentions, strict=True):
             keys, values = (a.ctypes.data for a in cache.of(block.index))
-            cosines, sines = (table.ctypes.data for table in angles[block.local])
-            rope[6], rope[7], rope[12], rope[13], rope[14] = cosines, sines, keys, values, cache.head_bytes
-            attention[2], attention[3], attention[4] = keys, values, cache.head_bytes
+            cosines, sines = (table.ctypes.data for table in tables.angles[block.turning])
+            rope[6], rope[7], rope[11] = cosines, sines, tables.scales.ctypes.data
+            rope[12], rope[13], rope[14] = keys, values, cache.head_bytes(block.index)
+            attention[2], attention[3], attention[4] = keys, values, cache.head_bytes(block.index)
             attention[7], attention[8], attention[9] = scores.ctypes.data, self.rows * score_bytes, score_bytes
 
     def _rows(self, columns: int) -> np.ndarray:
@@ -170,17 +206,13 @@ class ForwardPass:
     def prepare(self, program: Program, layers: Sequence[StarLinear], x: np.ndarray, state: np.ndarray) -> list[Ready]:
         """Steps that round the layers' common input, once for each way of rounding; a barrier ends them."""
         tokens = self.tokens if len(x) > 1 else 1
-        filled: set[int] = set()
+        filled: dict[Rounding, Panels] = {}
         ready = []
         for layer in layers:
             linear = self.linear(layer)
-            key = (f"{linear.shape[1]} {len(x)} {tokens} {state.ctypes.data}", linear.rounding)
-            if key not in self.panels:
-                self.panels[key] = Panels(linear.rounding, linear.shape[1], len(x), tokens, state)
-            panels = self.panels[key]
-            if id(panels) not in filled:
-                panels.fill(program, x, x.strides[0])
-                filled.add(id(panels))
+            if linear.rounding not in filled:
+                filled[linear.rounding] = self._fill(program, linear.rounding, linear.shape[1], x, state)
+            panels = filled[linear.rounding]
             u = None
             if linear.star is not None:
                 linear.star.set_kappa(layer.kappa)
@@ -191,6 +223,15 @@ class ForwardPass:
                 self._star_step(step.layer, step.linear.star, step.linear.down(program, step.panels, step.u))
         program.barrier()
         return ready
+
+    def _fill(self, program: Program, rounding: Rounding, columns: int, x: np.ndarray, state: np.ndarray) -> Panels:
+        """The step that rounds rows into panels of their own or of others of that kind that are no longer needed."""
+        tokens = self.tokens if len(x) > 1 else 1
+        key = (f"{columns} {len(x)} {tokens} {state.ctypes.data}", rounding)
+        if key not in self.panels:
+            self.panels[key] = Panels(rounding, columns, len(x), tokens, state)
+        self.panels[key].fill(program, x, x.strides[0])
+        return self.panels[key]
 
     def multiply(
         self, program: Program, step: Ready, y: np.ndarray, first_tile: int = 0, tiles: int | None = None
@@ -212,36 +253,70 @@ class ForwardPass:
         tokens = self.tokens if len(x) > 1 else 1
         program.add(norm_kernel(self.d, tokens), (x, _numpy(weight), self.epsilon, out, state))
 
+    def _read(self, block: Block, norm: str) -> np.ndarray:
+        """What layers read from the residual stream: its norm, or the stream where the model has none there."""
+        if norm not in block.norms:
+            return self.x
+        self.norm(self.program, self.x, block.norms[norm], self.normed, self.state)
+        return self.normed
+
+    def cap_logits(self, program: Program, logits: np.ndarray, columns: int, state: np.ndarray) -> None:
+        """Whole vectors of a product's outputs; a barrier must have ended it, and ends this."""
+        if self.model.config.logit_cap:
+            columns = -(-columns // 16) * 16
+            program.add(cap_kernel(), (logits, logits.strides[0], columns, self.logit_cap, state))
+            program.barrier()
+
     def _add(self, y: np.ndarray, block: Block, post_norm: str) -> None:
         """Residual stream += y, through a norm where the model has one there."""
-        normalise = self.model.config.architecture.post_norm
+        normalise = post_norm in block.norms
         weight = _numpy(block.norms[post_norm]) if normalise else 0
         kernel = add_kernel(self.d, self.tokens, normalise)
         self.program.add(kernel, (self.x, y, y.strides[0], weight, self.epsilon, self.state))
 
-    def _embedding(self) -> None:
-        """Token ids → residual stream, from the table as the file has it."""
-        table = self.model.embedding
-        factor = np.array([self.model.config.embedding_scale], np.float32)
-        units = self.d // GGML_QUANT_SIZES[table.qtype][0]
-        packed, row_bytes = table.file_bytes.numpy(), packed_nbytes(table.qtype, (self.d,))
+    def _look_up(self, table: Embedding, factor: float, out: np.ndarray) -> None:
+        """Token ids → rows times a factor, from the table as the file has it."""
+        width = table.shape[1]
+        units, row_bytes = width // GGML_QUANT_SIZES[table.qtype][0], packed_nbytes(table.qtype, (width,))
+        scale, packed = np.array([factor], np.float32), table.file_bytes.numpy()
         kernel = embedding_kernel(table.qtype, self.tokens)
-        self.program.add(kernel, (packed, row_bytes, units, self.ids, factor, self.x, self.x.strides[0], self.state))
+        self.program.add(kernel, (packed, row_bytes, units, self.ids, scale, out, out.strides[0], self.state))
+
+    def _layer_inputs(self, inputs: LayerInputs) -> np.ndarray:
+        """What the blocks add about each token, [token, blocks · p]; see `nkat.lm.transformer.LayerInputs`."""
+        config = self.model.config
+        length, blocks = config.layer_input_length, config.block_count
+        own, projected = self._rows(length * blocks), self._rows(padded_rows(length * blocks))
+        self._look_up(inputs.table, length**0.5, own)
+        self.multiply(self.program, self.prepare(self.program, [inputs.projection], self.x, self.state)[0], projected)
+        self.program.barrier()
+        # what is divided by √d, before a norm, leaves its mark on that norm's epsilon only
+        epsilon = np.array([config.rms_epsilon * self.d], np.float32)
+        self.program.add(
+            layer_input_kernel(length, blocks, self.tokens),
+            (own, own.strides[0], projected, projected.strides[0], _numpy(inputs.norm), epsilon, self.state),
+        )
+        return own
 
     def _block(self, block: Block) -> None:
         program, y, state, norms = self.program, self.y, self.state, block.norms
-        heads, config = self.heads, self.model.config
-        layers = {name: block.linear(name) for name in BLOCK_LINEARS}
-        self.norm(program, self.x, norms["attn_norm"], self.normed, state)
-        self._linears({n: layers[n] for n in ("attn_q", "attn_k", "attn_v")}, self.normed)
-        q, k, v = (y[n] for n in ("attn_q", "attn_k", "attn_v"))
-        q_norm, k_norm = (_numpy(norms[f"attn_{n}_norm"]) if config.architecture.qk_norm else 0 for n in "qk")
+        config = self.model.config
+        heads = self.cache.heads[block.index]
+        layers = {name: block.linear(name) for name in block.linears}
+        self._linears({n: layers[n] for n in block.qkv}, self._read(block, "attn_norm"))
+        q, k, v = self._qkv(block)
+        if config.architecture.wide_qk_norm:
+            for x, name, rows in zip((q, k), QK_NORMS, config.qkv_rows(block.index), strict=False):
+                kernel = wide_norm_kernel(rows, self.tokens)
+                program.add(kernel, (x, x.strides[0], _numpy(norms[name]), self.epsilon, state))
+            program.barrier()
+        q_norm, k_norm = (_numpy(norms[name]) if heads.norm and name in norms else 0 for name in QK_NORMS)
         later = 0  # `use_cache` puts it in
         rope = program.add(
             rope_kernel(heads),
             (
                 *(q, k, v, q.strides[0], k.strides[0], v.strides[0], later, later, q_norm, k_norm, self.epsilon),
-                *(self.scale, later, later, later, state),
+                *(later, later, later, later, state, self.ones),
             ),
         )
         self.ropes.append(rope)
@@ -252,45 +327,133 @@ class ForwardPass:
             (
                 *(q, q.strides[0], later, later, later),
                 *(self.mixed, self.mixed.strides[0], later, later, later),
-                *(window, state),
+                *(window, state, self.attention_cap, 0 if block.sinks is None else _numpy(block.sinks)),
             ),
         )
         self.attentions.append(attention)
         program.barrier()
         self._linears({"attn_output": layers["attn_output"]}, self.mixed)
         self._add(y["attn_output"], block, "post_attention_norm")
-        self.norm(program, self.x, norms["ffn_norm"], self.normed, state)
-        self._linears({n: layers[n] for n in ("ffn_gate", "ffn_up")}, self.normed)
-        gate, up = y["ffn_gate"], y["ffn_up"]
-        kernel = gate_kernel(config.feed_forward_length, self.tokens, config.architecture.gelu)
-        program.add(kernel, (gate, up, gate.strides[0], state))
-        self._linears({"ffn_down": layers["ffn_down"]}, gate)
-        self._add(y["ffn_down"], block, "post_ffw_norm")
+        read = self._read(block, "ffn_norm")
+        expert_rows = self.expert_rows
+        fed = self._feed_forward(block, read) if expert_rows is None else self._experts(block, read, expert_rows)
+        self._add(fed, block, "post_ffw_norm")
+        if self.layer_inputs is not None:
+            self._add_layer_input(block, self.layer_inputs)
+        if block.scale is not None:
+            program.add(scale_kernel(self.d, self.tokens), (self.x, _numpy(block.scale), state))
+
+    def _feed_forward(self, block: Block, x: np.ndarray) -> np.ndarray:
+        """Returns where the output is, as `_experts` does."""
+        ff, architecture = self.model.config.of(block.index).feed_forward, self.model.config.architecture
+        self._linears({name: block.linear(name) for name in block.gate_up}, x)
+        gate, up = self._parts(block.gate_up, (ff, ff))
+        kernel = gate_kernel(ff, self.tokens, architecture.gelu, kernel_clamp(architecture))
+        self.program.add(kernel, (gate, up, gate.strides[0], up.strides[0], self.state))
+        self._linears({"ffn_down": block.linear("ffn_down")}, gate)
+        return self.y["ffn_down"]
+
+    def _add_layer_input(self, block: Block, inputs: np.ndarray) -> None:
+        length = self.model.config.layer_input_length
+        gate, up = self.y["inp_gate"], inputs[:, length * block.index : length * (block.index + 1)]
+        self._linears({"inp_gate": block.linear("inp_gate")}, self.x)
+        kernel = gate_kernel(length, self.tokens, True)
+        self.program.add(kernel, (gate, up, gate.strides[0], up.strides[0], self.state))
+        self._linears({"proj": block.linear("proj")}, gate)
+        self._add(self.y["proj"], block, "post_norm")
+
+    def _qkv(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """A block's q, k and v; v is k where it has no weight of its own, and any memory will do for what it lacks."""
+        if block.qkv == [FUSED_QKV]:
+            q, k, v = self._parts(block.qkv, self.model.config.qkv_rows(block.index))
+            return q, k, v
+        parts = [self.y[name] for name in block.qkv]
+        return parts[0], parts[min(1, len(parts) - 1)], parts[-1]
+
+    def _experts(self, block: Block, x: np.ndarray, rows: ExpertRows) -> np.ndarray:
+        """The steps of a mixture of experts of x; returns where its output is."""
+        assert block.experts is not None
+        stacks = {name: self.experts(block.experts.stack(name)) for name in STACKS}
+        common: dict[Rounding, Panels] = {}
+        if self.capacity == 1:
+            for name in STACKS[:2]:
+                rounding = stacks[name].rounding
+                if rounding not in common:
+                    common[rounding] = self._fill(self.program, rounding, self.d, x, self.state)
+        router = self.prepare(self.program, [block.experts.router], x, self.state)[0]
+        self.multiply(self.program, router, self.router_logits)
+        self.program.barrier()
+        return rows.add(self.program, self.router_logits, x, stacks, common)
+
+    def _parts(self, names: Sequence[str], rows: Sequence[int]) -> list[np.ndarray]:
+        """The outputs of layers with the same input, each of so many rows, whether they are one layer or several."""
+        if len(names) == len(rows):
+            return [self.y[name] for name in names]
+        ends = np.cumsum(rows)
+        return [self.y[names[0]][:, end - count : end] for count, end in zip(rows, ends, strict=True)]
 
 
-def attention_heads(model: Transformer, *, half: bool) -> Heads:
-    """The shape of a model's attention; half: the KV cache is float16."""
+def block_heads(model: Transformer, *, half: bool) -> list[Heads]:
+    """The shape of each block's attention; half: the KV cache is float16."""
     config = model.config
-    return Heads(
-        config.head_count,
-        config.kv_head_count,
-        config.head_dim,
-        config.rope.dimensions,
-        config.rope.interleaved,
-        config.architecture.qk_norm,
-        half=half,
-    )
+    return [
+        Heads(
+            config.head_count,
+            config.of(block.index).kv_heads,
+            config.of(block.index).head_dim,
+            (config.local_rope if block.local else config.rope).dimensions,
+            config.rope.interleaved,
+            config.architecture.qk_norm,
+            half=half,
+            capped=config.attention_cap != 0.0,
+            own=config.has_own_kv(block.index),
+            value_norm=config.architecture.value_norm,
+            sinks=config.architecture.sinks,
+        )
+        for block in model.blocks
+    ]
 
 
-def rotation_tables(model: Transformer, room: int) -> list[np.ndarray]:
-    """Cosines, then sines, of the angles at so many positions, float32 [2, room, rotated / 2].
+def _places(model: Transformer, kept: bool) -> list[int]:
+    """Which arrays each block's keys and values are in.
 
-    Of blocks that see everything, and of those with a window.
+    Where nothing is kept, blocks with heads of one shape take turns; those with a window are by themselves where later
+    blocks use the keys of the last one of their kind.
     """
-    config, positions = model.config, torch.arange(room, dtype=torch.float64)[:, None]
-    kinds = (model.frequencies, config.rope), (model.local_frequencies, config.local_rope)
-    angles = [(rope.magnitude, positions * frequencies) for frequencies, rope in kinds]
-    return [(factor * torch.stack((a.cos(), a.sin()))).float().numpy() for factor, a in angles]
+    config, numbers = model.config, dict[object, int]()
+
+    def key(block: Block) -> object:
+        sizes = config.of(block.index)
+        if kept:
+            return sizes.kv_block
+        return sizes.kv_heads, sizes.head_dim, block.local and bool(config.shared_blocks)
+
+    return [numbers.setdefault(key(block), len(numbers)) for block in model.blocks]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PositionTables:
+    """What depends on a token's position.
+
+    angles: cosines, then sines, float32 [2, room, rotated / 2]
+    scales: what the queries are multiplied by, float32 [room]
+    """
+
+    angles: dict[Turning, np.ndarray]
+    scales: np.ndarray
+
+    @classmethod
+    def of(cls, model: Transformer, room: int, reach: int) -> PositionTables:
+        """For so many positions, of a context that may come to `reach` of them."""
+        config, positions = model.config, torch.arange(room, dtype=torch.float64)[:, None]
+        angles = {}
+        for turning in Turning:
+            frequencies, factor = model.turns(turning, reach)
+            turned = positions * frequencies
+            angles[turning] = (factor * torch.stack((turned.cos(), turned.sin()))).float().numpy()
+        warmth = query_scales(config, 0, room)
+        scales = config.attention_scale * (torch.ones(room, dtype=torch.float64) if warmth is None else warmth)
+        return cls(angles, scales.float().numpy())
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

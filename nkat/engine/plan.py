@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nkat.errors import NKATError
 from nkat.kernels.cuda import linear as cuda
 from nkat.kernels.cuda import planes
+from nkat.kernels.cuda.packing import pack
 from nkat.kernels.cuda.planes import PackedWeight, PlaneWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings
+from nkat.lm.attention import View, attend, capped, query_scales, rotate
 from nkat.lm.linear import PackedModule, StarLinear
-from nkat.lm.transformer import Block, Embedding, KVCache, Transformer, rotate
+from nkat.lm.transformer import Block, Embedding, KVCache, Transformer
 
 
 class StepOps(Protocol):
@@ -73,6 +76,7 @@ class Plan:
     output: Siblings
     epsilon: float
     gelu: bool
+    logit_cap: float
     kappas: Tensor
 
     @property
@@ -89,6 +93,8 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
     one in its place, so that the weight is in memory once.
     """
     config, architecture = model.config, model.config.architecture
+    if architecture.varied:
+        raise NKATError(f"a {architecture.name} model has blocks that a recorded step does not know of")
     kappas = strengths(model).to(model.device)
     place = {id(layer): i for i, layer in enumerate(_layers(model))}
 
@@ -97,9 +103,13 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
         return _siblings(members, kappas[first : first + len(members)])
 
     tables = {
-        False: _rope_tables(model.frequencies, config.rope.magnitude, cache),
+        False: _rope_tables(model.frequencies_for(cache.capacity), config.rope.magnitude, cache),
         True: _rope_tables(model.local_frequencies, config.local_rope.magnitude, cache),
     }
+
+    warmth = query_scales(config, 0, cache.capacity)
+    if warmth is not None:
+        warmth = warmth.to(tables[False][0])
 
     def plan_block(block: Block) -> BlockPlan:
         norms = block.norms
@@ -116,15 +126,17 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
             sin=sin,
             keys=cache.keys[block.index][0],
             values=cache.values[block.index][0],
+            cap=config.attention_cap,
+            warmth=warmth,
         )
         return BlockPlan(
             attention_norm=norms["attn_norm"].data,
-            qkv=siblings(*(block.linear(name) for name in ("attn_q", "attn_k", "attn_v"))),
+            qkv=siblings(*(block.linear(name) for name in block.qkv)),
             attention=attention,
             attention_output=siblings(block.linear("attn_output")),
             post_attention_norm=norms["post_attention_norm"].data if architecture.post_norm else None,
             feed_forward_norm=norms["ffn_norm"].data,
-            gate_up=siblings(block.linear("ffn_gate"), block.linear("ffn_up")),
+            gate_up=siblings(*(block.linear(name) for name in block.gate_up)),
             feed_forward_down=siblings(block.linear("ffn_down")),
             post_feed_forward_norm=norms["post_ffw_norm"].data if architecture.post_norm else None,
         )
@@ -138,6 +150,7 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
         output=output,
         epsilon=config.rms_epsilon,
         gelu=architecture.gelu,
+        logit_cap=config.logit_cap,
         kappas=kappas,
     )
 
@@ -156,7 +169,7 @@ def decode_step(plan: Plan, ops: StepOps, token: Tensor, position: Tensor) -> Te
         active = ops.activate(ops.linear(block.gate_up, inputs), plan.gelu, block.feed_forward_down)
         branch, branch_norm = ops.linear(block.feed_forward_down, active), block.post_feed_forward_norm
     _, inputs = ops.norm(x, branch, branch_norm, plan.output_norm, plan.epsilon, plan.output)
-    return ops.linear(plan.output, inputs)
+    return capped(ops.linear(plan.output, inputs), plan.logit_cap)
 
 
 class TorchOps:
@@ -205,18 +218,21 @@ class TorchOps:
             k = F.rms_norm(k, (head_dim,), attention.k_norm, attention.epsilon)
         cos, sin = attention.cos[position].to(q.dtype), attention.sin[position].to(q.dtype)
         q, k = (rotate(t[None, None], cos, sin, attention.interleaved)[0, 0] for t in (q, k))
+        if attention.warmth is not None:
+            q = q * attention.warmth[position].to(q.dtype)
         attention.keys.index_copy_(1, position, k[:, None].to(attention.keys.dtype))
         attention.values.index_copy_(1, position, v[:, None].to(attention.values.dtype))
         distance = position - torch.arange(capacity, device=q.device)
         seen = distance >= 0
         if attention.window:
             seen &= distance < attention.window
-        mixed = F.scaled_dot_product_attention(
-            q.to(attention.keys.dtype).view(1, kv_heads, -1, head_dim),
+        mixed = attend(
+            q.to(attention.keys.dtype)[None, :, None],
             attention.keys[None],
             attention.values[None],
-            attn_mask=seen.view(1, 1, 1, -1),
-            scale=attention.scale,
+            View(cos, sin, 0, False, seen[None]),
+            attention.scale,
+            attention.cap,
         )
         return self._input(mixed.reshape(-1).to(qkv.dtype), readers)
 
@@ -249,7 +265,7 @@ def _rope_tables(frequencies: Tensor, magnitude: float, cache: KVCache) -> tuple
 
 def _weight(module: PackedModule) -> PackedWeight:
     on_device = module.device_weight
-    return cuda.pack(module.file_bytes, module.qtype, module.shape) if on_device is None else on_device
+    return pack(module.file_bytes, module.qtype, module.shape) if on_device is None else on_device
 
 
 def _embedding(embedding: Embedding, output: StarLinear, packed_output: Siblings) -> PackedWeight:

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from nkat.kernels.registry import kernel_types
-from nkat.lm.architectures import BLOCK_LINEARS
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 
@@ -75,9 +74,16 @@ def _has_kernels(model: Transformer) -> bool:
     """
     if model.device.type != "cpu":
         return False
-    linears = [block.linears[name] for block in model.blocks for name in BLOCK_LINEARS]
+    linears = [layer for block in model.blocks for layer in block.linears.values()]
+    if model.layer_inputs is not None:
+        linears.append(model.layer_inputs.projection)
     kernels = kernel_types("cpu")
-    return model.embedding.qtype in kernels and all(
+    experts = [block.experts for block in model.blocks if block.experts is not None]
+    linears += [each.router for each in experts]
+    stacks = [stack for each in experts for stack in each.stacks.values()]
+    if not all(stack.dtype == torch.float32 and stack.qtype in kernels for stack in stacks):
+        return False
+    return all(table.qtype in kernels for table in model.tables()) and all(
         isinstance(layer, StarLinear) and layer.dtype == torch.float32 and layer.qtype in kernels
         for layer in (*linears, model.output)
     )

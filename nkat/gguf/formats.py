@@ -15,7 +15,7 @@ cache, and the threads meet after every short operation. GNU OpenMP, which torch
 where other programs keep the cores busy, that makes several threads ten times slower than one, unless the process was
 started with OMP_WAIT_POLICY=PASSIVE in its environment.
 
-Limits: little-endian machines; no IQ1, IQ2, IQ3, ternary or FP4 types.
+Limits: little-endian machines; no IQ1, IQ2, IQ3 or ternary types, no NVFP4.
 """
 
 from __future__ import annotations
@@ -75,18 +75,20 @@ class BlockFormat:
     qtype: the type that a file gives such a tensor
     block_size: weights of a block, neighbours in a row
     block_bytes: bytes of a block
+    halves: where in a block its float16 numbers start: d, which every q is multiplied with, then what m is made of
     """
 
     qtype: ClassVar[GGMLQuantizationType]
     block_size: ClassVar[int]
     block_bytes: ClassVar[int]
+    halves: ClassVar[tuple[int, ...]]
 
-    def __init_subclass__(cls, qtype: GGMLQuantizationType) -> None:
-        cls.qtype = qtype
+    def __init_subclass__(cls, qtype: GGMLQuantizationType, halves: tuple[int, ...] = (0,)) -> None:
+        cls.qtype, cls.halves = qtype, halves
         cls.block_size, cls.block_bytes = GGML_QUANT_SIZES[qtype]
 
-    @staticmethod
-    def scales(blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+    @classmethod
+    def scales(cls, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
         """d and m of w = d·q + m for uint8 [n, block_bytes]; m is None where there is no offset.
 
         float32 [n, groups]: each is that of block_size / groups neighbouring weights
@@ -116,19 +118,22 @@ class BlockFormat:
                 tile_weights.add_(offset[part])
 
 
-def _half(blocks: Tensor, byte: int) -> Tensor:
-    """The float16 at an even byte of each block, as float32 (n, 1)."""
-    return blocks.view(torch.float16)[:, byte // 2].float().unsqueeze(1)
+def _halves(cls: type[BlockFormat], blocks: Tensor) -> tuple[Tensor, ...]:
+    """The float16 numbers of each block, as float32 (n, 1) each."""
+    halves = blocks.view(torch.float16)
+    return tuple(halves[:, byte // 2].float().unsqueeze(1) for byte in cls.halves)
 
 
-def _scale_first(blocks: Tensor) -> tuple[Tensor, None]:
-    """Float16 d in bytes 0-1; no offset."""
-    return _half(blocks, 0), None
+def _one_scale(cls: type[BlockFormat], blocks: Tensor) -> tuple[Tensor, None]:
+    """d alone, and no offset."""
+    (d,) = _halves(cls, blocks)
+    return d, None
 
 
-def _scale_and_offset_first(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Float16 d in bytes 0-1, float16 m in bytes 2-3."""
-    return _half(blocks, 0), _half(blocks, 2)
+def _scale_and_offset(cls: type[BlockFormat], blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """d and m."""
+    d, m = _halves(cls, blocks)
+    return d, m
 
 
 def _copy(part: Tensor) -> Tensor:
@@ -171,14 +176,14 @@ class Q4_0(BlockFormat, qtype=GGMLQuantizationType.Q4_0):
            2-17   byte i: q[i] in bits 0-3, q[16 + i] in bits 4-7
     """
 
-    scales = staticmethod(_scale_first)
+    scales = classmethod(_one_scale)
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
         return _signed(_nibbles(blocks[:, 2:], 16), 8)
 
 
-class Q4_1(BlockFormat, qtype=GGMLQuantizationType.Q4_1):
+class Q4_1(BlockFormat, qtype=GGMLQuantizationType.Q4_1, halves=(0, 2)):
     """w = d·q + m: 32 weights in 20 bytes.
 
     bytes  0-1    float16 d
@@ -186,7 +191,7 @@ class Q4_1(BlockFormat, qtype=GGMLQuantizationType.Q4_1):
            4-19   byte i: q[i] in bits 0-3, q[16 + i] in bits 4-7
     """
 
-    scales = staticmethod(_scale_and_offset_first)
+    scales = classmethod(_scale_and_offset)
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
@@ -216,14 +221,14 @@ class Q5_0(BlockFormat, qtype=GGMLQuantizationType.Q5_0):
            6-21   byte i: bits 0-3 of q[i] in bits 0-3, of q[16 + i] in bits 4-7
     """
 
-    scales = staticmethod(_scale_first)
+    scales = classmethod(_one_scale)
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
         return _signed(_with_fifth_bits(_nibbles(blocks[:, 6:], 16), blocks, 2), 16)
 
 
-class Q5_1(BlockFormat, qtype=GGMLQuantizationType.Q5_1):
+class Q5_1(BlockFormat, qtype=GGMLQuantizationType.Q5_1, halves=(0, 2)):
     """w = d·q + m: 32 weights in 24 bytes.
 
     bytes  0-1    float16 d
@@ -232,7 +237,7 @@ class Q5_1(BlockFormat, qtype=GGMLQuantizationType.Q5_1):
            8-23   byte i: bits 0-3 of q[i] in bits 0-3, of q[16 + i] in bits 4-7
     """
 
-    scales = staticmethod(_scale_and_offset_first)
+    scales = classmethod(_scale_and_offset)
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
@@ -246,14 +251,14 @@ class Q8_0(BlockFormat, qtype=GGMLQuantizationType.Q8_0):
            2-33   int8 q[i]
     """
 
-    scales = staticmethod(_scale_first)
+    scales = classmethod(_one_scale)
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
         return _copy(blocks[:, 2:]).view(torch.int8)
 
 
-class Q2_K(BlockFormat, qtype=GGMLQuantizationType.Q2_K):
+class Q2_K(BlockFormat, qtype=GGMLQuantizationType.Q2_K, halves=(80, 82)):
     """w = d·s·q - dmin·t: 256 weights in 84 bytes, 4-bit s and t for each 16.
 
     bytes  0-15   byte g: s[g] in bits 0-3, t[g] in bits 4-7
@@ -263,17 +268,18 @@ class Q2_K(BlockFormat, qtype=GGMLQuantizationType.Q2_K):
           82-83   float16 dmin
     """
 
-    @staticmethod
-    def scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def scales(cls, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        d, dmin = _halves(cls, blocks)
         packed = _copy(blocks[:, :16])
-        return _half(blocks, 80) * (packed & 0x0F).float(), -_half(blocks, 82) * (packed >> 4).float()
+        return d * (packed & 0x0F).float(), -dmin * (packed >> 4).float()
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
         return _unsigned(_fields(blocks[:, 16:80], 32, (0, 2, 4, 6), 0x03))
 
 
-class Q3_K(BlockFormat, qtype=GGMLQuantizationType.Q3_K):
+class Q3_K(BlockFormat, qtype=GGMLQuantizationType.Q3_K, halves=(108,)):
     """w = d·(s - 32)·(q - 4): 256 weights in 110 bytes, a 6-bit s for each 16.
 
     bytes  0-31   byte i, bit j: bit 2 of q[32·j + i]
@@ -284,8 +290,9 @@ class Q3_K(BlockFormat, qtype=GGMLQuantizationType.Q3_K):
          108-109  float16 d
     """
 
-    @staticmethod
-    def scales(blocks: Tensor) -> tuple[Tensor, None]:
+    @classmethod
+    def scales(cls, blocks: Tensor) -> tuple[Tensor, None]:
+        (d,) = _halves(cls, blocks)
         low, middle, high = _copy(blocks[:, 96:108]).view(torch.int32).unbind(1)  # four bytes at once
         s = [
             (low & 0x0F0F0F0F) | (high << 4 & 0x30303030),
@@ -293,7 +300,7 @@ class Q3_K(BlockFormat, qtype=GGMLQuantizationType.Q3_K):
             (low >> 4 & 0x0F0F0F0F) | (high & 0x30303030),
             (middle >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030),
         ]
-        return _half(blocks, 108) * _signed(torch.stack(s, dim=1), 32).float(), None
+        return d * _signed(torch.stack(s, dim=1), 32).float(), None
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
@@ -301,15 +308,16 @@ class Q3_K(BlockFormat, qtype=GGMLQuantizationType.Q3_K):
         return _signed(low.bitwise_or_(_fields(blocks[:, :32], 32, (-2, -1, 0, 1, 2, 3, 4, 5), 0x04)), 4)
 
 
-def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _k_scales(cls: type[BlockFormat], blocks: Tensor) -> tuple[Tensor, Tensor]:
     """d·s and -dmin·t of Q4_K and Q5_K."""
+    d, dmin = _halves(cls, blocks)
     s, t, low = _copy(blocks[:, 4:16]).view(torch.int32).unbind(1)  # four bytes at once
     s = torch.stack([s & 0x3F3F3F3F, (low & 0x0F0F0F0F) | (s >> 2 & 0x30303030)], dim=1)
     t = torch.stack([t & 0x3F3F3F3F, (low >> 4 & 0x0F0F0F0F) | (t >> 2 & 0x30303030)], dim=1)
-    return _half(blocks, 0) * _unsigned(s).float(), -_half(blocks, 2) * _unsigned(t).float()
+    return d * _unsigned(s).float(), -dmin * _unsigned(t).float()
 
 
-class Q4_K(BlockFormat, qtype=GGMLQuantizationType.Q4_K):
+class Q4_K(BlockFormat, qtype=GGMLQuantizationType.Q4_K, halves=(0, 2)):
     """w = d·s·q - dmin·t: 256 weights in 144 bytes, 6-bit s and t for each 32.
 
     bytes  0-1    float16 d
@@ -321,14 +329,14 @@ class Q4_K(BlockFormat, qtype=GGMLQuantizationType.Q4_K):
           48-143  the same for q[64:128], q[128:192] and q[192:256]
     """
 
-    scales = staticmethod(_k_scales)
+    scales = classmethod(_k_scales)
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
         return _unsigned(_nibbles(blocks[:, 16:], 32))
 
 
-class Q5_K(BlockFormat, qtype=GGMLQuantizationType.Q5_K):
+class Q5_K(BlockFormat, qtype=GGMLQuantizationType.Q5_K, halves=(0, 2)):
     """w = d·s·q - dmin·t: 256 weights in 176 bytes, 6-bit s and t for each 32.
 
     bytes  0-15   d, dmin, s and t as in Q4_K
@@ -337,7 +345,7 @@ class Q5_K(BlockFormat, qtype=GGMLQuantizationType.Q5_K):
           80-175  the same for q[64:128], q[128:192] and q[192:256]
     """
 
-    scales = staticmethod(_k_scales)
+    scales = classmethod(_k_scales)
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
@@ -345,7 +353,7 @@ class Q5_K(BlockFormat, qtype=GGMLQuantizationType.Q5_K):
         return _unsigned(low.bitwise_or_(_fields(blocks[:, 16:48], 32, (-4, -3, -2, -1, 0, 1, 2, 3), 0x10)))
 
 
-class Q6_K(BlockFormat, qtype=GGMLQuantizationType.Q6_K):
+class Q6_K(BlockFormat, qtype=GGMLQuantizationType.Q6_K, halves=(208,)):
     """w = d·s·(q - 32): 256 weights in 210 bytes, an 8-bit s for each 16.
 
     bytes  0-63   byte i: bits 0-3 of q[i] in bits 0-3, of q[64 + i] in bits 4-7
@@ -356,9 +364,10 @@ class Q6_K(BlockFormat, qtype=GGMLQuantizationType.Q6_K):
          208-209  float16 d
     """
 
-    @staticmethod
-    def scales(blocks: Tensor) -> tuple[Tensor, None]:
-        return _half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float(), None
+    @classmethod
+    def scales(cls, blocks: Tensor) -> tuple[Tensor, None]:
+        (d,) = _halves(cls, blocks)
+        return d * blocks[:, 192:208].view(torch.int8).float(), None
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
@@ -370,18 +379,22 @@ class Q6_K(BlockFormat, qtype=GGMLQuantizationType.Q6_K):
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
+# ggml's kvalues_fp4: what the 16 values of FP4 (E2M1) stand for, doubled so that they are whole numbers
+FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+
+
 @functools.cache
-def _iq4_pairs(device: torch.device) -> Tensor:
+def _level_pairs(levels: tuple[int, ...], device: torch.device) -> Tensor:
     """int16 (0x1000,): the two bytes of entry a + 256·b are the levels of nibbles a and b."""
     index = torch.arange(0x1000, device=device)
-    levels = torch.tensor(IQ4_LEVELS, dtype=torch.int8, device=device)
-    return torch.stack([levels[index & 0x0F], levels[index >> 8]], dim=1).view(torch.int16).squeeze(1)
+    table = torch.tensor(levels, dtype=torch.int8, device=device)
+    return torch.stack([table[index & 0x0F], table[index >> 8]], dim=1).view(torch.int16).squeeze(1)
 
 
-def _iq4_levels(nibbles: Tensor) -> Tensor:
+def _levels(levels: tuple[int, ...], nibbles: Tensor) -> Tensor:
     """The level of each nibble as int8, two to a look-up."""
     pairs = nibbles.view(torch.int16).to(torch.int32)
-    return _iq4_pairs(nibbles.device).index_select(0, pairs).view(torch.int8)
+    return _level_pairs(levels, nibbles.device).index_select(0, pairs).view(torch.int8)
 
 
 class IQ4_NL(BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
@@ -391,11 +404,11 @@ class IQ4_NL(BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
            2-17   byte i: k[i] in bits 0-3, k[16 + i] in bits 4-7
     """
 
-    scales = staticmethod(_scale_first)
+    scales = classmethod(_one_scale)
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
-        return _iq4_levels(_nibbles(blocks[:, 2:], 16))
+        return _levels(IQ4_LEVELS, _nibbles(blocks[:, 2:], 16))
 
 
 class IQ4_XS(BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
@@ -408,16 +421,35 @@ class IQ4_XS(BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
           24-135  the same for k[32:64] up to k[224:256]
     """
 
-    @staticmethod
-    def scales(blocks: Tensor) -> tuple[Tensor, None]:
+    @classmethod
+    def scales(cls, blocks: Tensor) -> tuple[Tensor, None]:
+        (d,) = _halves(cls, blocks)
         group = torch.arange(8, dtype=torch.int32, device=blocks.device)
         high = blocks.view(torch.int16)[:, 1, None].to(torch.int32) >> 2 * group & 0x03
         low = blocks.view(torch.int32)[:, 1, None] >> 4 * group & 0x0F
-        return _half(blocks, 0) * (low + 16 * high - 32).float(), None
+        return d * (low + 16 * high - 32).float(), None
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
-        return _iq4_levels(_nibbles(blocks[:, 8:], 16))
+        return _levels(IQ4_LEVELS, _nibbles(blocks[:, 8:], 16))
+
+
+class MXFP4(BlockFormat, qtype=GGMLQuantizationType.MXFP4):
+    """w = 2^(e - 128)·level[k], level = `FP4_LEVELS`: 32 weights in 17 bytes.
+
+    byte   0      e, 0 to 255
+    bytes  1-16   byte i: k[i] in bits 0-3, k[16 + i] in bits 4-7
+    """
+
+    @staticmethod
+    def scales(blocks: Tensor) -> tuple[Tensor, None]:
+        e = blocks[:, :1].to(torch.int32)
+        # the bits of a float32: from 2 on e - 1 is the exponent; what lies below is subnormal
+        return torch.where(e > 1, (e - 1) << 23, (e + 1) << 21).view(torch.float32), None
+
+    @staticmethod
+    def quants(blocks: Tensor) -> Tensor:
+        return _levels(FP4_LEVELS, _nibbles(blocks[:, 1:], 16))
 
 
 BLOCK_FORMATS: Mapping[GGMLQuantizationType, type[BlockFormat]] = {

@@ -132,6 +132,27 @@ def gguf_parts(
     return [_header(base, GGUF_VERSION, new), *([base.data()] if base else []), *tail]
 
 
+def replaced_parts(
+    parts: Iterable[Part], tensors: Iterable[TensorInfo], packed: Callable[[TensorInfo], np.ndarray]
+) -> Iterator[Part]:
+    """The parts of an existing model with other bytes in some of its tensors, asked for one at a time, as they come.
+
+    tensors: whose data lies in one of the parts that are ranges;  packed: as many bytes as the tensor has
+    """
+    waiting = sorted(tensors, key=lambda info: info.offset)
+    for part in parts:
+        if not isinstance(part, FileRange):
+            yield part
+            continue
+        position = part.start
+        for info in waiting:
+            if part.start <= info.offset and info.offset + info.nbytes <= part.end:
+                yield FileRange(part.path, position, info.offset)
+                yield packed(info)
+                position = info.offset + info.nbytes
+        yield FileRange(part.path, position, part.end)
+
+
 def write_gguf(
     path: Path, parts: Sequence[Part], force: bool, inputs: Iterable[Path] = (), progress: Progress | None = None
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -80,6 +81,37 @@ def describe(device: torch.device) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def describe_cuda(device: torch.device) -> dict[str, str | int]:
+    """`describe`, and what else a figure taken on a GPU, or the trust in a kernel, depends on."""
+    try:
+        from triton import __version__ as triton_version
+    except ImportError:
+        triton_version = "none"
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        **describe(device),
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_bytes": properties.total_memory,
+        "driver": _nvidia_driver(),
+        "cuda": torch.version.cuda or "none",
+        "triton": triton_version,
+    }
+
+
+def _nvidia_driver() -> str:
+    """The driver's version: from the kernel module on Linux, else from nvidia-smi."""
+    told = Path("/proc/driver/nvidia/version")
+    if told.exists():
+        found = re.search(r"Kernel Module[^0-9]*(?:for \S+\s+)?([0-9]+(?:\.[0-9]+)+)", told.read_text())
+        if found:
+            return found[1]
+    program = find_program("nvidia-smi")
+    out, problem = (
+        ("", "") if program is None else _ask([program, "--query-gpu=driver_version", "--format=csv,noheader"])
+    )
+    return "unknown" if problem or not out else out.splitlines()[0].strip()
 
 
 def is_x86() -> bool:

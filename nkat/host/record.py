@@ -55,6 +55,10 @@ class Recorder:
     def __init__(self, target: str | None, force: bool, common: Mapping[str, Any] | None = None) -> None:
         self._target, self._force, self._common = target, force, common or {}
 
+    def add(self, common: Mapping[str, Any]) -> None:
+        """More of what is in every record from now on."""
+        self._common = {**self._common, **common}
+
     def keep(self, record: Mapping[str, Any]) -> None:
         """Writes the file, or replaces what was written before. To be called before what is new in it is printed."""
         if self._target not in (None, "-"):

@@ -11,8 +11,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 QKV = ("attn_q", "attn_k", "attn_v")
-BLOCK_LINEARS = (*QKV, "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+FUSED_QKV = "attn_qkv"
+GATE_UP = ("ffn_gate", "ffn_up")
+SHORT_ROPE, LONG_ROPE = "rope_factors_short", "rope_factors_long"
+LAYER_INPUT_LINEARS = ("inp_gate", "proj")
+BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down", *LAYER_INPUT_LINEARS)
+STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # of a mixture of experts: [experts, outputs, inputs]
+ROUTER = "ffn_gate_inp"
+SINKS = "attn_sinks"
 QK_NORMS = ("attn_q_norm", "attn_k_norm")
+PRE_NORMS = ("attn_norm", "ffn_norm")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
 
@@ -35,12 +43,18 @@ def scale_by_head(sizes: Sizes) -> float:
 class Window:
     """In some blocks a token sees only the last `attention.sliding_window` tokens; 0, or no such key: it sees all.
 
-    period: the last of so many blocks sees everything, where the file has no `attention.sliding_window_pattern`
-    rope_base: of the blocks with a window, where the file has no `rope.freq_base_swa`; their positions are not scaled
+    period: the last of so many blocks sees everything, where the file has no `attention.sliding_window_pattern`;
+    None: a file must have it
+    rope_base: of the blocks with a window, where the file has no `rope.freq_base_swa`; their positions are not scaled.
+    None: RoPE is the same in all blocks
+    plain_rope: `rope.freq_base` in those blocks, too, and positions are not scaled even where those of others are
+    length: where the file has no `attention.sliding_window`
     """
 
-    period: int
-    rope_base: float
+    period: int | None
+    rope_base: float | None
+    length: int = 0
+    plain_rope: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +62,33 @@ class Architecture:
     """How the models of one architecture differ from those of others.
 
     name: `general.architecture`, and the first part of its metadata's keys
-    biases: linear layers that may have a bias: of BLOCK_LINEARS in any block, or "output"; llama.cpp takes those of
-    q, k and v wherever it finds them (`create_tensor_qkv`)
+    biases: linear layers that may have a bias: of BLOCK_LINEARS, ROUTER or STACKS in any block, or "output"; llama.cpp
+    takes those of q, k and v wherever it finds them (`create_tensor_qkv`)
     interleaved_rope: RoPE turns the elements (2i, 2i+1) of a head ("norm"), else (i, i + dimensions/2) ("neox")
     rope_factors: `rope_freqs.weight` may divide the frequencies, one factor a pair
     qk_norm: RMS norms of every head's q and k, before RoPE
+    wide_qk_norm: RMS norms of q and of k, all heads together, before RoPE
+    pre_norm: RMS norms of what attention and the feed-forward network read; else that is the residual stream as it is
     post_norm: RMS norms of what attention and the feed-forward network add to the residual stream
     gelu: feed-forward activation: tanh GELU, else SiLU
     scaled_embedding: a token's embedding is multiplied by √(its length)
     attention_scale: what q·k is multiplied by
     window: of blocks that do not see everything; None: every block does, whatever the file says
+    fused_gate_up: the first half of ffn_up's outputs are the gate's, and there is no ffn_gate
+    long_rope: other factors for short and for long contexts may divide the frequencies (`nkat.lm.config.Rope`)
+    attention_cap, logit_cap: what attention scores and logits are kept within (c·tanh(x/c)), where the file does not
+    say otherwise; 0: not at all
+    unturned_period: the last of so many blocks has no RoPE; 0: all have
+    varied: heads' length, KV heads and feed-forward length may differ from block to block, later blocks may use the
+    keys and values of earlier ones, and where there is no attn_v, the keys before norm and RoPE are the values
+    value_norm: every head's v has an RMS norm, without a weight
+    layer_inputs: every block may add something of its own about each token (`nkat.lm.transformer.LayerInputs`)
+    block_scale: what leaves a block may be multiplied by `layer_output_scale.weight`, one number
+    experts: the feed-forward network is a mixture of experts (`nkat.lm.experts`)
+    clamped_gate: feed-forward activation of gpt-oss (`nkat.lm.activation`)
+    sinks: each query head has a score of its own, `attn_sinks`, that takes part in the softmax and stands for nothing
+    ffn_norm: what the file calls the norm before the feed-forward network
+    reads: keys of the metadata that mean something in few architectures, this one among them; others refuse them
     """
 
     name: str
@@ -65,32 +96,73 @@ class Architecture:
     interleaved_rope: bool = False
     rope_factors: bool = False
     qk_norm: bool = False
+    wide_qk_norm: bool = False
+    pre_norm: bool = True
     post_norm: bool = False
     gelu: bool = False
     scaled_embedding: bool = False
     attention_scale: Callable[[Sizes], float] = scale_by_head
     window: Window | None = None
+    fused_gate_up: bool = False
+    long_rope: bool = False
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    unturned_period: int = 0
+    varied: bool = False
+    value_norm: bool = False
+    layer_inputs: bool = False
+    block_scale: bool = False
+    experts: bool = False
+    clamped_gate: bool = False
+    sinks: bool = False
+    ffn_norm: str = "ffn_norm"
+    reads: tuple[str, ...] = ()
+
+    def may_have_bias(self, linear: str) -> bool:
+        """Whether a linear layer of a block may have one; fused ones go by their parts."""
+        return linear in self.biases or (linear == FUSED_QKV and {*QKV} <= {*self.biases})
+
+    def norm_in_file(self, norm: str) -> str:
+        """What the file calls one of a block's norms."""
+        return self.ffn_norm if norm == "ffn_norm" else norm
+
+    @property
+    def has_gpu_step(self) -> bool:
+        """Whether `nkat.engine.plan` has operations for all that its models compute."""
+        return not (self.varied or self.experts or self.sinks)
 
     @property
     def block_norms(self) -> tuple[str, ...]:
-        """The RMS norms of every block, by their names in the file."""
+        """The RMS norms of every block."""
+        pre = PRE_NORMS if self.pre_norm else ()
         post = POST_NORMS if self.post_norm else ()
-        return ("attn_norm", "ffn_norm", *post, *(QK_NORMS if self.qk_norm else ()))
+        return (*pre, *post, *(QK_NORMS if self.qk_norm or self.wide_qk_norm else ()))
 
 
-def _gemma3_scale(sizes: Sizes) -> float:
+def _gemma_scale(blocks_of_27b: int) -> Callable[[Sizes], float]:
     """The 27B model alone scales by embedding / heads, which is not its heads' length; llama.cpp, too, tells it by its
-    62 blocks (src/models/gemma3.cpp, after gemma_pytorch's query_pre_attn_scalar).
+    blocks (src/models/gemma2.cpp and gemma3.cpp, after gemma_pytorch's query_pre_attn_scalar).
     """
-    if sizes.block_count == 62:
-        return float((sizes.embedding_length // sizes.head_count) ** -0.5)
-    return scale_by_head(sizes)
 
+    def scale(sizes: Sizes) -> float:
+        if sizes.block_count == blocks_of_27b:
+            return float((sizes.embedding_length // sizes.head_count) ** -0.5)
+        return scale_by_head(sizes)
+
+    return scale
+
+
+ATTENTION_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
+TEMPERATURE = "attention.temperature_scale"
+SCALES = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
+ROPE_SWITCH = "rope.scaling.finetuned"
+LAYER_INPUTS, SHARED_KV = "embedding_length_per_layer_input", "attention.shared_kv_layers"
+YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier")
 
 _ROWS = (
     # src/models/llama.cpp: every bias is optional (models converted from other families have some), and Llama 3.1 and
     # later bring RoPE factors
-    Architecture("llama", biases=BLOCK_LINEARS, interleaved_rope=True, rope_factors=True),
+    Architecture("llama", biases=BLOCK_LINEARS, interleaved_rope=True, rope_factors=True, long_rope=True),
     # src/models/qwen2.cpp
     Architecture("qwen2", biases=(*QKV, "output")),
     # src/models/qwen3.cpp
@@ -102,8 +174,82 @@ _ROWS = (
         post_norm=True,
         gelu=True,
         scaled_embedding=True,
-        attention_scale=_gemma3_scale,
+        attention_scale=_gemma_scale(62),
         window=Window(period=6, rope_base=10000.0),
+        reads=(LOGIT_CAP,),
+    ),
+    # src/models/gemma2.cpp
+    Architecture(
+        "gemma2",
+        post_norm=True,
+        gelu=True,
+        scaled_embedding=True,
+        attention_scale=_gemma_scale(46),
+        window=Window(period=2, rope_base=None, length=4096),
+        attention_cap=50.0,
+        logit_cap=30.0,
+        reads=(ATTENTION_CAP, LOGIT_CAP),
+    ),
+    # src/models/gemma4.cpp: the dense ones
+    Architecture(
+        "gemma4",
+        rope_factors=True,
+        qk_norm=True,
+        post_norm=True,
+        gelu=True,
+        scaled_embedding=True,
+        attention_scale=lambda sizes: 1.0,
+        window=Window(period=None, rope_base=10000.0),
+        logit_cap=30.0,
+        varied=True,
+        value_norm=True,
+        layer_inputs=True,
+        block_scale=True,
+        reads=(LOGIT_CAP, LAYER_INPUTS, SHARED_KV),
+    ),
+    # src/models/phi3.cpp: also Phi-4; it does not look at the window that their files name
+    Architecture("phi3", fused_gate_up=True, long_rope=True),
+    # src/models/mistral3.cpp: Ministral 3, and Mistral Small where it was converted by that name
+    Architecture(
+        "mistral3",
+        biases=BLOCK_LINEARS,
+        interleaved_rope=True,
+        rope_factors=True,
+        long_rope=True,
+        reads=(TEMPERATURE, *YARN_KEYS),
+    ),
+    # src/models/smollm3.cpp
+    Architecture("smollm3", interleaved_rope=True, unturned_period=4),
+    # src/models/glm4.cpp: also GLM-Z1; RoPE turns a half of each head
+    Architecture("glm4", interleaved_rope=True, post_norm=True, fused_gate_up=True),
+    # src/models/granite.cpp: dense Granite 3 and 4
+    Architecture(
+        "granite",
+        biases=BLOCK_LINEARS,
+        interleaved_rope=True,
+        rope_factors=True,
+        long_rope=True,
+        reads=(*SCALES, ROPE_SWITCH),
+    ),
+    # src/models/olmo2.cpp: also Olmo 3, whose windows come with YaRN
+    Architecture(
+        "olmo2",
+        wide_qk_norm=True,
+        pre_norm=False,
+        post_norm=True,
+        window=Window(period=4, rope_base=None, plain_rope=True),
+    ),
+    # src/models/qwen3moe.cpp
+    Architecture("qwen3moe", qk_norm=True, experts=True),
+    # src/models/openai-moe.cpp
+    Architecture(
+        "gpt-oss",
+        biases=(*QKV, "attn_output", ROUTER, *STACKS),
+        window=Window(period=2, rope_base=None),
+        experts=True,
+        clamped_gate=True,
+        sinks=True,
+        ffn_norm="post_attention_norm",
     ),
 )
 

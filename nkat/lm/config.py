@@ -1,53 +1,72 @@
 """GGUF metadata and tensor shapes → a frozen `ModelConfig`. Nothing here touches a weight.
 
-Dense models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
+Models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
 (https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
-another one than the file asks for is refused: mixtures of experts, soft-capped logits, RoPE scaling other than linear
-and YaRN, unknown tensors.
+another one than the file asks for is refused: experts in groups, keys that another architecture reads, RoPE scaling
+other than linear, YaRN and longrope, unknown tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 import numpy as np
 
-from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
-from nkat.lm.architectures import ARCHITECTURES, BLOCK_LINEARS, QK_NORMS, Architecture, Sizes
+from nkat.lm.architectures import (
+    ARCHITECTURES,
+    ATTENTION_CAP,
+    FUSED_QKV,
+    LAYER_INPUTS,
+    LOGIT_CAP,
+    LONG_ROPE,
+    QK_NORMS,
+    QKV,
+    ROPE_SWITCH,
+    ROUTER,
+    SCALES,
+    SHARED_KV,
+    SHORT_ROPE,
+    SINKS,
+    STACKS,
+    TEMPERATURE,
+    YARN_KEYS,
+    Architecture,
+    Sizes,
+)
+from nkat.lm.keys import ConfigError, Keys
 from nkat.theta.set import SUFFIXES
 
-# Keys that change the forward pass in a way this toolkit does not compute, and the values with which they do not.
+# Keys that change the forward pass in a way that is not computed, unless the architecture's row says that it reads
+# them; and the values with which they do not.
 _REFUSED: dict[str, tuple[bool | float, ...]] = {
     "nextn_predict_layers": (0,),
+    "expert_group_count": (0, 1),
     "attention.causal": (True,),
-    "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
-    "logit_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
+    ATTENTION_CAP: (0.0,),
+    LOGIT_CAP: (0.0,),
+    TEMPERATURE: (0.0,),
+    LAYER_INPUTS: (0,),
+    SHARED_KV: (0,),
+    **dict.fromkeys(SCALES, (0.0, 1.0)),
+    "attention.scale": (0.0,),
+    "deepstack_mapping": (-1,),
+    "rope.dimension_sections": (0,),
     "rope.scaling.alpha": (0.0,),
     "rope.scaling.yarn_ext_factor": (1.0,),
     "rope.scaling.yarn_attn_factor": (1.0,),
-    "rope.scaling.yarn_beta_fast": (32.0,),
-    "rope.scaling.yarn_beta_slow": (1.0,),
-    "rope.scaling.yarn_log_multiplier": (0.0,),
+    **dict(zip(YARN_KEYS, ((32.0,), (1.0,), (0.0,)), strict=True)),
 }
 
 
-# Sizes that a file may ask for. Lengths, counts and positions are signed 32-bit integers in llama.cpp, too.
-MAX_SIZE = (1 << 31) - 1
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
-
-
-class ConfigError(NKATError):
-    """The metadata or the tensors do not describe a model this toolkit can run; the message names the key or tensor."""
+MAX_EXPERTS = 1024  # as in llama.cpp
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +77,10 @@ class Rope:
     dimensions: leading elements of a head that are rotated; the others pass unchanged
     base: pair i turns by base^(-2i/dimensions) radians a position
     scale: multiplies positions; 1/factor of linear scaling and, for the slow pairs only, of YaRN
-    yarn: blend between scaled and unscaled by pair, for a model trained on `original_context` tokens
+    yarn: blend between scaled and unscaled by pair, for a model trained on `original_context` tokens: pairs that turn
+    more than `fast` times in them are not scaled, those that turn less than `slow` times are
     magnitude: multiplies both sine and cosine
+    The factors for long contexts (longrope) take effect where there is room for more than `original_context` tokens.
     """
 
     interleaved: bool
@@ -69,11 +90,49 @@ class Rope:
     yarn: bool
     original_context: int
     magnitude: float
+    fast: float = 32.0
+    slow: float = 1.0
+
+
+class Turning(Enum):
+    """How RoPE turns q and k of a block."""
+
+    SEES_ALL = 0  # by `ModelConfig.rope`
+    WINDOW = 1  # by `ModelConfig.local_rope`
+    NONE = 2  # not at all
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """What may differ from block to block. Lengths in elements.
+
+    kv_block: whose keys and values its queries meet: its own, or those of an earlier block
+    has_value: they come of a weight of their own; otherwise they are the keys, before norm and RoPE
+    """
+
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    kv_block: int
+    has_value: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A mixture of experts: how many there are, how many a token goes to, the length of an expert's inner vector."""
+
+    count: int
+    used: int
+    feed_forward_length: int
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens."""
+    """All that the forward pass needs to know besides the weights. Lengths in elements, contexts in tokens.
+
+    A model that multiplies what it adds to the residual stream by a number has that stream kept divided by it, so that
+    nothing but the embedding's scale and the norms' epsilon knows: RMS norms do not see how long their input is.
+    """
 
     architecture: Architecture
     context_length: int
@@ -91,6 +150,17 @@ class ModelConfig:
     sliding_window: int  # 0: none
     attention_scale: float  # multiplies q·k
     embedding_scale: float
+    fused_qkv: frozenset[int] = frozenset()  # blocks that have q, k and v in one weight, in that order
+    attention_cap: float = 0.0  # scores are kept within ±this (c·tanh(x/c)); 0: not
+    logit_cap: float = 0.0
+    temperature: float = 0.0  # see `query_scale`; 0: none
+    temperature_length: int = 0
+    unturned_blocks: frozenset[int] = frozenset()  # whose q and k RoPE leaves as they are
+    logit_scale: float = 1.0  # logits are divided by it
+    sizes: tuple[BlockSizes, ...] = ()  # of each block; none: all are as the fields above say
+    idle: frozenset[str] = frozenset()  # weights that nothing reads: k and v of blocks that use an earlier one's
+    mixture: Mixture | None = None  # in place of the one feed-forward network of every block
+    layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
@@ -110,75 +180,78 @@ class ModelConfig:
                 "--beyond-context runs them all the same"
             )
 
-    def linear_shape(self, linear: str) -> tuple[int, int]:
-        """(outputs, inputs) of one of BLOCK_LINEARS."""
-        d, ff = self.embedding_length, self.feed_forward_length
-        q, kv = self.head_count * self.head_dim, self.kv_head_count * self.head_dim
+    def turning(self, block: int) -> Turning:
+        """How RoPE turns a block's q and k."""
+        if block in self.unturned_blocks:
+            return Turning.NONE
+        return Turning.WINDOW if self.local_blocks[block] else Turning.SEES_ALL
+
+    def of(self, block: int) -> BlockSizes:
+        """The sizes of a block."""
+        if self.sizes:
+            return self.sizes[block]
+        return BlockSizes(self.kv_head_count, self.head_dim, self.feed_forward_length, block)
+
+    @property
+    def shared_blocks(self) -> frozenset[int]:
+        """Blocks whose keys and values later ones use, too."""
+        return frozenset(sizes.kv_block for i, sizes in enumerate(self.sizes) if sizes.kv_block != i)
+
+    def has_own_kv(self, block: int) -> bool:
+        return self.of(block).kv_block == block
+
+    def qkv_rows(self, block: int) -> tuple[int, int, int]:
+        """Outputs of a block's q, k and v."""
+        sizes = self.of(block)
+        kv = sizes.kv_heads * sizes.head_dim
+        return self.head_count * sizes.head_dim, kv, kv
+
+    def linears(self, block: int) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of a block's linear layers, by name, in the order of their computation."""
+        sizes, d, length = self.of(block), self.embedding_length, self.layer_input_length
+        ff, rows = sizes.feed_forward, self.qkv_rows(block)
+        qkv = {FUSED_QKV: sum(rows)} if block in self.fused_qkv else dict(zip(QKV, rows, strict=True))
+        if not self.has_own_kv(block):
+            qkv = {"attn_q": rows[0]}
+        elif not sizes.has_value:
+            del qkv["attn_v"]
+        up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
+        feed_forward = {**{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
         return {
-            "attn_q": (q, d),
-            "attn_k": (kv, d),
-            "attn_v": (kv, d),
-            "attn_output": (d, q),
-            "ffn_gate": (ff, d),
-            "ffn_up": (ff, d),
-            "ffn_down": (d, ff),
-        }[linear]
+            **{name: (outputs, d) for name, outputs in qkv.items()},
+            "attn_output": (d, rows[0]),
+            **({} if self.mixture is not None else feed_forward),
+            **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
+            **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
+        }
 
-    def norm_shape(self, norm: str) -> tuple[int]:
-        """Of one of the architecture's block norms."""
-        return (self.head_dim,) if norm in QK_NORMS else (self.embedding_length,)
+    def stacks(self) -> dict[str, tuple[int, int, int]]:
+        """(experts, outputs, inputs) of a mixture's weights, by name."""
+        assert self.mixture is not None
+        count, d, ff = self.mixture.count, self.embedding_length, self.mixture.feed_forward_length
+        return dict(zip(STACKS, ((count, ff, d), (count, ff, d), (count, d, ff)), strict=True))
 
+    @property
+    def active_experts(self) -> float:
+        """The share of the experts that a token goes to; 1 without experts."""
+        return 1.0 if self.mixture is None else self.mixture.used / self.mixture.count
 
-class _Keys:
-    """Typed, checked look-ups of `{architecture}.{key}`."""
+    def norms(self, block: int) -> dict[str, tuple[int]]:
+        """Lengths of the RMS norms of a block, by name (`Architecture.norm_in_file`)."""
+        names = [name for name in self.architecture.block_norms if name != "attn_k_norm" or self.has_own_kv(block)]
+        lengths = dict.fromkeys(names, self.embedding_length)
+        wide = dict(zip(QK_NORMS, self.qkv_rows(block)[:2], strict=True))
+        for name in lengths.keys() & wide.keys():
+            lengths[name] = wide[name] if self.architecture.wide_qk_norm else self.of(block).head_dim
+        if self.layer_input_length:
+            lengths["post_norm"] = self.embedding_length
+        return {name: (length,) for name, length in lengths.items()}
 
-    def __init__(self, metadata: Mapping[str, object], architecture: Architecture) -> None:
-        self.metadata, self.architecture = metadata, architecture
-
-    def name(self, key: str) -> str:
-        return f"{self.architecture.name}.{key}"
-
-    def get(self, key: str) -> object:
-        """The value or None; an array with one value for every block counts as that value."""
-        value = self.metadata.get(self.name(key))
-        if isinstance(value, np.ndarray):
-            distinct = np.unique(value)
-            if len(distinct) != 1:
-                raise ConfigError(f"metadata {self.name(key)} differs from block to block, which is not supported")
-            return distinct[0].item()
-        return value
-
-    def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
-        value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"metadata {self.name(key)} must be an integer, got {value!r}")
-        if value < minimum:
-            raise ConfigError(f"metadata {self.name(key)} must be at least {minimum}, got {value}")
-        if value > maximum:
-            raise ConfigError(f"metadata {self.name(key)} must be at most {maximum}, got {value}")
-        return value
-
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
-        value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"metadata {self.name(key)} must be a number, got {value!r}")
-        if not (math.isfinite(value) and value > above):
-            raise ConfigError(f"metadata {self.name(key)} must be a finite number above {above:g}, got {value}")
-        return float(value)
-
-    def text(self, key: str, default: str) -> str:
-        value = self._required(key, default)
-        if not isinstance(value, str):
-            raise ConfigError(f"metadata {self.name(key)} must be a string, got {value!r}")
-        return value
-
-    def _required(self, key: str, default: object) -> object:
-        value = self.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(f"metadata {self.name(key)} is missing")
-        return value
+    def query_scale(self, position: float) -> float:
+        """What a query is multiplied by for its place: 1, and more for later ones where the model was made so."""
+        if not self.temperature:
+            return 1.0
+        return 1.0 + self.temperature * math.log1p(math.floor(position / self.temperature_length))
 
 
 def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
@@ -188,7 +261,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     architecture = ARCHITECTURES.get(arch) if isinstance(arch, str) else None
     if architecture is None:
         raise ConfigError(f"architecture {arch!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}")
-    keys = _Keys(metadata, architecture)
+    keys = Keys(metadata, architecture)
     _refuse(keys)
 
     embedding = tensors.get("token_embd.weight")
@@ -198,72 +271,182 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
 
     d = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
-    kv_heads = keys.integer("attention.head_count_kv", heads)
-    if heads % kv_heads:
-        raise ConfigError(
-            f"metadata {arch}.attention.head_count {heads} is no multiple of attention.head_count_kv {kv_heads}"
-        )
+    blocks = keys.integer("block_count")
+    if blocks > len(tensors):  # else a hostile count would make the loops and tuples below as long as it likes
+        raise ConfigError(f"metadata {arch}.block_count is {blocks}, but the file has only {len(tensors)} tensors")
+    kv_heads = _by_block(keys, "attention.head_count_kv", blocks, heads)
+    for count in kv_heads:
+        if heads % count:
+            raise ConfigError(
+                f"metadata {arch}.attention.head_count {heads} is no multiple of attention.head_count_kv {count}"
+            )
     if keys.get("attention.key_length") is None and d % heads:
         raise ConfigError(f"metadata {arch}.embedding_length {d} is no multiple of attention.head_count {heads}")
     head_dim = keys.integer("attention.key_length", d // heads)
     if head_dim > MAX_HEAD:
         raise ConfigError(f"metadata {arch}.attention.key_length: a head of {head_dim} elements, more than {MAX_HEAD}")
-    for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
-        if keys.integer(key, head_dim) != head_dim:
+    local_dim = keys.integer("attention.key_length_swa", head_dim, maximum=MAX_HEAD)
+    for key, length in (
+        ("attention.value_length", head_dim),
+        ("attention.key_length_swa", local_dim if architecture.varied else head_dim),
+        ("attention.value_length_swa", local_dim),
+    ):
+        if keys.integer(key, length) != length:
             raise ConfigError(
-                f"metadata {arch}.{key} {keys.get(key)} differs from the key length {head_dim}: not supported"
+                f"metadata {arch}.{key} {keys.get(key)} differs from the key length {length}: not supported"
             )
 
-    blocks = keys.integer("block_count")
-    if blocks > len(tensors):  # else a hostile count would make the loops and tuples below as long as it likes
-        raise ConfigError(f"metadata {arch}.block_count is {blocks}, but the file has only {len(tensors)} tensors")
     context = keys.integer("context_length")
-    rope, local_rope = _read_rope(keys, head_dim, context)
+    rope, local_rope = _read_rope(keys, head_dim, local_dim, context)
+    temperature = 0.0 if keys.get(TEMPERATURE) in (None, 0) else keys.number(TEMPERATURE)
     window, local_blocks = _read_window(keys, blocks)
+    embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
+    residual = residual_scale or 1.0
+    feed_forward = _by_block(keys, "feed_forward_length", blocks, 1 if architecture.experts else None)
+    sizes = _read_sizes(keys, local_blocks, (head_dim, local_dim), kv_heads, feed_forward, tensors)
     return ModelConfig(
         architecture=architecture,
         context_length=context,
         vocab_size=vocab_size,
         embedding_length=d,
-        feed_forward_length=keys.integer("feed_forward_length"),
+        feed_forward_length=max(feed_forward),
         block_count=blocks,
         head_count=heads,
-        kv_head_count=kv_heads,
+        kv_head_count=max(kv_heads),
         head_dim=head_dim,
-        rms_epsilon=keys.number("attention.layer_norm_rms_epsilon"),
+        rms_epsilon=keys.number("attention.layer_norm_rms_epsilon") / residual**2,
         rope=rope,
         local_rope=local_rope,
         local_blocks=local_blocks,
         sliding_window=window,
-        attention_scale=architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
-        embedding_scale=d**0.5 if architecture.scaled_embedding else 1.0,
+        attention_scale=attention_scale or architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
+        embedding_scale=(d**0.5 if architecture.scaled_embedding else embedding_scale or 1.0) / residual,
+        fused_qkv=frozenset(i for i in range(blocks) if f"blk.{i}.{FUSED_QKV}.weight" in tensors),
+        attention_cap=_read_cap(keys, ATTENTION_CAP, architecture.attention_cap),
+        logit_cap=_read_cap(keys, LOGIT_CAP, architecture.logit_cap),
+        temperature=temperature,
+        temperature_length=rope.original_context,
+        unturned_blocks=frozenset(i for i in range(blocks) if _is_unturned(keys, i)),
+        logit_scale=logit_scale or 1.0,
+        sizes=sizes if architecture.varied else (),
+        idle=frozenset(
+            name
+            for i, block in enumerate(sizes)
+            for name in (f"blk.{i}.{linear}.weight" for linear in QKV[1:])
+            if block.kv_block != i and name in tensors
+        ),
+        mixture=_read_mixture(keys) if architecture.experts else None,
+        layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
     )
 
 
-def _refuse(keys: _Keys) -> None:
+def _read_mixture(keys: Keys) -> Mixture:
+    count = keys.integer("expert_count", minimum=2, maximum=MAX_EXPERTS)
+    used = keys.integer("expert_used_count", maximum=count)
+    # older files of qwen3moe have no length of an expert's own (src/models/qwen3moe.cpp)
+    length = keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length", 0, minimum=0) // used)
+    return Mixture(count, used, length)
+
+
+def _by_block(keys: Keys, key: str, blocks: int, default: int | None = None) -> list[int]:
+    """One number for each block; only where the architecture allows it may they differ."""
+    if keys.architecture.varied:
+        return keys.per_block(key, blocks, default)
+    return [keys.integer(key, default)] * blocks
+
+
+def _read_sizes(
+    keys: Keys,
+    local_blocks: Sequence[bool],
+    head_dims: tuple[int, int],
+    kv_heads: Sequence[int],
+    feed_forward: Sequence[int],
+    tensors: Mapping[str, TensorInfo],
+) -> tuple[BlockSizes, ...]:
+    """head_dims: of blocks that see everything, and of those with a window.
+
+    The last blocks, where the file says so, use the keys and values of the last block of their kind before them.
+    """
+    blocks = len(local_blocks)
+    own = blocks - keys.integer(SHARED_KV, 0, minimum=0)
+
+    def kv_block(i: int) -> int:
+        if i < own:
+            return i
+        source = own - (2 if local_blocks[i] else 1)
+        if own < 2 or local_blocks[source] != local_blocks[i]:
+            raise ConfigError(
+                f"metadata {keys.name(SHARED_KV)} {blocks - own}: block {i} would use the keys of block {source}, "
+                "which does not see the same tokens"
+            )
+        return source
+
+    return tuple(
+        BlockSizes(
+            kv_heads[kv_block(i)],
+            head_dims[local],
+            feed_forward[i],
+            kv_block(i),
+            not keys.architecture.varied or any(f"blk.{i}.{name}.weight" in tensors for name in ("attn_v", FUSED_QKV)),
+        )
+        for i, local in enumerate(local_blocks)
+    )
+
+
+def _read_scale(keys: Keys, key: str) -> float:
+    """0: the file has none, or the architecture does not look at it"""
+    if key not in keys.architecture.reads or keys.get(key) in (None, 0):
+        return 0.0
+    return keys.number(key)
+
+
+def _is_unturned(keys: Keys, block: int) -> bool:
+    if ROPE_SWITCH in keys.architecture.reads and keys.get(ROPE_SWITCH) is False:
+        return True
+    period = keys.architecture.unturned_period
+    return period > 0 and block % period == period - 1
+
+
+def _read_cap(keys: Keys, key: str, usual: float) -> float:
+    """0: none"""
+    value = keys.get(key)
+    return usual if value is None else 0.0 if value == 0 else keys.number(key)
+
+
+def _refuse(keys: Keys) -> None:
     for key in ("expert_count", "expert_used_count"):
         count = keys.get(key)
-        if count not in (None, 0):
-            raise ConfigError(f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported")
+        if count not in (None, 0) and not keys.architecture.experts:
+            name = keys.architecture.name
+            raise ConfigError(
+                f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported in {name} models"
+            )
     for key, neutral in _REFUSED.items():
         value = keys.get(key)
-        if value is not None and value not in neutral:
+        if value is not None and value not in neutral and key not in keys.architecture.reads:
             raise ConfigError(f"metadata {keys.name(key)} = {value!r} is not supported")
 
 
-def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
-    """RoPE of blocks that see everything, and of blocks with a sliding window."""
+def _read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[Rope, Rope]:
+    """RoPE of blocks that see everything, and of blocks with a sliding window: of heads of so many elements."""
     dimensions = keys.integer("rope.dimension_count", head_dim)
     if dimensions % 2 or dimensions > head_dim:
         raise ConfigError(
             f"metadata {keys.name('rope.dimension_count')} must be even and at most {head_dim}, got {dimensions}"
         )
-    if keys.integer("rope.dimension_count_swa", dimensions) != dimensions:
+    local_dimensions = keys.integer("rope.dimension_count_swa", dimensions)
+    if local_dimensions != dimensions and not keys.architecture.varied:
         raise ConfigError(f"metadata {keys.name('rope.dimension_count_swa')} differs from the other: not supported")
-    kind = keys.text("rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn"):
+    if keys.architecture.varied and (local_dimensions % 2 or local_dimensions > local_dim):
         raise ConfigError(
-            f"metadata {keys.name('rope.scaling.type')} {kind!r} is not supported, only none, linear and yarn"
+            f"metadata {keys.name('rope.dimension_count_swa')} must be even and at most {local_dim}, "
+            f"got {local_dimensions}"
+        )
+    kind = keys.text("rope.scaling.type", "linear")
+    kinds = ("none", "linear", "yarn", *(("longrope",) if keys.architecture.long_rope else ()))
+    if kind not in kinds:
+        raise ConfigError(
+            f"metadata {keys.name('rope.scaling.type')} {kind!r} is not supported, only {' and '.join(kinds)}"
         )
     # Files older than rope.scaling.* wrote rope.scale_linear; 0 stands for "no scaling" in both.
     factor_key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
@@ -273,6 +456,12 @@ def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
     if kind == "yarn" and factor < 1.0:
         raise ConfigError(f"metadata {keys.name('rope.scaling.factor')} must be at least 1 for yarn, got {factor:g}")
     attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
+    fast, slow, log_multiplier = (
+        keys.number(key, usual, above=-1.0) if key in keys.architecture.reads else usual
+        for key, usual in zip(YARN_KEYS, (32.0, 1.0, 0.0), strict=True)
+    )
+    # YaRN's attention temperature, folded into q and k as llama.cpp does it
+    warmth = (1.0 + 0.1 * math.log(factor)) / (1.0 + 0.1 * log_multiplier * math.log(factor)) if kind == "yarn" else 1.0
     rope = Rope(
         interleaved=keys.architecture.interleaved_rope,
         dimensions=dimensions,
@@ -280,21 +469,27 @@ def _read_rope(keys: _Keys, head_dim: int, context: int) -> tuple[Rope, Rope]:
         scale=1.0 / factor,
         yarn=kind == "yarn",
         original_context=keys.integer("rope.scaling.original_context_length", context),
-        # YaRN's attention temperature, folded into q and k as llama.cpp does it
-        magnitude=attention_factor * (1.0 + 0.1 * math.log(factor) if kind == "yarn" else 1.0),
+        magnitude=attention_factor * warmth,
+        fast=fast,
+        slow=slow,
     )
     window = keys.architecture.window
-    local_base = keys.number("rope.freq_base_swa", rope.base if window is None else window.rope_base, above=1.0)
-    return rope, replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
+    if window is not None and window.plain_rope:
+        return rope, replace(rope, scale=1.0, yarn=False, magnitude=1.0)
+    if window is None or window.rope_base is None:
+        return rope, replace(rope, base=keys.number("rope.freq_base_swa", rope.base, above=1.0))
+    local_base = keys.number("rope.freq_base_swa", window.rope_base, above=1.0)
+    local = replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
+    return rope, replace(local, dimensions=local_dimensions)
 
 
-def _read_window(keys: _Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
+def _read_window(keys: Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
     """The window's length (0: none) and which blocks have it."""
     none = 0, (False,) * blocks
     window = keys.architecture.window
     if window is None:
         return none
-    length = keys.integer("attention.sliding_window", 0, minimum=0)
+    length = keys.integer("attention.sliding_window", window.length, minimum=0)
     if length == 0:
         return none
     name = "attention.sliding_window_pattern"
@@ -318,18 +513,37 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
     architecture, d, v = config.architecture, config.embedding_length, config.vocab_size
     required: dict[str, tuple[int, ...]] = {"token_embd.weight": (v, d), "output_norm.weight": (d,)}
     optional: dict[str, tuple[int, ...]] = {"output.weight": (v, d)}
-    if architecture.rope_factors:
-        optional["rope_freqs.weight"] = (config.rope.dimensions // 2,)
+    factors: tuple[str, ...] = ("rope_freqs",) if architecture.rope_factors else ()
+    factors += (SHORT_ROPE, LONG_ROPE) if architecture.long_rope else ()
+    optional |= {f"{name}.weight": (config.rope.dimensions // 2,) for name in factors}
+    if config.layer_input_length:
+        length = config.layer_input_length * config.block_count
+        required |= {
+            "per_layer_token_embd.weight": (v, length),
+            "per_layer_model_proj.weight": (length, d),
+            "per_layer_proj_norm.weight": (config.layer_input_length,),
+        }
     if "output" in architecture.biases:
         optional["output.bias"] = (v,)
     for i in range(config.block_count):
         block = f"blk.{i}."
-        for linear in BLOCK_LINEARS:
-            outputs, inputs = config.linear_shape(linear)
+        for linear, (outputs, inputs) in config.linears(i).items():
             required[f"{block}{linear}.weight"] = (outputs, inputs)
-            if linear in architecture.biases:
+            if architecture.may_have_bias(linear):
                 optional[f"{block}{linear}.bias"] = (outputs,)
-        required |= {f"{block}{norm}.weight": config.norm_shape(norm) for norm in architecture.block_norms}
+        norms = config.norms(i).items()
+        required |= {f"{block}{architecture.norm_in_file(norm)}.weight": shape for norm, shape in norms}
+        if architecture.qk_norm and not config.has_own_kv(i):
+            optional[f"{block}attn_k_norm.weight"] = (config.of(i).head_dim,)  # llama.cpp, too, reads past it
+        if architecture.sinks:
+            required[f"{block}{SINKS}.weight"] = (config.head_count,)
+        if config.mixture is not None:
+            stacks: dict[str, tuple[int, ...]] = {ROUTER: (config.mixture.count, d), **config.stacks()}
+            required |= {f"{block}{name}.weight": shape for name, shape in stacks.items()}
+            biases = {name: shape[:-1] for name, shape in stacks.items() if architecture.may_have_bias(name)}
+            optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
+        if architecture.block_scale:
+            optional[f"{block}layer_output_scale.weight"] = (1,)
 
     for name, shape in (required | optional).items():
         info = tensors.get(name)

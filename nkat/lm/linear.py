@@ -116,9 +116,9 @@ class StarLinear(PackedModule):
         type without a kernel stays as the file has it and is multiplied by the reference.
         """
         if self.device.type == "cuda":
-            from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
+            from nkat.kernels.cuda.packing import pack  # Triton is loaded only where it is used
 
-            self.move_to_kernels(cuda.pack(self.file_bytes, self.qtype, self.shape))
+            self.move_to_kernels(pack(self.file_bytes, self.qtype, self.shape))
             return
         if self.qtype not in kernel_types("cpu"):
             return

@@ -16,11 +16,14 @@ import torch
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantise, packed_tensor
 from nkat.kernels.registry import say_fallbacks
-from nkat.lm.architectures import BLOCK_LINEARS
-from nkat.lm.config import ConfigError, ModelConfig
+from nkat.lm.architectures import LONG_ROPE, ROUTER, SHORT_ROPE, SINKS
+from nkat.lm.config import ModelConfig
+from nkat.lm.experts import Experts, ExpertStack
+from nkat.lm.keys import ConfigError
 from nkat.lm.linear import StarLinear
-from nkat.lm.tokenizer import Tokenizer, TokenizerError
-from nkat.lm.transformer import Block, Embedding, Transformer
+from nkat.lm.tokenizer import Tokenizer
+from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer
+from nkat.lm.vocabulary import TokenizerError
 from nkat.theta.algebra import Theta
 from nkat.theta.modelfile import ModelFile, open_model_file
 
@@ -92,7 +95,7 @@ def load_model(
     if thetas is not None:
         model.set_thetas(thetas)
         model.set_gamma(gamma)
-    for layer in model.star_linears().values():
+    for layer in model.multipliers().values():
         layer.int8_activations = int8_activations
     if repack and (device.type == "cpu" or dtype in (torch.bfloat16, torch.float16)):
         _repack(model, gguf, tensors)
@@ -117,7 +120,7 @@ def _read(path: Path, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> tupl
 
 def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> None:
     tied = "output.weight" not in tensors
-    layers = model.star_linears()
+    layers = model.multipliers()
     if tied:
         layers["token_embd.weight"] = layers.pop("output.weight")
     say_fallbacks(model.device.type, [tensors[name].type for name in {"token_embd.weight", *layers}])
@@ -125,13 +128,13 @@ def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo
         from nkat.kernels.cuda.linear import out_of_memory_hint  # Triton is loaded only where it is used
 
         with out_of_memory_hint():
-            for layer in layers.values():
-                layer.repack()
+            for linear in model.all_linears().values():  # routers and experts stay as they are
+                linear.repack()
             model.embedding.repack(model.output.device_weight if tied else None)
         return
     for name, layer in layers.items():
         layer.repack()
-        if layer.compiled is not None:
+        if isinstance(layer, StarLinear) and layer.compiled is not None:
             gguf.release(name)
 
 
@@ -147,34 +150,77 @@ class _Assembler:
         table = self.tensors["token_embd.weight"]
         packed_table = self.packed(table.name)
         tied = "output.weight" not in self.tensors
-        factors = "rope_freqs.weight"
         shape = (config.vocab_size, config.embedding_length)
         return Transformer(
             config,
             Embedding(packed_table, table.type, shape),
             [self.block(config, i) for i in range(config.block_count)],
-            self.vector("output_norm.weight"),
+            self.vector("output_norm.weight") / config.logit_scale,
             self.linear("token_embd", shape, packed_table) if tied else self.linear("output", shape),
-            self.vector(factors) if factors in self.tensors else None,
+            self.rope_factors(SHORT_ROPE),
+            self.rope_factors(LONG_ROPE),
+            self.layer_inputs(config) if config.layer_input_length else None,
         )
+
+    def layer_inputs(self, config: ModelConfig) -> LayerInputs:
+        table = self.tensors["per_layer_token_embd.weight"]
+        length = config.block_count * config.layer_input_length
+        return LayerInputs(
+            config,
+            Embedding(self.packed(table.name), table.type, (config.vocab_size, length)),
+            self.linear("per_layer_model_proj", (length, config.embedding_length)),
+            self.vector("per_layer_proj_norm.weight"),
+        )
+
+    def rope_factors(self, name: str) -> torch.Tensor | None:
+        """Those for short or for long contexts; a file has either these or the ones for contexts of any length."""
+        there = [n for n in ("rope_freqs.weight", f"{name}.weight") if n in self.tensors]
+        return self.vector(there[0]) if there else None
 
     def block(self, config: ModelConfig, index: int) -> Block:
         prefix = f"blk.{index}."
-        norms = {norm: self.vector(f"{prefix}{norm}.weight") for norm in config.architecture.block_norms}
-        linears = {name: self.linear(prefix + name, config.linear_shape(name)) for name in BLOCK_LINEARS}
-        return Block(config, index, linears, norms)
+        in_file = config.architecture.norm_in_file
+        norms = {norm: self.vector(f"{prefix}{in_file(norm)}.weight") for norm in config.norms(index)}
+        linears = {name: self.linear(prefix + name, shape) for name, shape in config.linears(index).items()}
+        names = [f"{prefix}{name}.weight" for name in ("layer_output_scale", SINKS)]
+        scale, sinks = (self.vector(name) if name in self.tensors else None for name in names)
+        return Block(config, index, linears, norms, scale, sinks, self.experts(config, prefix))
 
-    def linear(self, stem: str, shape: tuple[int, int], packed: torch.Tensor | None = None) -> StarLinear:
+    def experts(self, config: ModelConfig, prefix: str) -> Experts | None:
+        if config.mixture is None:
+            return None
+        # which experts are chosen hangs on small differences: the router computes as the residual stream does
+        router = self.linear(prefix + ROUTER, (config.mixture.count, config.embedding_length), dtype=self.stream)
+        stacks = {name: self.stack(prefix + name, shape) for name, shape in config.stacks().items()}
+        return Experts(config.architecture, config.mixture.used, router, stacks)
+
+    def stack(self, stem: str, shape: tuple[int, int, int]) -> ExpertStack:
+        info, name = self.tensors[stem + ".weight"], stem + ".bias"
+        bias = self.vector(name).view(shape[:2]) if name in self.tensors else None
+        packed = self.packed(info.name)
+        return ExpertStack(packed, info.type, shape, dtype=self.dtype, bias=bias, keep_dense=self.keep_dense)
+
+    def linear(
+        self,
+        stem: str,
+        shape: tuple[int, int],
+        packed: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> StarLinear:
         info = self.tensors[stem + ".weight"]
         bias = self.vector(stem + ".bias") if stem + ".bias" in self.tensors else None
         packed = self.packed(info.name) if packed is None else packed
-        return StarLinear(packed, info.type, shape, dtype=self.dtype, bias=bias, keep_dense=self.keep_dense)
+        return StarLinear(packed, info.type, shape, dtype=dtype or self.dtype, bias=bias, keep_dense=self.keep_dense)
+
+    @property
+    def stream(self) -> torch.dtype:
+        """Of the residual stream."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def vector(self, name: str) -> torch.Tensor:
         """A norm's weight, a bias or RoPE factors: dequantised, in the residual stream's dtype."""
         info = self.tensors[name]
-        stream = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return dequantise(self.packed(name), info.type, (prod(info.shape),)).to(stream, copy=True)
+        return dequantise(self.packed(name), info.type, (prod(info.shape),)).to(self.stream, copy=True)
 
     def packed(self, name: str) -> torch.Tensor:
         info = self.tensors[name]

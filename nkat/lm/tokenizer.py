@@ -1,9 +1,10 @@
 """Text to token ids and back with the vocabulary inside a GGUF file; the ids are those of llama.cpp.
 
-Two kinds of vocabulary (`tokenizer.ggml.model`):
+Kinds of vocabulary (`tokenizer.ggml.model`):
 
-- `gpt2`: byte-level BPE. A pre-tokeniser (`tokenizer.ggml.pre`) cuts the text with regular expressions, then merges are
-  applied by rank inside each word. The `tokenizers` library does both.
+- `gpt2`: BPE. A pre-tokeniser (`tokenizer.ggml.pre`, `nkat.lm.pretokenisers`) cuts the text with regular expressions,
+  then merges are applied by rank inside each word. The `tokenizers` library does both. Merges are of bytes; of
+  characters in a `gemma4` vocabulary and its like, which write spaces as U+2581 as well.
 - `llama`: SentencePiece BPE. Of all adjacent pairs whose concatenation is a token, the one with the highest score is
   merged first, the leftmost among equals. This is written out here: `tokenizers` wants an explicit list of merges
   (514,847 for Gemma 3: 2 s to make, against 0.2 s for this class), orders equal scores by that list instead of by
@@ -29,56 +30,28 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from heapq import heappop, heappush
 from itertools import groupby
 from operator import index, itemgetter
 from typing import Any
 
 import numpy as np
-import tokenizers
 from gguf import TokenType
 
-from nkat.errors import NKATError
+from nkat.lm.merging import ByteBPE, CharacterBPE, SentencePiece
+from nkat.lm.pretokenisers import PRE_TOKENIZERS, PreTokenizer
+from nkat.lm.vocabulary import (
+    KEY,
+    TokenizerError,
+    flag,
+    read_merges,
+    read_numbers,
+    read_tokens,
+    string,
+)
 
-_KEY = "tokenizer.ggml."
+_KINDS = ("gpt2", "gemma4", "llama")
+_OWN_PRE = "gemma4"  # a kind that names its pre-tokeniser, and has no special ids unless the file says so
 _ID_UNSET = 2**32 - 1  # writers store -1 in the unsigned id fields for "this vocabulary has none"
-_SPACE = "\u2581"  # SentencePiece's visible space
-_LONGEST_CACHED_WORD = 64  # characters; with the cache's size this bounds its memory
-
-
-class TokenizerError(NKATError):
-    """A vocabulary that cannot be used, or text or ids that it cannot express; names the metadata key."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreTokenizer:
-    """How a `gpt2` vocabulary cuts text into words: each pattern in turn isolates its matches in every piece so far."""
-
-    patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a word that is a token stays whole, even where the merges would not build it
-    adds_bos: bool = False  # unless tokenizer.ggml.add_bos_token says otherwise
-
-
-# The patterns are those of the models' own tokenizer.json. Contractions name both cases instead of using (?i:...),
-# which would also match U+017F (long s).
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORD = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = rf"{_WORD}|\p{{N}}{{1,3}}|{_REST}"
-_QWEN2 = rf"{_WORD}|\p{{N}}|{_REST}"
-
-# Every name is one that llama.cpp maps to the patterns of its row.
-_FAMILIES = {
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": PreTokenizer((_LLAMA3,), True, True),
-    "dbrx smaug-bpe": PreTokenizer((_LLAMA3,)),
-    "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan": PreTokenizer((_QWEN2,)),
-    "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2": PreTokenizer((r"\p{N}", _GPT2)),
-    "gpt-2 phi-2 mpt olmo jais gigachat a.x-4.0 mellum exaone4 trillion": PreTokenizer((_GPT2,)),
-    "default": PreTokenizer((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-}
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {name: pre for names, pre in _FAMILIES.items() for name in names.split()}
 
 # Texts by which llama.cpp knows tokens that end a generation, whatever their declared type.
 _END_TEXTS = (
@@ -99,144 +72,15 @@ _FIM_TEXTS = {
     "fim_sep_token_id": ("<|file_sep|>",),
 }  # fmt: skip
 _FIM_ENDS = ("fim_pad_token_id", "fim_rep_token_id", "fim_sep_token_id")
+# One of those texts, beside which others it ends no generation, and whether it is still cut out of texts.
+_NO_ENDS = (
+    ("<|end|>", {"<|return|>", "<|call|>"}, True),
+    ("<|end|>", {"<|return|>", "<|calls|>"}, True),
+    ("<|end|>", {"<|flush|>", "<|call|>"}, True),
+    ("<|end|>", {"<|flush|>", "<|calls|>"}, True),
+    ("</s>", {"<|tool_response>"}, False),
+)
 _USER_DEFINED_TEXTS = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-
-
-def _byte_alphabet() -> list[str]:
-    """The 256 printable characters that stand for bytes 0..255 in a byte-level vocabulary (GPT-2's table)."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-_BYTE_TO_CHAR = _byte_alphabet()
-_CHAR_TO_BYTE = {char: bytes([byte]) for byte, char in enumerate(_BYTE_TO_CHAR)}
-
-
-class _ByteLevelBPE:
-    """A `gpt2` vocabulary."""
-
-    def __init__(self, token_ids: dict[str, int], merges: list[str], pre: PreTokenizer) -> None:
-        # The library skips a character without a token and then merges its neighbours across the gap; as an unknown
-        # token the gap stays, and `encode` drops it.
-        gap = "\0"
-        while gap in token_ids:
-            gap += "\0"
-        self._gap_id = len(token_ids)
-        model = tokenizers.models.BPE
-        try:
-            unique = dict.fromkeys(merges)  # of a repeated merge the first rank holds
-            pairs = [(left, right) for merge in unique for left, right in (merge.split(" "),)]
-            bpe = model(token_ids | {gap: self._gap_id}, pairs, unk_token=gap, ignore_merges=pre.ignore_merges)
-        except Exception as error:  # a merge is not a pair, or has unknown tokens: a bare Exception of the library
-            problem = _bad_merge(merges, token_ids)
-            if problem is None:
-                raise
-            raise problem from error
-        split, byte_level = tokenizers.pre_tokenizers.Split, tokenizers.pre_tokenizers.ByteLevel
-        steps: list[tokenizers.pre_tokenizers.PreTokenizer] = [
-            *(split(tokenizers.Regex(pattern), behavior="isolated") for pattern in pre.patterns),
-            byte_level(add_prefix_space=False, use_regex=False),
-        ]
-        self._tokenizer = tokenizers.Tokenizer(bpe)
-        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
-        self._missing = {byte for byte, char in enumerate(_BYTE_TO_CHAR) if char not in token_ids}
-
-    def encode(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        if self._missing and self._gap_id in ids:
-            dropped = ", ".join(f"0x{byte:02X}" for byte in sorted(self._missing.intersection(text.encode())))
-            warnings.warn(
-                f"{_KEY}tokens has no token for some bytes of the text ({dropped}); they are dropped, as by llama.cpp",
-                stacklevel=3,
-            )
-            ids = [token for token in ids if token != self._gap_id]
-        return ids
-
-    @staticmethod
-    def piece(text: str) -> bytes:
-        # A character outside the alphabet (of a special token declared as a normal one) stands for itself.
-        return b"".join(_CHAR_TO_BYTE.get(char) or char.encode() for char in text)
-
-
-def _bad_merge(merges: list[str], token_ids: Mapping[str, int]) -> TokenizerError | None:
-    for at, merge in enumerate(merges):
-        parts = merge.split(" ")
-        if len(parts) != 2:
-            return TokenizerError(f"{_KEY}merges[{at}] is {merge[:80]!r}, not two tokens separated by a space")
-        for text in (*parts, "".join(parts)):
-            if text not in token_ids:
-                return TokenizerError(f"{_KEY}merges[{at}] is {merge[:80]!r}, but {text[:80]!r} is not a token")
-    return None
-
-
-class _SentencePiece:
-    """A `llama` vocabulary."""
-
-    def __init__(self, token_ids: dict[str, int], scores: np.ndarray, add_space_prefix: bool) -> None:
-        self._ids = token_ids
-        self._costs = (-scores.astype(np.float32)).tolist()  # llama.cpp compares in float32
-        self.add_space_prefix = add_space_prefix
-        # Words are encoded one by one and remembered. Cutting before U+2581 changes nothing where no token contains it
-        # after that other character, so those characters (Gemma 3: only ">", from ">▁</") are found first.
-        joined = " ".join(token_ids)  # escaped text has no spaces, so pairs that contain one do not matter
-        joins = {_SPACE, *(pair[0] for pair in re.findall(f"[^ {_SPACE}]{_SPACE}", joined))}
-        self._word_starts = re.compile(f"(?<=[^{re.escape(''.join(sorted(joins)))}])(?={_SPACE})")
-        self._encode_cached = lru_cache(maxsize=1 << 16)(self._encode_word)
-
-    def encode(self, text: str) -> list[int]:
-        if self.add_space_prefix:
-            text = " " + text
-        ids: list[int] = []
-        for word in self._word_starts.split(text.replace(" ", _SPACE)):
-            ids += self._encode_cached(word) if len(word) <= _LONGEST_CACHED_WORD else self._encode_word(word)
-        return ids
-
-    def _encode_word(self, word: str) -> tuple[int, ...]:
-        """Merge the cheapest adjacent pair until none is left; `symbols[i]` is "" once a symbol to its left took it."""
-        symbols = list(word)
-        end = len(symbols)
-        left_of = list(range(-1, end - 1))
-        right_of = list(range(1, end + 1))
-        queue: list[tuple[float, int, int, int]] = []
-
-        def offer(left: int, right: int) -> None:
-            merged = symbols[left] + symbols[right]
-            token = self._ids.get(merged)
-            if token is not None:
-                heappush(queue, (self._costs[token], left, right, len(merged)))
-
-        for right in range(1, end):
-            offer(right - 1, right)
-        while queue:
-            _, left, right, size = heappop(queue)
-            # Symbols only grow, so an unchanged size means that the pair is still the one that was offered.
-            if not symbols[left] or not symbols[right] or len(symbols[left]) + len(symbols[right]) != size:
-                continue
-            symbols[left] += symbols[right]
-            symbols[right] = ""
-            after = right_of[left] = right_of[right]
-            if after < end:
-                left_of[after] = left
-                offer(left, after)
-            if left_of[left] >= 0:
-                offer(left_of[left], left)
-
-        ids: list[int] = []
-        for symbol in filter(None, symbols):
-            token = self._ids.get(symbol)
-            ids += self._byte_ids(symbol) if token is None else (token,)
-        return tuple(ids)
-
-    def _byte_ids(self, char: str) -> list[int]:
-        try:
-            return [self._ids[f"<0x{byte:02X}>"] for byte in char.encode()]
-        except KeyError as missing:
-            raise TokenizerError(f"{_KEY}tokens has neither {char!r} nor the byte token {missing}") from None
-
-    @staticmethod
-    def piece(text: str) -> bytes:
-        return text.replace(_SPACE, " ").encode()
 
 
 class Tokenizer:
@@ -251,35 +95,40 @@ class Tokenizer:
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         """See `from_metadata`."""
-        kind = _string(metadata, "model")
-        if kind not in ("gpt2", "llama"):
-            raise TokenizerError(f"{_KEY}model is {kind[:80]!r}; supported are 'gpt2' and 'llama'")
-        self._tokens, self._broken = _tokens(metadata)
+        kind = string(metadata, "model")
+        if kind not in _KINDS:
+            raise TokenizerError(f"{KEY}model is {kind[:80]!r}; supported are {', '.join(map(repr, _KINDS))}")
+        self._tokens, self._broken = read_tokens(metadata)
         self.vocab_size = len(self._tokens)
         token_ids = {text: token for token, text in enumerate(self._tokens)}
         if len(token_ids) != self.vocab_size:
             again = next(token for token, text in enumerate(self._tokens) if token_ids[text] != token)
-            raise TokenizerError(f"{_KEY}tokens holds {self._tokens[again][:80]!r} twice, at {again} and later")
+            raise TokenizerError(f"{KEY}tokens holds {self._tokens[again][:80]!r} twice, at {again} and later")
 
-        self._model: _ByteLevelBPE | _SentencePiece
-        if kind == "gpt2":
-            pre = _pre_tokenizer(metadata)
-            default_bos, default_eos, adds_bos = 11, 11, pre.adds_bos
-            self._model = _ByteLevelBPE(token_ids, _merges(metadata), pre)
+        self._model: ByteBPE | CharacterBPE | SentencePiece
+        default_bos: int | None
+        default_eos: int | None
+        if kind != "llama":
+            pre = _pre_tokenizer(metadata, kind)
+            default_bos = 11 if pre.assumes_bos and kind != _OWN_PRE else None
+            default_eos = 11 if kind != _OWN_PRE else None
+            adds_bos, always_bos = pre.adds_bos, pre.always_bos
+            bpe = CharacterBPE if pre.characters else ByteBPE
+            self._model = bpe(token_ids, read_merges(metadata), pre)
         else:
-            default_bos, default_eos, adds_bos = 1, 2, True
-            if f"{_KEY}scores" in metadata:
-                scores = _numbers(metadata, "scores", self.vocab_size)
+            default_bos, default_eos, adds_bos, always_bos = 1, 2, True, False
+            if f"{KEY}scores" in metadata:
+                scores = read_numbers(metadata, "scores", self.vocab_size)
             else:
-                warnings.warn(f"{_KEY}scores is missing; all are 0, as in llama.cpp", stacklevel=3)
+                warnings.warn(f"{KEY}scores is missing; all are 0, as in llama.cpp", stacklevel=3)
                 scores = np.zeros(self.vocab_size, np.float32)
-            self._model = _SentencePiece(token_ids, scores, _flag(metadata, "add_space_prefix", True))
+            self._model = SentencePiece(token_ids, scores, flag(metadata, "add_space_prefix", True))
 
         self.bos_id = self._id(metadata, "bos_token_id", default_bos)
         self.eos_id = self._id(metadata, "eos_token_id", default_eos)
-        self.adds_bos = _flag(metadata, "add_bos_token", adds_bos)
+        self.adds_bos = flag(metadata, "add_bos_token", adds_bos) or always_bos
         self._before = _added("bos", self.bos_id, self.adds_bos)
-        self._after = _added("eos", self.eos_id, _flag(metadata, "add_eos_token", False))
+        self._after = _added("eos", self.eos_id, flag(metadata, "add_eos_token", False))
         self._set_special_tokens(metadata, token_ids)
         self._pieces: dict[int, bytes] = {}
 
@@ -295,8 +144,8 @@ class Tokenizer:
     def _set_special_tokens(self, metadata: Mapping[str, Any], token_ids: Mapping[str, int]) -> None:
         """Find out which tokens are cut out of texts, which are bytes, and which end a generation."""
         types = np.full(self.vocab_size, TokenType.NORMAL)
-        if f"{_KEY}token_type" in metadata:
-            types = _numbers(metadata, "token_type", self.vocab_size)
+        if f"{KEY}token_type" in metadata:
+            types = read_numbers(metadata, "token_type", self.vocab_size)
 
         def of_type(*kinds: TokenType) -> set[int]:
             return set(np.flatnonzero(np.isin(types, kinds)).tolist())
@@ -315,9 +164,15 @@ class Tokenizer:
                 token = known_by_text[0] if known_by_text else None
             if name in _FIM_ENDS:
                 ends.add(token)
-        self.eog_ids = frozenset(token for token in ends if token is not None)
-
         user_defined = (of_type(TokenType.USER_DEFINED) - control).union(of_text(_USER_DEFINED_TEXTS))
+        present = {self._tokens[token] for token in ends if token is not None}
+        for text, others, stays_special in _NO_ENDS:
+            if text in present and others <= present:
+                token = token_ids[text]
+                ends.remove(token)
+                control.discard(token)
+                (user_defined.add if stays_special else user_defined.discard)(token)
+        self.eog_ids = frozenset(token for token in ends if token is not None)
         self._special_ids = {self._tokens[token]: token for token in user_defined | control}
         self._special = sorted(self._special_ids)
         self._user_defined = sorted(self._tokens[token] for token in user_defined)
@@ -327,7 +182,7 @@ class Tokenizer:
             text = self._tokens[token]
             match = re.fullmatch("<0x([0-9A-Fa-f]{2})>", text)
             if match is None:
-                raise TokenizerError(f"{_KEY}tokens[{token}] is {text[:80]!r}, but its type says byte: '<0xNN>'")
+                raise TokenizerError(f"{KEY}tokens[{token}] is {text[:80]!r}, but its type says byte: '<0xNN>'")
             self._bytes[token] = bytes.fromhex(match[1])
 
         # llama.cpp goes by the model's name here: Phi-3's special tokens swallow the white space that follows them.
@@ -386,7 +241,7 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """`decode_bytes` as text, U+FFFD for what is not UTF-8; drops the one leading space of `add_space_prefix`."""
         text = self.decode_bytes(ids).decode("utf-8", errors="replace")
-        if isinstance(self._model, _SentencePiece) and self._model.add_space_prefix:
+        if isinstance(self._model, SentencePiece) and self._model.add_space_prefix:
             return text.removeprefix(" ")
         return text
 
@@ -405,15 +260,15 @@ class Tokenizer:
         return piece
 
     def _id(self, metadata: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
-        value = metadata.get(_KEY + name, _ID_UNSET)
+        value = metadata.get(KEY + name, _ID_UNSET)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise TokenizerError(f"{_KEY}{name} is {value!r:.80}, not a token id")
+            raise TokenizerError(f"{KEY}{name} is {value!r:.80}, not a token id")
         if value == _ID_UNSET:
             return default if default is not None and default < self.vocab_size else None
         if not 0 <= value < self.vocab_size:
             usual = default if default is not None and default < self.vocab_size else None
             warnings.warn(
-                f"{_KEY}{name} is {value}, outside the vocabulary of {self.vocab_size}; "
+                f"{KEY}{name} is {value}, outside the vocabulary of {self.vocab_size}; "
                 f"{'none' if usual is None else usual} is used, as by llama.cpp",
                 stacklevel=4,
             )
@@ -424,7 +279,7 @@ class Tokenizer:
 def _added(name: str, token: int | None, wanted: bool) -> tuple[int, ...]:
     """What the vocabulary adds to texts in this place."""
     if wanted and token is None:
-        raise TokenizerError(f"{_KEY}{name}_token_id is missing, but the vocabulary adds that token to texts")
+        raise TokenizerError(f"{KEY}{name}_token_id is missing, but the vocabulary adds that token to texts")
     return (token,) if wanted and token is not None else ()
 
 
@@ -444,96 +299,16 @@ def _occurring(text: str, words: list[str]) -> Iterator[str]:
         groups += [list(longer) for _, longer in groupby(group, key=itemgetter(slice(size, size + 1)))]
 
 
-def _required(metadata: Mapping[str, Any], name: str) -> Any:
-    if _KEY + name not in metadata:
-        raise TokenizerError(f"{_KEY}{name} is missing from the metadata")
-    return metadata[_KEY + name]
-
-
-def _string(metadata: Mapping[str, Any], name: str) -> str:
-    value = _required(metadata, name)
-    if not isinstance(value, str):
-        raise TokenizerError(f"{_KEY}{name} is {value!r:.80}, not a string")
-    return value
-
-
-def _strings(metadata: Mapping[str, Any], name: str) -> list[str]:
-    value = _required(metadata, name)
-    if not isinstance(value, list) or not set(map(type, value)) <= {str}:
-        raise TokenizerError(f"{_KEY}{name} is not an array of strings")
-    return value
-
-
-def _merges(metadata: Mapping[str, Any]) -> list[str]:
-    """Those of texts: others would make tokens that are none (see `_tokens`)."""
-    merges = _strings(metadata, "merges")
-    return merges if _is_text("".join(merges)) else [merge for merge in merges if _is_text(merge)]
-
-
-def _numbers(metadata: Mapping[str, Any], name: str, length: int) -> np.ndarray:
-    value = _required(metadata, name)
-    try:
-        numbers = np.asarray(value)
-    except ValueError:  # a ragged nest of lists
-        numbers = np.empty((0, 0))
-    if numbers.ndim != 1 or numbers.dtype.kind not in "iuf" or np.isnan(numbers).any():
-        raise TokenizerError(f"{_KEY}{name} is not an array of numbers")
-    if len(numbers) < length:
-        raise TokenizerError(f"{_KEY}{name} has {len(numbers)} entries for {length} tokens")
-    if len(numbers) > length:
-        warnings.warn(
-            f"{_KEY}{name} has {len(numbers)} entries for {length} tokens; the others are not used", stacklevel=4
-        )
-    return numbers[:length]
-
-
-def _flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = metadata.get(_KEY + name, default)
-    if not isinstance(value, bool):
-        raise TokenizerError(f"{_KEY}{name} is {value!r:.80}, not a boolean")
-    return value
-
-
-def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], dict[int, bytes]]:
-    """The tokens' texts, and the bytes of those that are no text (`nkat.gguf.file` keeps them as surrogates).
-
-    Text never becomes such a token, so that it only needs a name that occurs nowhere: U+FFFF is no character.
-    """
-    tokens = _strings(metadata, "tokens")
-    if not tokens:
-        raise TokenizerError(f"{_KEY}tokens is empty")
-    broken: dict[int, bytes] = {}
-    if not _is_text("".join(tokens)):
-        try:
-            broken = {
-                token: text.encode("utf-8", "surrogateescape")
-                for token, text in enumerate(tokens)
-                if not _is_text(text)
-            }
-        except UnicodeEncodeError:
-            raise TokenizerError(f"{_KEY}tokens holds text that is not valid Unicode") from None
-        warnings.warn(f"{_KEY}tokens: {len(broken)} are not valid UTF-8; they only appear in output", stacklevel=4)
-        tokens = [f"\uffff{token}\uffff" if token in broken else text for token, text in enumerate(tokens)]
-    # llama.cpp's name for a token without text, which could match anywhere.
-    return [text or f"[EMPTY_{token}]" for token, text in enumerate(tokens)], broken
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _pre_tokenizer(metadata: Mapping[str, Any]) -> PreTokenizer:
-    name = _string(metadata, "pre") if f"{_KEY}pre" in metadata else ""
+def _pre_tokenizer(metadata: Mapping[str, Any], kind: str) -> PreTokenizer:
+    name = string(metadata, "pre") if f"{KEY}pre" in metadata else ""
+    if kind == _OWN_PRE:
+        name = kind
     if not name:
         warnings.warn(
-            f"{_KEY}pre is missing; 'default' is used, as by llama.cpp, and may not be what the model was trained with",
+            f"{KEY}pre is missing; 'default' is used, as by llama.cpp, and may not be what the model was trained with",
             stacklevel=4,
         )
         name = "default"
     if name not in PRE_TOKENIZERS:
-        raise TokenizerError(f"{_KEY}pre is {name[:80]!r}; supported are {', '.join(sorted(PRE_TOKENIZERS))}")
+        raise TokenizerError(f"{KEY}pre is {name[:80]!r}; supported are {', '.join(sorted(PRE_TOKENIZERS))}")
     return PRE_TOKENIZERS[name]

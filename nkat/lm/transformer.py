@@ -1,4 +1,4 @@
-"""The forward pass of a dense model of any of `nkat.lm.architectures`, and its KV cache.
+"""The forward pass of a model of any of `nkat.lm.architectures`, and its KV cache.
 
 Shapes: B sequences, T new tokens, S tokens seen so far, H heads of D elements. The residual stream, norms and RoPE are
 computed in float32 (float64 in a float64 model), the linear layers and attention in the layers' dtype. The arithmetic
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,8 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
-from nkat.lm.architectures import BLOCK_LINEARS
-from nkat.lm.config import ModelConfig, Rope
+from nkat.lm.activation import activate
+from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV, ROUTER, STACKS
+from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
+from nkat.lm.config import ModelConfig, Turning
+from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.linear import PackedModule, StarLinear
 from nkat.theta.algebra import Theta
 
@@ -74,10 +76,15 @@ class KVCache:
         self.batch, self.capacity = batch, capacity
         self.room = min(capacity, FIRST_ROOM) if growing else capacity
         self.length = 0
-        shape = (batch, config.kv_head_count, self.room, config.head_dim)
+        heads = [
+            (config.of(i).kv_heads if config.has_own_kv(i) else 0, config.of(i).head_dim)
+            for i in range(config.block_count)
+        ]
         with cache_memory(self.room):
-            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
-            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.block_count)]
+            self.keys, self.values = (
+                [torch.zeros(batch, count, self.room, size, dtype=dtype, device=device) for count, size in heads]
+                for _ in range(2)
+            )
 
     def check_room(self, batch: int, tokens: int) -> None:
         if batch != self.batch:
@@ -110,14 +117,17 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
 
+KeysValues = tuple[torch.Tensor, torch.Tensor]  # [B, H_kv, S, D] each
+
+
 class Embedding(PackedModule):
     """Rows of a packed [V, d] table, unpacked one look-up at a time."""
 
     def repack(self, shared: PackedWeight | None) -> None:
         """Into the layout of the GPU kernels; `shared`: it is the output layer's weight, which is there already."""
-        from nkat.kernels.cuda import linear as cuda  # Triton is loaded only where it is used
+        from nkat.kernels.cuda.packing import pack  # Triton is loaded only where it is used
 
-        self.move_to_kernels(cuda.pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
+        self.move_to_kernels(pack(self.file_bytes, self.qtype, self.shape) if shared is None else shared)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Token ids [B, T] → float32 [B, T, d]."""
@@ -129,144 +139,139 @@ class Embedding(PackedModule):
         return rows.view(*tokens.shape, self.shape[1])
 
 
-def rope_frequencies(rope: Rope, factors: torch.Tensor | None = None) -> torch.Tensor:
-    """Radians a position by which each pair turns, float64 [dimensions / 2].
+class LayerInputs(nn.Module):
+    """What every block adds of its own about each token (Gemma 4's per-layer embeddings): p numbers for each block.
 
-    factors: one divisor a pair (`rope_freqs.weight`, Llama 3.1). YaRN (Peng et al., 2023, arXiv 2309.00071) leaves the
-    pairs that turn more than 32 times within the original context as they are, scales those that turn less than once,
-    and blends in between.
-    """
-    half = rope.dimensions // 2
-    index = torch.arange(half, dtype=torch.float64)
-    frequencies = rope.base ** (-index / half)
-    if factors is not None:
-        frequencies = frequencies / factors.double().cpu()
-    if not rope.yarn:
-        return frequencies * rope.scale
-
-    def pair_turning(times: float) -> float:
-        return half * math.log(rope.original_context / (times * 2 * math.pi)) / math.log(rope.base)
-
-    low = max(0.0, math.floor(pair_turning(32.0)))
-    high = min(rope.dimensions - 1.0, math.ceil(pair_turning(1.0)))
-    unscaled = 1.0 - ((index - low) / max(0.001, high - low)).clamp(0.0, 1.0)
-    return frequencies * (unscaled + rope.scale * (1.0 - unscaled))
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """RoPE of x [B, T, H, D] by cos, sin [T, dimensions / 2]; elements beyond `dimensions` pass unchanged."""
-    half = cos.shape[-1]
-    cos, sin = cos[:, None], sin[:, None]
-    turning, passing = x[..., : 2 * half], x[..., 2 * half :]
-    if interleaved:
-        a, b = turning.unflatten(-1, (half, 2)).unbind(-1)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    else:
-        a, b = turning.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    return turned if passing.shape[-1] == 0 else torch.cat((turned, passing), dim=-1)
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """What the blocks of one kind (with or without a sliding window) share in one forward pass.
-
-    cos, sin: [T, dimensions / 2] for the new tokens
-    first_key: the first of the S keys that any new token can see
-    causal: new token i sees new tokens up to i and there is nothing before them; then mask is None
-    mask: bool [T, S - first_key], True where token sees key; None otherwise: everything is seen
+    table: rows of all blocks' numbers, [V, blocks · p];  projection: [blocks · p, d], of the embedding;  norm: of p
     """
 
-    cos: torch.Tensor
-    sin: torch.Tensor
-    first_key: int
-    causal: bool
-    mask: torch.Tensor | None
+    norm: torch.Tensor
 
+    def __init__(self, config: ModelConfig, table: Embedding, projection: StarLinear, norm: torch.Tensor) -> None:
+        super().__init__()
+        self.config, self.table, self.projection = config, table, projection
+        self.register_buffer("norm", norm, persistent=False)
 
-def make_view(
-    frequencies: torch.Tensor, magnitude: float, start: int, count: int, window: int, like: torch.Tensor
-) -> View:
-    """View of `count` tokens at positions start, start + 1, ...; window 0: none. `like` sets dtype and device."""
-    positions = torch.arange(start, start + count, device=like.device)
-    angles = positions[:, None].double() * frequencies
-    cos, sin = (magnitude * angles.cos()).to(like.dtype), (magnitude * angles.sin()).to(like.dtype)
-    first_key = max(0, start - window + 1) if window else 0
-    if count == 1:
-        return View(cos, sin, first_key, False, None)
-    if start == 0 and (window == 0 or count <= window):
-        return View(cos, sin, first_key, True, None)
-    distance = positions[:, None] - torch.arange(first_key, start + count, device=like.device)
-    mask = distance >= 0
-    if window:
-        mask &= distance < window
-    return View(cos, sin, first_key, False, mask)
+    def forward(self, tokens: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Token ids [B, T] and their embeddings [B, T, d], scaled → [blocks, B, T, p]."""
+        config = self.config
+        shape = (config.block_count, config.layer_input_length)
+        own = self.table(tokens).to(x.dtype).unflatten(-1, shape) * shape[1] ** 0.5
+        projected = self.projection(x).to(x.dtype).unflatten(-1, shape) * config.embedding_length**-0.5
+        projected = F.rms_norm(projected, self.norm.shape, self.norm, config.rms_epsilon)
+        return ((projected + own) * 0.5**0.5).movedim(-2, 0)
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then the gated feed-forward network, each added to the residual stream."""
+    """One transformer block: attention, then the gated feed-forward network or a mixture of them, each added to the
+    residual stream."""
+
+    sinks: torch.Tensor | None
+    scale: torch.Tensor | None
 
     def __init__(
-        self, config: ModelConfig, index: int, linears: Mapping[str, StarLinear], norms: Mapping[str, torch.Tensor]
+        self,
+        config: ModelConfig,
+        index: int,
+        linears: Mapping[str, StarLinear],
+        norms: Mapping[str, torch.Tensor],
+        scale: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
+        experts: Experts | None = None,
     ) -> None:
-        """linears: by name, all of BLOCK_LINEARS; norms: RMS norm weights by GGUF name, its architecture's."""
+        """linears: by name, those of `config.linears`; norms: RMS norm weights, those of `config.norms`.
+
+        scale: of what leaves the block, [1]; sinks: [H], see `nkat.lm.attention.attend`; experts: where
+        `config.mixture` says so
+        """
         super().__init__()
         self.config, self.index = config, index
-        self.local = config.local_blocks[index]
-        self.linears = nn.ModuleDict({name: linears[name] for name in BLOCK_LINEARS})  # or what stands in for them
+        self.local, self.turning = config.local_blocks[index], config.turning(index)
+        self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
+        own = config.has_own_kv(index)
+        self.qkv = [name for name in self.linears if name in ((*QKV, FUSED_QKV) if own else QKV[:1])]  # of what is read
+        self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
+        self.experts = experts
+        self.register_buffer("sinks", sinks, persistent=False)
         self.norms = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in norms.items()})
+        self.register_buffer("scale", scale, persistent=False)
 
     def linear(self, name: str) -> StarLinear:
-        """One of BLOCK_LINEARS, not to be asked for while another module stands in for it (`nkat.sources.fit`)."""
+        """A linear layer, not to be asked for while another module stands in for it (`nkat.sources.fit`)."""
         layer = self.linears[name]
         if not isinstance(layer, StarLinear):
             raise TypeError(f"{name} of block {self.index} is a {type(layer).__name__} just now")
         return layer
 
-    def forward(self, x: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
-        """Residual stream [B, T, d] → [B, T, d]."""
-        post_norm = self.config.architecture.post_norm
-        attended = self._attention(self._norm(x, "attn_norm"), view, cache).to(x.dtype)
-        if post_norm:
-            attended = self._norm(attended, "post_attention_norm")
-        x = x + attended
+    def forward(
+        self,
+        x: torch.Tensor,
+        view: View,
+        cache: KVCache | None,
+        given: KeysValues | None = None,
+        layer_input: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, KeysValues]:
+        """Residual stream [B, T, d] → [B, T, d], and the keys and values that its queries met.
+
+        given: those of an earlier block, for a block without its own;  layer_input: see `LayerInputs`, [B, T, p]
+        """
+        attended, met = self._attention(self._norm(x, "attn_norm"), view, cache, given)
+        x = x + self._norm(attended.to(x.dtype), "post_attention_norm")
         fed = self._feed_forward(self._norm(x, "ffn_norm")).to(x.dtype)
-        if post_norm:
-            fed = self._norm(fed, "post_ffw_norm")
-        return x + fed
+        x = x + self._norm(fed, "post_ffw_norm")
+        if layer_input is not None:
+            gated = F.gelu(self.linears["inp_gate"](x), approximate="tanh").to(x.dtype) * layer_input
+            x = x + self._norm(self.linears["proj"](gated).to(x.dtype), "post_norm")
+        return (x if self.scale is None else x * self.scale), met
 
     def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """x itself where the model has no such norm."""
+        if name not in self.norms:
+            return x
         weight = self.norms[name]
         return F.rms_norm(x, weight.shape, weight, self.config.rms_epsilon)
 
-    def _attention(self, x: torch.Tensor, view: View, cache: KVCache | None) -> torch.Tensor:
-        config, linears = self.config, self.linears
-        heads = (*x.shape[:2], -1, config.head_dim)
-        q, k, v = (linears[name](x).view(heads) for name in ("attn_q", "attn_k", "attn_v"))
-        compute_dtype = v.dtype
-        q, k = q.to(x.dtype), k.to(x.dtype)
-        if config.architecture.qk_norm:
-            q, k = self._norm(q, "attn_q_norm"), self._norm(k, "attn_k_norm")
-        interleaved = config.rope.interleaved
-        q, k = (rotate(t, view.cos, view.sin, interleaved).to(compute_dtype) for t in (q, k))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        mixed = F.scaled_dot_product_attention(
-            q,
-            k[:, :, view.first_key :],
-            v[:, :, view.first_key :],
-            attn_mask=view.mask,
-            is_causal=view.causal,
-            scale=config.attention_scale,
-            enable_gqa=config.kv_head_count != config.head_count,
-        )
-        return linears["attn_output"](mixed.transpose(1, 2).flatten(2))
+    def _attention(
+        self, x: torch.Tensor, view: View, cache: KVCache | None, given: KeysValues | None
+    ) -> tuple[torch.Tensor, KeysValues]:
+        config = self.config
+        outputs = [self.linears[name](x) for name in self.qkv]
+        compute_dtype = outputs[0].dtype
+        parts = outputs[0].split(config.qkv_rows(self.index), dim=-1) if self.qkv == [FUSED_QKV] else outputs
+        q, *own = parts
+        q = self._turned(q.to(x.dtype), "attn_q_norm", view)
+        if view.warmth is not None:
+            q = q * view.warmth[:, None, None]
+        if own:
+            k, v = self._turned(own[0].to(x.dtype), "attn_k_norm", view), self._heads(own[-1])
+            if config.architecture.value_norm:
+                v = F.rms_norm(v.to(x.dtype), v.shape[-1:], eps=config.rms_epsilon)
+            k, v = (t.to(compute_dtype).transpose(1, 2) for t in (k, v))
+            given = (k, v) if cache is None else cache.extend(self.index, k, v)
+        if given is None:
+            raise TypeError(f"block {self.index} has no keys of its own and was given none")
+        q = q.to(compute_dtype).transpose(1, 2)
+        mixed = attend(q, *given, view, config.attention_scale, config.attention_cap, self.sinks)
+        return self.linears["attn_output"](mixed.transpose(1, 2).flatten(2)), given
+
+    def _heads(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[B, T, H·D] → [B, T, H, D]"""
+        return outputs.unflatten(-1, (-1, self.config.of(self.index).head_dim))
+
+    def _turned(self, outputs: torch.Tensor, norm: str, view: View) -> torch.Tensor:
+        """Queries or keys [B, T, H·D] after their norm and RoPE, [B, T, H, D]."""
+        architecture = self.config.architecture
+        heads = self._heads(self._norm(outputs, norm) if architecture.wide_qk_norm else outputs)
+        if architecture.qk_norm:
+            heads = self._norm(heads, norm)
+        return rotate(heads, view.cos, view.sin, self.config.rope.interleaved)
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.linears["ffn_gate"](x), self.linears["ffn_up"](x)
-        active = F.gelu(gate, approximate="tanh") if self.config.architecture.gelu else F.silu(gate)
-        return self.linears["ffn_down"](active * up)
+        if self.experts is not None:
+            return self.experts(x)
+        outputs = [self.linears[name](x) for name in self.gate_up]
+        gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
+        return self.linears["ffn_down"](activate(self.config.architecture, gate, up))
 
 
 class Transformer(nn.Module):
@@ -275,6 +280,7 @@ class Transformer(nn.Module):
     blocks: Sequence[Block]  # an nn.ModuleList, whose own type does not say what is in it
     output_norm: torch.Tensor
     frequencies: torch.Tensor
+    long_frequencies: torch.Tensor
     local_frequencies: torch.Tensor
 
     def __init__(
@@ -285,17 +291,24 @@ class Transformer(nn.Module):
         output_norm: torch.Tensor,
         output: StarLinear,
         rope_factors: torch.Tensor | None = None,
+        long_rope_factors: torch.Tensor | None = None,
+        layer_inputs: LayerInputs | None = None,
     ) -> None:
-        """output_norm: RMS norm weight [d], in the residual stream's dtype; rope_factors: see rope_frequencies."""
+        """output_norm: RMS norm weight [d], in the residual stream's dtype.
+
+        rope_factors, long_rope_factors: see `rope_frequencies` and `frequencies_for`
+        """
         super().__init__()
         self.config = config
         self.gamma: float | None = None
         self.theta_changes = 0  # how often Θ was replaced: what was made from the old one is then stale
-        self.embedding, self.output = embedding, output
+        self.embedding, self.output, self.layer_inputs = embedding, output, layer_inputs
         self.add_module("blocks", nn.ModuleList(blocks))
         self.register_buffer("output_norm", output_norm, persistent=False)
-        self.register_buffer("frequencies", rope_frequencies(config.rope, rope_factors).to(output_norm.device), False)
-        self.register_buffer("local_frequencies", rope_frequencies(config.local_rope).to(output_norm.device), False)
+        device = output_norm.device
+        self.register_buffer("frequencies", rope_frequencies(config.rope, rope_factors).to(device), False)
+        self.register_buffer("long_frequencies", rope_frequencies(config.rope, long_rope_factors).to(device), False)
+        self.register_buffer("local_frequencies", rope_frequencies(config.local_rope).to(device), False)
 
     @property
     def device(self) -> torch.device:
@@ -304,9 +317,41 @@ class Transformer(nn.Module):
     def star_linears(self) -> dict[str, StarLinear]:
         """Every layer that can carry a Θ, by the name of its weight in the file."""
         layers = {
-            f"blk.{block.index}.{name}.weight": block.linear(name) for block in self.blocks for name in BLOCK_LINEARS
+            f"blk.{block.index}.{name}.weight": block.linear(name) for block in self.blocks for name in block.linears
         }
         return {**layers, "output.weight": self.output}
+
+    def all_linears(self) -> dict[str, StarLinear]:
+        """Every linear layer by the name of its weight in the file, with those that no Θ acts on."""
+        inputs = self.layer_inputs
+        return self.star_linears() | ({} if inputs is None else {"per_layer_model_proj.weight": inputs.projection})
+
+    def multipliers(self) -> dict[str, StarLinear | ExpertStack]:
+        """Everything that multiplies by a weight, by the weight's name: `all_linears`, routers and experts."""
+        found: dict[str, StarLinear | ExpertStack] = {**self.all_linears()}
+        for block in self.blocks:
+            if block.experts is not None:
+                found[f"blk.{block.index}.{ROUTER}.weight"] = block.experts.router
+                found |= {f"blk.{block.index}.{name}.weight": block.experts.stack(name) for name in STACKS}
+        return found
+
+    def tables(self) -> list[Embedding]:
+        """What token ids are looked up in."""
+        return [self.embedding] if self.layer_inputs is None else [self.embedding, self.layer_inputs.table]
+
+    def frequencies_for(self, room: int) -> torch.Tensor:
+        """Of blocks that see everything, where there is room for so many tokens: llama.cpp, too, chooses the factors of
+        longrope once for a context, by its size.
+        """
+        return self.long_frequencies if room > self.config.rope.original_context else self.frequencies
+
+    def turns(self, turning: Turning, room: int) -> tuple[torch.Tensor, float]:
+        """Radians a position by which a block's pairs turn, float64, and what sine and cosine are multiplied by."""
+        if turning is Turning.NONE:
+            return torch.zeros_like(self.frequencies), 1.0
+        if turning is Turning.WINDOW:
+            return self.local_frequencies, self.config.local_rope.magnitude
+        return self.frequencies_for(room), self.config.rope.magnitude
 
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ in all layers; None or 1 turns it off. The weights are shared by both arms."""
@@ -352,7 +397,7 @@ class Transformer(nn.Module):
         """
         hidden = self.hidden(tokens, cache, trace=trace)
         wanted = {"all": slice(None), "last": slice(-1, None)}[logits] if isinstance(logits, str) else logits
-        return self.output(hidden[:, wanted]).to(hidden.dtype)
+        return capped(self.output(hidden[:, wanted]).to(hidden.dtype), self.config.logit_cap)
 
     def hidden(
         self,
@@ -374,14 +419,23 @@ class Transformer(nn.Module):
             cache.check_room(batch, count)
             start = cache.length
         x = self.embedding(tokens).to(self.output_norm.dtype) * config.embedding_scale
-        view = make_view(self.frequencies, config.rope.magnitude, start, count, 0, x)
-        local = view
-        if any(config.local_blocks):
-            local_rope = config.local_rope
-            local = make_view(self.local_frequencies, local_rope.magnitude, start, count, config.sliding_window, x)
+        room = count if cache is None else cache.capacity
+        warmth = query_scales(config, start, count)
+        views: dict[tuple[bool, Turning], View] = {}
+        for local, turning in {(block.local, block.turning): None for block in self.blocks}:
+            window = config.sliding_window if local else 0
+            views[local, turning] = make_view(*self.turns(turning, room), start, count, window, x, warmth)
+        inputs = None if self.layer_inputs is None else self.layer_inputs(tokens, x)
+        met: dict[int, KeysValues] = {}  # of the blocks whose keys and values others use
         for block in self.blocks:
-            seen = local if block.local else view
-            x = checkpoint(block, x, seen, cache, use_reentrant=False) if recompute else block(x, seen, cache)
+            i = block.index
+            arguments = (
+                *(x, views[block.local, block.turning], cache),
+                *(met.get(config.of(i).kv_block), None if inputs is None else inputs[i]),
+            )
+            x, own = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            if i in config.shared_blocks:
+                met[i] = own
             if trace is not None:
                 trace[f"blk.{block.index}"] = x
         if cache is not None:
@@ -402,7 +456,7 @@ class Transformer(nn.Module):
         chosen = torch.zeros_like(total)
         for start in range(0, vocabulary, tile):
             stop = min(start + tile, vocabulary)
-            logits = self.output.rows(hidden, start, stop).to(hidden.dtype)
+            logits = capped(self.output.rows(hidden, start, stop).to(hidden.dtype), self.config.logit_cap)
             total = torch.logaddexp(total, logits.logsumexp(dim=-1))
             inside = (targets >= start) & (targets < stop)
             column = (targets - start).clamp(0, stop - start - 1)

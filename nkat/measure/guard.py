@@ -137,11 +137,11 @@ class Guard:
     def chunks(self) -> int:
         return sum(len(text.passages.chunks) for text in self.texts)
 
-    def part(self, share: int) -> Guard:
-        """One in `share` of the chunks of each text, at least one: to look before time is spent."""
+    def part(self, share: int, loaded: LoadedModel) -> Guard:
+        """One in `share` of the chunks of each text, at least one, and another loading of the model: to look first."""
         counts = [len(text.passages.chunks) for text in self.texts]
         picked = [text.pick(evenly(n, max(1, n // share))) for text, n in zip(self.texts, counts, strict=True)]
-        return Guard(self.loaded, picked, self.limit, batch=self.batch)
+        return Guard(loaded, picked, self.limit, batch=self.batch)
 
     def judge(self, theta: ThetaSet, gamma: float | None = None, *, progress: str | None = "guarding") -> Verdict:
         """The prices of a Θ, at its own strength or at `gamma`.

@@ -32,6 +32,7 @@ from nkat.search.options import SearchOptions
 from nkat.sources.fit.descent import FitSettings
 from nkat.sources.fit.job import FitRequest, FitResult, run_fit
 from nkat.sources.fit.options import choice_space, fit_flags
+from nkat.sources.fit.rate import rate_scale
 from nkat.sources.make import describe_theta_set
 from nkat.sources.options import ThetaOptions
 from nkat.theta.modelfile import open_model_file, theta_only_parts
@@ -74,7 +75,6 @@ class Learner:
         """All that two searches with the same fit have in common. JSON values only."""
         fit = self.options.fit
         settings = asdict(self.settings) | {"start": fit.start, "precision": fit.precision, "ignore": list(fit.ignore)}
-        settings["rates"] = list(self.settings.rates)
         return {**settings, "model_sha256": self.base_sha256, "calibration_sha256": self.text.sha256}
 
     def learn(self) -> Learned:
@@ -107,8 +107,8 @@ class Learner:
         tries = self._short_fits() if self.options.study.mode == "full" else []
         chosen = best_of(tries, self.settings, self._varied())
         settings = replace(self.settings, **chosen)
-        if "learning_rate" in chosen:  # as where a user names one
-            settings = replace(settings, rates=(1.0,))
+        if "learning_rate" in chosen:
+            settings = replace(settings, scaled=False)  # as where a user names one
         result = self._fit(settings, self.path.with_name(self.path.name + ".fit"), self.options.fit.start)
         options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source="fit", notes=result.notes)
         theta_set = describe_theta_set(self.model.file, result.thetas, options, self.base_sha256)
@@ -165,8 +165,9 @@ class Learner:
         if not rates and not lengths:
             return []
         settings = self.settings
+        usual = settings.learning_rate * (rate_scale(self.model.model) if settings.scaled else 1.0)
         wanted = [
-            (settings.learning_rate * rate, max(1, settings.steps // length))
+            (float(f"{usual * rate:.2g}"), max(1, settings.steps // length))
             for rate in (_RATES if rates else (1.0,))
             for length in (_LENGTHS if lengths else _LENGTHS[:1])
         ]
@@ -176,7 +177,7 @@ class Learner:
             short = replace(
                 settings,
                 learning_rate=rate,
-                rates=(1.0,),
+                scaled=False,
                 steps=steps,
                 warmup=min(settings.warmup, steps // 4),
                 validate_every=steps,

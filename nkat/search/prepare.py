@@ -15,13 +15,12 @@ from nkat.host.console import counted, note
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.guard import Guard, guard_texts
 from nkat.measure.judge import Judge, Passages, text_passages
-from nkat.measure.perplexity import DEFAULT_BATCH
+from nkat.measure.perplexity import DEFAULT_BATCH, chunk_context
 from nkat.measure.texts import Text, load_text
 from nkat.search.learned import Learner
 from nkat.search.objective import Space
 from nkat.search.options import SearchOptions
-from nkat.sources.fit.data import Parts
-from nkat.sources.fit.job import calibration_parts
+from nkat.sources.fit.data import Parts, calibration_parts
 from nkat.sources.make import check_options, check_reference_is_better, describe_theta_set, make_thetas
 from nkat.sources.moments import input_second_moments
 from nkat.sources.options import DEFAULT_GAMMA, ThetaOptions
@@ -88,7 +87,8 @@ def prepare(options: SearchOptions, space: Space) -> Prepared:
     parts = None
     if options.learns and calibrate is not None:
         settings = options.fit.fit_settings(loaded.config, rank, gamma, options.study.seed, reference is not None)
-        parts = calibration_parts(loaded, calibrate, options.fit.ignore, settings.context)
+        judged = chunk_context(loaded.config.context_length)
+        parts = calibration_parts(loaded, calibrate, options.fit.ignore, settings.context, judged)
     make = KeptScorer(DEFAULT_BATCH)  # for all of them: each judges the same Θ in turn
     seen, held_out = _judges(options, loaded, calibrate, parts, make)
     guard = _guard(options, loaded, calibrate, parts, make)

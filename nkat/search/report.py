@@ -21,7 +21,7 @@ def print_fit(fit: Mapping[str, Any]) -> None:
     settings = fit["settings"]
     print(
         f"\nΘ of rank {settings['rank']} was learned in {fit['steps']} steps at a learning rate of up to "
-        f"{fit['learning_rate']:g}, and is kept in {fit['file']}"
+        f"{settings['learning_rate']:g}, and is kept in {fit['file']}"
     )
 
 

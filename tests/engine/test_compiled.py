@@ -14,7 +14,7 @@ from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
 from nkat.theta.algebra import quantise_factors
 from tests.support.golden import read_golden
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import FURTHER_FAMILIES, MIXTURE_FAMILIES, write_tiny_model
 
 pytestmark = pytest.mark.isa
 
@@ -30,8 +30,12 @@ FAMILIES = {
     "gemma3 window": ("gemma3", {"blocks": 7, "sliding_window": 20}),
     "odd heads": ("llama", {"heads": 6, "kv_heads": 3, "embedding": 72, "head_dim": 12, "feed_forward": 100}),
     "one head": ("qwen3", {"heads": 1, "kv_heads": 1}),
+    **{f"{arch} {i}": (arch, options) for i, (arch, options) in enumerate(FURTHER_FAMILIES)},
+    **{arch: (arch, options) for arch, options in MIXTURE_FAMILIES},
 }
 IDS = [(29 * i + 5) % 200 for i in range(2 * PREFILL_TOKENS + 40)]
+
+CAPACITY = 700
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -42,7 +46,7 @@ def load(folder: Path, family: str = "llama", **options: Any) -> LoadedModel:
     return load_model(path, **{"repack": True, **options})
 
 
-def decoder(loaded: LoadedModel, capacity: int = 700) -> CompiledDecoder:
+def decoder(loaded: LoadedModel, capacity: int = CAPACITY) -> CompiledDecoder:
     made = make_decoder(loaded.model, capacity)
     assert isinstance(made, CompiledDecoder)
     return made
@@ -51,7 +55,7 @@ def decoder(loaded: LoadedModel, capacity: int = 700) -> CompiledDecoder:
 def eager(loaded: LoadedModel, ids: list[int]) -> torch.Tensor:
     """Logits after the last of these tokens."""
     with torch.inference_mode():
-        return EagerDecoder(loaded.model, len(ids)).prefill(ids)
+        return EagerDecoder(loaded.model, CAPACITY).prefill(ids)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:

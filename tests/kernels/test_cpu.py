@@ -68,6 +68,8 @@ def packed_weight(qtype: QType, m: int = M, n: int = N, seed: int = 0) -> torch.
     for byte in HALVES[qtype]:
         scales = (0.01 * rng.standard_normal(len(blocks))).astype(np.float16)
         blocks[:, byte : byte + 2] = scales.view(np.uint8).reshape(-1, 2)
+    if qtype == QType.MXFP4:
+        blocks[:, 0] = rng.integers(119, 123, len(blocks))  # powers of two
     return torch.from_numpy(blocks).view(-1)
 
 

@@ -28,7 +28,7 @@ from nkat.errors import NKATError
 from nkat.gguf.formats import QuantError, dequantise, packed_nbytes
 from nkat.kernels.cuda import linear as cuda
 from nkat.kernels.cuda import matmul as cuda_matmul
-from nkat.kernels.cuda import planes, step_kernels
+from nkat.kernels.cuda import packing, planes, step_kernels
 from nkat.kernels.cuda import triton as optional_triton
 from nkat.kernels.cuda.planes import FORMATS
 from nkat.kernels.cuda.step import TritonOps
@@ -40,12 +40,13 @@ from nkat.lm.transformer import Block, Embedding, Transformer
 from nkat.theta.algebra import Theta, quantise_factors
 from tests.conftest import ROOT
 from tests.gguf.test_formats import HALVES, oracle, random_rows
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import FURTHER_FAMILIES, write_tiny_model
 
 needs_triton = pytest.mark.skipif(optional_triton.triton is None, reason="triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 every_format = pytest.mark.parametrize("qtype", FORMATS, ids=lambda qtype: qtype.name)
 FAMILIES = [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("gemma3", {"blocks": 7, "sliding_window": 4})]
+FAMILIES += [(arch, options) for arch, options in FURTHER_FAMILIES if ARCHITECTURES[arch].has_gpu_step]
 IDS = [(29 * i + 5) % 200 for i in range(12)]
 
 
@@ -275,7 +276,7 @@ def test_other_errors_stay_what_they_are():
 def test_without_triton_the_kernels_say_so(monkeypatch):
     monkeypatch.setattr(optional_triton, "triton", None)
     packed, _ = packed_weight(QType.Q4_0, 4, 64)
-    weight = cuda.pack(packed, QType.Q4_0, (4, 64))
+    weight = planes.pack(packed, QType.Q4_0, (4, 64))
     with pytest.raises(NKATError, match=r"pip install triton.*--no-cuda"):
         cuda.linear(weight, torch.randn(1, 64))
     with pytest.raises(NKATError, match=r"pip install triton.*--no-cuda"):
@@ -286,13 +287,13 @@ def test_an_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GeForce GTX 1660")
     with pytest.raises(NKATError, match=r"GTX 1660 has compute capability 7.5.*need 8.0.*--no-cuda"):
-        cuda._check_capability(torch.device("cuda", 63))
+        packing._check_capability(torch.device("cuda", 63))
 
 
 def test_formats_without_a_kernel_are_dequantised(monkeypatch):
     monkeypatch.delitem(FORMATS, QType.Q4_1)
     packed, values = packed_weight(QType.Q4_1, 6, 64)
-    weight = cuda.pack(packed, QType.Q4_1, (6, 64))
+    weight = planes.pack(packed, QType.Q4_1, (6, 64))
     x, down, up, bias = torch.randn(3, 64), torch.randn(4, 64), torch.randn(6, 4), torch.randn(6)
     plain = cuda.linear(weight, x, bias)
     assert torch.allclose(plain.double(), x.double() @ values.T + bias.double(), atol=1e-4)
@@ -305,7 +306,7 @@ def test_formats_without_a_kernel_are_dequantised(monkeypatch):
 
 def test_gradients_come_from_the_dequantised_weight():
     packed, values = packed_weight(QType.Q4_K, 6, 256)
-    weight = cuda.pack(packed, QType.Q4_K, (6, 256))
+    weight = planes.pack(packed, QType.Q4_K, (6, 256))
     x, down, up = (torch.randn(shape, requires_grad=True) for shape in ((3, 256), (4, 256), (6, 4)))
     cuda.linear(weight, x, None, down, up, 0.5).sum().backward()
     effective = values + 0.5 * (up @ down).detach().double()
@@ -406,8 +407,7 @@ def seven_billion(blocks: int) -> Transformer:
         return StarLinear(meta_weight(qtype, m, n), qtype, (m, n), dtype=torch.bfloat16, theta=own)
 
     def block(index: int) -> Block:
-        linears = {name: linear(name, *config.linear_shape(name)) for name in
-                   ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}  # fmt: skip
+        linears = {name: linear(name, *shape) for name, shape in config.linears(index).items()}
         norms = {name: torch.empty(d, device="meta") for name in ("attn_norm", "ffn_norm")}
         return Block(config, index, linears, norms)
 
@@ -501,7 +501,7 @@ def test_prefill_uses_tensor_cores(recorders, capability):
 def test_gpu_multiplies_as_float64_does(qtype, batch):
     m, n = 300, row_length(qtype, 24)
     packed, values = packed_weight(qtype, m, n)
-    weight = cuda.pack(packed.cuda(), qtype, (m, n))
+    weight = planes.pack(packed.cuda(), qtype, (m, n))
     x = torch.randn(batch, n).bfloat16().float()
     down, up = torch.randn(8, n), torch.randn(m, 8)
     expected = x.double() @ values.T + 0.125 * (x.double() @ down.double().T) @ up.double().T

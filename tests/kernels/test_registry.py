@@ -53,6 +53,7 @@ KERNELS = {
     QType.Q6_K: {"cpu", "cuda"},
     QType.IQ4_NL: {"cpu", "cuda"},
     QType.IQ4_XS: {"cpu", "cuda"},
+    QType.MXFP4: {"cpu"},
 }
 
 # where the types without a kernel are: (types by tensor, further options of the tiny model, types, tensors)

@@ -11,6 +11,7 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from nkat.gguf.file import GGUFFile, TensorInfo
+from nkat.lm.architectures import BLOCK_LINEARS, QKV
 from nkat.lm.config import ConfigError, ModelConfig
 from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
 
@@ -38,18 +39,31 @@ def tensor(name: str, *shape: int) -> TensorInfo:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_lengths_heads_and_flags(tmp_path, arch):
     config = config_of(tmp_path, arch)
-    head_dim = 16 if arch in ("llama", "qwen2") else 24  # from embedding / heads, or from attention.key_length
-    assert (config.embedding_length, config.feed_forward_length, config.block_count) == (64, 96, 3)
+    tiny = ARCHITECTURES[arch]
+    head_dim = tiny.head_dim or 16  # from attention.key_length, or embedding / heads
+    assert (config.embedding_length, config.block_count) == (64, tiny.blocks)
+    assert config.feed_forward_length == max(tiny.feed_forward_by_block or [tiny.feed_forward])
     assert (config.head_count, config.kv_head_count, config.head_dim) == (4, 2, head_dim)
-    assert config.attention_scale == head_dim**-0.5
-    assert config.rope.interleaved == (arch == "llama")
+    assert config.attention_scale == (1.0 if arch == "gemma4" else head_dim**-0.5)
+    assert config.rope.interleaved == (arch in ("llama", "mistral3"))
     assert config.rope.dimensions == head_dim
-    assert config.architecture.qk_norm == (arch in ("qwen3", "gemma3"))
-    assert config.architecture.post_norm == config.architecture.gelu == (arch == "gemma3")
-    assert config.embedding_scale == (8.0 if arch == "gemma3" else 1.0)
-    assert config.linear_shape("attn_k") == (2 * head_dim, 64)
-    assert config.linear_shape("attn_output") == (64, 4 * head_dim)
-    assert config.linear_shape("ffn_down") == (64, 96)
+    assert config.architecture.qk_norm == tiny.qk_norm
+    assert config.architecture.post_norm == config.architecture.gelu == arch.startswith("gemma")
+    assert config.embedding_scale == (8.0 if arch.startswith("gemma") else 1.0)
+    linears = config.linears(1)
+    if tiny.fused_qkv:
+        assert linears["attn_qkv"] == (8 * head_dim, 64)
+    else:
+        assert linears["attn_k"] == ((tiny.kv_heads_by_block or (2, 2))[1] * head_dim, 64)
+    assert linears["attn_output"] == (64, 4 * head_dim)
+    if config.mixture is not None:
+        assert (config.mixture.count, config.mixture.used, config.active_experts) == (6, 2, 1 / 3)
+        assert list(config.stacks().values()) == [(6, 48, 64), (6, 48, 64), (6, 64, 48)]
+        assert list(linears) == [*QKV, "attn_output"]
+        return
+    assert linears["ffn_up"] == (192 if tiny.fused_gate_up else 96, 64)
+    assert linears["ffn_down"] == (64, 96)
+    assert list(linears) == [name for name in BLOCK_LINEARS if name in linears]  # in the order of the computation
 
 
 def test_real_models(smollm2, gemma3, qwen):
@@ -159,7 +173,7 @@ def test_theta_tensors_are_not_the_models_own(tmp_path):
         ("llama", "rope.freq_base", "big", r"rope\.freq_base must be a number, got 'big'"),
         ("llama", "rope.dimension_count", 15, r"rope\.dimension_count must be even and at most 16, got 15"),
         ("llama", "rope.dimension_count", 18, r"rope\.dimension_count must be even and at most 16, got 18"),
-        ("llama", "rope.scaling.type", "longrope", r"rope\.scaling\.type 'longrope' is not supported"),
+        ("qwen3", "rope.scaling.type", "longrope", r"rope\.scaling\.type 'longrope' is not supported"),
         ("llama", "rope.scaling.type", 3, r"rope\.scaling\.type must be a string"),
         ("llama", "rope.scaling.factor", -2.0, r"rope\.scaling\.factor must be a finite number above 0"),
         ("llama", "rope.scaling.yarn_beta_fast", 16.0, r"rope\.scaling\.yarn_beta_fast = 16\.0 is not supported"),
@@ -167,7 +181,8 @@ def test_theta_tensors_are_not_the_models_own(tmp_path):
         ("llama", "attention.causal", False, r"attention\.causal = False is not supported"),
         ("llama", "vocab_size", 99, r"tensor token_embd\.weight has shape \(\d+, 64\), expected \(99, 64\)"),
         ("qwen3", "attention.value_length", 32, r"value_length 32 differs from the key length 24"),
-        ("gemma3", "final_logit_softcapping", 30.0, r"gemma3\.final_logit_softcapping = 30\.0 is not supported"),
+        ("qwen3", "final_logit_softcapping", 30.0, r"qwen3\.final_logit_softcapping = 30\.0 is not supported"),
+        ("qwen3", "attention.temperature_scale", 0.1, r"qwen3\.attention\.temperature_scale = 0\.1 is not supported"),
         ("gemma3", "attn_logit_softcapping", 50.0, r"gemma3\.attn_logit_softcapping = 50\.0 is not supported"),
         ("gemma3", "attention.sliding_window", -1, r"sliding_window must be at least 0, got -1"),
         ("gemma3", "attention.sliding_window_pattern", np.array([True]), r"has 1 values for 3 blocks"),
@@ -221,7 +236,7 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path, arch, name):
     ("arch", "name"),
     [
         ("llama", "blk.0.attn_q_norm.weight"),
-        ("llama", "blk.0.attn_qkv.weight"),
+        ("llama", "blk.0.attn_rel_b.weight"),
         ("llama", "blk.3.attn_q.weight"),
         ("llama", "output_norm.bias"),
         ("qwen2", "blk.0.attn_output.bias"),

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
-from nkat.lm.tokenizer import PRE_TOKENIZERS, Tokenizer
+from nkat.lm.pretokenisers import PRE_TOKENIZERS
+from nkat.lm.tokenizer import Tokenizer
 from tests.support.golden import read_golden
 
 Metadata = dict[str, Any]
@@ -440,9 +441,9 @@ def test_an_id_outside_the_vocabulary_is_refused(token: int):
     ("base", "name", "value", "message"),
     [
         (GPT2, "model", None, "is missing"),
-        (GPT2, "model", "bert", "is 'bert'; supported are 'gpt2' and 'llama'"),
+        (GPT2, "model", "bert", "is 'bert'; supported are 'gpt2', 'gemma4', 'llama'"),
         (GPT2, "model", 3, "is 3, not a string"),
-        (GPT2, "pre", "tekken", "is 'tekken'; supported are .*default.*llama-bpe.*qwen2.*smollm"),
+        (GPT2, "pre", "babel", "is 'babel'; supported are .*default.*llama-bpe.*qwen2.*smollm"),
         (GPT2, "pre", 7, "is 7, not a string"),
         (GPT2, "tokens", None, "is missing"),
         (GPT2, "tokens", [], "is empty"),

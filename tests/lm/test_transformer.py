@@ -11,22 +11,32 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 
+from nkat.engine.plan import make_plan
 from nkat.errors import NKATError
 from nkat.gguf.formats import UnsupportedTypeError
 from nkat.lm import transformer
+from nkat.lm.attention import rope_frequencies, rotate
 from nkat.lm.config import ConfigError, Rope
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.tokenizer import Tokenizer
-from nkat.lm.transformer import Transformer, rope_frequencies, rotate
+from nkat.lm.transformer import Transformer
 from nkat.theta.algebra import Theta, quantise_factors
-from tests.support.golden import read_golden
-from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
+from tests.support.golden import kept, read_golden
+from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, MIXTURE_FAMILIES, write_tiny_model
 
 pytestmark = pytest.mark.isa
 
 TINY = read_golden("tiny_logits")
 SWA = {"blocks": 7, "sliding_window": 4}
-FAMILIES = [("llama", {}), ("qwen2", {}), ("qwen3", {}), ("gemma3", {}), ("gemma3", SWA)]
+FAMILIES = [
+    ("llama", {}),
+    ("qwen2", {}),
+    ("qwen3", {}),
+    ("gemma3", {}),
+    ("gemma3", SWA),
+    *FURTHER_FAMILIES,
+    *MIXTURE_FAMILIES,
+]
 IDS = torch.tensor([[(29 * i + 5) % 200 for i in range(12)]])
 
 Tiny = Callable[..., LoadedModel]
@@ -75,7 +85,7 @@ def make_thetas(model: Transformer, scale: float = 1.0) -> dict[str, Theta]:
 def test_logits_equal_llama_cpp(tiny, variant):
     golden = TINY["variants"][variant]
     model = tiny(golden["arch"], {"seed": golden["seed"], **golden["options"]}).model
-    logits = run(model, torch.tensor([TINY["ids"]]))[0, TINY["positions"]]
+    logits = kept(golden, run(model, torch.tensor([TINY["ids"]]))[0, TINY["positions"]])
     assert (logits - torch.tensor(golden["logits"])).abs().max() < 2e-4  # logits have a standard deviation of 3
 
 
@@ -138,7 +148,10 @@ def test_cache_refuses_what_does_not_fit(tiny):
 def test_a_token_changes_nothing_before_it(tiny, arch, options):
     model = tiny(arch, options).model
     before, after = run(model, IDS)[0], run(model, changed(IDS, 7))[0]
-    assert torch.equal(before[:7], after[:7])
+    if model.config.mixture is None:
+        assert torch.equal(before[:7], after[:7])
+    else:  # an expert multiplies the tokens that go to it together: how many they are changes the order of sums
+        assert (before[:7] - after[:7]).abs().max() < 1e-5
     assert ((before[7:] - after[7:]).abs().amax(dim=1) > 1e-3).all()
 
 
@@ -161,6 +174,21 @@ def test_sequences_of_a_batch_do_not_mix(tiny):
     assert (together[0] - run(model, IDS)[0]).abs().max() < 1e-12
     assert (together[1] - run(model, other)[0]).abs().max() < 1e-12
     assert (together[0] - together[1]).abs().max() > 0.1
+
+
+def test_keys_that_nobody_reads_change_nothing(tiny):
+    """The last blocks use an earlier one's; a file may have weights for them all the same, and a Θ may act on those."""
+    plain, idle = tiny("gemma4").model, tiny("gemma4", {"idle_kv": True}).model
+    assert idle.star_linears().keys() - plain.star_linears().keys() == {
+        f"blk.{block}.attn_{part}.weight" for block in (4, 5) for part in "kv"
+    }
+    expected = run(plain, IDS)
+    assert torch.equal(run(idle, IDS), expected)
+    idle.set_thetas({name: theta for name, theta in make_thetas(idle).items() if name.startswith("blk.4.attn_k")})
+    idle.set_gamma(0.9)
+    assert torch.equal(run(idle, IDS), expected)
+    with pytest.raises(NKATError, match="blocks that a recorded step does not know of"):
+        make_plan(plain, plain.new_cache(1, 8))
 
 
 # --- RoPE
@@ -316,7 +344,10 @@ def test_nll_in_tiles_equals_the_log_softmax(tiny, monkeypatch, tile):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("arch", "options"), FAMILIES)
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [family for family in FAMILIES if family not in MIXTURE_FAMILIES],  # there a rounding may choose another expert
+)
 def test_half_precision_stays_close(tiny, arch, options, dtype):
     exact, half = (run(tiny(arch, options, dtype=d).model, IDS) for d in (torch.float32, dtype))
     assert half.dtype == torch.float32

@@ -196,8 +196,9 @@ def test_full_tries_short_fits_first_and_does_them_once(
     assert done.stderr.count("short fit ") == 3  # the steps are the user's, so the learning rate alone is tried
     fit = json.loads((tmp_path / "out" / "fit_rank2.json").read_text())
     best = min(fit["short_fits"], key=lambda row: row["change_percent"])
-    assert fit["learning_rate"] == best["learning_rate"] != fit["asked"]["learning_rate"]
+    assert fit["settings"]["learning_rate"] == best["learning_rate"]
     assert f"--fit-learning-rate {best['learning_rate']}" in fit["command"]
+    assert fit["settings"]["scaled"] is False
     assert fit["steps"] == 12
     again = script(*common, "--output-dir", tmp_path / "out", "--resume")
     assert again.returncode == 0

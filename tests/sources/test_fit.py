@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -23,7 +24,7 @@ from nkat.theta.layers import adaptable_layers
 from nkat.theta.modelfile import open_model_file
 from nkat.theta.set import truncate_rank
 from tests.conftest import ROOT, Script
-from tests.support.tiny_models import write_tiny_model
+from tests.support.tiny_models import FURTHER_FAMILIES, write_tiny_model
 
 GAMMA = 0.97
 QUICK = ["--fit-steps", "12", "--fit-batch", "2", "--fit-context", "48", "--fit-validate-every", "4"]
@@ -112,6 +113,18 @@ def test_a_fit_lowers_the_loss_on_text_it_has_not_seen(tiny: Fixture) -> None:
     assert after == pytest.approx(state.best_nll, rel=1e-5)  # what was validated is what the file will hold
     assert [row["step"] for row in state.history] == list(range(4, 25, 4))
     assert float(tiny.data.validation.score(tiny.loaded.model).mean()) == before
+
+
+@pytest.mark.parametrize(("arch", "options"), FURTHER_FAMILIES)
+def test_every_kind_of_block_can_be_fitted(tmp_path: Path, arch: str, options: dict[str, Any]) -> None:
+    """Caps, fused weights, keys of earlier blocks and the like have gradients, and every factor gets one."""
+    tiny = Fixture(write_tiny_model(tmp_path / "tiny.gguf", arch, **options))
+    settings = tiny.settings(steps=6, validate_every=6)
+    state = tiny.run(settings)
+    assert state.best_nll is not None
+    assert state.best_nll < float(tiny.data.validation.score(tiny.loaded.model).mean()) - 0.02
+    starts = [f for pair in zero_start(tiny.shapes, settings.rank, settings.seed) for f in pair]
+    assert all(not torch.equal(a.cpu(), b) for a, b in zip(state.factors, starts, strict=True))
 
 
 @pytest.mark.isa
@@ -228,22 +241,6 @@ def test_the_start_that_is_taken_goes_on_from_its_trial(tiny: Fixture) -> None:
     alone = tiny.run(settings)
     assert all(map(torch.equal, tried.factors, alone.factors))
     assert not any(map(torch.equal, tried.factors, tiny.run(tiny.settings(seed=1)).factors))
-
-
-@pytest.mark.isa
-def test_the_better_learning_rate_goes_on(tiny: Fixture, tmp_path: Path) -> None:
-    """As if it alone had been asked for; and after an interruption with it."""
-    settings = tiny.settings(start_steps=3, rates=(1e-6, 1.0))
-    tried = tiny.run(settings)
-    assert tried.rate == 1.0
-    alone = tiny.run(tiny.settings())
-    assert all(map(torch.equal, tried.factors, alone.factors))
-    slow = tiny.run(tiny.settings(rates=(0.1,)))
-    assert slow.rate == 0.1
-    assert not torch.equal(slow.factors[0], alone.factors[0])  # control: the rate is felt
-    save_state(tmp_path / "s", tiny.run(tiny.settings(rates=(0.1,)), stop_at=5), "id")
-    resumed = tiny.run(tiny.settings(rates=(0.1,)), state=load_state(tmp_path / "s", "id"))
-    assert all(map(torch.equal, resumed.factors, slow.factors))
 
 
 def test_patience_ends_a_fit_that_no_longer_gains(tiny: Fixture) -> None:
@@ -443,7 +440,7 @@ def test_bad_input_leaves_the_previous_output(
     assert "is not the same model: block_count is 3" in fails(*base, text_path, "--reference", other)
     assert "coupling is 0" in fails(*base, text_path, "--theta-gamma", "1")
     assert "not a finite number" in fails(*base, text_path, "--fit-learning-rate", "1e30", "--fit-clip", "1e30")
-    assert "no step of the fit beats" in fails(*base, odd, "--fit-start", "zero")
+    assert "no step of the fit beats" in fails(*base, odd, "--theta-gamma", "0.97", "--fit-learning-rate", "0.3")
     assert "there is no interrupted fit" in fails(*base, text_path, "--resume")
     assert "must lie between 0 and 1" in fails(*base, text_path, "--fit-int8-share", "2")
     assert output.read_bytes() == b"what was there"

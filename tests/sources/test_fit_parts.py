@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -32,7 +33,8 @@ from nkat.sources.fit.data import (
 )
 from nkat.sources.fit.descent import FitSettings, theta_start, to_thetas, visible_columns, zero_start
 from nkat.sources.fit.layers import FittedLinear, ThetaMode, fitted_layers
-from nkat.sources.fit.loss import Teacher, vocabulary_loss
+from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
+from nkat.sources.fit.rate import rate_scale
 from nkat.sources.fit.state import FitState, check_place, load_state, save_state
 from nkat.theta.algebra import quantise_factors
 from nkat.theta.set import ThetaSet, truncate_rank
@@ -44,45 +46,58 @@ N, D, V = 7, 12, 50
 GAMMA = 0.97
 
 
+def random_head(width: int, bias: bool, cap: float) -> Head:
+    weight = torch.randn(V, width, dtype=torch.float64)
+    return Head(weight, torch.randn(V, dtype=torch.float64) if bias else None, cap)
+
+
+def reference_logits(hidden: torch.Tensor, head: Head) -> torch.Tensor:
+    logits = hidden @ head.weight.T + (0.0 if head.bias is None else head.bias)
+    return head.cap * torch.tanh(logits / head.cap) if head.cap else logits
+
+
 def reference_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor | None, teacher: Teacher | None
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor | None, teacher: Teacher | None
 ) -> torch.Tensor:
-    logits = hidden @ weight.T
+    logits = reference_logits(hidden, head)
     share = 0.0 if teacher is None else teacher.share
     loss = hidden.new_zeros(())
     if targets is not None:
         loss = loss + (1.0 - share) * F.cross_entropy(logits, targets, reduction="sum")
     if teacher is not None:
-        wanted = F.softmax(teacher.hidden @ teacher.weight.T, dim=-1)
+        wanted = F.softmax(reference_logits(teacher.hidden, teacher.head), dim=-1)
         loss = loss + share * F.kl_div(F.log_softmax(logits, dim=-1), wanted, reduction="sum")
     return loss
 
 
 @pytest.mark.parametrize("tile", [1 << 24, 2 * V])
 @pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
-def test_loss_and_gradient_are_torchs(monkeypatch: pytest.MonkeyPatch, share: float | None, tile: int) -> None:
+@pytest.mark.parametrize(("bias", "cap"), [(False, 0.0), (True, 3.0)])
+def test_loss_and_gradient_are_torchs(
+    monkeypatch: pytest.MonkeyPatch, share: float | None, tile: int, bias: bool, cap: float
+) -> None:
     monkeypatch.setattr(fit_loss, "_TILE_ELEMENTS", tile)
     hidden = torch.randn(N, D, dtype=torch.float64, requires_grad=True)
-    weight, targets = torch.randn(V, D, dtype=torch.float64), torch.randint(V, (N,))
+    head, targets = random_head(D, bias, cap), torch.randint(V, (N,))
     teacher = None
     if share is not None:  # of another width, as another model's may be
-        teacher = Teacher(torch.randn(N, D + 3, dtype=torch.float64), torch.randn(V, D + 3, dtype=torch.float64), share)
-    expected = reference_loss(hidden, weight, targets, teacher)
+        teacher = Teacher(torch.randn(N, D + 3, dtype=torch.float64), random_head(D + 3, not bias, 2 * cap), share)
+    expected = reference_loss(hidden, head, targets, teacher)
     (wanted,) = torch.autograd.grad(expected, hidden)
-    loss = vocabulary_loss(hidden, weight, targets, teacher)
+    loss = vocabulary_loss(hidden, head, targets, teacher)
     (found,) = torch.autograd.grad(3.0 * loss, hidden)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, 3.0 * wanted)
 
 
 def test_divergence_from_itself_is_zero_and_only_then() -> None:
-    hidden, weight = torch.randn(N, D), torch.randn(V, D)
+    hidden, head = torch.randn(N, D), Head(torch.randn(V, D))
     leaf = hidden.clone().requires_grad_()
-    same = vocabulary_loss(leaf, weight, None, Teacher(hidden, weight))
+    same = vocabulary_loss(leaf, head, None, Teacher(hidden, head))
     same.backward()
     assert abs(float(same.detach())) < 1e-5
     assert float(leaf.grad.abs().max()) < 1e-5
-    assert float(vocabulary_loss(hidden, weight, None, Teacher(hidden.roll(1, 0), weight))) > 0.1  # control
+    assert float(vocabulary_loss(hidden, head, None, Teacher(hidden.roll(1, 0), head))) > 0.1  # control
 
 
 def star_linear(
@@ -168,11 +183,11 @@ def test_rounding_is_that_of_the_file_with_a_gradient_of_one() -> None:
     layer = FittedLinear(
         star_linear(16, 32, torch.float32), (F.pad(p, (0, 0, 0, 12)), F.pad(q, (0, 0, 0, 12))), ThetaMode()
     )
-    from nkat.sources.fit.layers import _round_straight_through
+    from nkat.sources.fit.layers import round_straight_through
 
     stored = quantise_factors(layer.p.detach(), layer.q.detach())
-    torch.testing.assert_close(_round_straight_through(layer.p).detach(), stored.factors()[0], rtol=0, atol=1e-7)
-    (gradient,) = torch.autograd.grad(_round_straight_through(layer.p).sum(), layer.p)
+    torch.testing.assert_close(round_straight_through(layer.p).detach(), stored.factors()[0], rtol=0, atol=1e-7)
+    (gradient,) = torch.autograd.grad(round_straight_through(layer.p).sum(), layer.p)
     assert torch.equal(gradient, torch.ones_like(gradient))
 
 
@@ -295,10 +310,10 @@ def test_validation_is_kept_back(tmp_path: Path) -> None:
 def test_the_guards_part_is_the_first_tenth_and_is_not_learned() -> None:
     text = FitText(torch.arange(40_000), torch.zeros(40_000, dtype=torch.bool), bos=None)
     parts = split_text(text, "t", 256)
-    assert parts.own.chunks.flatten().tolist() == list(range(7 * 512))  # a tenth in whole chunks
+    assert parts.own.chunks.flatten().tolist() == list(range(4 * 512))
     validated = parts.validation.chunks.numel()
-    assert parts.learned.tokens.tolist() == list(range(7 * 512, 40_000 - validated))
-    assert split_text(numbered(100_000), "t", 256).own.chunks.shape == (8, 512)  # no more than it takes to judge
+    assert parts.learned.tokens.tolist() == list(range(4 * 512, 40_000 - validated))
+    assert split_text(numbered(18_000), "t", 256).own.chunks.shape == (3, 512)  # a tenth; above, no more than is judged
     short = split_text(numbered(1280 + 511), "t", 256)
     assert short.own is None
     assert len(short.learned.tokens) == 256 + 511
@@ -361,6 +376,25 @@ def test_columns_seen() -> None:
     assert not torch.equal(visible_columns(0, 400, 8, 1), seen)
 
 
+def test_the_rate_grows_with_the_root_of_the_weights_size() -> None:
+    def of_size(size: float) -> float:
+        layers = {f"blk.{i}.attn_q.weight": StarWeight(size if i == 1 else 9.0) for i in range(3)}
+        blocks = [SimpleNamespace(index=i, linears={"attn_q": None}) for i in range(3)]
+        return rate_scale(SimpleNamespace(blocks=blocks, star_linears=lambda: layers))
+
+    class StarWeight:
+        def __init__(self, size: float) -> None:
+            self.size = size
+
+        def weight(self) -> torch.Tensor:
+            return torch.tensor([[self.size, -self.size]])
+
+    assert of_size(0.19) == pytest.approx(1.0)
+    assert of_size(0.0475) == pytest.approx(0.5)
+    assert of_size(0.9) == 1.0
+    assert of_size(1e-4) == pytest.approx(1 / 3)
+
+
 def test_schedule() -> None:
     settings = FitSettings(4, GAMMA, steps=100, warmup=10, learning_rate=1.0, int8_share=0.25)
     rates = [settings.learning_rate_at(step) for step in range(100)]
@@ -378,7 +412,7 @@ def _state(path: Path) -> dict:
     optimizer.step()
     kept = [factor.detach() for factor in factors]
     row = {"step": 3, "loss": 1.0, "validation_nll": 1.0}
-    save_state(path, FitState("zero", 3, kept, 1.0, optimizer.state_dict(), 3, 1.0, kept, {1: kept}, [row]), "me")
+    save_state(path, FitState("zero", 3, kept, optimizer.state_dict(), 3, 1.0, kept, {1: kept}, [row]), "me")
     return torch.load(path, weights_only=True)
 
 

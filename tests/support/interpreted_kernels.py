@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nkat.engine.plan import TorchOps, decode_step, make_plan
 from nkat.kernels.cuda import linear as cuda
+from nkat.kernels.cuda import planes
 from nkat.kernels.cuda.planes import FORMATS, PackedWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings, TritonOps
 from tests.kernels.test_cuda import FAMILIES, IDS, packed_weight, row_length, tiny, whole
@@ -53,7 +54,7 @@ def error(found: Tensor, x: Tensor, values: Tensor, expected: Tensor | None = No
 
 def make(qtype: QType, m: int = 9, chunks: int = 5, seed: int = 0) -> tuple[PackedWeight, Tensor]:
     packed, values = packed_weight(qtype, m, row_length(qtype, chunks), seed)
-    return cuda.pack(packed, qtype, tuple(values.shape)), values
+    return planes.pack(packed, qtype, tuple(values.shape)), values
 
 
 @every_format
@@ -199,22 +200,23 @@ def test_activation_kernel(gelu):
 
 @pytest.mark.parametrize("position", [0, 64, 255])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "rotated", "interleaved", "window", "norm"),
-    [(6, 2, 16, 16, True, 0, False), (4, 1, 24, 16, False, 70, True), (2, 2, 32, 32, False, 0, True)],
+    ("heads", "kv_heads", "head_dim", "rotated", "interleaved", "window", "norm", "cap"),
+    [(6, 2, 16, 16, True, 0, False, 0.0), (4, 1, 24, 16, False, 70, True, 1.5), (2, 2, 32, 32, False, 0, True, 0.0)],
 )
-def test_attention_kernels(position, heads, kv_heads, head_dim, rotated, interleaved, window, norm):
+def test_attention_kernels(position, heads, kv_heads, head_dim, rotated, interleaved, window, norm, cap):
     capacity = 256
     angles = torch.rand(capacity, rotated // 2)
     keys, values = torch.randn(2, kv_heads, capacity, head_dim)
     keys[:, position:], values[:, position:] = float("nan"), float("nan")  # must not be read
     norms = torch.rand(2, head_dim) if norm else (None, None)
+    warmth = 1.0 + torch.rand(capacity) if cap else None
     qkv, readers = torch.randn((heads + 2 * kv_heads) * head_dim), siblings(heads * head_dim, layers=1)
 
     def attend(ops, fill):
         k, v = keys.clone(), values.clone()
         k[k.isnan()], v[v.isnan()] = fill, fill
         attention = Attention(
-            heads, head_dim**-0.5, window, interleaved, 1e-6, *norms, angles.cos(), angles.sin(), k, v
+            heads, head_dim**-0.5, window, interleaved, 1e-6, *norms, angles.cos(), angles.sin(), k, v, cap, warmth
         )
         return ops(star=True).attend(qkv, attention, torch.tensor([position]), readers), k, v
 
@@ -229,7 +231,7 @@ def test_attention_kernels(position, heads, kv_heads, head_dim, rotated, interle
 
 def test_linear_without_a_kernel_takes_part_in_a_step():
     values, bias, x = torch.randn(6, 64), torch.randn(6), torch.randn(64)
-    weight = cuda.pack(values.view(torch.uint8).view(-1), QType.F32, (6, 64))
+    weight = planes.pack(values.view(torch.uint8).view(-1), QType.F32, (6, 64))
     layers = Siblings(
         (Group(weight, bias, torch.randn(6, 3), 0, ()),), 64, 6, 3, torch.randn(3, 64), torch.tensor([0.5])
     )

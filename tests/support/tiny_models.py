@@ -38,18 +38,42 @@ class TinyOptions:
     epsilon: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
+    qk_gain: float = SCORE_GAIN  # of these norms
     post_norm: bool = False
-    qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every 2-D tensor
+    post_gain: float = 4.0  # of these norms: large, or scaled and tied embeddings make every token predict itself
+    qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every tensor of 2 or 3 dimensions
     qtypes: Mapping[str, gguf.GGMLQuantizationType] | None = None  # of single ones, by name
     tied: bool = False  # True: no output.weight
     freq_base: float = 10000.0
     freq_base_swa: float | None = None  # {arch}.rope.freq_base_swa; left out when None (readers assume 10000)
     rope_scaling: Mapping[str, str | int | float] | None = None  # keys under {arch}.rope.scaling
+    rotary: int | None = None  # elements of a head that RoPE turns; None: all
+    long_factors: bool = False  # rope_factors_short.weight and rope_factors_long.weight, as Phi-3 has
+    # gemma4: which blocks have a window; with it their heads' length, KV heads and feed-forward length by block, how
+    # many of the last blocks use the keys of earlier ones, numbers that a block adds about a token, a scale of its own
+    local: tuple[bool, ...] | None = None
+    local_head_dim: int | None = None
+    kv_heads_by_block: tuple[int, ...] | None = None
+    feed_forward_by_block: tuple[int, ...] | None = None
+    shared_kv: int = 0
+    idle_kv: bool = False  # these have keys and values of their own all the same, which nobody reads
+    layer_inputs: int = 0
+    block_scale: bool = False
+    keys_are_values: bool = False  # of blocks that see everything
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    metadata: Mapping[str, str | int | float] | None = None  # further keys under {arch}.
     rope_factors: bool = False  # rope_freqs.weight: one divisor for each rotated pair, as Llama 3.1 has
-    sliding_window: int | None = None  # gemma3; with it, blocks 5, 11, ... see everything and the others the window
+    sliding_window: int | None = None  # with it, gemma3's blocks 5, 11, ... see everything and the others the window
+    experts: int = 0  # of a mixture in place of the feed-forward network, each of `feed_forward` inner elements
+    experts_used: int = 2
+    expert_bias: bool = False  # and of the router and the attention's output
+    sinks: bool = False
+    ffn_norm: str = "ffn_norm"
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
     add_bos: bool = False
+    chat_template: str | None = None
 
 
 # An architecture's usual choices. On purpose not made from the toolkit's own rows: llama.cpp is the judge of both.
@@ -58,7 +82,63 @@ ARCHITECTURES = {
     "qwen2": TinyOptions(qkv_bias=True),
     "qwen3": TinyOptions(head_dim=24, qk_norm=True),
     "gemma3": TinyOptions(head_dim=24, qk_norm=True, post_norm=True, vocab="spm", tied=True, add_bos=True),
+    "gemma2": TinyOptions(head_dim=24, post_norm=True, vocab="spm", tied=True, add_bos=True),
+    "gemma4": TinyOptions(
+        blocks=6,
+        head_dim=24,
+        qk_norm=True,
+        qk_gain=0.7,  # scores are not divided by anything
+        post_norm=True,
+        post_gain=2.5,
+        vocab="spm",
+        tied=True,
+        add_bos=True,
+        rope_factors=True,
+        sliding_window=6,
+        local=(True, False, True, False, True, False),
+        local_head_dim=16,
+        kv_heads_by_block=(2, 1, 2, 1, 2, 1),
+        feed_forward_by_block=(96, 96, 96, 96, 160, 160),
+        shared_kv=2,
+        layer_inputs=8,
+        block_scale=True,
+    ),
+    "phi3": TinyOptions(fused_qkv=True, fused_gate_up=True, epsilon=1e-5, vocab="spm", add_bos=True),
+    "mistral3": TinyOptions(epsilon=1e-5, pre="tekken"),
+    "qwen3moe": TinyOptions(head_dim=24, qk_norm=True, feed_forward=48, experts=6),
+    "gpt-oss": TinyOptions(
+        epsilon=1e-5,
+        feed_forward=48,
+        experts=6,
+        qkv_bias=True,
+        expert_bias=True,
+        sinks=True,
+        ffn_norm="post_attention_norm",
+        sliding_window=6,
+        pre="gpt-4o",
+    ),
 }
+
+# What the architectures with features of their own are tested with, by the model, the compiled program, the GPU step.
+FURTHER_FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", {"sliding_window": 6, "metadata": {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}}),
+    ("gemma4", {}),
+    ("gemma4", {"shared_kv": 0, "layer_inputs": 0, "keys_are_values": True, "block_scale": False}),
+    ("phi3", {"long_factors": True, "rotary": 12, "metadata": {"rope.scaling.original_context_length": 30}}),
+    (
+        "mistral3",
+        {
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 7, "yarn_log_multiplier": 0.5},
+            "metadata": {"attention.temperature_scale": 0.3},
+        },
+    ),
+]
+
+# The same for those that no step of the GPU's computes (`nkat.lm.architectures.Architecture.has_gpu_step`).
+MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3moe", {}),
+    ("gpt-oss", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 8}}),
+]
 
 
 def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Path:
@@ -76,12 +156,16 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
     for name, shape, mean, std in _tensor_list(opts, vocab_size):
         values = _random_tensor(seed, name, shape, mean, std)
         qtype = (opts.qtypes or {}).get(name, opts.qtype)
-        if len(shape) == 2 and qtype != gguf.GGMLQuantizationType.F32:
+        if len(shape) > 1 and qtype != gguf.GGMLQuantizationType.F32:
             writer.add_tensor(name, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
         else:
             writer.add_tensor(name, values)
     if opts.rope_factors:
-        writer.add_tensor("rope_freqs.weight", np.linspace(1.0, 8.0, _head_dim(opts) // 2, dtype=np.float32))
+        writer.add_tensor("rope_freqs.weight", np.linspace(1.0, 8.0, _rotary(opts) // 2, dtype=np.float32))
+    if opts.long_factors:
+        for name, largest in (("short", 2.0), ("long", 20.0)):
+            factors = np.linspace(1.0, largest, _rotary(opts) // 2, dtype=np.float32)
+            writer.add_tensor(f"rope_factors_{name}.weight", factors)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -93,26 +177,55 @@ def _head_dim(opts: TinyOptions) -> int:
     return opts.embedding // opts.heads if opts.head_dim is None else opts.head_dim
 
 
+def _sizes(opts: TinyOptions, block: int) -> tuple[int, int, int]:
+    """Elements of a head, KV heads, feed-forward length of a block."""
+    local = opts.local is not None and opts.local[block]
+    head_dim = opts.local_head_dim if local and opts.local_head_dim else _head_dim(opts)
+    kv_heads = opts.kv_heads_by_block[block] if opts.kv_heads_by_block else opts.kv_heads
+    feed_forward = opts.feed_forward_by_block[block] if opts.feed_forward_by_block else opts.feed_forward
+    return head_dim, kv_heads, feed_forward
+
+
+def _rotary(opts: TinyOptions) -> int:
+    return _head_dim(opts) if opts.rotary is None else opts.rotary
+
+
 def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) -> None:
     head_dim = _head_dim(opts)
-    writer.add_name(f"tiny {arch}")
+    writer.add_name(f"tiny {arch.replace('phi3', 'phi 3')}")  # "phi3" asks for special tokens that it lacks
     writer.add_context_length(opts.context)
     writer.add_embedding_length(opts.embedding)
     writer.add_block_count(opts.blocks)
-    writer.add_feed_forward_length(opts.feed_forward)
+    writer.add_feed_forward_length(opts.feed_forward_by_block or opts.feed_forward)
+    if opts.experts:
+        writer.add_expert_count(opts.experts)
+        writer.add_expert_used_count(opts.experts_used)
+        writer.add_expert_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
-    writer.add_head_count_kv(opts.kv_heads)
+    writer.add_head_count_kv(opts.kv_heads_by_block or opts.kv_heads)
+    if opts.local is not None:
+        writer.add_sliding_window_pattern(opts.local)
+        writer.add_shared_kv_layers(opts.shared_kv)
+        writer.add_embedding_length_per_layer_input(opts.layer_inputs)
+    if opts.local_head_dim is not None:
+        writer.add_key_length_swa(opts.local_head_dim)
+        writer.add_value_length_swa(opts.local_head_dim)
+        writer.add_rope_dimension_count_swa(opts.local_head_dim)
     writer.add_layer_norm_rms_eps(opts.epsilon)
     writer.add_rope_freq_base(opts.freq_base)
-    if head_dim * opts.heads == opts.embedding:
+    if opts.rotary is not None:
+        writer.add_rope_dimension_count(opts.rotary)
+    elif head_dim * opts.heads == opts.embedding:
         writer.add_rope_dimension_count(head_dim)
-    else:
+    if head_dim * opts.heads != opts.embedding:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     for key, value in (opts.rope_scaling or {}).items():
         _add_value(writer, f"{arch}.rope.scaling.{key}", value)
     if opts.sliding_window is not None:
         writer.add_sliding_window(opts.sliding_window)
+    for key, value in (opts.metadata or {}).items():
+        _add_value(writer, f"{arch}.{key}", value)
     if opts.freq_base_swa is not None:
         writer.add_float32(f"{arch}.rope.freq_base_swa", opts.freq_base_swa)
 
@@ -128,30 +241,76 @@ def _add_value(writer: gguf.GGUFWriter, key: str, value: str | int | float) -> N
 
 def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
     """(name, row-major shape, mean, standard deviation) of every weight, in file order."""
-    n, ff, head_dim = opts.embedding, opts.feed_forward, _head_dim(opts)
-    n_q, n_kv = opts.heads * head_dim, opts.kv_heads * head_dim
+    n = opts.embedding
 
     yield "token_embd.weight", (vocab_size, n), 0.0, LOGIT_STD / math.sqrt(n)
     if not opts.tied:
         yield "output.weight", (vocab_size, n), 0.0, LOGIT_STD / math.sqrt(n)
     yield "output_norm.weight", (n,), 1.0, 0.2
-    for block in (f"blk.{i}." for i in range(opts.blocks)):
+    p = opts.layer_inputs
+    if p:
+        yield "per_layer_token_embd.weight", (vocab_size, opts.blocks * p), 0.0, 1 / math.sqrt(p)
+        yield "per_layer_model_proj.weight", (opts.blocks * p, n), 0.0, 1.0
+        yield "per_layer_proj_norm.weight", (p,), 1.0, 0.2
+    for i in range(opts.blocks):
+        block = f"blk.{i}."
+        head_dim, kv_heads, ff = _sizes(opts, i)
+        n_q, n_kv = opts.heads * head_dim, kv_heads * head_dim
+        own = i < opts.blocks - opts.shared_kv
         yield block + "attn_norm.weight", (n,), 1.0, 0.2
-        for name, rows, gain in (("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)):
+        qkv = [("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)]
+        if opts.fused_qkv:
+            qkv = [("attn_qkv", n_q + 2 * n_kv, SCORE_GAIN)]
+        if not own and not opts.idle_kv:
+            qkv = qkv[:1]
+        elif opts.keys_are_values and opts.local is not None and not opts.local[i]:
+            qkv = qkv[:2]
+        for name, rows, gain in qkv:
             yield f"{block}{name}.weight", (rows, n), 0.0, gain / math.sqrt(n)
             if opts.qkv_bias:
                 yield f"{block}{name}.bias", (rows,), 0.0, 0.5
         if opts.qk_norm:
-            yield block + "attn_q_norm.weight", (head_dim,), SCORE_GAIN, 0.3
-            yield block + "attn_k_norm.weight", (head_dim,), SCORE_GAIN, 0.3
+            yield block + "attn_q_norm.weight", (head_dim,), opts.qk_gain, 0.3
+            if own or opts.idle_kv:
+                yield block + "attn_k_norm.weight", (head_dim,), opts.qk_gain, 0.3
         yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
-        yield block + "ffn_norm.weight", (n,), 1.0, 0.2
-        yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
-        yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
-        yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
-        if opts.post_norm:  # large, or the scaled and tied embedding would make every token predict itself
-            yield block + "post_attention_norm.weight", (n,), 4.0, 0.8
-            yield block + "post_ffw_norm.weight", (n,), 4.0, 0.8
+        if opts.sinks:
+            yield block + "attn_sinks.weight", (opts.heads,), 1.0, 1.5
+        yield f"{block}{opts.ffn_norm}.weight", (n,), 1.0, 0.2
+        if opts.experts:
+            yield from _expert_tensors(block, opts)
+        elif opts.fused_gate_up:
+            yield block + "ffn_up.weight", (2 * ff, n), 0.0, 1.5 / math.sqrt(n)
+        else:
+            yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
+            yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
+        if not opts.experts:
+            yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
+        if opts.post_norm:
+            yield block + "post_attention_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
+            yield block + "post_ffw_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
+        if p:
+            yield block + "inp_gate.weight", (p, n), 0.0, 1.5 / math.sqrt(n)
+            yield block + "proj.weight", (n, p), 0.0, 1 / math.sqrt(p)
+            yield block + "post_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
+        if opts.block_scale:
+            yield block + "layer_output_scale.weight", (1,), 0.8, 0.1
+
+
+def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+    """The router and the experts' weights. The latter are large enough for the clamps of gpt-oss to act."""
+    n, ff, count = opts.embedding, opts.feed_forward, opts.experts
+    large = 4.0 if opts.expert_bias else 1.0
+    yield block + "ffn_gate_inp.weight", (count, n), 0.0, 2 / math.sqrt(n)
+    yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
+    yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
+    yield block + "ffn_down_exps.weight", (count, n, ff), 0.0, 1 / large / math.sqrt(ff)
+    if opts.expert_bias:
+        yield block + "attn_output.bias", (n,), 0.0, 0.5
+        yield block + "ffn_gate_inp.bias", (count,), 0.0, 0.5
+        yield block + "ffn_gate_exps.bias", (count, ff), 0.0, 0.5
+        yield block + "ffn_up_exps.bias", (count, ff), 0.0, 0.5
+        yield block + "ffn_down_exps.bias", (count, n), 0.0, 0.5
 
 
 def _random_tensor(seed: int, name: str, shape: tuple[int, ...], mean: float, std: float) -> np.ndarray:
@@ -169,6 +328,8 @@ def _add_vocabulary(writer: gguf.GGUFWriter, opts: TinyOptions) -> int:
     else:
         raise ValueError(f"no tiny vocabulary {opts.vocab!r}: gpt2 or spm")
     writer.add_add_bos_token(opts.add_bos)
+    if opts.chat_template is not None:
+        writer.add_chat_template(opts.chat_template)
     writer.add_vocab_size(size)
     return size
 

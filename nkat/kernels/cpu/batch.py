@@ -38,7 +38,7 @@ def _step_bytes(group: int) -> int:
     return 8 * _VECTOR + 32 // group * 2 * _VECTOR
 
 
-class _Rows(Interleaver):
+class ClampedRows(Interleaver):
     """The rows of a tile as the file has them; where fewer are left than a tile has, the last stands for the rest."""
 
     def __init__(self, k: Builder, offsets: list[Value], block: Value, out: Value) -> None:
@@ -148,7 +148,7 @@ class _Source:
             at = self.tile + unit * unit_bytes(qtype)
         else:
             at = self.spare
-            layout.interleave(_Rows(k, self.offsets, self.tile + unit * block_bytes, at))
+            layout.interleave(ClampedRows(k, self.offsets, self.tile + unit * block_bytes, at))
         if exact:
             for column, w in enumerate(weights(k, layout, at)):
                 k.store(w, out + column * _VECTOR)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
@@ -21,13 +21,13 @@ from nkat.kernels.cpu.llvm import F16, F32, I32, I64, Builder, Value
 KEYS = 16  # positions in one block of the key cache
 
 
-def _width(columns: int) -> int:
+def width_of(columns: int) -> int:
     """Lanes that divide the columns."""
     return math.gcd(columns, 16)
 
 
 @contextmanager
-def _own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
+def own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
     """for each token of this thread's panels of so many"""
     count = k.load(I64(), state)
     with (
@@ -37,9 +37,14 @@ def _own_tokens(k: Builder, state: Value, tokens: int) -> Iterator[Value]:
         yield token
 
 
+def _capped(k: Builder, x: Value, cap: Value) -> Value:
+    """c·tanh(x/c) = c − 2c/(exp(2x/c) + 1)"""
+    return cap - (cap + cap) / (k.exp(x * (k.value(2.0, cap.kind) / cap)) + 1.0)
+
+
 def _normalised(k: Builder, row: Value, weight: Value, epsilon: Value, columns: int, out: Value) -> None:
     """RMS norm of a row of float32; `out` may be the row itself."""
-    lanes = _width(columns)
+    lanes = width_of(columns)
     squares = k.variable(k.value(0.0, F32(lanes)))
     with k.loop(0, 4 * columns, 4 * lanes) as i:
         x = k.load(F32(lanes), row + i)
@@ -56,11 +61,25 @@ def norm_kernel(columns: int, tokens: int) -> int:
 
     def emit(k: Builder) -> None:
         x, weight, epsilon, out, state = (k.pointer(i) for i in range(5))
-        with _own_tokens(k, state, tokens) as token:
+        with own_tokens(k, state, tokens) as token:
             at = token * (4 * columns)
             _normalised(k, x + at, weight, k.load(F32(), epsilon), columns, out + at)
 
     return compile_kernel(f"norm_{columns}_{tokens}", emit)
+
+
+@functools.cache
+def wide_norm_kernel(columns: int, tokens: int) -> int:
+    """x = its RMS norm, in the first columns of its rows. arguments: x, bytes of a row, weight, epsilon, state"""
+
+    def emit(k: Builder) -> None:
+        x, stride = k.pointer(0), k.integer(1)
+        weight, epsilon, state = (k.pointer(i) for i in (2, 3, 4))
+        with own_tokens(k, state, tokens) as token:
+            row = x + token * stride
+            _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
+
+    return compile_kernel(f"wide_norm_{columns}_{tokens}", emit)
 
 
 @functools.cache
@@ -70,8 +89,8 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
     def emit(k: Builder) -> None:
         x, y, stride = k.pointer(0), k.pointer(1), k.integer(2)
         weight, epsilon, state = (k.pointer(i) for i in (3, 4, 5))
-        lanes = _width(columns)
-        with _own_tokens(k, state, tokens) as token:
+        lanes = width_of(columns)
+        with own_tokens(k, state, tokens) as token:
             to, row = x + token * (4 * columns), y + token * stride
             if normalise:
                 _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
@@ -82,22 +101,84 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
 
 
 @functools.cache
-def gate_kernel(columns: int, tokens: int, gelu: bool) -> int:
-    """gate = activation(gate) * up: SiLU, or GELU by its tanh form. arguments: gate, up, bytes of a row, state"""
+def gate_kernel(columns: int, tokens: int, gelu: bool, clamp: tuple[float, float] | None = None) -> int:
+    """gate = activation(gate) * up: SiLU, or GELU by its tanh form.
+
+    arguments: gate, up, bytes of a row of each, state
+    clamp: what the two are kept below and how steep the logistic function is, of an activation that adds 1 to `up`
+    """
+    limit, slope = clamp or (0.0, 1.0)
 
     def emit(k: Builder) -> None:
-        gate, up, stride, state = k.pointer(0), k.pointer(1), k.integer(2), k.pointer(3)
-        lanes = _width(columns)
-        with _own_tokens(k, state, tokens) as token:
-            at = token * stride
+        gate, up, gate_stride, up_stride, state = (
+            k.pointer(0), k.pointer(1), k.integer(2), k.integer(3), k.pointer(4)
+        )  # fmt: skip
+        lanes = width_of(columns)
+        with own_tokens(k, state, tokens) as token:
+            to, row = gate + token * gate_stride, up + token * up_stride
             with k.loop(0, 4 * columns, 4 * lanes) as i:
-                g = k.load(F32(lanes), gate + at + i)
+                g, u = k.load(F32(lanes), to + i), k.load(F32(lanes), row + i)
+                if clamp is not None:
+                    g, u = _below(k, g, limit), _below(k, _below(k, u, limit) * -1.0, limit) * -1.0 + 1.0
                 # both are g times a logistic function: tanh(z) = 2·logistic(2z) − 1
                 z = g * k.fma(g * g, 2 * 0.7978845608 * 0.044715, k.value(2 * 0.7978845608, g.kind)) if gelu else g
-                active = g / (k.exp(z * -1.0) + 1.0)
-                k.store(active * k.load(F32(lanes), up + at + i), gate + at + i)
+                active = g / (k.exp(z * -slope) + 1.0)
+                k.store(active * u, to + i)
 
-    return compile_kernel(f"gate_{columns}_{tokens}_{gelu}", emit)
+    return compile_kernel(f"gate_{columns}_{tokens}_{gelu}_{clamp is not None}", emit)
+
+
+def _below(k: Builder, x: Value, limit: float) -> Value:
+    """The smaller of the two; NaN stays NaN."""
+    return k.select(x > limit, k.value(limit, x.kind), x)
+
+
+@functools.cache
+def scale_kernel(columns: int, tokens: int) -> int:
+    """x *= factor. arguments: x, factor float32 [1], state"""
+
+    def emit(k: Builder) -> None:
+        x, factor, state = k.pointer(0), k.load(F32(), k.pointer(1)), k.pointer(2)
+        lanes = width_of(columns)
+        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * columns, 4 * lanes) as i:
+            at = x + token * (4 * columns) + i
+            k.store(k.load(F32(lanes), at) * factor, at)
+
+    return compile_kernel(f"scale_{columns}_{tokens}", emit)
+
+
+@functools.cache
+def layer_input_kernel(length: int, blocks: int, tokens: int) -> int:
+    """own = (own + RMS norm of projected) / √2, for each block's `length` numbers by themselves; projected is used up.
+
+    arguments: own, bytes of a row, projected, bytes of a row, weight, epsilon float32 [1], state
+    """
+
+    def emit(k: Builder) -> None:
+        own, own_stride, projected, stride = k.pointer(0), k.integer(1), k.pointer(2), k.integer(3)
+        weight, epsilon, state = k.pointer(4), k.load(F32(), k.pointer(5)), k.pointer(6)
+        lanes = width_of(length)
+        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * length * blocks, 4 * length) as start:
+            to, row = own + token * own_stride + start, projected + token * stride + start
+            _normalised(k, row, weight, epsilon, length, row)
+            with k.loop(0, 4 * length, 4 * lanes) as i:
+                k.store((k.load(F32(lanes), to + i) + k.load(F32(lanes), row + i)) * math.sqrt(0.5), to + i)
+
+    return compile_kernel(f"layer_input_{length}_{blocks}_{tokens}", emit)
+
+
+@functools.cache
+def cap_kernel() -> int:
+    """x = c·tanh(x/c), in place. arguments: x, bytes of a row, columns (whole vectors of 16), c float32 [1], state"""
+
+    def emit(k: Builder) -> None:
+        x, stride, columns, cap, state = k.pointer(0), k.integer(1), k.integer(2), k.pointer(3), k.pointer(4)
+        count, c = k.load(I64(), state), k.load(F32(), cap).spread(16)
+        with k.loop(0, count) as token, k.loop(k.thread * 16, columns, k.threads * 16) as i:
+            at = x + token * stride + i * 4
+            k.store(_capped(k, k.load(F32(16), at), c), at)
+
+    return compile_kernel("cap", emit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +188,10 @@ class Heads:
     rotated: leading elements that RoPE turns; interleaved: its pairs are neighbours
     norm: q and k heads have an RMS norm
     half: the KV cache is float16, otherwise float32
+    capped: scores are kept within bounds, by tanh
+    sinks: each query head has a score that stands for nothing and takes part in the softmax
+    own: the new tokens have keys and values, which go into the cache; otherwise another block put them there
+    value_norm: v heads have an RMS norm, whose weights are all the same
     """
 
     queries: int
@@ -116,6 +201,10 @@ class Heads:
     interleaved: bool
     norm: bool
     half: bool
+    capped: bool = False
+    sinks: bool = False
+    own: bool = True
+    value_norm: bool = False
 
     @property
     def cache_bytes(self) -> int:
@@ -143,12 +232,13 @@ def rope_kernel(heads: Heads) -> int:
     product as it is. Each thread takes some of the (token, head) pairs.
 
     arguments: q, k, v, bytes of a row of each, cosines and sines [position, rotated / 2], weights of the norms of q and
-    k, epsilon, scale float32 [1], key cache, value cache, bytes of a KV head in them, state
+    k, epsilon, scale float32 [position], key cache, value cache, bytes of a KV head in them, state, ones float32 [size]
+    (where heads.value_norm); v may be k, whose norm and RoPE it does not get
     state: of `nkat.kernels.cpu.linear.token_state`; each further sequence starts at the
     same position and has heads of its own in the cache, behind those of the one before
     """
     size, half, width = heads.size, heads.rotated // 2, heads.cache_bytes
-    lanes = _width(half) if half else 1
+    lanes = width_of(half) if half else 1
     every_other = [list(range(start, 2 * lanes, 2)) for start in (0, 1)]
 
     def pairs(k: Builder, row: Value, i: Value) -> tuple[Value, Value]:
@@ -174,10 +264,10 @@ def rope_kernel(heads: Heads) -> int:
         q_stride, k_stride, v_stride = (k.integer(i) for i in range(3, 6))
         cosines, sines, q_norm, k_norm, epsilon, scale, keys, values = (k.pointer(i) for i in range(6, 14))
         head_bytes, state = k.integer(14), k.pointer(15)
-        epsilon, scale = k.load(F32(), epsilon), k.load(F32(), scale)
+        epsilon = k.load(F32(), epsilon)
         turned = k.local(4 * size)  # `nkat.lm.config.MAX_HEAD` bounds it
         count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
-        every = heads.queries + heads.kv
+        every = heads.queries + (heads.kv if heads.own else 0)
         with k.loop(k.thread, count * every, k.threads) as item:
             token, head = item // every, item % every
             sequence, position = token // length, start + token % length
@@ -187,23 +277,27 @@ def rope_kernel(heads: Heads) -> int:
                 if heads.norm:
                     _normalised(k, row, q_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
-                with k.loop(0, 4 * size, 4 * _width(size)) as i:
-                    k.store(k.load(F32(_width(size)), turned + i) * scale, row + i)
+                factor = k.load(F32(), scale + position * 4)
+                with k.loop(0, 4 * size, 4 * width_of(size)) as i:
+                    k.store(k.load(F32(width_of(size)), turned + i) * factor, row + i)
             with k.when(head >= heads.queries):
                 kv = head - heads.queries
+                row = v + token * v_stride + kv * (4 * size)
+                cached = (sequence * heads.kv + kv) * head_bytes
+                if heads.value_norm:
+                    _normalised(k, row, k.pointer(16), epsilon, size, turned)
+                    row = turned
+                to = values + cached + position * (width * size)
+                with k.loop(0, size, width_of(size)) as i:
+                    heads.store(k, k.load(F32(width_of(size)), row + i * 4), to + i * width)
                 row = key + token * k_stride + kv * (4 * size)
                 if heads.norm:
                     _normalised(k, row, k_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
                 block, place = position // KEYS, position % KEYS
-                cached = (sequence * heads.kv + kv) * head_bytes
                 to = keys + cached + (block * (KEYS * size) + place) * width
                 with k.loop(0, size) as i:
                     heads.store(k, k.load(F32(), turned + i * 4), to + i * (width * KEYS))
-                row = v + token * v_stride + kv * (4 * size)
-                to = values + cached + position * (width * size)
-                with k.loop(0, size, _width(size)) as i:
-                    heads.store(k, k.load(F32(_width(size)), row + i * 4), to + i * width)
 
     return compile_kernel(f"rope_{heads.label}", emit)
 
@@ -217,10 +311,11 @@ def attention_kernel(heads: Heads, rows: int) -> int:
 
     arguments: q, bytes of a row, key cache, value cache, bytes of a KV head in them, out, bytes of a row, scratch for
     scores, its bytes for one thread, bytes of one row of scores, sliding window (as many as ever where there is none),
-    state (see `rope_kernel`)
+    state (see `rope_kernel`), bounds of the scores float32 [1] (where heads.capped), sinks float32
+    [query head] (where heads.sinks)
     """
     size, group = heads.size, heads.queries // heads.kv
-    chunk = _width(size)
+    chunk = width_of(size)
     chunks = next(n for n in (4, 2, 1) if size % (n * chunk) == 0 and n * rows <= 16)
 
     def emit(k: Builder) -> None:
@@ -232,6 +327,7 @@ def attention_kernel(heads: Heads, rows: int) -> int:
         )  # fmt: skip
         del thread_bytes
         count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
+        cap = k.load(F32(), k.pointer(12)).spread(KEYS) if heads.capped else None
         queries = k.minimum(count, length) * group  # of one sequence
         groups = (queries + (rows - 1)) // rows
         sequences = (count + (length - 1)) // length
@@ -247,10 +343,13 @@ def attention_kernel(heads: Heads, rows: int) -> int:
             first = [k.maximum(end - window + 1, 0) for end in last]
             first_block, end_block = first[0] // KEYS, last[-1] // KEYS + 1
             cached = (sequence * heads.kv + kv) * head_bytes
-            tops = _scores(k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride)
+            tops = _scores(
+                k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride, cap
+            )
+            sinks = [k.load(F32(), k.pointer(13) + (kv * group + i % group) * 4) for i in row] if heads.sinks else []
+            score_bytes = (end_block - first_block) * (4 * KEYS)
             inverse = [
-                _softmax(k, scores + score_stride * r, (end_block - first_block) * (4 * KEYS), tops[r])
-                for r in range(rows)
+                _softmax(k, scores + score_stride * r, score_bytes, tops[r], sinks[r : r + 1]) for r in range(rows)
             ]
             value = values + cached
             begin, stop = first_block * KEYS, last[-1] + 1
@@ -282,6 +381,7 @@ def _scores(
     keys: Value,
     scores: Value,
     score_stride: Value,
+    cap: Value | None,
 ) -> list[Value]:
     """Writes each query's scores, sixteen positions at a time; returns the largest of each."""
     rows, unroll = len(query), math.gcd(heads.size, 4)
@@ -299,20 +399,27 @@ def _scores(
         for r in range(rows):
             too_early = lane < (first[r] - start).narrow(I32())
             too_late = lane > (last[r] - start).narrow(I32())
-            score = k.select(too_early | too_late, k.value(-1e30, F32(KEYS)), sums[r].value)
+            score = sums[r].value if cap is None else _capped(k, sums[r].value, cap)
+            score = k.select(too_early | too_late, k.value(-1e30, F32(KEYS)), score)
             tops[r].value = k.maximum(tops[r].value, score)
             k.store(score, scores + score_stride * r + (block - first_block) * (4 * KEYS))
     return [top.value.largest() for top in tops]
 
 
-def _softmax(k: Builder, scores: Value, count: Value, top: Value) -> Value:
-    """Scores (so many bytes of them) → e to the power of their distance from the top; returns 1 / their sum."""
+def _softmax(k: Builder, scores: Value, count: Value, top: Value, sinks: Sequence[Value]) -> Value:
+    """Scores (so many bytes of them) → e to the power of their distance from the top; returns 1 / their sum, of which
+    the sinks are a part."""
+    for sink in sinks:
+        top = k.maximum(top, sink)
     total = k.variable(k.value(0.0, F32(KEYS)))
     with k.loop(0, count, 4 * KEYS) as i:
         weight = k.exp(k.load(F32(KEYS), scores + i) - top)
         total.value = total.value + weight
         k.store(weight, scores + i)
-    return k.value(1.0, F32()) / total.value.total()
+    whole = total.value.total()
+    for sink in sinks:
+        whole = whole + k.exp(sink - top)
+    return k.value(1.0, F32()) / whole
 
 
 @functools.cache
@@ -335,7 +442,7 @@ def likelihood_kernel(tokens: int) -> int:
             there = lane < (columns - at).narrow(I32())
             return k.select(there, k.load(F32(KEYS), row + at * 4), k.value(-1e30, F32(KEYS)))
 
-        with _own_tokens(k, state, tokens) as token:
+        with own_tokens(k, state, tokens) as token:
             row, own = logits + token * stride, running + token * 12
             before = k.load(F32(), own)
             tops = k.variable(k.value(-1e30, F32(KEYS)))

@@ -20,7 +20,7 @@ from llvmlite import ir
 
 from nkat.gguf import formats
 from nkat.gguf.formats import BlockFormat
-from nkat.kernels.cpu.llvm import F16, I8, I16, I32, Builder, Operand, Value
+from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, Builder, Operand, Value
 
 ROWS = 16  # of a tile: the lanes of a 512-bit vector of float32
 Field: TypeAlias = "tuple[Value, int, int]"  # a word, how many bits of each byte are below the field, its mask
@@ -453,10 +453,9 @@ class _Q6_K(BlockLayout, block=formats.Q6_K):
         return (words[i], 0, 0x3F) if i < 3 else _whole(_join(words))
 
 
-def _levels(k: Builder, nibbles: Value) -> Value:
-    """The IQ4 level of each nibble plus 128: a look-up in a table of 16 bytes."""
-    table = [level + 128 for level in formats.IQ4_LEVELS]
-    return k.look_up(table, nibbles)
+def _levels(k: Builder, levels: tuple[int, ...], zero: int, nibbles: Value) -> Value:
+    """The level of each nibble plus what stands for zero: a look-up in a table of 16 bytes."""
+    return k.look_up([level + zero for level in levels], nibbles)
 
 
 class _IQ4_NL(_Q4_0, block=formats.IQ4_NL):
@@ -465,7 +464,7 @@ class _IQ4_NL(_Q4_0, block=formats.IQ4_NL):
 
     @staticmethod
     def field(k: Builder, unit: Value, quad: int) -> Field:
-        return _whole(_levels(k, _bits(*_Q4_0.field(k, unit, quad))))
+        return _whole(_levels(k, formats.IQ4_LEVELS, 128, _bits(*_Q4_0.field(k, unit, quad))))
 
 
 class _IQ4_XS(BlockLayout, block=formats.IQ4_XS):
@@ -492,7 +491,26 @@ class _IQ4_XS(BlockLayout, block=formats.IQ4_XS):
 
     @staticmethod
     def field(k: Builder, unit: Value, quad: int) -> Field:
-        return _whole(_levels(k, _bits(*_nibble(k, unit + (_HALF + 8 * _BYTE), quad, 4))))
+        return _whole(_levels(k, formats.IQ4_LEVELS, 128, _bits(*_nibble(k, unit + (_HALF + 8 * _BYTE), quad, 4))))
+
+
+class _MXFP4(BlockLayout, block=formats.MXFP4):
+    zero = 12
+    bundle = 2
+
+    @staticmethod
+    def interleave(rows: Interleaver) -> None:
+        rows.bytes(0, 1)
+        rows.words(1, 4)
+
+    @staticmethod
+    def factors(k: Builder, unit: Value) -> tuple[Value, Value | None]:
+        e = k.load(I8(ROWS), unit).unsigned(I32())
+        return k.select(e > 1, (e - 1) << 23, (e + 1) << 21).bits(F32(ROWS)), None
+
+    @staticmethod
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        return _whole(_levels(k, formats.FP4_LEVELS, 12, _bits(*_nibble(k, unit + _BYTE, quad, 4))))
 
 
 def unit_bytes(qtype: GGMLQuantizationType) -> int:

@@ -47,6 +47,10 @@ class Program:
         self._arguments.append(words)
         return words
 
+    def keep(self, *arrays: np.ndarray) -> None:
+        """Keeps alive what the steps find in other ways than by their arguments."""
+        self._kept += arrays
+
     def barrier(self) -> None:
         if self._kernels:
             self.add(_barrier_kernel(), (self._meeting, self._meeting[16:], _yield_address()))

@@ -15,21 +15,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gguf.constants import GGMLQuantizationType as QType
 from torch import Tensor
 
 from nkat.errors import NKATError
 from nkat.gguf import formats
 from nkat.kernels import reference
 from nkat.kernels.cuda import matmul as cuda_matmul
-from nkat.kernels.cuda import planes
 from nkat.kernels.cuda.planes import CHUNK, FileWeight, Format, PackedWeight, PlaneWeight
 from nkat.kernels.cuda.triton import require_triton
 
 VECTOR_BATCH = 8  # most inputs for the kernel that reads each weight once
 MAX_BLOCK_ROWS = 8  # of that kernel; segments of a fused weight start at multiples of it
 _REGISTERS = 128  # a thread of the kernel for one input: four programs then fit a multiprocessor at once
-_CAPABILITY = (8, 0)  # the first with bfloat16 tensor cores
 _PROGRAMS = 256  # about two for each of an H100's 132 multiprocessors
 
 
@@ -61,17 +58,6 @@ def out_of_memory_hint() -> Iterator[None]:
             f"the GPU's memory is full ({what}): close other programs that use it, take a smaller model or a "
             "shorter context, or add --no-cuda to use the processor"
         ) from error
-
-
-def pack(packed: Tensor, qtype: QType, shape: tuple[int, int]) -> PackedWeight:
-    """A weight for these kernels, from the file's bytes (uint8 [nbytes]) on the device where they are.
-
-    Raises NKATError where there is no Triton or the GPU is too old for bfloat16.
-    """
-    if packed.is_cuda:
-        require_triton()
-        _check_capability(packed.device)
-    return planes.pack(packed, qtype, shape)
 
 
 def linear(
@@ -260,17 +246,6 @@ def _block_rows(m: int, batch: int) -> int:
     while most > 2 and m // most < _PROGRAMS:
         most //= 2
     return most
-
-
-@functools.cache
-def _check_capability(device: torch.device) -> None:
-    capability = torch.cuda.get_device_capability(device)
-    if capability < _CAPABILITY:
-        has, needed = (".".join(map(str, version)) for version in (capability, _CAPABILITY))
-        raise NKATError(
-            f"{torch.cuda.get_device_name(device)} has compute capability {has}, but the CUDA kernels need {needed} "
-            "(RTX 30 series or newer); add --no-cuda to use the processor"
-        )
 
 
 @functools.cache

@@ -67,7 +67,11 @@ class Input:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attention:
-    """A block's attention. keys, values: [H_kv, capacity, D]; cos, sin: float32 [capacity, rotated elements / 2]."""
+    """A block's attention. keys, values: [H_kv, capacity, D]; cos, sin: float32 [capacity, rotated elements / 2].
+
+    cap: scores are kept within ±it (c·tanh(x/c)); 0: not
+    warmth: float32 [capacity], multiplies the query at each position; None: all are 1
+    """
 
     heads: int
     scale: float
@@ -80,6 +84,8 @@ class Attention:
     sin: Tensor
     keys: Tensor
     values: Tensor
+    cap: float = 0.0
+    warmth: Tensor | None = None
 
 
 class TritonOps:
@@ -162,6 +168,7 @@ class TritonOps:
             attention.k_norm if has_norm else qkv,
             attention.cos,
             attention.sin,
+            attention.cos if attention.warmth is None else attention.warmth,
             attention.keys,
             attention.values,
             position,
@@ -172,12 +179,15 @@ class TritonOps:
             attention.window,
             attention.scale,
             attention.epsilon,
+            attention.cap,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
             half=attention.cos.shape[1],
             interleaved=attention.interleaved,
             has_norm=has_norm,
+            has_cap=attention.cap != 0.0,
+            has_warmth=attention.warmth is not None,
             splits=splits,
             padded_group=max(16, _power(heads // kv_heads)),
             padded_dim=padded_dim,

@@ -171,12 +171,19 @@ def _rotated(
 
 
 @jit
+def _capped(x, cap):
+    """c·tanh(x/c) = c − 2c/(exp(2x/c) + 1)"""
+    return cap - 2.0 * cap / (tl.exp(2.0 * x / cap) + 1.0)
+
+
+@jit
 def attention_kernel(
     qkv_ptr,
     q_norm_ptr,
     k_norm_ptr,
     cos_ptr,
     sin_ptr,
+    warmth_ptr,
     keys_ptr,
     values_ptr,
     position_ptr,
@@ -187,12 +194,15 @@ def attention_kernel(
     window,
     scale,
     epsilon,
+    cap,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     head_dim: tl.constexpr,
     half: tl.constexpr,
     interleaved: tl.constexpr,
     has_norm: tl.constexpr,
+    has_cap: tl.constexpr,
+    has_warmth: tl.constexpr,
     splits: tl.constexpr,
     padded_group: tl.constexpr,
     padded_dim: tl.constexpr,
@@ -202,7 +212,7 @@ def attention_kernel(
 
     qkv: float32 [(heads + 2·kv_heads)·head_dim] before norm and RoPE. The first part also takes the new key and value
     and writes them at `position` (int64 [1]) of keys and values [kv_heads, capacity, head_dim].
-    cos, sin: [capacity, half]; window 0: none
+    cos, sin: [capacity, half]; window 0: none; warmth: [capacity], multiplies the queries; scores within ±cap
     mixed [splits, heads, head_dim], peak and mass [splits, heads]: Σ exp(score − peak)·value, the largest score and
     Σ exp(score − peak); a part without keys has peak −inf and mass 0.
     """
@@ -227,6 +237,8 @@ def attention_kernel(
         interleaved,
         has_norm,
     )
+    if has_warmth:
+        q *= tl.load(warmth_ptr + position)
     one = tl.arange(0, 1)[:, None]
     new_k = _rotated(
         qkv_ptr + (heads + kv + one) * head_dim,
@@ -250,6 +262,8 @@ def attention_kernel(
         tl.store(keys_ptr + cache + position * head_dim + d, new_k, mask=d_mask)
         tl.store(values_ptr + cache + position * head_dim + d, new_v, mask=d_mask)
     own_score = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), axis=1) * scale
+    if has_cap:
+        own_score = _capped(own_score, cap)
     peak = tl.where(split == 0, own_score, float("-inf"))
     mass = tl.where(split == 0, tl.full([padded_group], 1.0, tl.float32), 0.0)
     mixed = tl.where(split == 0, new_v.to(tl.float32) + tl.zeros([padded_group, padded_dim], tl.float32), 0.0)
@@ -264,6 +278,8 @@ def attention_kernel(
         mask = (key[:, None] < end) & d_mask
         k = tl.load(keys_ptr + at, mask=mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if has_cap:
+            scores = _capped(scores, cap)
         scores = tl.where(key[None, :] < end, scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
         shrink = tl.exp(peak - higher)

@@ -9,8 +9,9 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host import console
+from nkat.lm.load import LoadedModel
 from nkat.lm.tokenizer import Tokenizer
-from nkat.measure.chats import Conversation, chat_chunks
+from nkat.measure.chats import Conversation, chat_chunks, conversations, is_chats
 from nkat.measure.judge import Passages
 from nkat.measure.perplexity import CONTEXT, scored_tokens, text_bos
 from nkat.measure.texts import Text
@@ -18,7 +19,7 @@ from nkat.measure.texts import Text
 _SHARE = 10  # every tenth part of the text, from its end to validate on and from its beginning for the guard, …
 _MOST_VALIDATION_CHUNKS = 16  # … but no more than this: 8192 tokens
 _LEAST_VALIDATION_CHUNKS = 2
-_MOST_OWN_CHUNKS = 8
+_MOST_OWN_CHUNKS = 4
 _VALIDATION, _OWN = "the calibration text's validation slice", "the calibration text's first part"
 
 
@@ -98,6 +99,18 @@ def chat_starts(lengths: Sequence[int], context: int) -> list[int]:
             end = place + context
         begin += length
     return [max(0, min(start, begin - context)) for start in starts]
+
+
+def calibration_parts(
+    loaded: LoadedModel, text: Text, ignore: Sequence[str], context: int, judged: int = CONTEXT
+) -> Parts:
+    """A calibration text, plain or chats, tokenised and in parts: see `fit_text`, `split_text`, `split_chats`."""
+    if not is_chats(text):
+        return split_text(fit_text(loaded.tokenizer, text, ignore), text.name, context, judged)
+    if ignore:
+        raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
+    chats = conversations(text, loaded.gguf.metadata, loaded.tokenizer)
+    return split_chats(chats, text.name, loaded.tokenizer, context, judged)
 
 
 def split_text(text: FitText, name: str, context: int, judged: int = CONTEXT) -> Parts:

@@ -23,14 +23,19 @@ from nkat.host.distributed import World
 from nkat.lm.transformer import Transformer
 from nkat.measure.judge import Passages
 from nkat.sources.fit.data import Batch, FitText, batch_at
-from nkat.sources.fit.layers import Factors, FittedLinear, ThetaMode, fitted_layers
-from nkat.sources.fit.loss import Teacher, vocabulary_loss
+from nkat.sources.fit.layers import Factors, FittedLinear, MakeLayer, ThetaMode, fitted_layers
+from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
 from nkat.sources.fit.state import FitState
 from nkat.theta.algebra import Theta, coupling, quantise_factors
 
 _BETAS = (0.9, 0.99)  # of AdamW: a fit has few steps, so its second moments must settle in fewer than the usual 1000
 _ZERO_START = 0.02  # standard deviation of P where Q starts at zero
 _SNAPSHOTS = 3  # of a whole fit, evenly spaced
+
+
+def warm_cosine(step: int, steps: int, warmup: int, highest: float) -> float:
+    """The learning rate of a step: it rises over `warmup` of them, then falls to zero along a cosine."""
+    return highest * min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,8 @@ class FitSettings:
     int8_share: share of the steps, the last ones, in which the factors act rounded
     reference_share: of the reference model's prediction in the loss's target, 0 to 1
     keep_weight: of the divergence from the unmodified model on the second text; keep_batch: sequences of it in a step
-    rates: multiples of the learning rate that are tried; one: taken as it is
-    start_steps: with several starts or rates, after how many steps the validation slice chooses what goes on
+    scaled: `run_fit` scales the learning rate to the model's weights, see `nkat.sources.fit.rate`
+    start_steps: with several starts, after how many steps the validation slice chooses the one that goes on
     fast: keep activations instead of computing them again for the backward pass
     patience: validations without a better one before the fit ends; 0: never
     """
@@ -55,7 +60,7 @@ class FitSettings:
     batch: int = 4
     context: int = 256
     learning_rate: float = 3e-3
-    rates: tuple[float, ...] = (1.0,)
+    scaled: bool = False
     warmup: int = 10
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -70,8 +75,7 @@ class FitSettings:
     patience: int = 0
 
     def learning_rate_at(self, step: int) -> float:
-        rising = min(1.0, (step + 1) / max(1, self.warmup))
-        return self.learning_rate * rising * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+        return warm_cosine(step, self.steps, self.warmup, self.learning_rate)
 
     def rounds_at(self, step: int) -> bool:
         return step >= self.steps * (1.0 - self.int8_share)
@@ -105,10 +109,13 @@ class Progress:
     stop: Callable[[], bool]
 
 
-def zero_start(shapes: Sequence[tuple[int, int]], rank: int, seed: int) -> list[Factors]:
-    """P random and Q zero for each m×n weight: Θ = 0, but no saddle of the loss as P = Q = 0 would be."""
+def zero_start(shapes: Sequence[tuple[int, int]], rank: int, seed: int, scale: float = 1.0) -> list[Factors]:
+    """P random and Q zero for each m×n weight: Θ = 0, but no saddle of the loss as P = Q = 0 would be.
+
+    scale: of P; what the learning rate is scaled with
+    """
     generator = torch.Generator().manual_seed(seed)
-    random = [_ZERO_START * torch.randn(max(shape), rank, generator=generator) for shape in shapes]
+    random = [scale * _ZERO_START * torch.randn(max(shape), rank, generator=generator) for shape in shapes]
     return [(p, torch.zeros_like(p)) for p in random]
 
 
@@ -150,7 +157,7 @@ def fit(
     validator: Transformer | None = None,
     state: FitState | None = None,
     world: World | None = None,
-    kind: type[FittedLinear] = FittedLinear,
+    kind: MakeLayer = FittedLinear,
 ) -> FitState:
     """Learns factors for the named weights from one of `starts`, or goes on from `state`, which then needs none.
 
@@ -160,10 +167,10 @@ def fit(
     kind: what is learned; benchmarks compare Θ with other low-rank terms
     Returns the state after the last step; its best_* are the result. Raises NKATError when the loss is not finite.
     """
-    teacher = None if reference is None else _Model(reference, reference.output.weight())
+    teacher = None if reference is None else _Model(reference, Head.of(reference))
     run = _Run(
         names,
-        _Model(model, model.output.weight()),
+        _Model(model, Head.of(model)),
         teacher,
         data,
         settings,
@@ -173,18 +180,17 @@ def fit(
         validator,
     )
     if state is None:
-        factors = {name: [f for pair in pairs for f in pair] for name, pairs in starts.items()}
-        states = [FitState(name, 0, list(fs), rate) for name, fs in factors.items() for rate in settings.rates]
+        states = [FitState(name, 0, [f for pair in pairs for f in pair]) for name, pairs in starts.items()]
         state = states[0] if len(states) == 1 else run.choose(states)
     return run.advance(state, settings.steps)
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A model and its output layer's weight [V, d], dequantised once for the whole fit."""
+    """A model and its output layer."""
 
     model: Transformer
-    output: torch.Tensor
+    output: Head
 
     @torch.no_grad()
     def teach(self, tokens: torch.Tensor, chosen: torch.Tensor, share: float) -> Teacher:
@@ -201,7 +207,7 @@ class _Run:
     settings: FitSettings
     progress: Progress
     world: World
-    kind: type[FittedLinear]
+    kind: MakeLayer
     validator: Transformer | None
 
     def choose(self, states: Sequence[FitState]) -> FitState:
@@ -221,7 +227,7 @@ class _Run:
             began = time.monotonic() - state.seconds
             without_gain = sum(row["step"] > (state.best_step or 0) for row in state.history)
             for step in range(state.step, until):
-                loss = self.step(step, state.rate, parameters, optimizer, mode)
+                loss = self.step(step, parameters, optimizer, mode)
                 state.step = step + 1
                 stopping = not trial and self.anywhere(self.progress.stop())
                 if stopping or state.step % settings.validate_every == 0 or state.step == until:
@@ -245,17 +251,9 @@ class _Run:
         return torch.optim.AdamW(parameters, betas=_BETAS, weight_decay=self.settings.weight_decay, fused=True)
 
     def step(
-        self,
-        step: int,
-        rate: float,
-        parameters: Sequence[torch.nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        mode: ThetaMode,
+        self, step: int, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, mode: ThetaMode
     ) -> float:
-        """One step of gradient descent; returns its loss in nats a token, over all processes.
-
-        rate: multiple of the settings' learning rate
-        """
+        """One step of gradient descent; returns its loss in nats a token, over all processes."""
         settings, data = self.settings, self.data
         mode.rounded = settings.rounds_at(step)
         loss = self.learn(self.batch(data.text, step, settings.batch, mode), mode)
@@ -269,7 +267,7 @@ class _Run:
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise self.diverged(f"at step {step + 1}")
         for group in optimizer.param_groups:
-            group["lr"] = rate * settings.learning_rate_at(step)
+            group["lr"] = settings.learning_rate_at(step)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss)

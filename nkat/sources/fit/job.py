@@ -25,9 +25,10 @@ from nkat.measure.judge import Judge, Passages, evenly
 from nkat.measure.perplexity import PairedChange, chunk_context, text_bos, warn_of_short_chunks
 from nkat.measure.texts import Text
 from nkat.sources.fit.choice import Choice, Judged, Panel, Space, choose
-from nkat.sources.fit.data import Parts, chat_text, fit_text, split_chats, split_text
+from nkat.sources.fit.data import Parts, calibration_parts, chat_text, fit_text
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.sources.fit.layers import Factors
+from nkat.sources.fit.rate import rate_scale
 from nkat.sources.fit.state import FitState, check_place, load_state, run_identity, save_state
 from nkat.sources.make import check_reference_is_better, describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
@@ -94,15 +95,18 @@ def run_fit(request: FitRequest) -> FitResult:
     _check_guard(request)
     if request.reference is not None:
         check_reference_is_better(request.model.gguf, request.reference.gguf, request.names)
+    scale = rate_scale(request.model.model) if request.settings.scaled else 1.0
+    rate = float(f"{scale * request.settings.learning_rate:.2g}")
+    request = replace(request, settings=replace(request.settings, learning_rate=rate))
     with join_world(request.allow_cuda) as world:
-        dtype = _dtype(request.precision, world.device)
+        dtype = compute_dtype(request.precision, world.device)
         loaded = _working_copy(request, world.device, dtype)
-        reference = None if request.reference is None else _load_reference(request.reference, loaded)
+        reference = None if request.reference is None else load_reference(request.reference, loaded)
         data, parts = _data(request, loaded, text, keep)
         guard = _guard(request, parts.own)  # what cannot guard is known before time is spent
         identity, hashes = _identity(request, text, keep, dtype)
         state = _interrupted_state(request, loaded, identity)
-        starts = _starts(request, loaded) if state is None else {}
+        starts = _starts(request, loaded, scale) if state is None else {}
         exact = _without_theta(request, world.device) if world.device.type == "cpu" else None
         state, finished = _run(request, loaded, reference, exact, data, starts, state, identity, world)
     outcome = _best_at_home(request, state)
@@ -111,11 +115,10 @@ def run_fit(request: FitRequest) -> FitResult:
         if request.space is None:
             outcome = replace(outcome, change=_judge(exact, _theta_set(request, outcome.thetas), parts.validation))
         else:
-            outcome = _choose(request, exact, state, parts.validation, guard, finished)
+            outcome = _choose(request, exact, loaded, state, parts.validation, guard, finished)
     record = {
         "settings": asdict(request.settings),
         "start": state.start,
-        "learning_rate": state.rate * request.settings.learning_rate,
         "steps": state.step,
         "kept_step": outcome.step,
         "finished": finished,
@@ -133,7 +136,7 @@ def run_fit(request: FitRequest) -> FitResult:
         CALIBRATION_KEY: text.sha256,
         "nkat.calibration.tokens": len(data.text.tokens),
         "nkat.fit.start": state.start,
-        "nkat.fit.learning_rate": state.rate * request.settings.learning_rate,
+        "nkat.fit.learning_rate": request.settings.learning_rate,
         "nkat.fit.steps": state.step,
         "nkat.fit.kept_step": outcome.step,
         UNFINISHED_KEY: not finished,
@@ -169,6 +172,7 @@ def _best_at_home(request: FitRequest, state: FitState) -> _Outcome:
 def _choose(
     request: FitRequest,
     exact: LoadedModel,
+    loaded: LoadedModel,
     state: FitState,
     validation: Passages,
     guard: Sequence[GuardText],
@@ -176,18 +180,20 @@ def _choose(
 ) -> _Outcome:
     """The best candidate within the guard. Of a fit that was interrupted one state alone is judged, and on less text.
 
+    exact, loaded: the model as it is judged, and as it was fitted
+
     Raises NKATError where none is to be kept.
     """
     assert request.space is not None
     candidates = state.candidates()
     panel = Panel(Judge(exact, validation), Guard(exact, guard) if guard else None)
-    space = request.space
+    part, space = panel.part(loaded), request.space
     if not finished:
         assert state.best_step is not None  # an interruption validates
-        candidates, panel = {state.best_step: state.best_factors}, panel.part()
+        candidates, panel = {state.best_step: state.best_factors}, panel.part(exact)
         space = replace(space, ranks=(max(space.ranks),))
     whole = cache(lambda step: _theta_set(request, _thetas(request, candidates[step])))
-    choice = choose(lambda c: truncate_rank(whole(c.step), c.rank), list(candidates), space, panel)
+    choice = choose(lambda c: truncate_rank(whole(c.step), c.rank), list(candidates), space, panel, part)
     kept = choice.kept
     if kept is None:
         raise NKATError(_nothing_kept(request, choice))
@@ -254,15 +260,16 @@ def _guard(request: FitRequest, own: Passages | None) -> list[GuardText]:
     return guard_texts(request.model, request.guard, own=[] if own is None else [own])
 
 
-def check_state(path: Path, resume: bool, force: bool) -> None:
-    """Raises NKATError when an interrupted fit would be lost, or there is none to resume."""
+def check_state(path: Path, resume: bool, force: bool, what: str = "fit") -> None:
+    """Raises NKATError when an interrupted fit would be lost, or there is none to resume. what: its name for people."""
     if resume and not path.exists():
-        raise NKATError(f"{path}: there is no interrupted fit to resume")
+        raise NKATError(f"{path}: there is no interrupted {what} to resume")
     if path.exists() and not resume and not force:
-        raise NKATError(f"{path}: is an interrupted fit; --resume goes on with it, --force starts anew")
+        raise NKATError(f"{path}: is an interrupted {what}; --resume goes on with it, --force starts anew")
 
 
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What a fit's products are made in: "float32", "bfloat16", or "auto" for the faster on this device."""
     if precision != "auto":
         return DTYPES[precision]
     return torch.bfloat16 if hardware.computes_bfloat16(device) else torch.float32
@@ -277,7 +284,8 @@ def _working_copy(request: FitRequest, device: torch.device, dtype: torch.dtype)
     return load_model(exact, thetas={}, gamma=1.0, device=device, dtype=dtype, keep_dense=fast)
 
 
-def _load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
+def load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
+    """The reference as `loaded` computes. Raises NKATError where it is another model."""
     reference = load_model(exact, thetas={}, gamma=1.0, device=loaded.model.device, dtype=loaded.model.output.dtype)
     if reference.config != loaded.config:
         names = [f.name for f in fields(loaded.config)]
@@ -289,35 +297,23 @@ def _load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
     return reference
 
 
-def calibration_parts(loaded: LoadedModel, text: Text, ignore: Sequence[str], context: int) -> Parts:
-    """What of a calibration text is learned in sequences of `context` tokens, and what is kept back.
-
-    ignore: strings of a plain text that are not to be learned. Raises NKATError for a text that is too short.
-    """
-    judged, tokenizer = chunk_context(loaded.config.context_length), loaded.tokenizer
-    if not is_chats(text):
-        return split_text(fit_text(tokenizer, text, ignore), text.name, context, judged)
-    if ignore:
-        raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
-    chats = conversations(text, loaded.gguf.metadata, tokenizer)
-    return split_chats(chats, text.name, tokenizer, context, judged)
-
-
 def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> tuple[FitData, Parts]:
     """What is learned from, with some of the validation chunks to look at meanwhile; and all that is kept back."""
     context = request.settings.context
-    tokenizer, metadata = loaded.tokenizer, loaded.gguf.metadata
-    parts = calibration_parts(loaded, text, request.ignore, context)
+    judged = chunk_context(loaded.config.context_length)
+    parts = calibration_parts(loaded, text, request.ignore, context, judged)
     if request.guard is not None and parts.own is None:
         note(f"note: {text.name} is too short for a part of it to guard what is left")
-    warn_of_short_chunks(chunk_context(loaded.config.context_length))
+    warn_of_short_chunks(judged)
     looked_at = parts.validation.pick(evenly(len(parts.validation.chunks), _LEARNING_CHUNKS))
     validation = looked_at if looked_at.tokens else parts.validation
     if keep is None:
         return FitData(parts.learned, validation), parts
-    kept = fit_text(tokenizer, keep)
     if is_chats(keep):
-        kept = chat_text(conversations(keep, metadata, tokenizer), text_bos(tokenizer), context)
+        chats = conversations(keep, loaded.gguf.metadata, loaded.tokenizer)
+        kept = chat_text(chats, text_bos(loaded.tokenizer), context)
+    else:
+        kept = fit_text(loaded.tokenizer, keep)
     if len(kept.tokens) < context:
         raise NKATError(
             f"{keep.name}: the text is too short: it has {counted(len(kept.tokens), 'token')}, one sequence needs "
@@ -354,7 +350,7 @@ def _interrupted_state(request: FitRequest, loaded: LoadedModel, identity: str) 
     return state
 
 
-def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]]:
+def _starts(request: FitRequest, loaded: LoadedModel, scale: float) -> dict[str, list[Factors]]:
     settings = request.settings
     layers = loaded.model.star_linears()
     shapes = [layers[name].shape for name in request.names]
@@ -364,7 +360,7 @@ def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]
     starts = {}
     for source in wanted:
         if source == "zero":
-            starts[source] = zero_start(shapes, settings.rank, settings.seed)
+            starts[source] = zero_start(shapes, settings.rank, settings.seed, scale)
             continue
         reference = request.reference.gguf if request.reference and source == "residual" else None
         options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source=source, reference=reference)
@@ -388,7 +384,7 @@ def _run(
     """The fit with its bar, its saved states and Ctrl-C; returns the last state and whether it came to its end."""
     settings = request.settings
     unmodified = float(data.validation.score((validator or loaded).model, "without Θ").mean())
-    trials = max(0, len(starts) * len(settings.rates) - 1) * min(settings.start_steps, settings.steps)
+    trials = max(0, len(starts) - 1) * min(settings.start_steps, settings.steps)
     saved = time.monotonic()
     bar = console.bar(trials + settings.steps, "fitting", "step")
     bar.disable = bar.disable or not world.first

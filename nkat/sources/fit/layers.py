@@ -7,7 +7,7 @@ are those of κ(γ₀)Θ (√κ in each of P and Q), so that the step sizes do n
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,10 +47,10 @@ class FittedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
-        y = _FrozenProduct.apply(x, self.layer)
+        y = FrozenProduct.apply(x, self.layer)
         if not self.mode.active:
             return y
-        p, q = (_round_straight_through(f) for f in (self.p, self.q)) if self.mode.rounded else (self.p, self.q)
+        p, q = (round_straight_through(f) for f in (self.p, self.q)) if self.mode.rounded else (self.p, self.q)
         down, up = self.low_rank(p, q)
         z = F.linear(x, down.to(self.dtype))
         if self.mode.columns is not None:
@@ -62,28 +62,39 @@ class FittedLinear(nn.Module):
         return low_rank_form(p, q, *self.layer.shape)
 
 
+MakeLayer = Callable[[StarLinear, Factors, ThetaMode], FittedLinear]
+
+
 @contextlib.contextmanager
 def fitted_layers(
-    model: Transformer, factors: Mapping[str, Factors], kind: type[FittedLinear] = FittedLinear
+    model: Transformer, factors: Mapping[str, Factors], kind: MakeLayer = FittedLinear
 ) -> Iterator[tuple[dict[str, FittedLinear], ThetaMode]]:
     """Puts a FittedLinear in place of each named layer, starting from these factors; the old layers are put back."""
     mode = ThetaMode()
     layers = model.star_linears()
     fitted = {name: kind(layers[name], start, mode) for name, start in factors.items()}
-    try:
-        _replace(model, fitted)
+    with stand_ins(model, fitted):
         yield fitted, mode
+
+
+@contextlib.contextmanager
+def stand_ins(model: Transformer, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Puts modules in place of the layers of their names; the layers are put back."""
+    layers = model.star_linears()
+    try:
+        _replace(model, modules)
+        yield
     finally:
         _replace(model, layers)
 
 
 class _Context(Protocol):
-    """What the two directions of `_FrozenProduct` share; torch's own class takes any attribute."""
+    """What the two directions of `FrozenProduct` share; torch's own class takes any attribute."""
 
     layer: StarLinear
 
 
-class _FrozenProduct(torch.autograd.Function):
+class FrozenProduct(torch.autograd.Function):
     """x Wᵀ + bias with W dequantised in each direction and kept in neither, unless the layer keeps it anyway.
 
     The bias goes into the product, as in StarLinear: some BLAS kernels start their sums from it, and added afterwards
@@ -100,7 +111,7 @@ class _FrozenProduct(torch.autograd.Function):
         return gradient @ ctx.layer.weight(), None
 
 
-def _round_straight_through(factor: torch.Tensor) -> torch.Tensor:
+def round_straight_through(factor: torch.Tensor) -> torch.Tensor:
     """The rounding of `quantise_factors` with the gradient of the identity (Bengio et al., 2013, 1308.3432)."""
     with torch.no_grad():
         scale = factor.abs().amax(dim=0) / _INT8_MAX

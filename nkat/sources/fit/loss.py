@@ -14,30 +14,59 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from nkat.lm.attention import capped
+from nkat.lm.transformer import Transformer
+
 _TILE_ELEMENTS = 1 << 24  # logits of a tile: 64 MB in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A model's output layer, hidden states [N, d] → logits [N, V]: weight [V, d], bias [V], then c·tanh(x/c) with a
+    cap c (0: none). In float32, in float64 of a float64 model.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    cap: float = 0.0
+
+    @classmethod
+    def of(cls, model: Transformer) -> Head:
+        """A model's, dequantised once for the whole fit."""
+        return cls(model.output.weight(), model.output.bias, model.config.logit_cap)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return capped(logits if logits.dtype == torch.float64 else logits.float(), self.cap)
+
+    def gradient(self, logits: torch.Tensor, by_logits: torch.Tensor) -> torch.Tensor:
+        """The gradient by the hidden states [N, d] from the one by the logits, which `logits` gave."""
+        if self.cap:
+            by_logits = by_logits * (1.0 - (logits / self.cap).square())
+        return by_logits.to(self.weight.dtype) @ self.weight
 
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
     """Another model's prediction for the same tokens.
 
-    hidden: its normalised last hidden states [N, d'];  weight: its output layer [V, d']
+    hidden: its normalised last hidden states [N, d'];  head: its output layer
     share: of this target in the mixture, 0 to 1; the rest is the text's own next token
     """
 
     hidden: torch.Tensor
-    weight: torch.Tensor
+    head: Head
     share: float = 1.0
 
 
 def vocabulary_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor | None, teacher: Teacher | None = None
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor | None, teacher: Teacher | None = None
 ) -> torch.Tensor:
     """Σ over N tokens, in nats, of (1 − share) · −ln p(target) + share · KL(teacher ‖ model): a scalar.
 
-    hidden: [N, d], differentiable;  weight: the output layer [V, d];  targets: token ids [N], None with share 1
+    hidden: [N, d], differentiable;  head: the frozen output layer;  targets: token ids [N], None with share 1
     """
-    return _VocabularyLoss.apply(hidden, weight, targets, teacher)
+    return _VocabularyLoss.apply(hidden, head, targets, teacher)
 
 
 class _Context(Protocol):
@@ -54,20 +83,21 @@ class _VocabularyLoss(torch.autograd.Function):
     def forward(
         ctx: _Context,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
+        head: Head,
         targets: torch.Tensor | None,
         teacher: Teacher | None,
     ) -> torch.Tensor:
         share = 0.0 if teacher is None else teacher.share
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float64)
-        tile = max(1, _TILE_ELEMENTS // weight.shape[0])
+        tile = max(1, _TILE_ELEMENTS // head.weight.shape[0])
         for start in range(0, len(hidden), tile):
             part = slice(start, start + tile)
-            log_p = _log_probabilities(hidden[part], weight)
+            logits = head.logits(hidden[part])
+            log_p = torch.log_softmax(logits, dim=-1)
             difference = log_p.exp()  # model − target, the gradient with respect to the logits
             if teacher is not None and share > 0.0:
-                log_t = _log_probabilities(teacher.hidden[part], teacher.weight)
+                log_t = torch.log_softmax(teacher.head.logits(teacher.hidden[part]), dim=-1)
                 t = log_t.exp()
                 total += share * (t * (log_t - log_p)).sum(dtype=torch.float64)
                 difference -= share * t
@@ -75,7 +105,7 @@ class _VocabularyLoss(torch.autograd.Function):
                 index = targets[part, None]
                 total -= (1.0 - share) * log_p.gather(1, index).sum(dtype=torch.float64)
                 difference.scatter_add_(1, index, difference.new_full(index.shape, share - 1.0))
-            gradient[part] = (difference.to(weight.dtype) @ weight).to(hidden.dtype)
+            gradient[part] = head.gradient(logits, difference).to(hidden.dtype)
         ctx.save_for_backward(gradient)
         return total
 
@@ -83,9 +113,3 @@ class _VocabularyLoss(torch.autograd.Function):
     def backward(ctx: _Context, factor: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * factor.to(gradient.dtype), None, None, None
-
-
-def _log_probabilities(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Logarithms of the predicted probabilities [N, V], float32 (float64 of a float64 model)."""
-    logits = F.linear(hidden.to(weight.dtype), weight)
-    return torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)

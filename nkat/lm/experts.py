@@ -1,0 +1,122 @@
+"""A mixture of experts: a router sends each token to a few of many feed-forward networks.
+
+The weights of all experts of a block lie behind one another in three tensors (`STACKS`), of which a token reads its own
+experts' part only. An expert's layers are made when a token first goes to it, and nothing of the others is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import gguf
+import torch
+from torch import nn
+
+from nkat.kernels.registry import kernel_types
+from nkat.lm.activation import activate
+from nkat.lm.architectures import STACKS, Architecture
+from nkat.lm.linear import StarLinear
+
+if TYPE_CHECKING:
+    from nkat.kernels.cpu.experts import CpuExperts
+
+
+class ExpertStack(nn.Module):
+    """The weights [m, n] of all experts of one name: `shape` is (experts, m, n).
+
+    packed: uint8, the file's bytes of all of them; bias: [experts, m]
+    """
+
+    packed: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        qtype: gguf.GGMLQuantizationType,
+        shape: tuple[int, int, int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        bias: torch.Tensor | None = None,
+        keep_dense: bool = False,
+    ) -> None:
+        super().__init__()
+        self.qtype, self.shape, self.dtype, self.keep_dense = qtype, shape, dtype, keep_dense
+        self.int8_activations = False  # as of StarLinear
+        self.register_buffer("packed", packed, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.compiled: CpuExperts | None = None  # what `repack` made, on the CPU; None where its type has no kernel
+        self._layers: dict[int, StarLinear] = {}
+
+    def expert(self, index: int) -> StarLinear:
+        """One expert's layer."""
+        layer = self._layers.get(index)
+        if layer is None:
+            count, m, n = self.shape
+            nbytes = self.packed.numel() // count
+            layer = StarLinear(
+                self.packed[index * nbytes : (index + 1) * nbytes],
+                self.qtype,
+                (m, n),
+                dtype=self.dtype,
+                bias=None if self.bias is None else self.bias[index],
+                keep_dense=self.keep_dense,
+            )
+            self._layers[index] = layer
+        layer.int8_activations = self.int8_activations
+        return layer
+
+    def repack(self) -> None:
+        """Room for the weights as the CPU's kernels read them, which an expert's take when a token first needs it."""
+        if self.packed.device.type == "cpu" and self.qtype in kernel_types("cpu"):
+            from nkat.kernels.cpu.experts import CpuExperts  # LLVM is loaded only where it is used
+
+            self.compiled = CpuExperts(self.packed, self.qtype, self.shape, self.bias, exact=not self.int8_activations)
+
+    def require_compiled(self) -> CpuExperts:
+        """What `repack` made on the CPU; raises RuntimeError where it made nothing."""
+        if self.compiled is None:
+            raise RuntimeError("these experts were not repacked for the CPU's kernels")
+        return self.compiled
+
+    def extra_repr(self) -> str:
+        count, m, n = self.shape
+        return f"{count} experts, {n} -> {m}, {self.qtype.name}, {self.dtype}"
+
+
+class Experts(nn.Module):
+    """Feed-forward network: x → Σ weight · down(activation(gate x) · up x) over each token's `used` experts.
+
+    The weights are the softmax over the logits of the chosen experts. llama.cpp computes that, or the softmax over all
+    of them divided by the sum of the chosen, which is the same.
+    """
+
+    def __init__(
+        self, architecture: Architecture, used: int, router: StarLinear, stacks: Mapping[str, ExpertStack]
+    ) -> None:
+        """stacks: by name, all of STACKS"""
+        super().__init__()
+        self.architecture, self.used, self.router = architecture, used, router
+        self.stacks = nn.ModuleDict({name: stacks[name] for name in STACKS})
+
+    def stack(self, name: str) -> ExpertStack:
+        """One of STACKS."""
+        stack = self.stacks[name]
+        assert isinstance(stack, ExpertStack)
+        return stack
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., d] → [..., d], both in the residual stream's dtype."""
+        tokens = x.flatten(0, -2)
+        best, chosen = self.router(tokens).topk(self.used, dim=-1)
+        weights = best.softmax(dim=-1)
+        gate, up, down = (self.stack(name) for name in STACKS)
+        out = torch.zeros_like(tokens)
+        for index in chosen.unique().tolist():
+            token, slot = (chosen == index).nonzero(as_tuple=True)
+            rows = tokens[token]
+            active = activate(self.architecture, gate.expert(index)(rows), up.expert(index)(rows))
+            part = down.expert(index)(active).to(x.dtype) * weights[token, slot, None]
+            out = out.index_add(0, token, part)
+        return out.view_as(x)

@@ -1,0 +1,1 @@
+"""A quantised model's stored scales, learned anew: a better file of the same size."""
