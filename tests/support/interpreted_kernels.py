@@ -9,6 +9,7 @@ so tensor-core kernels are run in float16 here.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from gguf.constants import GGMLQuantizationType as QType
 from torch import Tensor
 
 from nkat.engine.plan import TorchOps, decode_step, make_plan
+from nkat.engine.step_check import check_step
 from nkat.kernels.cuda import linear as cuda
-from nkat.kernels.cuda import planes
+from nkat.kernels.cuda import packing, planes, step_kernels
 from nkat.kernels.cuda.planes import FORMATS, PackedWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings, TritonOps
 from tests.kernels.test_cuda import FAMILIES, IDS, packed_weight, row_length, tiny, whole
@@ -170,14 +172,15 @@ def same_input(found: Input, expected: Input, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("branch", ["none", "added", "normalised"])
-def test_norm_kernel(branch):
+@pytest.mark.parametrize("norm", [True, False])
+def test_norm_kernel(branch, norm):
     n = 672  # three slices, the last not full
     x, weight, branch_weight = torch.randn(n), torch.rand(n), torch.rand(n)
     arguments = (
         x,
         None if branch == "none" else torch.randn(n),
         branch_weight if branch == "normalised" else None,
-        weight,
+        weight if norm else None,
         1e-5,
         siblings(n),
     )
@@ -229,6 +232,26 @@ def test_attention_kernels(position, heads, kv_heads, head_dim, rotated, interle
     assert bool(k[:, position + 1 :].isnan().all())
 
 
+def test_a_cache_of_more_elements_than_32_bits_count(tmp_path):
+    """The second head's keys begin behind 2³¹ elements. They lie in a file with holes: hardly any of it is there."""
+    heads, head_dim, capacity = 2, 16, 2**27 + 64
+    keys, values = (
+        torch.from_file(str(tmp_path / name), shared=True, size=heads * capacity * head_dim, dtype=torch.float16).view(
+            heads, capacity, head_dim
+        )
+        for name in ("keys", "values")
+    )
+    near = torch.randn(2, heads, 6, head_dim).half()
+    keys[:, :6], values[:, :6] = near
+    qkv, readers = torch.randn(3 * heads * head_dim), siblings(heads * head_dim, layers=1)
+    angles = torch.rand(6, head_dim // 2)
+    attention = Attention(heads, 0.25, 0, True, 1e-6, None, None, angles.cos(), angles.sin(), keys, values)
+    found = TritonOps(star=True).attend(qkv, attention, torch.tensor([5]), readers)
+    small = replace(attention, keys=near[0].clone(), values=near[1].clone())
+    same_input(found, TorchOps(star=True).attend(qkv, small, torch.tensor([5]), readers), 2e-3)
+    assert torch.equal(keys[:, 5], small.keys[:, 5])
+
+
 def test_linear_without_a_kernel_takes_part_in_a_step():
     values, bias, x = torch.randn(6, 64), torch.randn(6), torch.randn(64)
     weight = planes.pack(values.view(torch.uint8).view(-1), QType.F32, (6, 64))
@@ -258,3 +281,32 @@ def test_a_whole_step(tiny, monkeypatch, arch, options):
     assert float((found - whole(model, ids)[-1]).abs().max()) < 1e-4  # logits have a standard deviation of 3
     model.set_gamma(None)
     assert float((without - found).abs().max()) > 0.1
+
+
+# --- the check at the first use
+
+
+@pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q6_K])
+def test_the_first_check_takes_the_kernels_and_notices_a_wrong_one(monkeypatch, qtype):
+    monkeypatch.setattr(packing, "_TOKENS", 20)
+    shape, cpu = (20, 256), torch.device("cpu")
+    assert packing.check_products(qtype, shape, cpu, torch.float16) is None
+    said = packing.check_products(qtype, shape, cpu, torch.bfloat16)  # which the interpreter cannot multiply
+    assert said.startswith("a product with many inputs differs")
+
+
+def test_the_first_check_of_a_step_takes_the_kernels_and_notices_a_wrong_one(tiny, monkeypatch):
+    model = tiny("gemma3", blocks=7, sliding_window=4).model
+    assert check_step(model, 20, 3) is None
+    kernel = step_kernels.combine_kernel
+
+    class Wrong:
+        def __getitem__(self, grid):
+            def launch(mixed, peak, mass, natural, *others, **constants):
+                kernel[grid](mixed, peak, mass, natural, *others, **constants)
+                natural[0] += 1.0
+
+            return launch
+
+    monkeypatch.setattr(step_kernels, "combine_kernel", Wrong())
+    assert check_step(model, 20, 3).startswith("attend differs")

@@ -348,5 +348,5 @@ def rows_kernel(
         scale = _scale(d, s, f, scales)
         offset = _offset(d, s, scale, f, scales, zero)
         weight = _weights(_quads(low, high, f, j, bits), scale, offset, f, levels_ptr, bits, levels)
-        at = tl.program_id(0) * chunks * 32 + c * 32 + f * 16 + tl.arange(0, 16)[None, :]
+        at = tl.program_id(0).to(tl.int64) * chunks * 32 + c * 32 + f * 16 + tl.arange(0, 16)[None, :]
         tl.store(out_ptr + at, tl.reshape(weight, [block_chunks, 16]), mask=mask)

@@ -55,13 +55,14 @@ def norm_kernel(
     epsilon,
     has_branch: tl.constexpr,
     branch_norm: tl.constexpr,
+    has_norm: tl.constexpr,
     width: tl.constexpr,
     slice_width: tl.constexpr,
     columns: tl.constexpr,
     padded_columns: tl.constexpr,
     rank: tl.constexpr,
 ):
-    """sum = x + branch, or x + the branch's RMS norm; then the RMS norm of that. All [size], width >= size.
+    """sum = x + branch, or x + the branch's RMS norm; then the RMS norm of that, or itself. All [size], width >= size.
 
     Every program needs the sum of all squares and finds it itself; it writes only its slice.
     """
@@ -80,8 +81,10 @@ def norm_kernel(
         x += branch
         x_own += branch_own
         tl.store(sum_ptr + own, x_own, mask=mask)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / size + epsilon)
-    y = x_own * inverse * tl.load(weight_ptr + own, mask=mask, other=0.0)
+    y = x_own
+    if has_norm:
+        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / size + epsilon)
+        y = x_own * inverse * tl.load(weight_ptr + own, mask=mask, other=0.0)
     _write(
         y,
         own,
@@ -257,7 +260,7 @@ def attention_kernel(
     kind = keys_ptr.dtype.element_ty
     q, new_k, new_v = q.to(kind), new_k.to(kind), new_v.to(kind)
 
-    cache = kv * capacity * head_dim
+    cache = kv.to(tl.int64) * capacity * head_dim  # 32 heads of 128 pass 2³¹ elements at 524288 tokens
     if split == 0:
         tl.store(keys_ptr + cache + position * head_dim + d, new_k, mask=d_mask)
         tl.store(values_ptr + cache + position * head_dim + d, new_v, mask=d_mask)

@@ -13,7 +13,7 @@ from nkat.lm.load import LoadedModel
 from nkat.lm.tokenizer import Tokenizer
 from nkat.measure.chats import Conversation, chat_chunks, conversations, is_chats
 from nkat.measure.judge import Passages
-from nkat.measure.perplexity import CONTEXT, scored_tokens, text_bos
+from nkat.measure.perplexity import CONTEXT, chunk_context, scored_tokens, text_bos, warn_of_short_chunks
 from nkat.measure.texts import Text
 
 _SHARE = 10  # every tenth part of the text, from its end to validate on and from its beginning for the guard, …
@@ -101,16 +101,21 @@ def chat_starts(lengths: Sequence[int], context: int) -> list[int]:
     return [max(0, min(start, begin - context)) for start in starts]
 
 
-def calibration_parts(
-    loaded: LoadedModel, text: Text, ignore: Sequence[str], context: int, judged: int = CONTEXT
-) -> Parts:
-    """A calibration text, plain or chats, tokenised and in parts: see `fit_text`, `split_text`, `split_chats`."""
-    if not is_chats(text):
-        return split_text(fit_text(loaded.tokenizer, text, ignore), text.name, context, judged)
-    if ignore:
-        raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
-    chats = conversations(text, loaded.gguf.metadata, loaded.tokenizer)
-    return split_chats(chats, text.name, loaded.tokenizer, context, judged)
+def calibration_parts(loaded: LoadedModel, text: Text, ignore: Sequence[str], context: int) -> Parts:
+    """A plain text or chats for a model, in parts. context: tokens of a sequence
+
+    Raises NKATError for what is too short, and for strings to ignore in chats.
+    """
+    judged = chunk_context(loaded.config.context_length)
+    if is_chats(text):
+        if ignore:
+            raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
+        chats = conversations(text, loaded.gguf.metadata, loaded.tokenizer)
+        parts = split_chats(chats, text.name, loaded.tokenizer, context, judged)
+    else:
+        parts = split_text(fit_text(loaded.tokenizer, text, ignore), text.name, context, judged)
+    warn_of_short_chunks(judged)
+    return parts
 
 
 def split_text(text: FitText, name: str, context: int, judged: int = CONTEXT) -> Parts:

@@ -22,7 +22,7 @@ from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.measure.chats import conversations, is_chats
 from nkat.measure.guard import Guard, GuardText, guard_texts
 from nkat.measure.judge import Judge, Passages, evenly
-from nkat.measure.perplexity import PairedChange, chunk_context, text_bos, warn_of_short_chunks
+from nkat.measure.perplexity import PairedChange, text_bos
 from nkat.measure.texts import Text
 from nkat.sources.fit.choice import Choice, Judged, Panel, Space, choose
 from nkat.sources.fit.data import Parts, calibration_parts, chat_text, fit_text
@@ -300,11 +300,9 @@ def load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
 def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> tuple[FitData, Parts]:
     """What is learned from, with some of the validation chunks to look at meanwhile; and all that is kept back."""
     context = request.settings.context
-    judged = chunk_context(loaded.config.context_length)
-    parts = calibration_parts(loaded, text, request.ignore, context, judged)
+    parts = calibration_parts(loaded, text, request.ignore, context)
     if request.guard is not None and parts.own is None:
         note(f"note: {text.name} is too short for a part of it to guard what is left")
-    warn_of_short_chunks(judged)
     looked_at = parts.validation.pick(evenly(len(parts.validation.chunks), _LEARNING_CHUNKS))
     validation = looked_at if looked_at.tokens else parts.validation
     if keep is None:
