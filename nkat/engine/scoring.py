@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -40,6 +42,29 @@ def make_scorer(model: Transformer, batch: int, context: int) -> Scorer:
 
         return CompiledScorer(model, batch, context, torch.get_num_threads())
     return EagerScorer(model)
+
+
+MakeScorer = Callable[[Transformer, int, int], Scorer]
+
+
+@dataclass(slots=True)
+class KeptScorer:
+    """`make_scorer` for many measurements in turn: a scorer is made once for each Θ, whatever its strength and text.
+
+    least: sequences there is room for, at least, so that a short text's scorer does for a long one
+    It holds its memory until another Θ is measured or it goes itself.
+    """
+
+    least: int = 1
+    _made: tuple[object, Scorer] | None = None
+
+    def __call__(self, model: Transformer, batch: int, context: int) -> Scorer:
+        batch = max(batch, self.least)
+        key = (model, model.theta_changes, batch, context, torch.get_num_threads())
+        if self._made is None or self._made[0] != key:
+            self._made = None  # not two of them at a time
+            self._made = key, make_scorer(model, batch, context)
+        return self._made[1]
 
 
 def _has_kernels(model: Transformer) -> bool:

@@ -360,11 +360,16 @@ class Transformer(nn.Module):
             layer.set_gamma(gamma)
 
     def set_thetas(self, thetas: Mapping[str, Theta]) -> None:
-        """Puts these Θ, by weight name, in place of all that are there. Raises NKATError for a name of no layer."""
+        """Puts these Θ, by weight name, in place of all that are there. Raises NKATError for a name of no layer.
+
+        The very same ones leave all as it is, so that what was made for them is not stale.
+        """
         layers = self.star_linears()
         for name in thetas:
             if name not in layers:
                 raise NKATError(f"Θ for {name!r}, but the model has no such linear layer")
+        if all(layer.theta is thetas.get(name) for name, layer in layers.items()):
+            return
         self.theta_changes += 1
         for name, layer in layers.items():
             layer.set_theta(thetas.get(name))

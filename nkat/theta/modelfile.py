@@ -37,6 +37,7 @@ from nkat.gguf.writer import (
     sha256_of_parts,
 )
 from nkat.theta.algebra import Theta, ThetaError, coupling
+from nkat.theta.optimal import about_missing
 from nkat.theta.set import FORMAT_VERSION, KEY_PREFIX, SUFFIXES, ThetaSet, check_fits
 
 BOUNDARY = 4096
@@ -89,6 +90,8 @@ class ModelFile:
 def open_model_file(path: str | Path) -> ModelFile:
     """Opens a GGUF or `.nkat` of any layout. Raises GGUFError when the file or the Θ in it is damaged."""
     path = Path(path)
+    if said := about_missing(path):
+        raise NKATError(f"{path}: no such file{said}")
     file = GGUFFile.open(path)
     if _is_theta(file):
         return _open_with_own_theta(path, file)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
+from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, TensorInfo
 from nkat.gguf.names import block_number
 from nkat.gguf.writer import (
@@ -21,6 +22,7 @@ SUFFIXES = (".theta_p", ".theta_q", ".theta_scale")
 KEY_PREFIX = "nkat."
 CALIBRATION_KEY = "nkat.calibration.sha256"
 KEEP_KEY = "nkat.keep.sha256"
+DECAY_KEY = "nkat.theta.depth_decay"
 UNFINISHED_KEY = "nkat.fit.unfinished"
 HELDOUT_PREFIX = "nkat.heldout."  # of what was measured with this very Θ at this very γ
 
@@ -118,4 +120,28 @@ def scale_by_depth(theta_set: ThetaSet, factor: float) -> ThetaSet:
         scale = theta.scale.clone()
         scale[0] *= factor ** max(0, block_number(name))
         thetas[name] = replace(theta, scale=scale)
-    return replace(theta_set, layers=thetas, notes={**theta_set.notes, "nkat.theta.depth_decay": factor})
+    return replace(theta_set, layers=thetas, notes={**theta_set.notes, DECAY_KEY: factor})
+
+
+def part_of(
+    theta_set: ThetaSet, *, rank: int, gamma: float, names: Collection[str] | None = None, depth_decay: bool = False
+) -> ThetaSet:
+    """The first columns of some layers' Θ at a strength: what of a Θ is written where none is made anew.
+
+    names: of the weights that keep theirs; None: all
+    depth_decay: also block l's Θ times gamma^l
+    Raises NKATError for a rank that the Θ has not, names of which it has none, or a decay that it has already.
+    """
+    if rank > theta_set.rank:
+        raise NKATError(f"the Θ has rank {theta_set.rank}, which is below {rank}")
+    kept = {name: theta for name, theta in theta_set.layers.items() if names is None or name in names}
+    if not kept:
+        raise NKATError("the Θ has none for the layers that were asked for")
+    if (rank, gamma, len(kept), depth_decay) == (theta_set.rank, theta_set.gamma, len(theta_set.layers), False):
+        return theta_set  # with what was measured of it
+    part = truncate_rank(replace(theta_set, layers=kept, gamma=gamma), rank)
+    if not depth_decay:
+        return part
+    if DECAY_KEY in theta_set.notes:
+        raise NKATError("the Θ decays with depth already")
+    return scale_by_depth(part, gamma)
