@@ -28,7 +28,8 @@ def check_source(tensors: Mapping[str, TensorInfo], names: Sequence[str], source
     for name in names:
         if len(tensors[name].shape) == 3 and source != "weight":
             raise ThetaError(
-                f"{name}: Θ of a mixture's experts comes of their weights alone (--theta-source weight), not of {source}"
+                f"{name}: Θ of a mixture's experts comes of their weights alone, not of {source}: give "
+                "--theta-source weight"
             )
 
 
