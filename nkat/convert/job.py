@@ -33,6 +33,7 @@ from nkat.sources.fit.options import choice_space, lower_ranks
 from nkat.sources.make import (
     check_options,
     check_reference_is_better,
+    check_source,
     describe_theta_set,
     make_thetas,
     residual_errors,
@@ -149,6 +150,7 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
             options = replace(options, force=True)  # what an interrupted fit wrote is replaced by what comes of it
     check_outputs(options, model)
     names = select_layers(base.tensors, options.selective_layers)
+    check_source(base.tensors, names, options.theta_source)
     made_as = _theta_options(options, inputs, names)
     check_options(base.tensors, names, made_as)
     searches = options.optimize_rank and options.theta_source != "fit"  # which chooses for itself

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from nkat.kernels.registry import kernel_types
+from nkat.lm.architectures import STACKS
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 
@@ -80,8 +81,8 @@ def _has_kernels(model: Transformer) -> bool:
     kernels = kernel_types("cpu")
     experts = [block.experts for block in model.blocks if block.experts is not None]
     linears += [each.router for each in experts]
-    stacks = [stack for each in experts for stack in each.stacks.values()]
-    if not all(stack.dtype == torch.float32 and stack.qtype in kernels for stack in stacks):
+    stacks = [each.stack(name) for each in experts for name in STACKS]
+    if not all(stack.dtype == torch.float32 and stack.theta is None and stack.qtype in kernels for stack in stacks):
         return False
     return all(table.qtype in kernels for table in model.tables()) and all(
         isinstance(layer, StarLinear) and layer.dtype == torch.float32 and layer.qtype in kernels

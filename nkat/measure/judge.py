@@ -185,7 +185,11 @@ class Judge:
 
     def ratio(self, theta: ThetaSet) -> float:
         """c: bytes read per token with this Θ over without."""
-        return byte_ratio(self.loaded.tensors, theta.nbytes, self.loaded.config.active_experts)
+        return byte_ratio(
+            self.loaded.tensors,
+            theta.bytes_per_token(self.loaded.config.active_experts),
+            self.loaded.config.active_experts,
+        )
 
     def other(self, loaded: LoadedModel) -> Judge:
         """The same judgement of another model with the same vocabulary."""

@@ -239,8 +239,10 @@ def _read_theta(file: GGUFFile, stem: str) -> Theta:
     def read(suffix: str, kind: GGMLQuantizationType, dtype: str) -> torch.Tensor:
         name = stem + suffix
         info = file.tensors.get(name)
-        if info is None or info.type != kind or len(info.shape) != 2:
-            raise GGUFError(f"{file.path}: tensor {name!r} is missing or is not a 2-D {kind.name} tensor")
+        if info is None or info.type != kind or len(info.shape) not in (2, 3):
+            raise GGUFError(
+                f"{file.path}: tensor {name!r} is missing or is not a 2-D {kind.name} tensor (3-D: experts)"
+            )
         return torch.from_numpy(file.raw(name).view(dtype).reshape(info.shape).copy())
 
     i8, f32 = GGMLQuantizationType.I8, GGMLQuantizationType.F32

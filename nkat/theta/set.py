@@ -54,6 +54,11 @@ class ThetaSet:
     def nbytes(self) -> int:
         return sum(theta.nbytes for theta in self.layers.values())
 
+    def bytes_per_token(self, active_experts: float) -> int:
+        """Of its bytes those that a token reads: of experts only those it goes to (`ModelConfig.active_experts`)."""
+        shares = ((theta.nbytes, 1.0 if theta.experts is None else active_experts) for theta in self.layers.values())
+        return sum(round(nbytes * share) for nbytes, share in shares)
+
     def metadata(self) -> dict[str, MetadataValue]:
         return {
             "nkat.version": FORMAT_VERSION,
@@ -80,16 +85,17 @@ class ThetaSet:
 
 
 def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Path) -> None:
-    """Raises GGUFError unless every Θ belongs to a 2-D weight of the base and fits its shape, in size and in rank."""
+    """Raises GGUFError unless every Θ belongs to a weight of the base and fits its shape, in size and in rank."""
     for name, theta in theta_set.layers.items():
         info = tensors.get(name)
         if info is None:
             raise GGUFError(f"{path}: Θ for {name!r}, which the base model does not have")
-        if len(info.shape) != 2 or theta.size > max(info.shape):
+        shape, experts = info.shape[-2:], () if theta.experts is None else (theta.experts,)
+        if len(info.shape) < 2 or info.shape[:-2] != experts or theta.size > max(shape):
             raise GGUFError(f"{path}: Θ of size {theta.size} does not fit {name!r} of shape {info.shape}")
         # The same bound as for one that is made. Beyond it a few bytes of a small corner become a large matrix, as
         # the kernels' factors have a row for every row of the weight.
-        limit = min(*info.shape, theta.size)
+        limit = min(*shape, theta.size)
         if not 1 <= theta.rank <= limit:
             raise GGUFError(f"{path}: Θ of rank {theta.rank} for {name!r}: it must be from 1 to {limit}")
 
@@ -106,7 +112,7 @@ def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:
     What was measured with all of them is no longer noted.
     """
     thetas = {
-        name: Theta(t.p[:, :rank].contiguous(), t.q[:, :rank].contiguous(), t.scale[:, :rank].contiguous())
+        name: Theta(t.p[..., :rank].contiguous(), t.q[..., :rank].contiguous(), t.scale[..., :rank].contiguous())
         for name, t in theta_set.layers.items()
     }
     notes = {key: value for key, value in theta_set.notes.items() if not key.startswith(HELDOUT_PREFIX)}
@@ -118,7 +124,7 @@ def scale_by_depth(theta_set: ThetaSet, factor: float) -> ThetaSet:
     thetas = {}
     for name, theta in theta_set.layers.items():
         scale = theta.scale.clone()
-        scale[0] *= factor ** max(0, block_number(name))
+        scale[..., 0, :] *= factor ** max(0, block_number(name))
         thetas[name] = replace(theta, scale=scale)
     return replace(theta_set, layers=thetas, notes={**theta_set.notes, DECAY_KEY: factor})
 

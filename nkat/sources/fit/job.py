@@ -30,7 +30,7 @@ from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fi
 from nkat.sources.fit.layers import Factors
 from nkat.sources.fit.rate import rate_scale
 from nkat.sources.fit.state import FitState, check_place, load_state, run_identity, save_state
-from nkat.sources.make import check_reference_is_better, describe_theta_set, make_thetas
+from nkat.sources.make import check_reference_is_better, check_source, describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import Theta, coupling
 from nkat.theta.modelfile import base_hash
@@ -93,6 +93,7 @@ def run_fit(request: FitRequest) -> FitResult:
     if keep is not None and keep.sha256 == text.sha256:
         raise NKATError(f"{keep.name}: the text to keep and the text to learn from are the same text")
     _check_guard(request)
+    check_source(request.model.tensors, request.names, "fit")
     if request.reference is not None:
         check_reference_is_better(request.model.gguf, request.reference.gguf, request.names)
     scale = rate_scale(request.model.model) if request.settings.scaled else 1.0
