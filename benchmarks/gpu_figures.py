@@ -131,7 +131,9 @@ def page(record: Mapping[str, Any], titles: Mapping[str, str]) -> str:
 
 
 def _row(figure: Mapping[str, Any]) -> str:
-    spread = "" if figure["n"] < 2 else f"{number(figure['least'])} to {number(figure['most'])}"
+    spread = (
+        "" if figure["n"] < 2 or figure["least"] is None else f"{number(figure['least'])} to {number(figure['most'])}"
+    )
     said = {True: "met", False: "**missed**", None: ""}[figure["met"]]
     cells = [figure["name"], f"{number(figure['value'])} {figure['unit']}".rstrip(), spread, str(figure["n"])]
     return _join([*cells, figure["target"], said])
