@@ -12,6 +12,7 @@ from nkat.kernels.cuda import first_use
 from nkat.kernels.cuda import linear as cuda
 from nkat.kernels.cuda.planes import FORMATS, FileWeight, PackedWeight
 from nkat.kernels.cuda.step import Attention, Input, Siblings, TritonOps
+from nkat.lm.attention import query_scales
 from nkat.lm.transformer import Transformer
 
 _MOST_CAPACITY = 4096  # of a check: the attention's parts are as many as for any larger one
@@ -81,6 +82,8 @@ def random_step(model: Transformer, capacity: int, rank: int) -> ComparedOps:
         sin=random(capacity, len(model.frequencies)),
         keys=keys,
         values=values,
+        cap=config.attention_cap,
+        warmth=None if query_scales(config, 0, capacity) is None else 1.0 + random(capacity).abs(),
     )
     windows = {0, config.sliding_window} if any(config.local_blocks) else {0}
     for window in sorted(windows):

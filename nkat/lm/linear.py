@@ -122,7 +122,7 @@ class StarLinear(PackedModule):
         if self.device.type == "cuda":
             from nkat.kernels.cuda.packing import pack  # Triton is loaded only where it is used
 
-            self.move_to_kernels(pack(self.file_bytes, self.qtype, self.shape))
+            self.move_to_kernels(pack(self.file_bytes, self.qtype, self.shape, self.bias is not None))
             return
         if self.qtype not in kernel_types("cpu"):
             return

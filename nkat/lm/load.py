@@ -131,6 +131,7 @@ def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo
             for linear in model.all_linears().values():  # routers and experts stay as they are
                 linear.repack()
             model.embedding.repack(model.output.device_weight if tied else None)
+        torch.cuda.empty_cache()  # what torch would keep of the memory that repacking took on the way
         return
     for name, layer in layers.items():
         layer.repack()

@@ -17,32 +17,37 @@ from torch import Tensor
 from nkat.engine import step_check
 from nkat.engine.decoder import make_decoder
 from nkat.engine.eager import EagerDecoder
-from nkat.engine.plan import TorchOps
+from nkat.engine.plan import TorchOps, decode_step, make_plan
 from nkat.engine.step_check import check_step, step_works
 from nkat.errors import NKATError
 from nkat.kernels.cuda import first_use, linear, packing, planes
 from nkat.kernels.cuda.packing import check_products, pack, random_weight
 from nkat.kernels.cuda.planes import FileWeight, PlaneWeight
+from nkat.kernels.cuda.step import TritonOps
 from nkat.lm.load import load_model
 from nkat.lm.transformer import Transformer
 from nkat.theta.algebra import quantise_factors
-from tests.kernels.test_cuda import FAMILIES, every_format, packed_weight
+from tests.kernels.test_cuda import FAMILIES, every_format, needs_triton, packed_weight, recorders, seven_billion
 from tests.support.tiny_models import write_tiny_model
 
+__all__ = ["recorders"]  # a fixture
 CPU = torch.device("cpu")
 MACHINE = dict.fromkeys((*first_use._DECIDES, "source"), "1") | {"device_name": "NVIDIA X"}
 
 
-def vector(weight: PlaneWeight, x: Tensor, bias: Tensor, star: linear.Star, *, segments: tuple[int, ...]) -> Tensor:
+def vector(
+    weight: PlaneWeight, x: Tensor, bias: Tensor | None, star: linear.Star, *, segments: tuple[int, ...]
+) -> Tensor:
     natural = x.view(len(x), 2, 4, -1, 4).permute(0, 3, 1, 4, 2).reshape(x.shape)
-    y = natural @ weight.dequantise().T + bias.float()
+    y = natural @ weight.dequantise().T + (0.0 if bias is None else bias.float())
     for i, (start, stop) in enumerate(pairwise((0, *segments, weight.shape[0]))):
         y[:, start:stop] += star.kappa[i] * star.inner[i].sum(dim=1) @ star.up[start:stop].float().T
     return y
 
 
-def matrix(weight: PlaneWeight, x: Tensor, bias: Tensor, star: linear.Star) -> Tensor:
-    return (x.float() @ weight.dequantise().T + bias.float() + star.kappa * star.inner @ star.up.float().T).to(x.dtype)
+def matrix(weight: PlaneWeight, x: Tensor, bias: Tensor | None, star: linear.Star) -> Tensor:
+    y = x.float() @ weight.dequantise().T + star.kappa * star.inner @ star.up.float().T
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def rows(weight: PlaneWeight, ids: Tensor) -> Tensor:
@@ -88,7 +93,8 @@ def spoil(name: str) -> Callable[..., Tensor]:
 @every_format
 def test_the_check_takes_what_is_right(kernels, qtype):
     for shape in ((100, 512), (20, 256)):  # with three segments, and too few rows for them
-        assert check_products(qtype, shape, CPU) is None
+        for has_bias in (False, True):
+            assert check_products(qtype, shape, CPU, has_bias) is None
 
 
 @pytest.mark.parametrize("name", STAND_INS)
@@ -130,6 +136,37 @@ def test_random_planes_are_such_as_files_give(qtype):
         assert (ours is None) == (files is None)
         assert ours is None or (ours.dtype, ours.shape) == (files.dtype, files.shape)
     assert found.dequantise().std() > 0.01
+
+
+def made_from(launch: tuple[tuple[int, ...], tuple[Any, ...], dict[str, Any]]) -> tuple[Any, ...]:
+    """All of a launch that Triton compiles anew for."""
+    _, arguments, keywords = launch
+    kinds = [a.dtype if isinstance(a, Tensor) else (type(a), a % 16 == 0) for a in arguments]
+    return (*kinds, *sorted(keywords.items(), key=str))
+
+
+@needs_triton
+def test_a_check_compiles_what_is_launched_later(recorders, monkeypatch):
+    """Of the formats and sizes of a 7B model with Θ of rank 4: the check takes hardly longer than doing without it."""
+    monkeypatch.setattr(first_use, "difference", lambda *_: None)
+    model = seven_billion(1)
+    with torch.inference_mode():
+        where = torch.empty(1, dtype=torch.int64, device="meta")
+        decode_step(make_plan(model, model.new_cache(1, 1024)), TritonOps(star=True), where, where)
+        layer = model.blocks[0].linear("attn_q")
+        weight = planes.pack(layer.file_bytes, layer.qtype, layer.shape)
+        x = torch.empty(512, 4096, dtype=torch.bfloat16, device="meta")
+        linear.linear(weight, x, None, layer.down, layer.up, torch.empty(1, device="meta"))
+        linear.rows(weight, where)
+    names = ("vector_kernel", "matrix_kernel", "rows_kernel")
+    later = {name: {made_from(launch) for launch in recorders[name].launches} for name in names}
+    for name in names:
+        recorders[name].launches.clear()
+    check_products(QType.Q4_K, (4096, 4096), CPU)
+    assert all(made_from(launch) in later[name] for name in names for launch in recorders[name].launches)
+    assert [len(recorders[name].launches) for name in names] == [1, 1, 1]
+    check_products(QType.Q4_K, (4096, 4096), CPU, has_bias=True)  # which no layer of this model has
+    assert made_from(recorders["vector_kernel"].launches[1]) not in later["vector_kernel"]
 
 
 # --- what is kept

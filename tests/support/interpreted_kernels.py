@@ -290,8 +290,8 @@ def test_a_whole_step(tiny, monkeypatch, arch, options):
 def test_the_first_check_takes_the_kernels_and_notices_a_wrong_one(monkeypatch, qtype):
     monkeypatch.setattr(packing, "_TOKENS", 20)
     shape, cpu = (20, 256), torch.device("cpu")
-    assert packing.check_products(qtype, shape, cpu, torch.float16) is None
-    said = packing.check_products(qtype, shape, cpu, torch.bfloat16)  # which the interpreter cannot multiply
+    assert packing.check_products(qtype, shape, cpu, True, torch.float16) is None
+    said = packing.check_products(qtype, shape, cpu, True, torch.bfloat16)  # which the interpreter cannot multiply
     assert said.startswith("a product with many inputs differs")
 
 

@@ -63,6 +63,7 @@ def _verdict(name: str, what: str, device: torch.device, check: Check) -> str:
         with torch.no_grad():
             found = check() or ""
             _wait(device)
+        _give_back(device)
     except Exception as error:  # of a compiler, of a driver: whatever it is, there is a way without these kernels
         if not _alive(device):
             _keep(name, f"their first check ended with {_reason(error)}", made_for)
@@ -84,6 +85,12 @@ def _reason(error: Exception) -> str:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # what went wrong in a kernel is told here
+
+
+def _give_back(device: torch.device) -> None:
+    """The memory that a check took: torch would keep it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _alive(device: torch.device) -> bool:

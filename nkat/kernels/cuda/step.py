@@ -116,8 +116,8 @@ class TritonOps:
         total = x if branch is None else torch.empty_like(x)
         size = len(x)
         slice_width = _slice_width(size)
-        target = self._target(readers, -(-size // slice_width))
-        step_kernels.norm_kernel[(-(-size // slice_width),)](
+        target = self._target(readers, slices(size))
+        step_kernels.norm_kernel[(slices(size),)](
             x,
             x if branch is None else branch,
             x if branch_weight is None else branch_weight,
@@ -222,8 +222,8 @@ class TritonOps:
         """activation(gate) · up for both, one behind the other, [2·n]."""
         size = len(gate_up) // 2
         slice_width = _slice_width(size)
-        target = self._target(readers, -(-size // slice_width))
-        step_kernels.activation_kernel[(-(-size // slice_width),)](
+        target = self._target(readers, slices(size))
+        step_kernels.activation_kernel[(slices(size),)](
             gate_up,
             *self._pointers(target, readers),
             size,
@@ -255,6 +255,11 @@ class TritonOps:
 def _power(count: int) -> int:
     """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()
+
+
+def slices(size: int) -> int:
+    """Programs that make an input of this size, each a part of `down @ x`, where no attention does."""
+    return -(-size // _slice_width(size))
 
 
 def _slice_width(size: int) -> int:
