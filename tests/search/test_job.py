@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -121,16 +122,12 @@ def test_another_strength_makes_nothing_anew(judge: SettingJudge, monkeypatch) -
 
 def test_hopeless_trials_stop_early_and_good_ones_do_not(judge: SettingJudge) -> None:
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.WilcoxonPruner(n_startup_steps=3))
-    own = SettingJudge(judge.judge, judge.theta_set)
-    objective = make_objective(own, Space())
 
     def run_one(gamma: float, strength: float) -> optuna.trial.FrozenTrial:
-        for theta in own.theta_set.layers.values():
-            theta.scale.mul_(strength)
+        layers = {name: replace(t, scale=strength * t.scale) for name, t in judge.theta_set.layers.items()}
+        own = SettingJudge(judge.judge, replace(judge.theta_set, layers=layers))
         study.enqueue_trial({**GUIDE_DEFAULT, "gamma": gamma})
-        study.optimize(objective, n_trials=1)
-        for theta in own.theta_set.layers.values():
-            theta.scale.div_(strength)
+        study.optimize(make_objective(own, Space()), n_trials=1)
         return study.trials[-1]
 
     assert run_one(0.90, 40.0).state.name == "COMPLETE"  # ruins the model, but there is nothing to compare it with
