@@ -27,7 +27,7 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -253,29 +253,21 @@ class Bench:
             "rate": rate,
             "seed": seed,
             "bytes": plan.nbytes,
-            **settings,
             "columns": {"additive": max(plan.additive.values()), "rotation": max(plan.rotation.values())},
+            "settings": settings,
             "validation_nll": row["validation_nll"],
             "seconds": state.seconds,
             "texts": texts,
         }
 
     def fit(self, loaded: LoadedModel, plan: Plan, rate: float, seed: int) -> FitState:
-        base = self.settings
-        settings = FitSettings(
-            **{name: getattr(base, name) for name in ("rank", "gamma", "steps", "batch", "context", "warmup")},
-            seed=seed,
-            learning_rate=rate,
-            nested=False,
-            fast=True,
-            validate_every=base.steps,
-        )
+        settings = replace(self.settings, seed=seed, learning_rate=rate)
         text = load_text(self.data / CALIBRATION)
-        learned, validation = split_validation(fit_text(loaded.tokenizer, text, IGNORED), text.name, base.context)
+        learned, validation = split_validation(fit_text(loaded.tokenizer, text, IGNORED), text.name, settings.context)
         names = list(plan.shapes)
         layers = loaded.model.star_linears()
         kind = plan.kind({id(layers[name]): name for name in names})
-        with console.bar(base.steps, f"{self.model} {plan.form} {rate:g} seed {seed}", "step") as bar:
+        with console.bar(settings.steps, f"{self.model} {plan.form} {rate:g} seed {seed}", "step") as bar:
             progress = Progress(lambda *_: bar.update(), lambda: False)
             data = FitData(learned, validation.pick(slice(4)))
             return fit(loaded.model, names, {"zero": plan.starts(seed)}, data, settings, progress, kind=kind)
@@ -380,7 +372,16 @@ def main() -> None:
 def run(options: argparse.Namespace) -> None:
     chunks = {HOME: options.home_chunks} | dict.fromkeys(ELSEWHERE, options.other_chunks)
     dtype = torch.bfloat16 if hardware.computes_bfloat16(torch.device("cpu")) else torch.float32
-    settings = FitSettings(RANK, 0.97, steps=options.steps, batch=options.batch, warmup=options.warmup)
+    settings = FitSettings(
+        RANK,
+        0.97,  # without meaning here: what is learned is the product
+        steps=options.steps,
+        batch=options.batch,
+        warmup=options.warmup,
+        nested=False,
+        fast=True,
+        validate_every=options.steps,
+    )
     bench = Bench(options.data, options.output_dir, settings, chunks, dtype)
     results = []
     for model in options.models:

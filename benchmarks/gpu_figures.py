@@ -32,6 +32,7 @@ class Figure:
 
 
 Keep = Callable[[Figure], None]
+_FOLDED = 4  # cases from which the page has one line for all of them; the record has each
 
 
 def measured(
@@ -126,8 +127,43 @@ def page(record: Mapping[str, Any], titles: Mapping[str, str]) -> str:
             lines += [f"**Failed**: {_cell(error)}", ""]
         if part["figures"]:
             lines += ["| | median | least to most | n | target | |", "|---|---|---|---|---|---|"]
-            lines += [_row(figure) for figure in part["figures"]] + [""]
+            lines += [_row(figure) for figure in folded(part["figures"])] + [""]
     return "\n".join(lines)
+
+
+def folded(figures: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """With one figure for those with a target that are the same thing of several cases ("case, thing")."""
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for figure in figures:
+        groups.setdefault(_thing(figure), []).append(figure)
+    found = []
+    for figure in figures:
+        cases = groups[_thing(figure)]
+        if not _thing(figure)[0] or figure["met"] is None or len(cases) < _FOLDED:
+            found.append(figure)
+        elif figure is cases[0]:
+            found.append(_fold(cases))
+    return found
+
+
+def _thing(figure: Mapping[str, Any]) -> tuple[str, ...]:
+    return figure["name"].partition(", ")[2], figure["unit"], figure["target"]
+
+
+def _fold(cases: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    values = [figure["value"] for figure in cases]
+    known = [value for value in values if value is not None]
+    missed = sum(figure["met"] is False for figure in cases)
+    said = f" ({missed} of {len(cases)} missed)" if missed else ""
+    return {
+        **cases[0],
+        "name": f"{len(cases)} cases: {cases[0]['name'].partition(', ')[2]}{said}",
+        "value": median(known) if len(known) == len(cases) else None,
+        "n": len(cases),
+        "least": min(known, default=None),
+        "most": max(known, default=None),
+        "met": None if cases[0]["met"] is None else not missed,
+    }
 
 
 def _row(figure: Mapping[str, Any]) -> str:

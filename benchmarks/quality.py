@@ -144,7 +144,8 @@ class Bench:
     def record(
         self, model: str, base: Mapping[str, Perplexity], now: Mapping[str, Perplexity], theta_bytes: int
     ) -> dict[str, Any]:
-        ratio = byte_ratio(self.load(model).tensors, theta_bytes)
+        loaded = self.load(model)
+        ratio = byte_ratio(loaded.tensors, theta_bytes, loaded.config.active_experts)
         texts = {}
         for name, measured in now.items():
             change = paired(base[name], measured)

@@ -47,7 +47,7 @@ from nkat.lm.load import load_model
 from nkat.lm.transformer import Transformer
 from nkat.measure.perplexity import CONTEXT, Perplexity, scored_tokens, text_chunks
 from nkat.measure.texts import load_text
-from nkat.sources.fit.loss import Teacher, vocabulary_loss
+from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
 
 ORIGINAL = "smollm2"
 TYPES = ("Q2_K", "Q3_K_S", "Q3_K_M", "IQ3_S", "IQ4_XS", "Q4_K_M")
@@ -135,18 +135,18 @@ class RepairBench(Bench):
         loaded = load_model(self.path(ORIGINAL), dtype=self.dtype)
         content = load_text(self.text(TEXTS[0])).content
         chunks = text_chunks(loaded.tokenizer, content, KL_CHUNKS)
-        weight = loaded.model.output.weight()
+        head = Head.of(loaded.model)
         with torch.inference_mode():
-            return chunks, [Teacher(_scored(loaded.model, chunk), weight) for chunk in chunks]
+            return chunks, [Teacher(_scored(loaded.model, chunk), head) for chunk in chunks]
 
     def divergence(self, model: Transformer) -> dict[str, float]:
         """KL from the original of a model as it stands, nats a token."""
         chunks, teachers = self.original
-        weight, found = model.output.weight(), []
+        head, found = Head.of(model), []
         with torch.inference_mode():
             for chunk, teacher in zip(chunks, teachers, strict=True):
                 hidden = _scored(model, chunk)
-                found.append(float(vocabulary_loss(hidden, weight, None, teacher)) / len(hidden))
+                found.append(float(vocabulary_loss(hidden, head, None, teacher)) / len(hidden))
         return {"kl": mean(found), "kl_stderr": stdev(found) / len(found) ** 0.5}
 
 

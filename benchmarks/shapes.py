@@ -1,13 +1,15 @@
-"""Writes a model file of a 7B model's shape with random weights, in the mix of block formats that llama-quantize makes.
+"""Writes a model file of a real model's shape with random weights, in the mix of block formats that people have.
 
     python -m benchmarks.shapes Q4_K_M model.gguf                32 blocks, 4.1 GB
     python -m benchmarks.shapes Q6_K model.gguf --blocks 8       a quarter of the blocks, where memory is short
+    python -m benchmarks.shapes 30B-A3B-Q4_K_M model.gguf --blocks 8         a mixture of experts: 2.9 GB
 
-Speed depends on shapes and formats, not on the values, so that such a file stands for the 7B files that people run;
-its text means nothing. The shape is Llama 2 7B's (d 4096, FFN 11008, 32 heads, vocabulary 32000). Which tensor gets
-which format follows llama.cpp (`llama_tensor_get_type` in src/llama-quant.cpp); llama.cpp reads the files too. Weights
-have mean near 0 and a standard deviation of 0.02. One block's weights stand in every block of its format: neither
-program reads values twice for that, since the file holds each copy.
+Speed depends on shapes and formats, not on the values, so that such a file stands for the files that people run; its
+text means nothing. The shape is Llama 2 7B's (d 4096, FFN 11008, 32 heads, vocabulary 32000) or, with that vocabulary,
+of a mixture of experts: Qwen3 30B-A3B's (8 of 128 experts), gpt-oss 20B's (4 of 32, in MXFP4). Which tensor gets which
+format follows llama.cpp (`llama_tensor_get_type` in src/llama-quant.cpp); llama.cpp reads the files too. Weights have
+mean near 0 and a standard deviation of 0.02. One block's weights stand in every block of its format: neither program
+reads values twice for that, since the file holds each copy.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
     start("benchmarks.shapes")
 
 import gc
+import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -43,6 +47,56 @@ BLOCK_WEIGHTS = {
     "ffn_down": (DIM, FFN),
 }
 WEIGHT_STD = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A real model's. Lengths in elements.
+
+    weights, vectors: shapes of a block's quantised weights, and of its norms and biases (all ones), by name
+    routers: of weights that are F32 in every file;  experts: how many there are, and how many a token goes to
+    """
+
+    architecture: str
+    dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    feed_forward: int
+    weights: Mapping[str, tuple[int, ...]]
+    vectors: Mapping[str, tuple[int, ...]]
+    routers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    experts: tuple[int, int] = (0, 0)
+    window: int = 0
+
+
+def _mixture(
+    architecture: str, dim: int, heads: int, kv_heads: int, head_dim: int, inner: int, experts: tuple[int, int]
+) -> Shape:
+    rows, kv_rows, count = heads * head_dim, kv_heads * head_dim, experts[0]
+    weights = {"attn_q": (rows, dim), "attn_k": (kv_rows, dim), "attn_v": (kv_rows, dim), "attn_output": (dim, rows)}
+    stacks = {"ffn_gate": (count, inner, dim), "ffn_up": (count, inner, dim), "ffn_down": (count, dim, inner)}
+    routers = {"ffn_gate_inp": (count, dim)}
+    vectors = {"attn_norm.weight": (dim,)}
+    window = 0
+    if architecture == "gpt-oss":
+        biased = {**weights, **routers, **{f"{name}_exps": shape for name, shape in stacks.items()}}
+        vectors |= {f"{name}.bias": shape[:-1] for name, shape in biased.items()}
+        vectors |= {"post_attention_norm.weight": (dim,), "attn_sinks.weight": (heads,)}
+        window = 128
+    else:
+        vectors |= {"ffn_norm.weight": (dim,), "attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
+    weights |= {f"{name}_exps": shape for name, shape in stacks.items()}
+    return Shape(architecture, dim, heads, kv_heads, head_dim, inner, weights, vectors, routers, experts, window)
+
+
+_NORMS = {f"{name}.weight": (DIM,) for name in ("attn_norm", "ffn_norm")}
+LLAMA_7B = Shape("llama", DIM, HEADS, HEADS, DIM // HEADS, FFN, BLOCK_WEIGHTS, _NORMS)
+# By the mix; all others are of LLAMA_7B
+SHAPES = {
+    "30B-A3B-Q4_K_M": _mixture("qwen3moe", 2048, 32, 4, 128, 768, (128, 8)),
+    "20B-MXFP4": _mixture("gpt-oss", 2880, 64, 8, 64, 2880, (32, 4)),
+}
 # Of a block: where its float16 numbers are; the second, of what is taken off, in units of the first
 HALVES: dict[Q, dict[int, float]] = {
     Q.Q4_0: {0: 1.0},
@@ -57,6 +111,7 @@ HALVES: dict[Q, dict[int, float]] = {
     Q.Q6_K: {208: 1.0},
     Q.IQ4_NL: {0: 1.0},
     Q.IQ4_XS: {0: 1.0},
+    Q.MXFP4: {},
 }
 
 
@@ -73,7 +128,7 @@ def _k_mix(most: Q, better: Q) -> Callable[[str, int, int], Q]:
     """Q4_K_M and Q5_K_M."""
 
     def choose(name: str, block: int, blocks: int) -> Q:
-        return better if name in ("attn_v", "ffn_down") and _more_bits(block, blocks) else most
+        return better if name.removesuffix("_exps") in ("attn_v", "ffn_down") and _more_bits(block, blocks) else most
 
     return choose
 
@@ -94,6 +149,10 @@ def _iq4_xs(name: str, block: int, blocks: int) -> Q:
     return Q.Q5_K if name == "ffn_down" and block < blocks // 8 else Q.IQ4_XS
 
 
+def _mxfp4(name: str, block: int, blocks: int) -> Q:
+    return Q.MXFP4 if name.endswith("_exps") else Q.Q8_0
+
+
 # Formats of the blocks' weights, the embedding and the output layer
 MIXES: dict[str, tuple[Callable[[str, int, int], Q], Q, Q]] = {
     "Q2_K": (_q2_k, Q.Q2_K, Q.Q6_K),
@@ -105,15 +164,28 @@ MIXES: dict[str, tuple[Callable[[str, int, int], Q], Q, Q]] = {
     "Q6_K": (_uniform(Q.Q6_K), Q.Q6_K, Q.Q6_K),
     "Q8_0": (_uniform(Q.Q8_0), Q.Q8_0, Q.Q8_0),
     "IQ4_XS": (_iq4_xs, Q.IQ4_XS, Q.Q6_K),
+    "30B-A3B-Q4_K_M": (_k_mix(Q.Q4_K, Q.Q6_K), Q.Q4_K, Q.Q6_K),
+    "20B-MXFP4": (_mxfp4, Q.Q8_0, Q.Q8_0),
 }
 
 
-def weights(qtype: Q, shape: tuple[int, int]) -> np.ndarray:
-    """Packed random weights, uint8 [m, bytes of a row], of mean near 0 and standard deviation WEIGHT_STD."""
-    m, n = shape
+def weights(qtype: Q, shape: tuple[int, ...]) -> np.ndarray:
+    """Packed random weights, uint8 [..., m, bytes of a row], of mean near 0 and standard deviation WEIGHT_STD."""
+    *stack, m, n = shape
+    if stack:
+        return weights(qtype, (math.prod(stack) * m, n)).reshape(*stack, m, -1)
+    if qtype == Q.F32:
+        values = WEIGHT_STD * np.random.default_rng(0).standard_normal((m, n))
+        return values.astype(np.float32).view(np.uint8).reshape(m, -1)
     packed = random_rows(qtype, m, n)
     block_bytes = gguf.GGML_QUANT_SIZES[qtype][1]
     blocks = packed.reshape(-1, block_bytes)
+
+    if qtype == Q.MXFP4:  # scales are powers of two: a mix of the two nearest
+        rng = np.random.default_rng(0)
+        blocks[:] = rng.integers(0, 256, blocks.shape, dtype=np.uint8)
+        blocks[:, 0] = 119 + (rng.random(len(blocks)) < 0.684)
+        return packed
 
     def scaled(by: float) -> np.ndarray:
         for at, factor in HALVES[qtype].items():
@@ -124,27 +196,38 @@ def weights(qtype: Q, shape: tuple[int, int]) -> np.ndarray:
     return scaled(WEIGHT_STD / float(dequantise(sample, qtype, (16, n)).std()))
 
 
-def tensor_types(mix: str, blocks: int) -> Iterator[tuple[str, Q, tuple[int, int]]]:
+def tensor_types(mix: str, blocks: int) -> Iterator[tuple[str, Q, tuple[int, ...]]]:
     """Name, format and shape of each weight."""
     choose, embedding, output = MIXES[mix]
-    yield "token_embd.weight", embedding, (VOCABULARY, DIM)
+    model = SHAPES.get(mix, LLAMA_7B)
+    yield "token_embd.weight", embedding, (VOCABULARY, model.dim)
     for block in range(blocks):
-        for name, shape in BLOCK_WEIGHTS.items():
+        for name, shape in model.weights.items():
             yield f"blk.{block}.{name}.weight", choose(name, block, blocks), shape
-    yield "output.weight", output, (VOCABULARY, DIM)
+        for name, shape in model.routers.items():
+            yield f"blk.{block}.{name}.weight", Q.F32, shape
+    yield "output.weight", output, (VOCABULARY, model.dim)
 
 
-def _describe(writer: gguf.GGUFWriter, blocks: int) -> None:
+def _describe(writer: gguf.GGUFWriter, model: Shape, blocks: int) -> None:
     """Hyper-parameters and a vocabulary of bytes and made-up words."""
     writer.add_name("random weights")
     writer.add_block_count(blocks)
     writer.add_context_length(4096)
-    writer.add_embedding_length(DIM)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
+    writer.add_embedding_length(model.dim)
+    writer.add_feed_forward_length(model.feed_forward)
+    writer.add_head_count(model.heads)
+    writer.add_head_count_kv(model.kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(DIM // HEADS)
+    writer.add_rope_dimension_count(model.head_dim)
+    if model.experts[0]:
+        writer.add_key_length(model.head_dim)
+        writer.add_value_length(model.head_dim)
+        writer.add_expert_count(model.experts[0])
+        writer.add_expert_used_count(model.experts[1])
+        writer.add_expert_feed_forward_length(model.feed_forward)
+    if model.window:
+        writer.add_sliding_window(model.window)
     writer.add_tokenizer_model("llama")
     words = [f"▁w{i}" for i in range(VOCABULARY - 259)]
     writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words])
@@ -156,16 +239,17 @@ def _describe(writer: gguf.GGUFWriter, blocks: int) -> None:
 
 def write_shaped(path: Path, mix: str, blocks: int = BLOCKS) -> int:
     """Writes the model and returns its size in bytes."""
-    writer = gguf.GGUFWriter(path, "llama")
-    _describe(writer, blocks)
-    packed: dict[tuple[Q, tuple[int, int]], np.ndarray] = {}
+    model = SHAPES.get(mix, LLAMA_7B)
+    writer = gguf.GGUFWriter(path, model.architecture)
+    _describe(writer, model, blocks)
+    packed: dict[tuple[Q, tuple[int, ...]], np.ndarray] = {}
     for name, qtype, shape in tensor_types(mix, blocks):
         if (qtype, shape) not in packed:
             packed[qtype, shape] = weights(qtype, shape)
         writer.add_tensor(name, packed[qtype, shape], raw_dtype=qtype)
-    norms = [f"blk.{i}.{name}.weight" for i in range(blocks) for name in ("attn_norm", "ffn_norm")]
-    for name in [*norms, "output_norm.weight"]:
-        writer.add_tensor(name, np.ones(DIM, np.float32))
+    vectors = {f"blk.{i}.{name}": shape for i in range(blocks) for name, shape in model.vectors.items()}
+    for name, shape in {**vectors, "output_norm.weight": (model.dim,)}.items():
+        writer.add_tensor(name, np.ones(shape, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file(progress=True)

@@ -23,7 +23,7 @@ from nkat.measure.judge import Judge, Score
 from nkat.measure.texts import Text, load_text
 from nkat.sources.fit.descent import FitSettings
 from nkat.sources.fit.job import FitRequest, run_fit
-from nkat.sources.fit.options import RATES, choice_space, lower_ranks
+from nkat.sources.fit.options import choice_space, lower_ranks
 from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.sources.moments import input_second_moments
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, ThetaOptions
@@ -138,7 +138,8 @@ def fit_theta(
     rank, gamma: None: 4 or fewer columns, and the strongest γ, that gain most within the guard
     guard: texts, beside Python's documentation, sixteen kinds of English and the first tenth of `text`, on none of
         which perplexity may rise by more than 0.5 %; None: no guard
-    steps: of gradient descent, 4 sequences of 256 tokens each;  learning_rate: of AdamW; None: 0.003 or 0.001
+    steps: of gradient descent, 4 sequences of 256 tokens each
+    learning_rate: of AdamW; None: 0.003, less for models of small weights
     reference: the same model at a higher precision, whose predictions are learned instead of the text itself
 
     Ctrl-C ends the fit with the best Θ so far. Raises NKATError for a text that is too short, a loss that is not a
@@ -155,7 +156,7 @@ def fit_theta(
             seed=seed,
             steps=steps,
             learning_rate=_FIT.learning_rate if learning_rate is None else learning_rate,
-            rates=RATES if learning_rate is None else _FIT.rates,
+            scaled=learning_rate is None,
             context=min(_FIT.context, model.exact.config.context_length),
             nested=most > 1,
             reference_share=0.0 if reference is None else 1.0,

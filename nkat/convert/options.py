@@ -304,8 +304,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="residual: text whose activations weight the error; fit: text to learn from, or chats: a .jsonl of rows "
-        "with messages, or with prompt and completion, of which the assistant's words are learned",
+        help="residual: text whose activations weight the error; fit and --repair: text to learn from, or chats: a "
+        ".jsonl of rows with messages, or with prompt and completion, of which the assistant's words are learned",
     )
     add("--keep", type=Path, metavar="FILE", help="fit: another text, on which the model is to stay as it is")
     add(

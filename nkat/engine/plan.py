@@ -21,7 +21,9 @@ from nkat.kernels.cuda import planes
 from nkat.kernels.cuda.packing import pack
 from nkat.kernels.cuda.planes import PackedWeight, PlaneWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings
+from nkat.lm.architectures import QK_NORMS
 from nkat.lm.attention import View, attend, capped, query_scales, rotate
+from nkat.lm.config import Turning
 from nkat.lm.linear import PackedModule, StarLinear
 from nkat.lm.transformer import Block, Embedding, KVCache, Transformer
 
@@ -38,7 +40,7 @@ class StepOps(Protocol):
         x: Tensor,
         branch: Tensor | None,
         branch_weight: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         epsilon: float,
         readers: Siblings,
     ) -> tuple[Tensor, Input]: ...
@@ -52,14 +54,18 @@ class StepOps(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockPlan:
-    """Operands of one block; norms that the model does not have are None."""
+    """Operands of one block; norms that the model does not have are None.
 
-    attention_norm: Tensor
+    wide_norms: of the first outputs of `qkv`: of q and of k, all heads together
+    """
+
+    attention_norm: Tensor | None
     qkv: Siblings
+    wide_norms: tuple[Tensor, ...]
     attention: Attention
     attention_output: Siblings
     post_attention_norm: Tensor | None
-    feed_forward_norm: Tensor
+    feed_forward_norm: Tensor | None
     gate_up: Siblings
     feed_forward_down: Siblings
     post_feed_forward_norm: Tensor | None
@@ -93,7 +99,7 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
     one in its place, so that the weight is in memory once.
     """
     config, architecture = model.config, model.config.architecture
-    if architecture.varied:
+    if not architecture.has_gpu_step:
         raise NKATError(f"a {architecture.name} model has blocks that a recorded step does not know of")
     kappas = strengths(model).to(model.device)
     place = {id(layer): i for i, layer in enumerate(_layers(model))}
@@ -102,26 +108,25 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
         first = place[id(members[0])]
         return _siblings(members, kappas[first : first + len(members)])
 
-    tables = {
-        False: _rope_tables(model.frequencies_for(cache.capacity), config.rope.magnitude, cache),
-        True: _rope_tables(model.local_frequencies, config.local_rope.magnitude, cache),
-    }
+    tables = {turning: _rope_tables(*model.turns(turning, cache.capacity), cache) for turning in Turning}
 
     warmth = query_scales(config, 0, cache.capacity)
     if warmth is not None:
-        warmth = warmth.to(tables[False][0])
+        warmth = warmth.to(tables[Turning.SEES_ALL][0])
 
     def plan_block(block: Block) -> BlockPlan:
-        norms = block.norms
-        cos, sin = tables[block.local]
+        norms = {name: weight.data for name, weight in block.norms.items()}
+        qk_norms = tuple(norms[name] for name in QK_NORMS if name in norms)
+        q_norm, k_norm = qk_norms if architecture.qk_norm else (None, None)
+        cos, sin = tables[block.turning]
         attention = Attention(
             heads=config.head_count,
             scale=config.attention_scale,
             window=config.sliding_window if block.local else 0,
             interleaved=config.rope.interleaved,
             epsilon=config.rms_epsilon,
-            q_norm=norms["attn_q_norm"].data if architecture.qk_norm else None,
-            k_norm=norms["attn_k_norm"].data if architecture.qk_norm else None,
+            q_norm=q_norm,
+            k_norm=k_norm,
             cos=cos,
             sin=sin,
             keys=cache.keys[block.index][0],
@@ -130,15 +135,16 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
             warmth=warmth,
         )
         return BlockPlan(
-            attention_norm=norms["attn_norm"].data,
+            attention_norm=norms.get("attn_norm"),
             qkv=siblings(*(block.linear(name) for name in block.qkv)),
+            wide_norms=qk_norms if architecture.wide_qk_norm else (),
             attention=attention,
             attention_output=siblings(block.linear("attn_output")),
-            post_attention_norm=norms["post_attention_norm"].data if architecture.post_norm else None,
-            feed_forward_norm=norms["ffn_norm"].data,
+            post_attention_norm=norms.get("post_attention_norm"),
+            feed_forward_norm=norms.get("ffn_norm"),
             gate_up=siblings(*(block.linear(name) for name in block.gate_up)),
             feed_forward_down=siblings(block.linear("ffn_down")),
-            post_feed_forward_norm=norms["post_ffw_norm"].data if architecture.post_norm else None,
+            post_feed_forward_norm=norms.get("post_ffw_norm"),
         )
 
     output = siblings(model.output)
@@ -157,11 +163,12 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
 
 def decode_step(plan: Plan, ops: StepOps, token: Tensor, position: Tensor) -> Tensor:
     """Logits [V] after one token; its key and value go into the cache. token, position: int64 [1]."""
-    x = ops.embed(plan.embedding, token, plan.embedding_scale)
+    x = ops.embed(plan.embedding, token, plan.embedding_scale).to(plan.output_norm.dtype)
     branch = branch_norm = None
     for block in plan.blocks:
         x, inputs = ops.norm(x, branch, branch_norm, block.attention_norm, plan.epsilon, block.qkv)
-        mixed = ops.attend(ops.linear(block.qkv, inputs), block.attention, position, block.attention_output)
+        qkv = _normalised(ops.linear(block.qkv, inputs), block.wide_norms, plan.epsilon)
+        mixed = ops.attend(qkv, block.attention, position, block.attention_output)
         attended = ops.linear(block.attention_output, mixed)
         x, inputs = ops.norm(
             x, attended, block.post_attention_norm, block.feed_forward_norm, plan.epsilon, block.gate_up
@@ -172,6 +179,17 @@ def decode_step(plan: Plan, ops: StepOps, token: Tensor, position: Tensor) -> Te
     return capped(ops.linear(plan.output, inputs), plan.logit_cap)
 
 
+def _normalised(qkv: Tensor, weights: Sequence[Tensor], epsilon: float) -> Tensor:
+    """With an RMS norm of each weight's length, one after another; what is left at the end as it is."""
+    if not weights:
+        return qkv
+    lengths = [len(weight) for weight in weights]
+    parts = list(qkv.split([*lengths, len(qkv) - sum(lengths)]))
+    for i, weight in enumerate(weights):
+        parts[i] = F.rms_norm(parts[i], weight.shape, weight, epsilon)
+    return torch.cat(parts)
+
+
 class TorchOps:
     """The operations in plain torch, in the dtype of the residual stream: what `TritonOps` is tested against."""
 
@@ -179,21 +197,21 @@ class TorchOps:
         self.star = star
 
     def embed(self, weight: PackedWeight, token: Tensor, scale: float) -> Tensor:
-        return weight.dequantise()[token[0]] * scale
+        return weight.dequantise()[token[0]].double() * scale  # rounded once, by whoever reads it
 
     def norm(
         self,
         x: Tensor,
         branch: Tensor | None,
         branch_weight: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         epsilon: float,
         readers: Siblings,
     ) -> tuple[Tensor, Input]:
         if branch is not None and branch_weight is not None:
             branch = F.rms_norm(branch, branch.shape, branch_weight, epsilon)
-        x = x.to(weight.dtype) if branch is None else x + branch
-        return x, self._input(F.rms_norm(x, x.shape, weight, epsilon), readers)
+        x = x if branch is None else x + branch
+        return x, self._input(x if weight is None else F.rms_norm(x, x.shape, weight, epsilon), readers)
 
     def linear(self, siblings: Siblings, x: Input) -> Tensor:
         parts = []

@@ -83,7 +83,7 @@ class BlockFormat:
     block_bytes: ClassVar[int]
     halves: ClassVar[tuple[int, ...]]
 
-    def __init_subclass__(cls, qtype: GGMLQuantizationType, halves: tuple[int, ...] = (0,)) -> None:
+    def __init_subclass__(cls, qtype: GGMLQuantizationType, halves: tuple[int, ...]) -> None:
         cls.qtype, cls.halves = qtype, halves
         cls.block_size, cls.block_bytes = GGML_QUANT_SIZES[qtype]
 
@@ -169,7 +169,7 @@ def _signed(words: Tensor, zero: int) -> Tensor:
     return words.view(torch.int8).sub_(zero)
 
 
-class Q4_0(BlockFormat, qtype=GGMLQuantizationType.Q4_0):
+class Q4_0(BlockFormat, qtype=GGMLQuantizationType.Q4_0, halves=(0,)):
     """w = d·(q - 8): 32 weights in 18 bytes.
 
     bytes  0-1    float16 d
@@ -213,7 +213,7 @@ def _with_fifth_bits(nibbles: Tensor, blocks: Tensor, byte: int) -> Tensor:
     return nibbles.bitwise_or_(_fifth_bits(blocks.device).index_select(0, word.to(torch.int32).view(-1)))
 
 
-class Q5_0(BlockFormat, qtype=GGMLQuantizationType.Q5_0):
+class Q5_0(BlockFormat, qtype=GGMLQuantizationType.Q5_0, halves=(0,)):
     """w = d·(q - 16): 32 weights in 22 bytes.
 
     bytes  0-1    float16 d
@@ -244,7 +244,7 @@ class Q5_1(BlockFormat, qtype=GGMLQuantizationType.Q5_1, halves=(0, 2)):
         return _unsigned(_with_fifth_bits(_nibbles(blocks[:, 8:], 16), blocks, 4))
 
 
-class Q8_0(BlockFormat, qtype=GGMLQuantizationType.Q8_0):
+class Q8_0(BlockFormat, qtype=GGMLQuantizationType.Q8_0, halves=(0,)):
     """w = d·q: 32 weights in 34 bytes.
 
     bytes  0-1    float16 d
@@ -397,7 +397,7 @@ def _levels(levels: tuple[int, ...], nibbles: Tensor) -> Tensor:
     return _level_pairs(levels, nibbles.device).index_select(0, pairs).view(torch.int8)
 
 
-class IQ4_NL(BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
+class IQ4_NL(BlockFormat, qtype=GGMLQuantizationType.IQ4_NL, halves=(0,)):
     """w = d·level[k], level = `IQ4_LEVELS`: 32 weights in 18 bytes.
 
     bytes  0-1    float16 d
@@ -411,7 +411,7 @@ class IQ4_NL(BlockFormat, qtype=GGMLQuantizationType.IQ4_NL):
         return _levels(IQ4_LEVELS, _nibbles(blocks[:, 2:], 16))
 
 
-class IQ4_XS(BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
+class IQ4_XS(BlockFormat, qtype=GGMLQuantizationType.IQ4_XS, halves=(0,)):
     """w = d·(s - 32)·level[k], level = `IQ4_LEVELS`: 256 weights in 136 bytes, a 6-bit s for each 32.
 
     bytes  0-1    float16 d
@@ -434,7 +434,7 @@ class IQ4_XS(BlockFormat, qtype=GGMLQuantizationType.IQ4_XS):
         return _levels(IQ4_LEVELS, _nibbles(blocks[:, 8:], 16))
 
 
-class MXFP4(BlockFormat, qtype=GGMLQuantizationType.MXFP4):
+class MXFP4(BlockFormat, qtype=GGMLQuantizationType.MXFP4, halves=()):
     """w = 2^(e - 128)·level[k], level = `FP4_LEVELS`: 32 weights in 17 bytes.
 
     byte   0      e, 0 to 255

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+EXPERTS_IN_NAME = "_exps."  # of a mixture's weights and biases, all experts in one tensor
 _BLOCK_NUMBER = re.compile(r"^blk\.([0-9]{1,9})\.")
 
 

@@ -268,7 +268,7 @@ def compare(job: Job) -> Result:
     quality = None
     if options.chunks:
         quality = measure_quality(job, loaded, job.theta)
-    ratio = byte_ratio(loaded.tensors, job.theta.nbytes)
+    ratio = byte_ratio(loaded.tensors, job.theta.nbytes, loaded.config.active_experts)
     record = {
         **comparison_record(Comparison(prefill, decode, (starts[0], starts[1]), quality, ratio)),
         **conditions(job, loaded, decoder),

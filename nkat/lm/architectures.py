@@ -75,7 +75,7 @@ class Architecture:
     attention_scale: what q·k is multiplied by
     window: of blocks that do not see everything; None: every block does, whatever the file says
     fused_gate_up: the first half of ffn_up's outputs are the gate's, and there is no ffn_gate
-    long_rope: other factors for short and for long contexts may divide the frequencies (`nkat.lm.config.Rope`)
+    long_rope: other factors for short and for long contexts may divide the frequencies (`nkat.lm.rope.Rope`)
     attention_cap, logit_cap: what attention scores and logits are kept within (c·tanh(x/c)), where the file does not
     say otherwise; 0: not at all
     unturned_period: the last of so many blocks has no RoPE; 0: all have

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nkat.lm.config import ModelConfig, Rope
+from nkat.lm.config import ModelConfig
+from nkat.lm.rope import Rope
 
 _ROWS = 256  # queries at a time, so that scores take memory for so many × tokens seen
 

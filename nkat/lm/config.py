@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
@@ -26,18 +26,18 @@ from nkat.lm.architectures import (
     QK_NORMS,
     QKV,
     ROPE_SWITCH,
-    ROUTER,
     SCALES,
     SHARED_KV,
     SHORT_ROPE,
     SINKS,
-    STACKS,
     TEMPERATURE,
     YARN_KEYS,
     Architecture,
     Sizes,
 )
 from nkat.lm.keys import ConfigError, Keys
+from nkat.lm.mixture import Mixture
+from nkat.lm.rope import Rope, read_rope
 from nkat.theta.set import SUFFIXES
 
 # Keys that change the forward pass in a way that is not computed, unless the architecture's row says that it reads
@@ -66,32 +66,6 @@ _REFUSED: dict[str, tuple[bool | float, ...]] = {
 
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
-MAX_EXPERTS = 1024  # as in llama.cpp
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary position embedding of one kind of block.
-
-    interleaved: pairs are elements (2i, 2i+1) ("norm"); otherwise (i, i + dimensions/2) ("neox")
-    dimensions: leading elements of a head that are rotated; the others pass unchanged
-    base: pair i turns by base^(-2i/dimensions) radians a position
-    scale: multiplies positions; 1/factor of linear scaling and, for the slow pairs only, of YaRN
-    yarn: blend between scaled and unscaled by pair, for a model trained on `original_context` tokens: pairs that turn
-    more than `fast` times in them are not scaled, those that turn less than `slow` times are
-    magnitude: multiplies both sine and cosine
-    The factors for long contexts (longrope) take effect where there is room for more than `original_context` tokens.
-    """
-
-    interleaved: bool
-    dimensions: int
-    base: float
-    scale: float
-    yarn: bool
-    original_context: int
-    magnitude: float
-    fast: float = 32.0
-    slow: float = 1.0
 
 
 class Turning(Enum):
@@ -115,15 +89,6 @@ class BlockSizes:
     feed_forward: int
     kv_block: int
     has_value: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Mixture:
-    """A mixture of experts: how many there are, how many a token goes to, the length of an expert's inner vector."""
-
-    count: int
-    used: int
-    feed_forward_length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,16 +190,10 @@ class ModelConfig:
             **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
 
-    def stacks(self) -> dict[str, tuple[int, int, int]]:
-        """(experts, outputs, inputs) of a mixture's weights, by name."""
-        assert self.mixture is not None
-        count, d, ff = self.mixture.count, self.embedding_length, self.mixture.feed_forward_length
-        return dict(zip(STACKS, ((count, ff, d), (count, ff, d), (count, d, ff)), strict=True))
-
     @property
     def active_experts(self) -> float:
         """The share of the experts that a token goes to; 1 without experts."""
-        return 1.0 if self.mixture is None else self.mixture.used / self.mixture.count
+        return 1.0 if self.mixture is None else self.mixture.active
 
     def norms(self, block: int) -> dict[str, tuple[int]]:
         """Lengths of the RMS norms of a block, by name (`Architecture.norm_in_file`)."""
@@ -297,7 +256,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
             )
 
     context = keys.integer("context_length")
-    rope, local_rope = _read_rope(keys, head_dim, local_dim, context)
+    rope, local_rope = read_rope(keys, head_dim, local_dim, context)
     temperature = 0.0 if keys.get(TEMPERATURE) in (None, 0) else keys.number(TEMPERATURE)
     window, local_blocks = _read_window(keys, blocks)
     embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
@@ -335,17 +294,9 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
             for name in (f"blk.{i}.{linear}.weight" for linear in QKV[1:])
             if block.kv_block != i and name in tensors
         ),
-        mixture=_read_mixture(keys) if architecture.experts else None,
+        mixture=Mixture.read(keys) if architecture.experts else None,
         layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
     )
-
-
-def _read_mixture(keys: Keys) -> Mixture:
-    count = keys.integer("expert_count", minimum=2, maximum=MAX_EXPERTS)
-    used = keys.integer("expert_used_count", maximum=count)
-    # older files of qwen3moe have no length of an expert's own (src/models/qwen3moe.cpp)
-    length = keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length", 0, minimum=0) // used)
-    return Mixture(count, used, length)
 
 
 def _by_block(keys: Keys, key: str, blocks: int, default: int | None = None) -> list[int]:
@@ -427,62 +378,6 @@ def _refuse(keys: Keys) -> None:
             raise ConfigError(f"metadata {keys.name(key)} = {value!r} is not supported")
 
 
-def _read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[Rope, Rope]:
-    """RoPE of blocks that see everything, and of blocks with a sliding window: of heads of so many elements."""
-    dimensions = keys.integer("rope.dimension_count", head_dim)
-    if dimensions % 2 or dimensions > head_dim:
-        raise ConfigError(
-            f"metadata {keys.name('rope.dimension_count')} must be even and at most {head_dim}, got {dimensions}"
-        )
-    local_dimensions = keys.integer("rope.dimension_count_swa", dimensions)
-    if local_dimensions != dimensions and not keys.architecture.varied:
-        raise ConfigError(f"metadata {keys.name('rope.dimension_count_swa')} differs from the other: not supported")
-    if keys.architecture.varied and (local_dimensions % 2 or local_dimensions > local_dim):
-        raise ConfigError(
-            f"metadata {keys.name('rope.dimension_count_swa')} must be even and at most {local_dim}, "
-            f"got {local_dimensions}"
-        )
-    kind = keys.text("rope.scaling.type", "linear")
-    kinds = ("none", "linear", "yarn", *(("longrope",) if keys.architecture.long_rope else ()))
-    if kind not in kinds:
-        raise ConfigError(
-            f"metadata {keys.name('rope.scaling.type')} {kind!r} is not supported, only {' and '.join(kinds)}"
-        )
-    # Files older than rope.scaling.* wrote rope.scale_linear; 0 stands for "no scaling" in both.
-    factor_key = "rope.scaling.factor" if keys.get("rope.scaling.factor") is not None else "rope.scale_linear"
-    factor = keys.number(factor_key, 1.0) if keys.get(factor_key) not in (None, 0) else 1.0
-    if kind == "none":
-        factor = 1.0
-    if kind == "yarn" and factor < 1.0:
-        raise ConfigError(f"metadata {keys.name('rope.scaling.factor')} must be at least 1 for yarn, got {factor:g}")
-    attention_factor = keys.number("rope.scaling.attn_factor", 1.0)
-    fast, slow, log_multiplier = (
-        keys.number(key, usual, above=-1.0) if key in keys.architecture.reads else usual
-        for key, usual in zip(YARN_KEYS, (32.0, 1.0, 0.0), strict=True)
-    )
-    # YaRN's attention temperature, folded into q and k as llama.cpp does it
-    warmth = (1.0 + 0.1 * math.log(factor)) / (1.0 + 0.1 * log_multiplier * math.log(factor)) if kind == "yarn" else 1.0
-    rope = Rope(
-        interleaved=keys.architecture.interleaved_rope,
-        dimensions=dimensions,
-        base=keys.number("rope.freq_base", 10000.0, above=1.0),
-        scale=1.0 / factor,
-        yarn=kind == "yarn",
-        original_context=keys.integer("rope.scaling.original_context_length", context),
-        magnitude=attention_factor * warmth,
-        fast=fast,
-        slow=slow,
-    )
-    window = keys.architecture.window
-    if window is not None and window.plain_rope:
-        return rope, replace(rope, scale=1.0, yarn=False, magnitude=1.0)
-    if window is None or window.rope_base is None:
-        return rope, replace(rope, base=keys.number("rope.freq_base_swa", rope.base, above=1.0))
-    local_base = keys.number("rope.freq_base_swa", window.rope_base, above=1.0)
-    local = replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
-    return rope, replace(local, dimensions=local_dimensions)
-
-
 def _read_window(keys: Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
     """The window's length (0: none) and which blocks have it."""
     none = 0, (False,) * blocks
@@ -538,9 +433,9 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
         if architecture.sinks:
             required[f"{block}{SINKS}.weight"] = (config.head_count,)
         if config.mixture is not None:
-            stacks: dict[str, tuple[int, ...]] = {ROUTER: (config.mixture.count, d), **config.stacks()}
-            required |= {f"{block}{name}.weight": shape for name, shape in stacks.items()}
-            biases = {name: shape[:-1] for name, shape in stacks.items() if architecture.may_have_bias(name)}
+            weights = config.mixture.weights(d)
+            required |= {f"{block}{name}.weight": shape for name, shape in weights.items()}
+            biases = {name: shape[:-1] for name, shape in weights.items() if architecture.may_have_bias(name)}
             optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
         if architecture.block_scale:
             optional[f"{block}layer_output_scale.weight"] = (1,)

@@ -188,12 +188,13 @@ class _Assembler:
         return Block(config, index, linears, norms, scale, sinks, self.experts(config, prefix))
 
     def experts(self, config: ModelConfig, prefix: str) -> Experts | None:
-        if config.mixture is None:
+        mixture, d = config.mixture, config.embedding_length
+        if mixture is None:
             return None
         # which experts are chosen hangs on small differences: the router computes as the residual stream does
-        router = self.linear(prefix + ROUTER, (config.mixture.count, config.embedding_length), dtype=self.stream)
-        stacks = {name: self.stack(prefix + name, shape) for name, shape in config.stacks().items()}
-        return Experts(config.architecture, config.mixture.used, router, stacks)
+        router = self.linear(prefix + ROUTER, (mixture.count, d), dtype=self.stream)
+        stacks = {name: self.stack(prefix + name, shape) for name, shape in mixture.stacks(d).items()}
+        return Experts(config.architecture, mixture.used, router, stacks)
 
     def stack(self, stem: str, shape: tuple[int, int, int]) -> ExpertStack:
         info, name = self.tensors[stem + ".weight"], stem + ".bias"

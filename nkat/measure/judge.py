@@ -148,7 +148,7 @@ class Judge:
 
     def ratio(self, theta: ThetaSet) -> float:
         """c: bytes read per token with this Θ over without."""
-        return byte_ratio(self.loaded.tensors, theta.nbytes)
+        return byte_ratio(self.loaded.tensors, theta.nbytes, self.loaded.config.active_experts)
 
     def other(self, loaded: LoadedModel) -> Judge:
         """The same judgement of another model with the same vocabulary."""

@@ -11,23 +11,29 @@ import math
 from collections.abc import Mapping
 
 from nkat.gguf.file import TensorInfo
+from nkat.gguf.names import EXPERTS_IN_NAME
 
 
-def bytes_per_token(tensors: Mapping[str, TensorInfo]) -> int:
-    """Bytes of weights read to decode one token: every tensor once, but only one row of an untied embedding.
+def bytes_per_token(tensors: Mapping[str, TensorInfo], active_experts: float = 1.0) -> int:
+    """Bytes of weights read to decode one token: every tensor once, but only one row of an untied embedding, and of a
+    mixture's experts only those that the token goes to.
 
+    active_experts: their share of all (`ModelConfig.active_experts`)
     The key-value cache is left out: it depends on the context's length and is the same with and without Θ.
     """
-    total = sum(info.nbytes for info in tensors.values())
+    total = sum(
+        round(info.nbytes * active_experts) if EXPERTS_IN_NAME in name else info.nbytes
+        for name, info in tensors.items()
+    )
     embedding = tensors["token_embd.weight"]
     if "output.weight" in tensors:
         total -= embedding.nbytes - embedding.nbytes // embedding.shape[0]
     return total
 
 
-def byte_ratio(tensors: Mapping[str, TensorInfo], theta_bytes: int) -> float:
-    """c, for a Θ of `theta_bytes`, all of which is read for every token."""
-    base = bytes_per_token(tensors)
+def byte_ratio(tensors: Mapping[str, TensorInfo], theta_bytes: int, active_experts: float = 1.0) -> float:
+    """c, for a Θ of `theta_bytes`, all of which is read for every token; active_experts: see `bytes_per_token`."""
+    base = bytes_per_token(tensors, active_experts)
     return (base + theta_bytes) / base
 
 

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
-from nkat.gguf.names import block_number
+from nkat.gguf.names import EXPERTS_IN_NAME, block_number
 
 _BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight")
 
@@ -70,6 +70,8 @@ def gguf_name(name: str) -> str:
 
 
 def _no_match(pattern: str, translated: str, candidates: list[str], tensors: Mapping[str, TensorInfo]) -> str:
+    if any(EXPERTS_IN_NAME in name and fnmatchcase(name, translated) for name in tensors):
+        return f"layer {pattern!r} is of a mixture's experts, on which Θ is not supported; it acts on attention"
     if translated in tensors:
         shape = "x".join(str(n) for n in tensors[translated].shape)
         return f"layer {pattern!r} is a tensor of shape {shape} that Θ cannot adapt: only linear weights in blocks"

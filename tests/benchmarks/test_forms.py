@@ -112,7 +112,7 @@ def test_a_case_is_fitted_and_judged_on_other_texts(tmp_path: Path, monkeypatch:
     content = default_text().content
     for i, name in enumerate((forms.CALIBRATION, forms.HOME, *forms.ELSEWHERE)):
         (tmp_path / name).write_text(content[6000 * i : 6000 * (i + 1)])
-    settings = FitSettings(4, 0.97, steps=12, batch=2, context=48, warmup=2)
+    settings = FitSettings(4, 0.97, steps=12, batch=2, context=48, warmup=2, nested=False, validate_every=12)
     chunks = dict.fromkeys((forms.HOME, *forms.ELSEWHERE), 1)
 
     def run(seed: int) -> dict:

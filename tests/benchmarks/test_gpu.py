@@ -116,6 +116,20 @@ def test_the_page_says_what_failed_what_was_missed_and_what_was_not_run():
     assert "every target was met" in page(a_record(kernels=a_part(good)), {"kernels": "Kernels"})
 
 
+def test_the_page_has_one_line_for_many_cases_and_the_missed_ones_by_name():
+    names = ["Q4_0 300x768", "Q4_0 4096x4096", "Q8_0 300x768", "Q8_0 4096x4096"]
+    cases = [
+        measured(f"{name}, rows", [value], "", at_most=2.0) for name, value in zip(names, (0, 1, 2, 3), strict=True)
+    ]
+    single = measured("a speed, all in all", [1.0, 2.0], "s")
+    record = a_record(kernels=a_part(*cases, single))
+    text = page(record, {"kernels": "Kernels"})
+    assert "| 4 cases: rows (1 of 4 missed) | 1.5 | 0 to 3 | 4 | at most 2 | **missed** |" in text
+    assert "- kernels: Q8_0 4096x4096, rows: 3  is not at most 2" in text
+    assert "| a speed, all in all | 1.5 s |" in text
+    assert "4 cases" not in page(a_record(kernels=a_part(*cases[:3], single)), {"kernels": "Kernels"})
+
+
 def test_figures_of_another_machine_are_not_kept(tmp_path, capsys):
     path = tmp_path / "cuda.json"
     assert gpu.earlier_parts(path, MACHINE) == {}

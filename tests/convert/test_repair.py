@@ -20,9 +20,13 @@ from nkat.gguf.scales import differ_in_scales_only, has_scales
 from nkat.gguf.weights import read_weight
 from nkat.gguf.writer import BaseView
 from nkat.lm.load import load_model
+from nkat.lm.transformer import Transformer
 from nkat.measure.judge import Judge
 from nkat.measure.texts import default_text
 from nkat.sources.fit.data import fit_text, split_validation
+from nkat.sources.fit.state import FitState
+from nkat.sources.repair.descent import Validation
+from nkat.sources.repair.layers import no_change
 from nkat.theta.modelfile import base_hash, open_model_file
 from tests.conftest import ROOT, Script
 from tests.support.tiny_models import write_tiny_model
@@ -166,10 +170,7 @@ def test_flags_that_do_not_go_together(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:the model was made for 128 tokens")
-def test_bad_input_leaves_nothing(
-    command: list[object], models: dict[str, Path], text_path: Path, tmp_path: Path, script: Script
-) -> None:
+def test_bad_input_leaves_nothing(models: dict[str, Path], text_path: Path, tmp_path: Path, script: Script) -> None:
     def fails(*arguments: object) -> str:
         done = script(*arguments, "--repair", tmp_path / "r.gguf")
         assert done.returncode == 2, done
@@ -182,7 +183,22 @@ def test_bad_input_leaves_nothing(
     assert "has the same weights as the input" in fails(*coarse, "--reference", models["coarse"])
     assert "must be above 0" in fails(*coarse, "--repair-learning-rate", "0")
     assert "there is no interrupted repair to resume" in fails(*coarse, "--resume")
-    assert "no step of the repair beats" in fails(*command, "--repair-learning-rate", "1", "--fit-clip", "1e9")
+
+
+@pytest.mark.filterwarnings("ignore:the model was made for 128 tokens")
+def test_a_repair_without_gain_writes_nothing(
+    command: list[object], tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gain(model: Transformer, names: list[str], *_: object, **__: object) -> tuple[Validation, FitState]:
+        before, start = Validation(1.0, 0.5), no_change(model.star_linears(), names)
+        history = [{"step": 0, "loss": 0.5, **before.row()}]
+        return before, FitState("file", 8, start, best_step=0, best_nll=1.0, best_factors=start, history=history)
+
+    monkeypatch.setattr("nkat.sources.repair.job.repair", no_gain)
+    done = script(*command, "--repair", tmp_path / "r.gguf")
+    assert done.returncode == 2
+    assert "no step of the repair beats the file as it is" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:the model was made for 128 tokens")

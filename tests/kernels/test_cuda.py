@@ -33,9 +33,10 @@ from nkat.kernels.cuda import triton as optional_triton
 from nkat.kernels.cuda.planes import FORMATS
 from nkat.kernels.cuda.step import TritonOps
 from nkat.lm.architectures import ARCHITECTURES
-from nkat.lm.config import ModelConfig, Rope
+from nkat.lm.config import ModelConfig
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import LoadedModel, load_model
+from nkat.lm.rope import Rope
 from nkat.lm.transformer import Block, Embedding, Transformer
 from nkat.theta.algebra import Theta, quantise_factors
 from tests.conftest import ROOT

@@ -58,7 +58,7 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     assert linears["attn_output"] == (64, 4 * head_dim)
     if config.mixture is not None:
         assert (config.mixture.count, config.mixture.used, config.active_experts) == (6, 2, 1 / 3)
-        assert list(config.stacks().values()) == [(6, 48, 64), (6, 48, 64), (6, 64, 48)]
+        assert list(config.mixture.stacks(64).values()) == [(6, 48, 64), (6, 48, 64), (6, 64, 48)]
         assert list(linears) == [*QKV, "attn_output"]
         return
     assert linears["ffn_up"] == (192 if tiny.fused_gate_up else 96, 64)

@@ -16,8 +16,9 @@ from nkat.errors import NKATError
 from nkat.gguf.formats import UnsupportedTypeError
 from nkat.lm import transformer
 from nkat.lm.attention import rope_frequencies, rotate
-from nkat.lm.config import ConfigError, Rope
+from nkat.lm.keys import ConfigError
 from nkat.lm.load import LoadedModel, load_model
+from nkat.lm.rope import Rope
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer
 from nkat.theta.algebra import Theta, quantise_factors

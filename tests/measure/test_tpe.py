@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nkat.gguf.file import GGUFFile
+from nkat.lm.config import ModelConfig
 from nkat.measure.tpe import byte_ratio, bytes_per_token, tpe
 from tests.support.tiny_models import write_tiny_model
 
@@ -26,3 +27,14 @@ def test_bytes_per_token_counts_an_untied_embedding_as_one_row(tmp_path: Path) -
         assert bytes_per_token(tensors) == every - unread
         assert byte_ratio(tensors, 0) == 1.0
         assert byte_ratio(tensors, bytes_per_token(tensors)) == 2.0
+
+
+def test_of_a_mixture_only_the_experts_of_a_token_count(tmp_path: Path) -> None:
+    """2 of 6: a third of the experts' weights and biases, and all of the router."""
+    file = GGUFFile.open(write_tiny_model(tmp_path / "t.gguf", "gpt-oss"))
+    active = ModelConfig.from_gguf(file.metadata, file.tensors).active_experts
+    experts = sum(t.nbytes for name, t in file.tensors.items() if "exps" in name)
+    assert experts == 3 * 6 * 4 * (3 * 48 * 64 + 2 * 48 + 64)
+    all_read = bytes_per_token(file.tensors)
+    assert bytes_per_token(file.tensors, active) == all_read - experts + experts // 3
+    assert byte_ratio(file.tensors, 1000, active) > byte_ratio(file.tensors, 1000)

@@ -243,22 +243,6 @@ def test_the_start_that_is_taken_goes_on_from_its_trial(tiny: Fixture) -> None:
     assert not any(map(torch.equal, tried.factors, tiny.run(tiny.settings(seed=1)).factors))
 
 
-@pytest.mark.isa
-def test_the_better_learning_rate_goes_on(tiny: Fixture, tmp_path: Path) -> None:
-    """As if it alone had been asked for; and after an interruption with it."""
-    settings = tiny.settings(start_steps=3, rates=(1e-6, 1.0))
-    tried = tiny.run(settings)
-    assert tried.rate == 1.0
-    alone = tiny.run(tiny.settings())
-    assert all(map(torch.equal, tried.factors, alone.factors))
-    slow = tiny.run(tiny.settings(rates=(0.1,)))
-    assert slow.rate == 0.1
-    assert not torch.equal(slow.factors[0], alone.factors[0])  # control: the rate is felt
-    save_state(tmp_path / "s", tiny.run(tiny.settings(rates=(0.1,)), stop_at=5), "id")
-    resumed = tiny.run(tiny.settings(rates=(0.1,)), state=load_state(tmp_path / "s", "id"))
-    assert all(map(torch.equal, resumed.factors, slow.factors))
-
-
 def test_patience_ends_a_fit_that_no_longer_gains(tiny: Fixture) -> None:
     assert tiny.run(tiny.settings(steps=40, validate_every=1, patience=2, learning_rate=1e-9)).step < 12
     assert tiny.run(tiny.settings(steps=12, validate_every=1, patience=0, learning_rate=1e-9)).step == 12
@@ -456,7 +440,7 @@ def test_bad_input_leaves_the_previous_output(
     assert "is not the same model: block_count is 3" in fails(*base, text_path, "--reference", other)
     assert "coupling is 0" in fails(*base, text_path, "--theta-gamma", "1")
     assert "not a finite number" in fails(*base, text_path, "--fit-learning-rate", "1e30", "--fit-clip", "1e30")
-    assert "no step of the fit beats" in fails(*base, odd, "--fit-start", "zero")
+    assert "no step of the fit beats" in fails(*base, odd, "--theta-gamma", "0.97", "--fit-learning-rate", "0.3")
     assert "there is no interrupted fit" in fails(*base, text_path, "--resume")
     assert "must lie between 0 and 1" in fails(*base, text_path, "--fit-int8-share", "2")
     assert output.read_bytes() == b"what was there"

@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -33,6 +34,7 @@ from nkat.sources.fit.data import (
 from nkat.sources.fit.descent import FitSettings, theta_start, to_thetas, visible_columns, zero_start
 from nkat.sources.fit.layers import FittedLinear, ThetaMode, fitted_layers
 from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
+from nkat.sources.fit.rate import rate_scale
 from nkat.sources.fit.state import FitState, check_place, load_state, save_state
 from nkat.theta.algebra import quantise_factors
 from nkat.theta.set import ThetaSet, truncate_rank
@@ -374,6 +376,25 @@ def test_columns_seen() -> None:
     assert not torch.equal(visible_columns(0, 400, 8, 1), seen)
 
 
+def test_the_rate_grows_with_the_root_of_the_weights_size() -> None:
+    def of_size(size: float) -> float:
+        layers = {f"blk.{i}.attn_q.weight": StarWeight(size if i == 1 else 9.0) for i in range(3)}
+        blocks = [SimpleNamespace(index=i, linears={"attn_q": None}) for i in range(3)]
+        return rate_scale(SimpleNamespace(blocks=blocks, star_linears=lambda: layers))
+
+    class StarWeight:
+        def __init__(self, size: float) -> None:
+            self.size = size
+
+        def weight(self) -> torch.Tensor:
+            return torch.tensor([[self.size, -self.size]])
+
+    assert of_size(0.19) == pytest.approx(1.0)
+    assert of_size(0.0475) == pytest.approx(0.5)
+    assert of_size(0.9) == 1.0
+    assert of_size(1e-4) == pytest.approx(1 / 3)
+
+
 def test_schedule() -> None:
     settings = FitSettings(4, GAMMA, steps=100, warmup=10, learning_rate=1.0, int8_share=0.25)
     rates = [settings.learning_rate_at(step) for step in range(100)]
@@ -391,7 +412,7 @@ def _state(path: Path) -> dict:
     optimizer.step()
     kept = [factor.detach() for factor in factors]
     row = {"step": 3, "loss": 1.0, "validation_nll": 1.0}
-    save_state(path, FitState("zero", 3, kept, 1.0, optimizer.state_dict(), 3, 1.0, kept, {1: kept}, [row]), "me")
+    save_state(path, FitState("zero", 3, kept, optimizer.state_dict(), 3, 1.0, kept, {1: kept}, [row]), "me")
     return torch.load(path, weights_only=True)
 
 

@@ -23,14 +23,15 @@ from nkat.sources.repair.descent import RepairSettings, Validation, divergence_w
 from nkat.sources.repair.job import with_bytes
 from nkat.sources.repair.layers import RepairedLinear, no_change, scale_gradient
 from nkat.theta.layers import adaptable_layers
-from tests.gguf.test_formats import HALVES, every_block_type, finite, flat, oracle, random_rows, row_length
+from tests.gguf.test_formats import HALVES, finite, flat, oracle, random_rows, row_length
+from tests.gguf.test_scales import every_scaled_type
 from tests.support.tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.isa
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 
 
-@every_block_type
+@every_scaled_type
 def test_the_gradient_is_what_doubling_a_scale_does(qtype) -> None:
     """The loss is linear in each stored number, so that L(2d) − L(d) is its derivative by ln d; gguf-py gives L."""
     shape = (3, row_length(qtype, 2))

@@ -172,14 +172,15 @@ def same_input(found: Input, expected: Input, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("branch", ["none", "added", "normalised"])
-def test_norm_kernel(branch):
+@pytest.mark.parametrize("norm", [True, False])
+def test_norm_kernel(branch, norm):
     n = 672  # three slices, the last not full
     x, weight, branch_weight = torch.randn(n), torch.rand(n), torch.rand(n)
     arguments = (
         x,
         None if branch == "none" else torch.randn(n),
         branch_weight if branch == "normalised" else None,
-        weight,
+        weight if norm else None,
         1e-5,
         siblings(n),
     )

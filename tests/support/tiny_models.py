@@ -39,6 +39,8 @@ class TinyOptions:
     qkv_bias: bool = False
     qk_norm: bool = False
     qk_gain: float = SCORE_GAIN  # of these norms
+    wide_qk_norm: bool = False  # of all heads together
+    pre_norm: bool = True
     post_norm: bool = False
     post_gain: float = 4.0  # of these norms: large, or scaled and tied embeddings make every token predict itself
     qtype: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32  # of every tensor of 2 or 3 dimensions
@@ -105,6 +107,14 @@ ARCHITECTURES = {
     ),
     "phi3": TinyOptions(fused_qkv=True, fused_gate_up=True, epsilon=1e-5, vocab="spm", add_bos=True),
     "mistral3": TinyOptions(epsilon=1e-5, pre="tekken"),
+    "smollm3": TinyOptions(blocks=5, pre="llama-bpe"),
+    "glm4": TinyOptions(epsilon=1e-5, rotary=8, qkv_bias=True, post_norm=True, fused_gate_up=True, pre="glm4"),
+    "granite": TinyOptions(
+        epsilon=1e-5,
+        pre="refact",
+        metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
+    ),
+    "olmo2": TinyOptions(wide_qk_norm=True, pre_norm=False, post_norm=True, pre="dbrx"),
     "qwen3moe": TinyOptions(head_dim=24, qk_norm=True, feed_forward=48, experts=6),
     "gpt-oss": TinyOptions(
         epsilon=1e-5,
@@ -130,6 +140,17 @@ FURTHER_FAMILIES: list[tuple[str, dict[str, Any]]] = [
         {
             "rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 7, "yarn_log_multiplier": 0.5},
             "metadata": {"attention.temperature_scale": 0.3},
+        },
+    ),
+    ("smollm3", {}),
+    ("glm4", {}),
+    ("granite", {}),
+    (
+        "olmo2",
+        {
+            "blocks": 5,
+            "sliding_window": 6,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 7},
         },
     ),
 ]
@@ -231,7 +252,9 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
 
 
 def _add_value(writer: gguf.GGUFWriter, key: str, value: str | int | float) -> None:
-    if isinstance(value, str):
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
         writer.add_string(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)
@@ -257,7 +280,8 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
         head_dim, kv_heads, ff = _sizes(opts, i)
         n_q, n_kv = opts.heads * head_dim, kv_heads * head_dim
         own = i < opts.blocks - opts.shared_kv
-        yield block + "attn_norm.weight", (n,), 1.0, 0.2
+        if opts.pre_norm:
+            yield block + "attn_norm.weight", (n,), 1.0, 0.2
         qkv = [("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)]
         if opts.fused_qkv:
             qkv = [("attn_qkv", n_q + 2 * n_kv, SCORE_GAIN)]
@@ -269,14 +293,15 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
             yield f"{block}{name}.weight", (rows, n), 0.0, gain / math.sqrt(n)
             if opts.qkv_bias:
                 yield f"{block}{name}.bias", (rows,), 0.0, 0.5
-        if opts.qk_norm:
-            yield block + "attn_q_norm.weight", (head_dim,), opts.qk_gain, 0.3
+        if opts.qk_norm or opts.wide_qk_norm:
+            yield block + "attn_q_norm.weight", (n_q if opts.wide_qk_norm else head_dim,), opts.qk_gain, 0.3
             if own or opts.idle_kv:
-                yield block + "attn_k_norm.weight", (head_dim,), opts.qk_gain, 0.3
+                yield block + "attn_k_norm.weight", (n_kv if opts.wide_qk_norm else head_dim,), opts.qk_gain, 0.3
         yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
         if opts.sinks:
             yield block + "attn_sinks.weight", (opts.heads,), 1.0, 1.5
-        yield f"{block}{opts.ffn_norm}.weight", (n,), 1.0, 0.2
+        if opts.pre_norm:
+            yield f"{block}{opts.ffn_norm}.weight", (n,), 1.0, 0.2
         if opts.experts:
             yield from _expert_tensors(block, opts)
         elif opts.fused_gate_up:

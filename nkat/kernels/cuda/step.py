@@ -105,11 +105,14 @@ class TritonOps:
         x: Tensor,
         branch: Tensor | None,
         branch_weight: Tensor | None,
-        weight: Tensor,
+        weight: Tensor | None,
         epsilon: float,
         readers: Siblings,
     ) -> tuple[Tensor, Input]:
-        """(x + branch, its RMS norm for `readers`); with branch_weight, the branch gets its RMS norm first."""
+        """(x + branch, its RMS norm for `readers`); with branch_weight, the branch gets its RMS norm first.
+
+        Without weight, the readers get x + branch itself.
+        """
         total = x if branch is None else torch.empty_like(x)
         size = len(x)
         slice_width = _slice_width(size)
@@ -118,13 +121,14 @@ class TritonOps:
             x,
             x if branch is None else branch,
             x if branch_weight is None else branch_weight,
-            weight,
+            x if weight is None else weight,
             total,
             *self._pointers(target, readers),
             size,
             epsilon,
             has_branch=branch is not None,
             branch_norm=branch_weight is not None,
+            has_norm=weight is not None,
             width=_power(size),
             slice_width=slice_width,
             **self._columns(readers),

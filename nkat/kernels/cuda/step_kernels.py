@@ -55,13 +55,14 @@ def norm_kernel(
     epsilon,
     has_branch: tl.constexpr,
     branch_norm: tl.constexpr,
+    has_norm: tl.constexpr,
     width: tl.constexpr,
     slice_width: tl.constexpr,
     columns: tl.constexpr,
     padded_columns: tl.constexpr,
     rank: tl.constexpr,
 ):
-    """sum = x + branch, or x + the branch's RMS norm; then the RMS norm of that. All [size], width >= size.
+    """sum = x + branch, or x + the branch's RMS norm; then the RMS norm of that, or itself. All [size], width >= size.
 
     Every program needs the sum of all squares and finds it itself; it writes only its slice.
     """
@@ -80,8 +81,10 @@ def norm_kernel(
         x += branch
         x_own += branch_own
         tl.store(sum_ptr + own, x_own, mask=mask)
-    inverse = tl.rsqrt(tl.sum(x * x, axis=0) / size + epsilon)
-    y = x_own * inverse * tl.load(weight_ptr + own, mask=mask, other=0.0)
+    y = x_own
+    if has_norm:
+        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / size + epsilon)
+        y = x_own * inverse * tl.load(weight_ptr + own, mask=mask, other=0.0)
     _write(
         y,
         own,

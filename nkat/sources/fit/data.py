@@ -9,10 +9,11 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host import console
+from nkat.lm.load import LoadedModel
 from nkat.lm.tokenizer import Tokenizer
-from nkat.measure.chats import Conversation, chat_chunks
+from nkat.measure.chats import Conversation, chat_chunks, conversations, is_chats
 from nkat.measure.judge import Passages
-from nkat.measure.perplexity import CONTEXT, scored_tokens, text_bos
+from nkat.measure.perplexity import CONTEXT, chunk_context, scored_tokens, text_bos, warn_of_short_chunks
 from nkat.measure.texts import Text
 
 _SHARE = 10  # every tenth part of the text, from its end to validate on and from its beginning for the guard, …
@@ -98,6 +99,23 @@ def chat_starts(lengths: Sequence[int], context: int) -> list[int]:
             end = place + context
         begin += length
     return [max(0, min(start, begin - context)) for start in starts]
+
+
+def calibration_parts(loaded: LoadedModel, text: Text, ignore: Sequence[str], context: int) -> Parts:
+    """A plain text or chats for a model, in parts. context: tokens of a sequence
+
+    Raises NKATError for what is too short, and for strings to ignore in chats.
+    """
+    judged = chunk_context(loaded.config.context_length)
+    if is_chats(text):
+        if ignore:
+            raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
+        chats = conversations(text, loaded.gguf.metadata, loaded.tokenizer)
+        parts = split_chats(chats, text.name, loaded.tokenizer, context, judged)
+    else:
+        parts = split_text(fit_text(loaded.tokenizer, text, ignore), text.name, context, judged)
+    warn_of_short_chunks(judged)
+    return parts
 
 
 def split_text(text: FitText, name: str, context: int, judged: int = CONTEXT) -> Parts:

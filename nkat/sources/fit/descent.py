@@ -47,8 +47,8 @@ class FitSettings:
     int8_share: share of the steps, the last ones, in which the factors act rounded
     reference_share: of the reference model's prediction in the loss's target, 0 to 1
     keep_weight: of the divergence from the unmodified model on the second text; keep_batch: sequences of it in a step
-    rates: multiples of the learning rate that are tried; one: taken as it is
-    start_steps: with several starts or rates, after how many steps the validation slice chooses what goes on
+    scaled: `run_fit` scales the learning rate to the model's weights, see `nkat.sources.fit.rate`
+    start_steps: with several starts, after how many steps the validation slice chooses the one that goes on
     fast: keep activations instead of computing them again for the backward pass
     patience: validations without a better one before the fit ends; 0: never
     """
@@ -60,7 +60,7 @@ class FitSettings:
     batch: int = 4
     context: int = 256
     learning_rate: float = 3e-3
-    rates: tuple[float, ...] = (1.0,)
+    scaled: bool = False
     warmup: int = 10
     weight_decay: float = 0.0
     clip: float = 1.0
@@ -109,10 +109,13 @@ class Progress:
     stop: Callable[[], bool]
 
 
-def zero_start(shapes: Sequence[tuple[int, int]], rank: int, seed: int) -> list[Factors]:
-    """P random and Q zero for each m×n weight: Θ = 0, but no saddle of the loss as P = Q = 0 would be."""
+def zero_start(shapes: Sequence[tuple[int, int]], rank: int, seed: int, scale: float = 1.0) -> list[Factors]:
+    """P random and Q zero for each m×n weight: Θ = 0, but no saddle of the loss as P = Q = 0 would be.
+
+    scale: of P; what the learning rate is scaled with
+    """
     generator = torch.Generator().manual_seed(seed)
-    random = [_ZERO_START * torch.randn(max(shape), rank, generator=generator) for shape in shapes]
+    random = [scale * _ZERO_START * torch.randn(max(shape), rank, generator=generator) for shape in shapes]
     return [(p, torch.zeros_like(p)) for p in random]
 
 
@@ -177,8 +180,7 @@ def fit(
         validator,
     )
     if state is None:
-        factors = {name: [f for pair in pairs for f in pair] for name, pairs in starts.items()}
-        states = [FitState(name, 0, list(fs), rate) for name, fs in factors.items() for rate in settings.rates]
+        states = [FitState(name, 0, [f for pair in pairs for f in pair]) for name, pairs in starts.items()]
         state = states[0] if len(states) == 1 else run.choose(states)
     return run.advance(state, settings.steps)
 
@@ -225,7 +227,7 @@ class _Run:
             began = time.monotonic() - state.seconds
             without_gain = sum(row["step"] > (state.best_step or 0) for row in state.history)
             for step in range(state.step, until):
-                loss = self.step(step, state.rate, parameters, optimizer, mode)
+                loss = self.step(step, parameters, optimizer, mode)
                 state.step = step + 1
                 stopping = not trial and self.anywhere(self.progress.stop())
                 if stopping or state.step % settings.validate_every == 0 or state.step == until:
@@ -249,17 +251,9 @@ class _Run:
         return torch.optim.AdamW(parameters, betas=_BETAS, weight_decay=self.settings.weight_decay, fused=True)
 
     def step(
-        self,
-        step: int,
-        rate: float,
-        parameters: Sequence[torch.nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        mode: ThetaMode,
+        self, step: int, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer, mode: ThetaMode
     ) -> float:
-        """One step of gradient descent; returns its loss in nats a token, over all processes.
-
-        rate: multiple of the settings' learning rate
-        """
+        """One step of gradient descent; returns its loss in nats a token, over all processes."""
         settings, data = self.settings, self.data
         mode.rounded = settings.rounds_at(step)
         loss = self.learn(self.batch(data.text, step, settings.batch, mode), mode)
@@ -273,7 +267,7 @@ class _Run:
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             raise self.diverged(f"at step {step + 1}")
         for group in optimizer.param_groups:
-            group["lr"] = rate * settings.learning_rate_at(step)
+            group["lr"] = settings.learning_rate_at(step)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss)

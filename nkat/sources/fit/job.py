@@ -22,12 +22,13 @@ from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.measure.chats import conversations, is_chats
 from nkat.measure.guard import Guard, GuardText, guard_texts
 from nkat.measure.judge import Judge, Passages, evenly
-from nkat.measure.perplexity import PairedChange, chunk_context, text_bos, warn_of_short_chunks
+from nkat.measure.perplexity import PairedChange, text_bos
 from nkat.measure.texts import Text
 from nkat.sources.fit.choice import Choice, Judged, Panel, Space, choose
-from nkat.sources.fit.data import Parts, chat_text, fit_text, split_chats, split_text
+from nkat.sources.fit.data import Parts, calibration_parts, chat_text, fit_text
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
 from nkat.sources.fit.layers import Factors
+from nkat.sources.fit.rate import rate_scale
 from nkat.sources.fit.state import FitState, check_place, load_state, run_identity, save_state
 from nkat.sources.make import check_reference_is_better, describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
@@ -94,6 +95,9 @@ def run_fit(request: FitRequest) -> FitResult:
     _check_guard(request)
     if request.reference is not None:
         check_reference_is_better(request.model.gguf, request.reference.gguf, request.names)
+    scale = rate_scale(request.model.model) if request.settings.scaled else 1.0
+    rate = float(f"{scale * request.settings.learning_rate:.2g}")
+    request = replace(request, settings=replace(request.settings, learning_rate=rate))
     with join_world(request.allow_cuda) as world:
         dtype = compute_dtype(request.precision, world.device)
         loaded = _working_copy(request, world.device, dtype)
@@ -102,7 +106,7 @@ def run_fit(request: FitRequest) -> FitResult:
         guard = _guard(request, parts.own)  # what cannot guard is known before time is spent
         identity, hashes = _identity(request, text, keep, dtype)
         state = _interrupted_state(request, loaded, identity)
-        starts = _starts(request, loaded) if state is None else {}
+        starts = _starts(request, loaded, scale) if state is None else {}
         exact = _without_theta(request, world.device) if world.device.type == "cpu" else None
         state, finished = _run(request, loaded, reference, exact, data, starts, state, identity, world)
     outcome = _best_at_home(request, state)
@@ -115,7 +119,6 @@ def run_fit(request: FitRequest) -> FitResult:
     record = {
         "settings": asdict(request.settings),
         "start": state.start,
-        "learning_rate": state.rate * request.settings.learning_rate,
         "steps": state.step,
         "kept_step": outcome.step,
         "finished": finished,
@@ -133,7 +136,7 @@ def run_fit(request: FitRequest) -> FitResult:
         CALIBRATION_KEY: text.sha256,
         "nkat.calibration.tokens": len(data.text.tokens),
         "nkat.fit.start": state.start,
-        "nkat.fit.learning_rate": state.rate * request.settings.learning_rate,
+        "nkat.fit.learning_rate": request.settings.learning_rate,
         "nkat.fit.steps": state.step,
         "nkat.fit.kept_step": outcome.step,
         UNFINISHED_KEY: not finished,
@@ -297,26 +300,18 @@ def load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
 def _data(request: FitRequest, loaded: LoadedModel, text: Text, keep: Text | None) -> tuple[FitData, Parts]:
     """What is learned from, with some of the validation chunks to look at meanwhile; and all that is kept back."""
     context = request.settings.context
-    judged = chunk_context(loaded.config.context_length)
-    tokenizer, metadata = loaded.tokenizer, loaded.gguf.metadata
-    if is_chats(text):
-        if request.ignore:
-            raise NKATError("--calibrate-ignore is for plain text: of chats only the assistant's words are learned")
-        chats = conversations(text, metadata, tokenizer)
-        parts = split_chats(chats, text.name, tokenizer, context, judged)
-    else:
-        whole = fit_text(tokenizer, text, request.ignore)
-        parts = split_text(whole, text.name, context, judged)
+    parts = calibration_parts(loaded, text, request.ignore, context)
     if request.guard is not None and parts.own is None:
         note(f"note: {text.name} is too short for a part of it to guard what is left")
-    warn_of_short_chunks(judged)
     looked_at = parts.validation.pick(evenly(len(parts.validation.chunks), _LEARNING_CHUNKS))
     validation = looked_at if looked_at.tokens else parts.validation
     if keep is None:
         return FitData(parts.learned, validation), parts
-    kept = fit_text(tokenizer, keep)
     if is_chats(keep):
-        kept = chat_text(conversations(keep, metadata, tokenizer), text_bos(tokenizer), context)
+        chats = conversations(keep, loaded.gguf.metadata, loaded.tokenizer)
+        kept = chat_text(chats, text_bos(loaded.tokenizer), context)
+    else:
+        kept = fit_text(loaded.tokenizer, keep)
     if len(kept.tokens) < context:
         raise NKATError(
             f"{keep.name}: the text is too short: it has {counted(len(kept.tokens), 'token')}, one sequence needs "
@@ -353,7 +348,7 @@ def _interrupted_state(request: FitRequest, loaded: LoadedModel, identity: str) 
     return state
 
 
-def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]]:
+def _starts(request: FitRequest, loaded: LoadedModel, scale: float) -> dict[str, list[Factors]]:
     settings = request.settings
     layers = loaded.model.star_linears()
     shapes = [layers[name].shape for name in request.names]
@@ -363,7 +358,7 @@ def _starts(request: FitRequest, loaded: LoadedModel) -> dict[str, list[Factors]
     starts = {}
     for source in wanted:
         if source == "zero":
-            starts[source] = zero_start(shapes, settings.rank, settings.seed)
+            starts[source] = zero_start(shapes, settings.rank, settings.seed, scale)
             continue
         reference = request.reference.gguf if request.reference and source == "residual" else None
         options = ThetaOptions(settings.rank, settings.gamma, settings.seed, source=source, reference=reference)
@@ -387,7 +382,7 @@ def _run(
     """The fit with its bar, its saved states and Ctrl-C; returns the last state and whether it came to its end."""
     settings = request.settings
     unmodified = float(data.validation.score((validator or loaded).model, "without Θ").mean())
-    trials = max(0, len(starts) * len(settings.rates) - 1) * min(settings.start_steps, settings.steps)
+    trials = max(0, len(starts) - 1) * min(settings.start_steps, settings.steps)
     saved = time.monotonic()
     bar = console.bar(trials + settings.steps, "fitting", "step")
     bar.disable = bar.disable or not world.first

@@ -28,7 +28,7 @@ _FLAGS: dict[str, tuple[Callable[[str], float], str]] = {  # field of FitSetting
     "keep_batch": (commandline.positive_int, "sequences of --keep's text a step"),
     "start_steps": (
         commandline.positive_int,
-        "steps taken with each learning rate and from each start that is tried; the best goes on",
+        "steps that --fit-start auto takes from each start, where there are several; the best one goes on",
     ),
     "validate_every": (commandline.positive_int, "steps between validations"),
     "patience": (
@@ -37,14 +37,13 @@ _FLAGS: dict[str, tuple[Callable[[str], float], str]] = {  # field of FitSetting
     ),
 }
 STARTS = ("auto", "zero", "weight", "residual")
-RATES = (1.0, 1.0 / 3.0)  # of the default learning rate: some models want the lower one
 
 
 def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the group of flags; those not given stay None."""
     group = parser.add_argument_group("how --theta-source fit learns")
     for name, (kind, text) in _FLAGS.items():
-        default = _DEFAULTS[name] if name != "learning_rate" else _rates_tried()
+        default = f"{_DEFAULTS[name]}{', less for small weights' if name == 'learning_rate' else ''}"
         group.add_argument(
             f"--fit-{name.replace('_', '-')}", type=kind, metavar="N", help=f"{text} (default {default})"
         )
@@ -137,7 +136,7 @@ class FitOptions:
             nested=self.nested and rank > 1,
             fast=self.fast,
             reference_share=share,
-            rates=_DEFAULTS["rates"] if "learning_rate" in self.settings else RATES,
+            scaled="learning_rate" not in self.settings,
             **{"context": min(_DEFAULTS["context"], config.context_length), **self.settings},
         )
         _check(settings)
@@ -182,10 +181,6 @@ def fit_options(parsed: argparse.Namespace) -> FitOptions:
         beyond_context=parsed.beyond_context,
         guard=None if parsed.no_guard else tuple(parsed.guard or ()),
     )
-
-
-def _rates_tried() -> str:
-    return " or ".join(f"{rate * _DEFAULTS['learning_rate']:g}" for rate in RATES) + ", whichever is better at first"
 
 
 def _check(settings: FitSettings) -> None:

@@ -23,7 +23,7 @@ _MOST_STEPS = (1 << 31) - 1  # a Θ file notes them
 class FitState:
     """How far a fit has come. Everything else is made anew from its inputs.
 
-    start: where it began;  step: steps done;  rate: of the settings' learning rate, what it is multiplied with
+    start: where it began;  step: steps done
     factors: P and Q of one layer after the other, float32;  optimizer: AdamW's own state
     best_*: of the step with the lowest validation loss so far, None before the first validation
     snapshots: factors after some of the steps so far, by their numbers, among which is chosen in the end
@@ -33,7 +33,6 @@ class FitState:
     start: str
     step: int
     factors: list[torch.Tensor]
-    rate: float = 1.0
     optimizer: dict[str, Any] = field(default_factory=dict)
     best_step: int | None = None
     best_nll: float | None = None
@@ -118,7 +117,6 @@ def _wrong_part(record: Mapping[str, Any]) -> str | None:
     fits = {
         "start": isinstance(record["start"], str),
         "factors": _are_like(factors, factors),
-        "rate": _is_number(record["rate"]) and record["rate"] > 0,
         "optimizer": _are_moments(record["optimizer"], factors),
         "best_step": not validated or _is_count(record["best_step"], step),
         "best_nll": _is_number(record["best_nll"]) if validated else record["best_nll"] is None,

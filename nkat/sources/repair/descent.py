@@ -252,6 +252,8 @@ class _Run:
 def _chunks(passages: Passages) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Four chunks [4, context] and which of their scored tokens count, at a time."""
     counted = passages.counted
+    if not len(passages.chunks):  # of one process among more than there are chunks
+        return []
     if counted is None:
         counted = torch.ones(len(passages.chunks), scored_tokens(passages.chunks.shape[1]), dtype=torch.bool)
     return list(zip(passages.chunks.split(4), counted.split(4), strict=True))

@@ -21,9 +21,9 @@ from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.judge import Judge, Passages
-from nkat.measure.perplexity import Perplexity, chunk_context, paired, warn_of_short_chunks
+from nkat.measure.perplexity import Perplexity, paired
 from nkat.measure.texts import Text
-from nkat.sources.fit.data import FitText, fit_text, split_validation
+from nkat.sources.fit.data import FitText, calibration_parts
 from nkat.sources.fit.descent import Progress
 from nkat.sources.fit.job import compute_dtype, load_reference
 from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
@@ -94,7 +94,8 @@ def run_repair(request: RepairRequest) -> RepairResult:
         dtype = compute_dtype(request.precision, world.device)
         loaded = load_model(request.model, thetas={}, gamma=1.0, device=world.device, dtype=dtype)
         reference = None if request.reference is None else load_reference(request.reference, loaded)
-        learned, validation = _data(request, loaded)
+        parts = calibration_parts(loaded, request.calibrate, request.ignore, request.settings.context)
+        learned, validation = parts.learned, parts.validation
         identity, hashes = _identity(request, dtype)
         state = _interrupted_state(request, loaded, identity)
         starts = _starts(request, loaded) if state is None else {}
@@ -128,14 +129,6 @@ def run_repair(request: RepairRequest) -> RepairResult:
     if world.first:
         record |= _judge(request, packed, validation)
     return RepairResult(packed, record, world.first, finished)
-
-
-def _data(request: RepairRequest, loaded: LoadedModel) -> tuple[FitText, Passages]:
-    """What is learned from, and what is kept back."""
-    whole = fit_text(loaded.tokenizer, request.calibrate, request.ignore)
-    judged = chunk_context(loaded.config.context_length)
-    warn_of_short_chunks(judged)
-    return split_validation(whole, request.calibrate.name, request.settings.context, judged)
 
 
 def _identity(request: RepairRequest, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
