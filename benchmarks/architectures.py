@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 
     start("benchmarks.architectures")
 
+import math
 import re
 import subprocess
 import sys
@@ -25,23 +26,25 @@ from typing import Any
 
 import torch
 
-from nkat.api import Model, fit_theta, make_theta, open_model, perplexity, save
+from nkat.api import fit_theta, make_theta, open_model, perplexity, save
 from nkat.errors import NKATError
 from nkat.host import commandline, hardware
 from nkat.host.console import format_table, note
 from nkat.host.record import write_json
 from nkat.measure.texts import default_text
-from nkat.theta.set import ThetaSet
 from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, write_tiny_model
 
 GAMMA = 0.5
-_RESULT = re.compile(r"Final estimate: PPL = ([\d.]+|-?nan|inf)")
-_TRIES = 9  # llama-perplexity b11434 now and then ends with status 0 before its last lines are written
+_RESULT = re.compile(r"\[\d+\]([\d.]+|-?nan|inf),")
+_TRIES = 5
 TOLERANCE = 1e-4  # relative: tables and adapters of half-precision numbers, sums in another order
 
 
-def llama_perplexity(program: Path, model: Path, text: Path, chunks: int, adapter: Path | None = None) -> float:
-    """What llama-perplexity finds over a text's first chunks of 512 tokens."""
+def llama_perplexity(program: Path, model: Path, text: Path, chunks: int, adapter: Path | None = None) -> list[float]:
+    """What llama-perplexity finds over a text's first chunk of 512 tokens, its first two, and so on.
+
+    b11434 now and then ends, with status 0, before its last lines are written; then there are fewer.
+    """
     command = [program, "-m", model, "-f", text, "--chunks", chunks, "-c", 512, "-t", 1, "-fa", "off"]
     command += ["-ctk", "f32", "-ctv", "f32", *(() if adapter is None else ("--lora", adapter))]
     for _ in range(_TRIES):
@@ -49,8 +52,8 @@ def llama_perplexity(program: Path, model: Path, text: Path, chunks: int, adapte
             done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
         except OSError as error:
             raise NKATError(f"{program}: cannot be run: {error.strerror}") from None
-        if found := _RESULT.search(done.stdout + done.stderr):
-            return float(found[1])
+        if found := _RESULT.findall(done.stdout + done.stderr):
+            return [float(value) for value in found]
         if done.returncode:
             break
     last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
@@ -66,27 +69,20 @@ def compare(program: Path, arch: str, options: dict[str, Any], chunks: int, step
     theta = make_theta(model, rank=4, gamma=GAMMA)
     save(theta, adapter, model, layout="lora", force=True)
     fitted = fit_theta(model, content, rank=2, gamma=0.97, steps=steps, guard=None)
-    return {
-        "architecture": arch,
-        "options": sorted(options),
-        "layers": len(theta.layers),
-        "plain": perplexity(model, content, chunks=chunks).perplexity.ppl,
-        "plain_llama_cpp": llama_perplexity(program, model.path, text, chunks),
-        "theta": perplexity(model, content, theta, chunks=chunks).perplexity.ppl,
-        "theta_llama_cpp": llama_perplexity(program, model.path, text, chunks, adapter),
-        "fitted": _learned(model, fitted, content, chunks),
-    }
-
-
-def _learned(model: Model, fitted: ThetaSet, content: str, chunks: int) -> float:
-    """On other words than those that were learned, which are refused: the same text from its second character on."""
-    return perplexity(model, content[1:], fitted, chunks=chunks).perplexity.ppl
+    record: dict[str, Any] = {"architecture": arch, "options": sorted(options), "layers": len(theta.layers)}
+    for name, on, file in (("plain", None, None), ("theta", theta, adapter)):
+        theirs = llama_perplexity(program, model.path, text, chunks, file)
+        nll = perplexity(model, content, on, chunks=chunks).perplexity.nll[: len(theirs)]
+        record |= {name: float(nll.mean().exp()), f"{name}_llama_cpp": theirs[-1], f"{name}_chunks": len(theirs)}
+    # what was learned is refused as a text to judge by: the same one from its second character on
+    change = perplexity(model, content[1:], fitted, chunks=chunks).change
+    return record | {"fit_percent": 100.0 * math.expm1(change.log_ratio)}
 
 
 def agrees(row: dict[str, Any]) -> bool:
     """Whether both programs found the same, Θ was no small matter, and the fit lowered the perplexity."""
     same = all(abs(row[key] / row[f"{key}_llama_cpp"] - 1) < TOLERANCE for key in ("plain", "theta"))
-    return same and abs(row["theta"] / row["plain"] - 1) > 5 * TOLERANCE and row["fitted"] < row["plain"]
+    return same and abs(row["theta"] / row["plain"] - 1) > 5 * TOLERANCE and row["fit_percent"] < 0.0
 
 
 def main() -> None:
@@ -106,12 +102,16 @@ def main() -> None:
                 rows.append(
                     compare(options.llama_perplexity, arch, changes, options.chunks, options.steps, Path(folder))
                 )
-    columns = ("plain_llama_cpp", "plain", "theta_llama_cpp", "theta", "fitted")
+    columns = ("plain_llama_cpp", "plain", "theta_llama_cpp", "theta")
     cells = [
-        [row["architecture"], str(row["layers"]), *(f"{row[c]:.3f}" for c in columns), "yes" if agrees(row) else "NO"]
+        [
+            *(row["architecture"], str(row["layers"])),
+            *(f"{row[column]:.3f}" for column in columns),
+            *(f"{row['fit_percent']:+.2f} %", "yes" if agrees(row) else "NO"),
+        ]
         for row in rows
     ]
-    head = ["", "layers with Θ", "llama.cpp", "here", "its adapter", "Θ here", "fitted", "agree"]
+    head = ["", "layers with Θ", "llama.cpp", "here", "its adapter", "Θ here", "a fit", "agree"]
     print(format_table(cells, head) + "\n")
     write_json({"rows": rows, "machine": hardware.describe(torch.device("cpu"))}, options.json or "-")
     if options.json:

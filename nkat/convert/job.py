@@ -33,6 +33,7 @@ from nkat.sources.fit.options import choice_space, lower_ranks
 from nkat.sources.make import (
     check_options,
     check_reference_is_better,
+    check_source,
     describe_theta_set,
     make_thetas,
     residual_errors,
@@ -43,8 +44,8 @@ from nkat.theta import inplace
 from nkat.theta.algebra import Theta, coupling
 from nkat.theta.layers import select_layers
 from nkat.theta.lora import lora_parts
-from nkat.theta.modelfile import ModelFile, architecture_of, base_hash, open_model_file
-from nkat.theta.set import UNFINISHED_KEY, ThetaSet, scale_by_depth, truncate_rank
+from nkat.theta.modelfile import ModelFile, architecture_of, base_hash, open_model_file, theta_for
+from nkat.theta.set import UNFINISHED_KEY, ThetaSet, part_of, scale_by_depth
 
 NO_EFFECT = "warning: gamma 1 couples Θ with strength 0: it will have no effect"
 
@@ -85,8 +86,8 @@ def _run(options: ConvertOptions) -> None:
         record = remove_theta(options, model, recorder)
     elif not options.writes_model and not _makes_theta_to_merge(options, model):
         record = export_existing(options, inputs, recorder)
-    elif options.truncate_rank:
-        record = truncate_existing(options, inputs, recorder, options.truncate_rank)
+    elif options.keeps_theta:
+        record = write_existing(options, inputs, recorder)
     else:
         record = convert(options, inputs, recorder)
     if not record:
@@ -149,6 +150,7 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
             options = replace(options, force=True)  # what an interrupted fit wrote is replaced by what comes of it
     check_outputs(options, model)
     names = select_layers(base.tensors, options.selective_layers)
+    check_source(base.tensors, names, options.theta_source)
     made_as = _theta_options(options, inputs, names)
     check_options(base.tensors, names, made_as)
     searches = options.optimize_rank and options.theta_source != "fit"  # which chooses for itself
@@ -204,22 +206,31 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
     return record
 
 
-def truncate_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder, rank: int) -> dict[str, Any]:
-    """Writes the input with the first `rank` columns of the Θ it has, at another strength where one is given."""
+def write_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict[str, Any]:
+    """Writes the Θ that the input or --theta has: as it is, or its first columns, for some layers, at a strength."""
     model = inputs.model
-    if model.theta is None or model.base is None:
+    base = model.require_base()
+    if options.theta is not None:
+        with console.bar(model.base_size, "checking the base", "B") as bar:
+            found = theta_for(model, options.theta, bar.update)
+        whose = f"{options.theta}'s"
+    elif model.theta is not None:
+        found, whose = model.theta, "the input's"
+    else:
         raise NKATError(f"{model.path}: holds no Θ with its model, so there is nothing to truncate")
-    if rank > model.theta.rank:
-        raise NKATError(f"{model.path}: its Θ has rank {model.theta.rank}, which is below {rank}")
+    rank = options.truncate_rank or found.rank
+    if rank > found.rank:
+        raise NKATError(f"{options.theta or model.path}: its Θ has rank {found.rank}, which is below {rank}")
     check_outputs(options, model)
-    gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
+    gamma = found.gamma if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
     if gamma == 1.0:
         note(NO_EFFECT)
+    names = None if options.selective_layers is None else select_layers(base.tensors, options.selective_layers)
     judge = _merge_judge(options, inputs)
     clock = _Clock()
-    theta_set = replace(truncate_rank(model.theta, rank), gamma=gamma)
-    which = f"the first {'column' if rank == 1 else f'{rank} columns'} of the input's {model.theta.rank}"
+    theta_set = part_of(found, rank=rank, gamma=gamma, names=names, depth_decay=options.depth_decay)
+    which = f"the first {'column' if rank == 1 else f'{rank} columns'} of {whose} {found.rank}"
     _announce(options, model, f"{counted(len(theta_set.layers), 'layer')}, {which}, {_strength(gamma)}")
     written = write(options, model, theta_set)
     clock.lap("write")
@@ -373,7 +384,7 @@ def _theta_options(options: ConvertOptions, inputs: Inputs, names: Sequence[str]
 
 def _makes_theta_to_merge(options: ConvertOptions, model: ModelFile) -> bool:
     """--merge alone takes the Θ that the input has, unless it has none or the flags ask for another."""
-    asks = options.makes_theta or options.theta_source != "weight" or options.truncate_rank is not None
+    asks = options.makes_theta or options.theta_source != "weight" or options.keeps_theta
     return options.merge is not None and (model.theta is None or asks)
 
 

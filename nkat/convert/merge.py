@@ -170,10 +170,13 @@ def merge_model(
 ) -> dict[str, Any]:
     """Writes the merged model and returns the record of what it lost; judge None: a dry run, nothing is written.
 
-    Raises NKATError, before anything is written, for γ = 1 or a Θ made from the text it would be judged on.
+    Raises NKATError, before anything is written, for γ = 1, a Θ of experts, or one made from the text that judges it.
     """
     if coupling(gamma) == 0.0:
         raise ThetaError("merging needs gamma below 1: at 1 the coupling is 0 and there is nothing to merge")
+    for name, theta in theta_set.layers.items():
+        if theta.experts is not None:
+            raise ThetaError(f"{name}: --merge cannot put Θ into a mixture's experts; --export-lora can")
     if judge is not None:
         judge.check(theta_set)
     with bar(model.base_size, f"merging into {path.name}", "B") as done:

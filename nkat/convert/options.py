@@ -52,6 +52,7 @@ class ConvertOptions:
     reference: Path | None
     calibrate: Path | None
     keep: Path | None
+    theta: Path | None
     truncate_rank: int | None
     strengths: bool
     seed: int
@@ -67,6 +68,11 @@ class ConvertOptions:
         return self.output is not None or self.in_place
 
     @property
+    def keeps_theta(self) -> bool:
+        """Whether no new Θ is made: that of the input, or of a file of its own, is written, or a part of it."""
+        return self.theta is not None or self.truncate_rank is not None
+
+    @property
     def makes_theta(self) -> bool:
         """Whether a flag asks for a new Θ of a certain kind."""
         asked = (self.theta_rank, self.selective_layers, self.target_size)
@@ -80,7 +86,7 @@ class ConvertOptions:
     @property
     def inputs(self) -> list[Path | None]:
         """What is read, and never to be replaced by what is written."""
-        return [self.input, self.reference, self.text, self.calibrate, self.keep, *(self.fit.guard or ())]
+        return [self.input, self.reference, self.text, self.calibrate, self.keep, self.theta, *(self.fit.guard or ())]
 
     @property
     def outputs(self) -> dict[str, Path | str | None]:
@@ -198,19 +204,14 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
         "--fit-reference-share needs --reference, the same model at a higher precision",
     ),
     (
-        lambda o: o.truncate_rank and (o.theta_source != "weight" or o.makes_theta),
-        "--truncate-rank keeps the Θ that the input has, so flags for making one have no meaning with it",
+        lambda o: o.keeps_theta and (o.theta_source != "weight" or o.theta_rank or o.target_size or o.optimize_rank),
+        "--theta and --truncate-rank write a Θ that there is, so flags for making one have no meaning with them",
     ),
     (
         lambda o: (
             o.remove
             and (
-                o.export_lora
-                or o.merge
-                or o.theta_gamma is not None
-                or o.makes_theta
-                or o.theta_only
-                or o.truncate_rank is not None
+                o.export_lora or o.merge or o.theta_gamma is not None or o.makes_theta or o.theta_only or o.keeps_theta
             )
         ),
         "--remove only takes Θ off: it goes with --input, --output or --in-place, --force, --dry-run, --json",
@@ -220,12 +221,12 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
             not o.writes_model
             and o.merge is None
             and o.repair is None
-            and (o.makes_theta or o.theta_only or o.truncate_rank is not None)
+            and (o.makes_theta or o.theta_only or o.keeps_theta)
         ),
         "--export-lora alone exports the Θ the input has; to make a new one give --output or --in-place too",
     ),
     (
-        lambda o: o.strengths and (o.truncate_rank or o.remove or (not o.writes_model and not o.merge)),
+        lambda o: o.strengths and (o.keeps_theta or o.remove or (not o.writes_model and not o.merge)),
         "--strengths measures a Θ that is made; for the one a file has use the inference engine's --theta-gamma",
     ),
 )  # the first that holds is what the user is told
@@ -309,10 +310,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
     )
     add("--keep", type=Path, metavar="FILE", help="fit: another text, on which the model is to stay as it is")
     add(
+        "--theta",
+        type=Path,
+        metavar="FILE",
+        help="make no new Θ: write the one in this file, or with --selective-layers, --truncate-rank, --theta-gamma or "
+        "--depth-decay a part of it",
+    )
+    add(
         "--truncate-rank",
         type=commandline.positive_int,
         metavar="R",
-        help="make no new Θ: keep the first R columns of the one the input has",
+        help="make no new Θ: keep the first R columns of the one the input or --theta has",
     )
     add(
         "--strengths",

@@ -11,7 +11,9 @@ from typing import Protocol
 import torch
 
 from nkat.engine.eager import EagerDecoder
+from nkat.host.console import note
 from nkat.kernels.registry import kernel_types
+from nkat.lm.experts import ExpertStack
 from nkat.lm.transformer import Transformer
 
 
@@ -55,7 +57,11 @@ def make_decoder(model: Transformer, capacity: int) -> Decoder:
     the model decodes an operation at a time, its other layers still by their kernels. So does, on a GPU, one whose
     blocks differ in more than `nkat.engine.plan` knows of.
     """
-    compiled = all(layer.compiled is not None for layer in model.multipliers().values())
+    layers = model.multipliers().values()
+    compiled = all(layer.compiled is not None for layer in layers)
+    if compiled and any(isinstance(layer, ExpertStack) and layer.theta is not None for layer in layers):
+        note("the compiled program has no Θ on experts: the model decodes an operation at a time, which is slower")
+        return EagerDecoder(model, capacity)
     if compiled and all(table.qtype in kernel_types("cpu") for table in model.tables()):
         from nkat.engine.compiled import CompiledDecoder  # LLVM is loaded only where it is used
 

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from nkat.kernels.registry import kernel_types
+from nkat.lm.architectures import STACKS
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 
@@ -42,6 +45,29 @@ def make_scorer(model: Transformer, batch: int, context: int) -> Scorer:
     return EagerScorer(model)
 
 
+MakeScorer = Callable[[Transformer, int, int], Scorer]
+
+
+@dataclass(slots=True)
+class KeptScorer:
+    """`make_scorer` for many measurements in turn: a scorer is made once for each Θ, whatever its strength and text.
+
+    least: sequences there is room for, at least, so that a short text's scorer does for a long one
+    It holds its memory until another Θ is measured or it goes itself.
+    """
+
+    least: int = 1
+    _made: tuple[object, Scorer] | None = None
+
+    def __call__(self, model: Transformer, batch: int, context: int) -> Scorer:
+        batch = max(batch, self.least)
+        key = (model, model.theta_changes, batch, context, torch.get_num_threads())
+        if self._made is None or self._made[0] != key:
+            self._made = None  # not two of them at a time
+            self._made = key, make_scorer(model, batch, context)
+        return self._made[1]
+
+
 def _has_kernels(model: Transformer) -> bool:
     """Whether the compiled CPU program computes what this model's own forward pass does.
 
@@ -55,8 +81,8 @@ def _has_kernels(model: Transformer) -> bool:
     kernels = kernel_types("cpu")
     experts = [block.experts for block in model.blocks if block.experts is not None]
     linears += [each.router for each in experts]
-    stacks = [stack for each in experts for stack in each.stacks.values()]
-    if not all(stack.dtype == torch.float32 and stack.qtype in kernels for stack in stacks):
+    stacks = [each.stack(name) for each in experts for name in STACKS]
+    if not all(stack.dtype == torch.float32 and stack.theta is None and stack.qtype in kernels for stack in stacks):
         return False
     return all(table.qtype in kernels for table in model.tables()) and all(
         isinstance(layer, StarLinear) and layer.dtype == torch.float32 and layer.qtype in kernels

@@ -268,7 +268,9 @@ def compare(job: Job) -> Result:
     quality = None
     if options.chunks:
         quality = measure_quality(job, loaded, job.theta)
-    ratio = byte_ratio(loaded.tensors, job.theta.nbytes, loaded.config.active_experts)
+    ratio = byte_ratio(
+        loaded.tensors, job.theta.bytes_per_token(loaded.config.active_experts), loaded.config.active_experts
+    )
     record = {
         **comparison_record(Comparison(prefill, decode, (starts[0], starts[1]), quality, ratio)),
         **conditions(job, loaded, decoder),

@@ -17,6 +17,7 @@ from nkat.kernels.registry import kernel_types
 from nkat.lm.activation import activate
 from nkat.lm.architectures import STACKS, Architecture
 from nkat.lm.linear import StarLinear
+from nkat.theta.algebra import Theta, ThetaError, coupling
 
 if TYPE_CHECKING:
     from nkat.kernels.cpu.experts import CpuExperts
@@ -46,6 +47,8 @@ class ExpertStack(nn.Module):
         self.int8_activations = False  # as of StarLinear
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.theta: Theta | None = None
+        self.kappa = 0.0
         self.compiled: CpuExperts | None = None  # what `repack` made, on the CPU; None where its type has no kernel
         self._layers: dict[int, StarLinear] = {}
 
@@ -61,11 +64,23 @@ class ExpertStack(nn.Module):
                 (m, n),
                 dtype=self.dtype,
                 bias=None if self.bias is None else self.bias[index],
+                theta=None if self.theta is None else self.theta.expert(index),
                 keep_dense=self.keep_dense,
             )
             self._layers[index] = layer
-        layer.int8_activations = self.int8_activations
+        layer.int8_activations, layer.kappa = self.int8_activations, self.kappa
         return layer
+
+    def set_theta(self, theta: Theta | None) -> None:
+        """As of StarLinear: that of every expert."""
+        if theta is not None and (theta.experts != self.shape[0] or theta.size > max(self.shape[1:])):
+            raise ThetaError(f"Θ of size {theta.size} for {theta.experts} experts does not fit weights {self.shape}")
+        self.theta = None if theta is None or theta.is_zero() else theta
+        self._layers.clear()
+
+    def set_gamma(self, gamma: float | None) -> None:
+        """Strength of Θ: κ(γ). None or 1 turns it off."""
+        self.kappa = 0.0 if gamma is None else coupling(gamma)
 
     def repack(self) -> None:
         """Room for the weights as the CPU's kernels read them, which an expert's take when a token first needs it."""

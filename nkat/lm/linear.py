@@ -91,6 +91,10 @@ class StarLinear(PackedModule):
 
     def set_theta(self, theta: Theta | None) -> None:
         """Replaces Θ; its strength stays. Raises ThetaError when it is larger than the layer."""
+        if theta is not None and theta.experts is not None:
+            raise ThetaError(
+                f"Θ of {theta.experts} experts does not fit a single {self.shape[0]}x{self.shape[1]} weight"
+            )
         if theta is not None and theta.size > max(self.shape):
             raise ThetaError(f"Θ of size {theta.size} does not fit a {self.shape[0]}x{self.shape[1]} weight")
         self.down = self.up = None

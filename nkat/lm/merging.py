@@ -29,6 +29,12 @@ _BYTE_TO_CHAR = _byte_alphabet()
 _CHAR_TO_BYTE = {char: bytes([byte]) for byte, char in enumerate(_BYTE_TO_CHAR)}
 
 
+def cuts(pre: PreTokenizer) -> list[tokenizers.pre_tokenizers.PreTokenizer]:
+    """The steps by which the library cuts a text into words."""
+    split, regex = tokenizers.pre_tokenizers.Split, tokenizers.Regex
+    return [split(regex(pattern), behavior="isolated") for pattern in pre.patterns]
+
+
 class _BPE:
     """Merges by rank, inside the words that a pre-tokeniser cuts."""
 
@@ -64,13 +70,8 @@ class _BPE:
             if problem is None:
                 raise
             raise problem from error
-        split = tokenizers.pre_tokenizers.Split
-        steps: list[tokenizers.pre_tokenizers.PreTokenizer] = [
-            *(split(tokenizers.Regex(pattern), behavior="isolated") for pattern in pre.patterns),
-            *alphabet,
-        ]
         self._tokenizer = tokenizers.Tokenizer(bpe)
-        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
+        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*cuts(pre), *alphabet])
 
     def _merge(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -1,7 +1,8 @@
 """How a BPE vocabulary cuts text into words before it merges: a row for each `tokenizer.ggml.pre` that llama.cpp knows.
 
 Ids are to be llama.cpp's, so a row cuts as llama.cpp does where that differs from the model's own tokenizer.json: its
-regular expressions know no case beyond ASCII, and digits from the right are cut together with the text before them.
+regular expressions know no case beyond ASCII, spaces beyond ASCII are nothing but spaces, and digits that are counted
+from the right are cut together with the text before them.
 Source: `llm_tokenizer_bpe` and `llama_vocab::impl::load` of src/llama-vocab.cpp and src/unicode.cpp, llama.cpp b11434.
 Not here are embedding models, and those whose cutting is a program of its own.
 """
@@ -48,7 +49,6 @@ _EXAONE_MOE = (
     rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-_BAILING = rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 _SEED_CODER = rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}"
 _WHITESPACES = "|".join(rf"\s{{{count}}}(?!\S)" for count in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
 _JAIS2 = rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{_WHITESPACES}|\s"
@@ -77,7 +77,7 @@ _MARKS_FIRST = rf"{_ASCII_MARKS}|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+|
 _DEEPSEEK3 = rf"{_MARKS_FIRST}[\r\n]*|{_SPACES}"
 _SPARK = rf"{_MARKS_FIRST}|[\r\n]|\s+(?!\S)|\s+"
 _CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-_CJK_TO_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+_CJK_TO_HANGUL = "[\u0800-\u9fa5\uac00-\ud7ff&&[^\\s]]+"
 _YOUTU_FIRST = (
     "[\uac00-\ud7a3\u3131-\u318e]+"
     "|[\uff01\u2026\u201c\u201d\u2018\u2019\u2014\uff1a\uff1b\uff0c\u3001-\u303f\ufe30-\ufe4f]+"
@@ -102,7 +102,7 @@ _DEEPSEEK_LETTERS = (
     "\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-\U00010cb2"
     "\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943]+"
 )
-_DEEPSEEK_MARKS = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
+_DEEPSEEK_MARKS = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3001\u3002]+"
 
 # Every name is one that llama.cpp maps to the patterns of its row.
 _FAMILIES = {
@@ -113,12 +113,12 @@ _FAMILIES = {
     "chatglm-bpe": PreTokenizer((_LLAMA3,), assumes_bos=False),
     "glm4 glm5": PreTokenizer((_LLAMA3,), ignore_merges=True, assumes_bos=False),
     "minicpm5": PreTokenizer((r"\p{N}{1,3}", rf"{_CONTRACTION}|{_LETTERS}|\p{{N}}+|{_REST}"), ignore_merges=True),
-    "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2": PreTokenizer((_QWEN2,)),
+    "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2 "
+    "bailingmoe bailingmoe2 llada-moe": PreTokenizer((_QWEN2,)),
     "ufakzeka": PreTokenizer((rf"{_LETTERS}|\p{{N}}|{_REST}",)),
     "laguna": PreTokenizer((_LINES, _QWEN2)),
     "qwen35": PreTokenizer((_QWEN35,)),
     "exaone-moe": PreTokenizer((_EXAONE_MOE,)),
-    "bailingmoe bailingmoe2 llada-moe": PreTokenizer((_BAILING,)),
     "seed-coder": PreTokenizer((_SEED_CODER,)),
     "jais-2": PreTokenizer((_JAIS2,)),
     "kimi-k2": PreTokenizer((_KIMI,)),

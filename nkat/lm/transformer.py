@@ -356,15 +356,30 @@ class Transformer(nn.Module):
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ in all layers; None or 1 turns it off. The weights are shared by both arms."""
         self.gamma = gamma
-        for layer in self.star_linears().values():
+        for layer in self._carriers().values():
             layer.set_gamma(gamma)
 
+    def _carriers(self) -> dict[str, StarLinear | ExpertStack]:
+        """Whatever a Θ can be put on."""
+        stacks = {
+            f"blk.{block.index}.{name}.weight": block.experts.stack(name)
+            for block in self.blocks
+            if block.experts is not None
+            for name in STACKS
+        }
+        return {**self.star_linears(), **stacks}
+
     def set_thetas(self, thetas: Mapping[str, Theta]) -> None:
-        """Puts these Θ, by weight name, in place of all that are there. Raises NKATError for a name of no layer."""
-        layers = self.star_linears()
+        """Puts these Θ, by weight name, in place of all that are there. Raises NKATError for a name of no layer.
+
+        The very same ones leave all as it is, so that what was made for them is not stale.
+        """
+        layers = self._carriers()
         for name in thetas:
             if name not in layers:
                 raise NKATError(f"Θ for {name!r}, but the model has no such linear layer")
+        if all(layer.theta is thetas.get(name) for name, layer in layers.items()):
+            return
         self.theta_changes += 1
         for name, layer in layers.items():
             layer.set_theta(thetas.get(name))

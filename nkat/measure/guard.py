@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from nkat.engine.scoring import MakeScorer, make_scorer
 from nkat.errors import NKATError
 from nkat.host.console import format_table
 from nkat.lm.load import LoadedModel
@@ -113,7 +114,7 @@ class Verdict:
 class Guard:
     """Judges one Θ after another on the guard's texts, all texts in one pass, as `Judge` does on one.
 
-    texts: whose chunks have the same length;  limit: see `Verdict`
+    texts: whose chunks have the same length;  limit: see `Verdict`;  make: as `Judge` has it
     """
 
     def __init__(
@@ -123,23 +124,24 @@ class Guard:
         limit: float = GUARD_LIMIT,
         *,
         batch: int = DEFAULT_BATCH,
+        make: MakeScorer = make_scorer,
     ) -> None:
-        self.loaded, self.texts, self.limit, self.batch = loaded, texts, limit, batch
+        self.loaded, self.texts, self.limit, self.batch, self.make = loaded, texts, limit, batch, make
 
     @cached_property
     def _judge(self) -> Judge:
         chunks = torch.cat([text.passages.chunks for text in self.texts])
-        return Judge(self.loaded, Passages(chunks, None, "the guard's texts"), batch=self.batch)
+        return Judge(self.loaded, Passages(chunks, None, "the guard's texts"), batch=self.batch, make=self.make)
 
     @property
     def chunks(self) -> int:
         return sum(len(text.passages.chunks) for text in self.texts)
 
-    def part(self, share: int, loaded: LoadedModel) -> Guard:
-        """One in `share` of the chunks of each text, at least one, and another loading of the model: to look first."""
+    def part(self, share: int) -> Guard:
+        """One in `share` of the chunks of each text, at least one: to look before time is spent."""
         counts = [len(text.passages.chunks) for text in self.texts]
         picked = [text.pick(evenly(n, max(1, n // share))) for text, n in zip(self.texts, counts, strict=True)]
-        return Guard(loaded, picked, self.limit, batch=self.batch)
+        return Guard(self.loaded, picked, self.limit, batch=self.batch)
 
     def judge(self, theta: ThetaSet, gamma: float | None = None, *, progress: str | None = "guarding") -> Verdict:
         """The prices of a Θ, at its own strength or at `gamma`.

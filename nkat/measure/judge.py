@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nkat.engine.scoring import MakeScorer, make_scorer
 from nkat.errors import NKATError
 from nkat.host.console import counted, note
 from nkat.lm.load import LoadedModel
@@ -44,17 +45,34 @@ class Passages:
     name: str
     sha256: str | None = None
 
-    def score(self, model: Transformer, progress: str | None = None, *, batch: int = DEFAULT_BATCH) -> torch.Tensor:
+    def score(
+        self,
+        model: Transformer,
+        progress: str | None = None,
+        *,
+        batch: int = DEFAULT_BATCH,
+        make: MakeScorer = make_scorer,
+    ) -> torch.Tensor:
         """−ln p of the tokens that count: float64 [C, scored], or [n] where not all do."""
-        nll = score_chunks(model, self.chunks, batch=batch, progress=progress)
+        nll = score_chunks(model, self.chunks, batch=batch, progress=progress, make=make)
         return nll if self.counted is None else nll[self.counted]
 
     def score_arms(
-        self, model: Transformer, progress: str | None = None, *, batch: int = DEFAULT_BATCH
+        self,
+        model: Transformer,
+        progress: str | None = None,
+        *,
+        batch: int = DEFAULT_BATCH,
+        make: MakeScorer = make_scorer,
     ) -> torch.Tensor:
         """The same without Θ and with it, [2, ...]."""
-        nll = score_arms(model, self.chunks, batch=batch, progress=progress)
+        nll = score_arms(model, self.chunks, batch=batch, progress=progress, make=make)
         return nll if self.counted is None else nll[:, self.counted]
+
+    def by_chunk(self, nll: torch.Tensor) -> list[torch.Tensor]:
+        """What `score` gave, chunk by chunk: of each the tokens that count."""
+        counts = [nll.shape[-1]] * len(self.chunks) if self.counted is None else self.counted.sum(dim=1).tolist()
+        return list(nll.reshape(-1).split(counts))
 
     @property
     def tokens(self) -> int:
@@ -89,10 +107,18 @@ class Judge:
     not before, in the same pass as the first Θ.
 
     loaded: the model; every measurement leaves on it the Θ and the strength that were measured
+    make: what makes the scorer; a `KeptScorer` where many Θ or strengths are measured in turn
     """
 
-    def __init__(self, loaded: LoadedModel, passages: Passages, *, batch: int = DEFAULT_BATCH) -> None:
-        self.loaded, self.passages, self.batch = loaded, passages, batch
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        passages: Passages,
+        *,
+        batch: int = DEFAULT_BATCH,
+        make: MakeScorer = make_scorer,
+    ) -> None:
+        self.loaded, self.passages, self.batch, self.make = loaded, passages, batch, make
         self._without: Perplexity | None = None
 
     @classmethod
@@ -116,7 +142,9 @@ class Judge:
         """The model without Θ, scored once."""
         if self._without is None:
             self.loaded.model.set_gamma(None)
-            self._without = self._perplexity(self.passages.score(self.loaded.model, progress, batch=self.batch))
+            self._without = self._perplexity(
+                self.passages.score(self.loaded.model, progress, batch=self.batch, make=self.make)
+            )
         return self._without
 
     def base(self) -> Score:
@@ -129,11 +157,20 @@ class Judge:
         model = self.loaded.model
         if self._without is None:
             both = None if progress is None else f"without Θ and {progress}"
-            arms = self.passages.score_arms(model, both, batch=self.batch)
+            arms = self.passages.score_arms(model, both, batch=self.batch, make=self.make)
             self._without, measured = (self._perplexity(nll) for nll in arms)
         else:
-            measured = self._perplexity(self.passages.score(model, progress, batch=self.batch))
+            measured = self._perplexity(self.passages.score(model, progress, batch=self.batch, make=self.make))
         return Score(measured, paired(self._without, measured), self.ratio(theta))
+
+    def rows(self, chunks: slice) -> list[torch.Tensor]:
+        """−ln p in some of the chunks with what is on the model just now, chunk by chunk, without a bar."""
+        part = self.passages.pick(chunks)
+        return part.by_chunk(part.score(self.loaded.model, batch=self.batch, make=self.make))
+
+    def whole(self, rows: Sequence[torch.Tensor]) -> Perplexity:
+        """What `rows` gave of all chunks, in order."""
+        return self._perplexity(torch.stack([*rows]) if self.passages.counted is None else torch.cat([*rows]))
 
     def check(self, theta: ThetaSet) -> None:
         """Raises NKATError for a Θ that was made from the very text."""
@@ -148,7 +185,11 @@ class Judge:
 
     def ratio(self, theta: ThetaSet) -> float:
         """c: bytes read per token with this Θ over without."""
-        return byte_ratio(self.loaded.tensors, theta.nbytes, self.loaded.config.active_experts)
+        return byte_ratio(
+            self.loaded.tensors,
+            theta.bytes_per_token(self.loaded.config.active_experts),
+            self.loaded.config.active_experts,
+        )
 
     def other(self, loaded: LoadedModel) -> Judge:
         """The same judgement of another model with the same vocabulary."""

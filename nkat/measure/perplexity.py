@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from nkat.engine.scoring import make_scorer
+from nkat.engine.scoring import MakeScorer, make_scorer
 from nkat.errors import NKATError
 from nkat.host.console import counted
 from nkat.lm.tokenizer import Tokenizer
@@ -175,24 +175,37 @@ def windows(count: int, context: int) -> torch.Tensor:
 
 
 def score_chunks(
-    model: Transformer, chunks: torch.Tensor, *, batch: int = DEFAULT_BATCH, progress: str | None = None
+    model: Transformer,
+    chunks: torch.Tensor,
+    *,
+    batch: int = DEFAULT_BATCH,
+    progress: str | None = None,
+    make: MakeScorer = make_scorer,
 ) -> torch.Tensor:
     """−ln p of the scored tokens of chunks [C, context]: float64 [C, scored_tokens(context)], on the CPU.
 
     batch: chunks in one forward pass: they share each weight's unpacking, and take memory for their activations
     progress: label of a progress bar on stderr; None: no bar
+    make: what makes the scorer; a `KeptScorer` where a Θ is measured many times
     """
-    return _score(model, chunks, 1, batch, progress)[0]
+    return _score(model, chunks, 1, batch, progress, make)[0]
 
 
 def score_arms(
-    model: Transformer, chunks: torch.Tensor, *, batch: int = DEFAULT_BATCH, progress: str | None = None
+    model: Transformer,
+    chunks: torch.Tensor,
+    *,
+    batch: int = DEFAULT_BATCH,
+    progress: str | None = None,
+    make: MakeScorer = make_scorer,
 ) -> torch.Tensor:
     """The same without Θ and with it, float64 [2, C, ...]; both arms of a chunk share a forward pass, as two of it."""
-    return _score(model, chunks, 2, batch, progress)
+    return _score(model, chunks, 2, batch, progress, make)
 
 
-def _score(model: Transformer, chunks: torch.Tensor, arms: int, batch: int, progress: str | None) -> torch.Tensor:
+def _score(
+    model: Transformer, chunks: torch.Tensor, arms: int, batch: int, progress: str | None, make: MakeScorer
+) -> torch.Tensor:
     """[arms, C, scored]"""
     if batch < 1:
         raise NKATError(f"the batch must be at least 1 chunk, got {batch}")
@@ -202,7 +215,7 @@ def _score(model: Transformer, chunks: torch.Tensor, arms: int, batch: int, prog
         raise NKATError(f"token id {low if low < 0 else high} lies outside the vocabulary of {vocabulary}")
     count, context = chunks.shape
     together = min(max(1, batch // arms), count)
-    scorer = make_scorer(model, together * arms, context)
+    scorer = make(model, together * arms, context)
     results = []
     with tqdm(total=count, desc=progress, unit="chunk", disable=progress is None, delay=1, leave=False) as bar:
         for part in chunks.split(together):

@@ -1,11 +1,11 @@
-"""The search over a language model's Θ as a job: what trials share, the report, the best file.
+"""The search over a language model's Θ as a job: its study, the last word on the best, the report.
 
 `nkat_auto_optimizer.py --task lm` runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,20 +15,16 @@ import optuna
 import torch
 from optuna.trial import TrialState
 
-from nkat.errors import NKATError
-from nkat.gguf.writer import MetadataValue, write_gguf
 from nkat.host import console
-from nkat.host.console import counted, format_table, note
-from nkat.host.programs import shell_line
-from nkat.host.record import recorded, write_json
-from nkat.host.tools import suggest, tool_command
-from nkat.lm.load import LoadedModel, load_model
-from nkat.measure.judge import Judge, text_passages
-from nkat.measure.perplexity import change_text, perplexity_text
-from nkat.measure.texts import load_text
+from nkat.host.console import counted
+from nkat.host.record import recorded
+from nkat.lm.load import load_model
+from nkat.search import report
+from nkat.search.learned import has_begun
 from nkat.search.objective import (
     BASE,
     GROUPS,
+    GUARD,
     RANKS,
     OverheadLimit,
     Setting,
@@ -39,57 +35,27 @@ from nkat.search.objective import (
     make_pruner,
     summary,
 )
+from nkat.search.optimal import write_none, write_optimal
 from nkat.search.options import DESCRIPTION, EXAMPLES, SearchOptions, add_options, search_options
 from nkat.search.plots import plot_search
-from nkat.sources.make import check_options, check_reference_is_better, describe_theta_set, make_thetas
-from nkat.sources.moments import input_second_moments
-from nkat.sources.options import DEFAULT_GAMMA, ThetaOptions
+from nkat.search.prepare import Prepared, prepare
+from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.study import workers
 from nkat.study.folder import PICTURE, note_earlier, write_records
 from nkat.study.study import best_trials, history, importances, make_sampler
 from nkat.study.task import Task
 from nkat.study.workers import Outcome, Search
-from nkat.theta.algebra import coupling
 from nkat.theta.layers import select_layers
-from nkat.theta.modelfile import base_hash, embedded_parts, open_model_file
 from nkat.theta.set import CALIBRATION_KEY, ThetaSet
 
 TRIALS = {"quick": 12, "full": 100}
 TOP = 3
-HELD_OUT_FACTOR = 2  # held-out chunks for each one that the trials see: the last word should be the surest
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """What all trials share: the model, Θ of the highest rank, and judges on the two sets of chunks."""
-
-    loaded: LoadedModel
-    made_as: ThetaOptions
-    theta_set: ThetaSet
-    seen: Judge
-    held_out: Judge
-    reference_sha256: str | None
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks the trials see."""
-        return len(self.seen.passages.chunks)
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """For records: what is judged, and on what."""
-        passages = self.held_out.passages
-        return {
-            "model_sha256": self.theta_set.base_sha256,
-            "text": passages.name,
-            "text_sha256": passages.sha256,
-            "held_out_chunks": len(passages.chunks),
-        }
 
 
 def run(options: SearchOptions) -> None:
     """The whole search."""
-    space = Space((options.target_rank,) if options.target_rank else RANKS, options.target_gamma)
+    ranks = (options.target_rank,) if options.target_rank else RANKS
+    space = (Space.of_learned if options.learns else Space)(ranks, options.target_gamma)
     prepared = prepare(options, space)
     search = describe_search(options, space, prepared)
     with workers.interruptible(options.study):
@@ -99,68 +65,15 @@ def run(options: SearchOptions) -> None:
             fast = load_model(prepared.loaded, thetas={}, gamma=1.0, int8_activations=True, repack=True).model
             limit = OverheadLimit(options.max_overhead, fast, prepared.held_out.passages.chunks[0, :64])
         judge = SettingJudge(prepared.seen, prepared.theta_set, options.study.seed)
-        outcome = workers.run(options.study, search, study, make_objective(judge, space, limit))
+        objective = make_objective(judge, space, limit, prepared.guard)
+        outcome = workers.run(options.study, search, study, objective)
         if not options.study.join:
-            workers.report(outcome, partial(judge_best, prepared), partial(report, options, prepared))
-
-
-def prepare(options: SearchOptions, space: Space) -> Prepared:
-    """Opens model and text, cuts the chunks, and makes Θ of the highest rank once."""
-    text = load_text(options.text)
-    loaded = load_model(options.model, thetas={}, gamma=1.0)
-    model, base = loaded.file, loaded.file.require_base()
-    passages = text_passages(loaded, text, options.chunks * (1 + HELD_OUT_FACTOR))
-    if passages.counted is not None:
-        raise NKATError(f"{text.name}: a search compares chunk by chunk, on plain text, and not on chats")
-    chunks = len(passages.chunks)
-    seen = chunks // (1 + HELD_OUT_FACTOR)
-    if seen < 2:
-        raise NKATError(
-            f"{text.name}: the text is too short: it gives {counted(chunks, 'chunk')}, and a search with held-out text "
-            f"needs {2 * (1 + HELD_OUT_FACTOR)}"
-        )
-    if seen < options.chunks:
-        context = passages.chunks.shape[1]
-        note(
-            f"note: {text.name} has {counted(chunks, 'chunk')} of {context} tokens only: trials see {seen} of them "
-            f"instead of {options.chunks}"
-        )
-    gamma = DEFAULT_GAMMA if options.target_gamma is None else options.target_gamma
-    coupling(gamma)  # raises when out of range
-    names = select_layers(base.tensors, None)
-    reference = None if options.reference is None else open_model_file(options.reference)
-    if reference is not None:
-        check_reference_is_better(base.file, reference.require_base().file, names)
-    moments: dict[str, torch.Tensor] | None = None
-    notes: dict[str, MetadataValue] = {}
-    if options.calibrate:
-        moments, notes = input_second_moments(loaded, load_text(options.calibrate))
-    made_as = ThetaOptions(
-        rank=max(space.ranks),
-        gamma=gamma,
-        seed=options.study.seed,
-        source=options.theta_source,
-        reference=None if reference is None else reference.require_base().file,
-        input_weights=moments,
-        notes=notes,
-    )
-    check_options(base.tensors, names, made_as)
-    with console.bar(len(names), f"making Θ of rank {made_as.rank}", "layer") as bar:
-        thetas = make_thetas(base.file, names, made_as, bar.update)
-    with console.bar(model.base_size, "hashing the base", "B") as bar:
-        theta_set = describe_theta_set(model, thetas, made_as, base_hash(model, bar.update))
-    reference_sha256 = None
-    if reference is not None:
-        with console.bar(reference.base_size, "hashing the reference", "B") as bar:
-            reference_sha256 = base_hash(reference, bar.update)
-    judges = Judge(loaded, passages.pick(slice(seen))), Judge(loaded, passages.pick(slice(seen, None)))
-    judges[0].check(theta_set)
-    return Prepared(loaded, made_as, theta_set, *judges, reference_sha256)
+            workers.report(outcome, partial(judge_best, prepared), partial(write_report, options, prepared))
 
 
 def describe_search(options: SearchOptions, space: Space, prepared: Prepared) -> Search:
     """The study's name, settings and first trials."""
-    settings = {
+    settings: dict[str, Any] = {
         "model_sha256": prepared.theta_set.base_sha256,
         "text_sha256": prepared.seen.passages.sha256,
         "chunks": prepared.chunks,
@@ -172,7 +85,14 @@ def describe_search(options: SearchOptions, space: Space, prepared: Prepared) ->
         "seed": options.study.seed,
         "max_overhead": options.max_overhead,
     }
-    first = [({}, {BASE: True}), (space.guide_default(), {})]
+    if prepared.fit is not None:
+        settings |= {
+            "text": prepared.seen.passages.name,
+            "fit_settings": prepared.fit["asked"],
+            "fit_sha256": prepared.fit["sha256"],
+            "guard": None if prepared.guard is None else [t.passages.name for t in prepared.guard.texts],
+        }
+    first = [({}, {BASE: True}), *((point, {}) for point in space.first())]
     return Search(study_name(options), settings, first, space, make_sampler, make_pruner(), TRIALS)
 
 
@@ -194,19 +114,22 @@ def judge_best(prepared: Prepared, study: optuna.Study) -> Judged:
     best = best_settings(study)
     chosen = made_theta(prepared, best[0][1]) if best else None
     rows: list[dict[str, Any]] = []
+    judge = prepared.held_out
+    count = len(judge.passages.chunks)
     with console.bar(1 + len(best), "judging on held-out text", "run") as bar:
-        prepared.held_out.without(progress=None)
-        base = summary(prepared.held_out.base())
+        judge.without(progress=None)
+        base = summary(judge.base(), count)
         bar.update()
         for number, setting in best:
             theta_set = chosen if chosen and not rows else apply_setting(prepared.theta_set, setting)
-            score = prepared.held_out.score(theta_set, progress=None)
-            rows.append({"trial": number, **summary(score, setting, theta_set)})
+            score = judge.score(theta_set, progress=None)
+            prices = {GUARD: found} if (found := study.trials[number].user_attrs.get(GUARD)) else {}
+            rows.append({"trial": number, **summary(score, count, setting, theta_set), **prices})
             bar.update()
     return Judged(base, rows, chosen)
 
 
-def report(options: SearchOptions, prepared: Prepared, outcome: Outcome, judged: Judged | None) -> None:
+def write_report(options: SearchOptions, prepared: Prepared, outcome: Outcome, judged: Judged | None) -> None:
     """Writes every file of the output folder and prints what came out. judged: None after an interruption"""
     study, folder = outcome.study, options.study.output_dir
     trials = history(study)
@@ -219,39 +142,35 @@ def report(options: SearchOptions, prepared: Prepared, outcome: Outcome, judged:
         "importances": importances(
             (t, t.value) for t in study.get_trials(states=(TrialState.COMPLETE,)) if t.value is not None
         ),
+        "fit": prepared.fit,
+        "turned_away": sum(not row[GUARD]["admitted"] for row in trials if GUARD in row),
         "held_out": judged and {"base": judged.base, "best": judged.best},
         "optimal": None,
     }
+    tried = any(row["parameters"] for row in trials)
     won = False
-    if judged and judged.theta and first:
-        won = base is not None and first["value"] > base["value"] and judged.best[0]["tpe"] > judged.base["tpe"]
-        if won or options.study.force:
+    if judged:
+        if judged.theta and first:
+            won = base is not None and first["value"] > base["value"] and judged.best[0]["tpe"] > judged.base["tpe"]
+        if won or (judged.theta and options.study.force):
+            assert judged.theta is not None
             record["optimal"] = write_optimal(options, prepared, judged.theta, judged.best[0], won)
+        else:
+            write_none(options, prepared, report.why_none(record, tried))
     write_records(folder, trials, record)
     with recorded(record, options.study.json, options.study.force):
         if judged:
-            print_report(record, won, any(row["parameters"] for row in trials))
+            if prepared.fit is not None:
+                report.print_fit(prepared.fit)
+            report.print_report(record, won, tried)
             note_earlier(folder, "optimal_*.nkat", record["optimal"] and record["optimal"]["file"])
         else:
-            print_interrupted(record, base, first)
+            report.print_interrupted(record, base, first)
         on = f"{counted(prepared.chunks, 'chunk')} of {prepared.seen.passages.name}"
         title = f"{options.model.name}: {counted(len(trials), 'trial')} on {on}"
-        plot_search(folder / PICTURE, trials, record["importances"], title)
+        plot_search(folder / PICTURE, trials, record["importances"], title, prepared.fit)
         print(f"files are in {folder}")
-    suggest_next(options, record, won)
-
-
-def suggest_next(options: SearchOptions, record: Mapping[str, Any], won: bool) -> None:
-    """What a user would do with what was found."""
-    if record["held_out"] is None:  # interrupted: the way on is said there
-        return
-    if won:
-        suggest("engine", "--model", record["optimal"]["file"], "--compare")
-    elif options.study.mode != "full":
-        suggest("optimize", "--model", options.model, "--mode", "full", "--output-dir", "output/full")
-    else:
-        words = ("--input", options.model, "--output", options.model.with_suffix(".nkat"))
-        suggest("convert", *words, "--theta-source", "fit", "--calibrate", "TEXT", why="a Θ that learns from a text")
+    report.suggest_next(options, record, won)
 
 
 def best_settings(study: optuna.Study) -> list[tuple[int, Setting]]:
@@ -269,7 +188,9 @@ def distinct_settings(trials: Sequence[optuna.trial.FrozenTrial]) -> list[tuple[
 
 
 def made_theta(prepared: Prepared, setting: Setting) -> ThetaSet:
-    """The Θ of a setting as the converter makes it: not cut from one of a higher rank."""
+    """The Θ of a setting as the converter makes it: one that was learned is cut, any other made at its own rank."""
+    if prepared.fit is not None:
+        return apply_setting(prepared.theta_set, setting)
     model = prepared.loaded.file
     base = model.require_base()
     names = select_layers(base.tensors, GROUPS[setting.layers] if setting.layers != "both" else None)
@@ -278,100 +199,8 @@ def made_theta(prepared: Prepared, setting: Setting) -> ThetaSet:
     return apply_setting(describe_theta_set(model, thetas, made_as, prepared.theta_set.base_sha256), setting)
 
 
-def write_optimal(
-    options: SearchOptions, prepared: Prepared, chosen: ThetaSet, judged: dict[str, Any], won: bool
-) -> dict[str, Any]:
-    """Writes the best Θ and its description. judged: its row of the held-out record"""
-    setting = Setting(**judged["setting"])
-    path = options.study.output_dir / f"optimal_rank{setting.rank}_gamma{setting.gamma:.2f}.nkat"
-    model = prepared.loaded.file
-    write_gguf(path, embedded_parts(chosen, model.require_base()), force=True, inputs=[model.path])
-    record = {
-        "file": str(path),
-        "beats_base": won,
-        "trial": judged["trial"],
-        "setting": setting.parameters(),
-        "held_out": {name: value for name, value in judged.items() if name != "trial"},
-        "model": str(options.model),
-        **prepared.described,
-        "metadata": chosen.metadata(),
-        "command": converter_command(options, setting, path),
-    }
-    write_json(record, str(path.with_suffix(".json")), force=True)
-    return record
-
-
-def converter_command(options: SearchOptions, setting: Setting, path: Path) -> str:
-    """The command that makes the same file again, in its place, from whatever folder it is run in."""
-    words: list[object] = [*tool_command("convert")]
-    words += ["--input", options.model.absolute(), "--output", path.absolute(), "--force"]
-    words += ["--theta-rank", setting.rank, "--theta-gamma", f"{setting.gamma:g}", "--seed", options.study.seed]
-    if setting.layers != "both":
-        words += ["--selective-layers", *GROUPS[setting.layers]]
-    if setting.depth_decay:
-        words.append("--depth-decay")
-    if options.theta_source == "residual" and options.reference is not None:
-        words += ["--theta-source", "residual", "--reference", options.reference.absolute()]
-        words += ["--calibrate", options.calibrate.absolute()] if options.calibrate else []
-    return shell_line(words)
-
-
-def print_report(record: dict[str, Any], won: bool, tried: bool) -> None:
-    """What came out, for people. tried: whether any trial had a Θ"""
-    held_out = record["held_out"]
-    print(f"\nheld-out: {counted(record['held_out_chunks'], 'chunk')} of {record['text']} that no trial saw\n")
-    rows = [["without Θ", "", *_cells(held_out["base"])]]
-    rows += [[_name(row["setting"]), str(row["trial"]), *_cells(row)] for row in held_out["best"]]
-    print(format_table(rows, ["setting", "trial", "perplexity", "change %", "TPE"]))
-    print(f"\n{workers.counts_line(record)}")
-    if won:
-        best = record["optimal"]
-        row = best["held_out"]
-        print(
-            f"best: {best['file']} (trial {best['trial']}), TPE {row['tpe']:.6f} against {held_out['base']['tpe']:.6f} "
-            f"without Θ; perplexity {change_text(row['change_percent'], row['change_percent_stderr'])}"
-        )
-    elif not tried:
-        print("no Θ was tried, only the model without it")
-    elif not held_out["best"]:
-        print("no trial was measured to its end within the limits: none was written")
-    else:
-        written = " (written all the same: --force)" if record["optimal"] else ": none was written"
-        better = any(row["tpe"] > held_out["base"]["tpe"] for row in held_out["best"])
-        print(("the best of the trials does not beat" if better else "no Θ beats") + f" the model without it{written}")
-    if ahead := [str(row["trial"]) for row in held_out["best"][1:] if row["tpe"] > held_out["best"][0]["tpe"]]:
-        which = f"trial {ahead[0]} comes" if len(ahead) == 1 else f"trials {' and '.join(ahead)} come"
-        print(
-            f"on the held-out text {which} out ahead of trial {held_out['best'][0]['trial']}; the trials' own chunks "
-            "alone decide, because a choice made on the held-out text would be flattered by it"
-        )
-
-
-def print_interrupted(record: dict[str, Any], base: Mapping[str, Any] | None, best: Mapping[str, Any] | None) -> None:
-    """What the trials found so far, for people; base, best: their rows of the history."""
-    print(f"\ninterrupted: {workers.counts_line(record)}")
-    if best is None:
-        print("no Θ was measured to its end yet" + ("" if base is None else ", only the model without it was"))
-        return
-    beside = "" if base is None else f" against {base['tpe']:.6f} without Θ"
-    print(
-        f"best so far: trial {best['number']}, {_name(best['setting'])}: TPE {best['tpe']:.6f}{beside} on the "
-        f"{counted(record['chunks'], 'chunk')} that trials see; not judged on held-out text, so nothing was made of it"
-    )
-
-
-def _name(setting: Mapping[str, Any]) -> str:
-    decay = ", decay" if setting["depth_decay"] else ""
-    return f"rank {setting['rank']}, gamma {setting['gamma']:.2f}, {setting['layers']}{decay}"
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    change = change_text(row["change_percent"], row["change_percent_stderr"], "") if "setting" in row else ""
-    return [perplexity_text(row["perplexity"], row["perplexity_stderr"]), change, f"{row['tpe']:.6f}"]
-
-
 def inputs_of(options: SearchOptions) -> list[Path | None]:
-    return [options.model, options.reference, options.calibrate, options.text]
+    return [options.model, options.reference, options.calibrate, options.text, *(options.fit.guard or ())]
 
 
-TASK = Task(DESCRIPTION, EXAMPLES, TRIALS, study_name, inputs_of, add_options, search_options, run)
+TASK = Task(DESCRIPTION, EXAMPLES, TRIALS, study_name, inputs_of, add_options, search_options, run, has_begun)

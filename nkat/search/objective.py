@@ -2,7 +2,8 @@
 
 One Θ of the highest rank is made once. A trial takes its first columns, scales them and leaves layers out, so it costs
 a perplexity run and nothing else. Chunks are scored in a shuffled order and reported one by one: a trial that is worse
-than the best on the same chunks beyond doubt (Wilcoxon's signed-rank test) ends early.
+than the best on the same chunks beyond doubt (Wilcoxon's signed-rank test) ends early. A learned Θ is also judged on
+the guard's texts: a trial that is worse there than allowed breaks a constraint, and the best is one that breaks none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,15 +22,17 @@ import torch
 
 from nkat.engine.decoder import make_decoder
 from nkat.lm.transformer import Transformer
+from nkat.measure.guard import Guard
 from nkat.measure.judge import Judge, Score
-from nkat.measure.perplexity import DEFAULT_BATCH, Perplexity, paired
+from nkat.measure.perplexity import DEFAULT_BATCH, paired
 from nkat.measure.speed import PairedOverhead, paired_overhead
 from nkat.theta.algebra import Theta
-from nkat.theta.set import ThetaSet, scale_by_depth, truncate_rank
+from nkat.theta.set import ThetaSet, part_of
 
 RANKS = (2, 4, 6, 8)
-GAMMA_RANGE = (0.90, 0.99)
-GAMMA_STEP = 0.01
+GAMMAS = (0.90, 0.99, 0.01)  # lowest, highest, step
+# A learned Θ has the strength it was learned for at one γ. Stronger is ruin soon, and weaker costs less elsewhere.
+LEARNED_GAMMAS = (0.95, 0.995, 0.005)
 # Layer groups as patterns of weight names, which `--selective-layers` of the converter takes too.
 GROUPS = {
     "attention": ("blk.*.attn_*.weight",),
@@ -38,6 +41,7 @@ GROUPS = {
 }
 GUIDE_DEFAULT = {"rank": 4, "gamma": 0.97, "layers": "both", "depth_decay": False}
 BASE = "base"  # the user attribute that marks the trial of the model without Θ
+GUARD = "guard"  # the constraint, and the user attribute with the prices
 _OVERHEAD_STEPS = 8  # decoded tokens of one block when the overhead is measured
 _GROUP = DEFAULT_BATCH  # chunks scored between two looks at the evidence: one forward pass
 
@@ -52,48 +56,63 @@ class Setting:
     depth_decay: bool
 
     def parameters(self) -> dict[str, Any]:
-        return {"rank": self.rank, "gamma": self.gamma, "layers": self.layers, "depth_decay": self.depth_decay}
+        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """What may vary: everything, or all but a fixed rank or γ."""
+    """What may vary: everything, or all but a fixed rank or γ.
+
+    gammas: lowest, highest and step of γ;  learned: first tried is what is known to be good of a Θ that was learned
+    """
 
     ranks: tuple[int, ...] = RANKS
     gamma: float | None = None
+    gammas: tuple[float, float, float] = GAMMAS
+    learned: bool = False
+
+    @classmethod
+    def of_learned(cls, ranks: tuple[int, ...], gamma: float | None) -> Space:
+        return cls(ranks, gamma, LEARNED_GAMMAS, learned=True)
 
     def suggest(self, trial: optuna.Trial) -> Setting:
         rank = trial.suggest_categorical("rank", self.ranks)
-        low, high = GAMMA_RANGE if self.gamma is None else (self.gamma, self.gamma)
-        gamma = trial.suggest_float("gamma", low, high, step=GAMMA_STEP)
+        low, high, step = self.gammas if self.gamma is None else (self.gamma, self.gamma, self.gammas[2])
+        gamma = trial.suggest_float("gamma", low, high, step=step)
         layers = trial.suggest_categorical("layers", tuple(GROUPS))
         depth_decay = trial.suggest_categorical("depth_decay", (False, True))
         return Setting(rank, round(gamma, 6), layers, depth_decay)
 
     def points(self) -> Iterator[dict[str, Any]]:
         """The parameters of every setting."""
-        low, high = GAMMA_RANGE
-        steps = round((high - low) / GAMMA_STEP)
-        gammas = [round(low + i * GAMMA_STEP, 6) for i in range(steps + 1)] if self.gamma is None else [self.gamma]
+        low, high, step = self.gammas
+        count = round((high - low) / step) + 1
+        gammas = [round(low + i * step, 6) for i in range(count)] if self.gamma is None else [self.gamma]
         for rank, gamma, layers, decay in itertools.product(self.ranks, gammas, GROUPS, (False, True)):
             yield Setting(rank, gamma, layers, decay).parameters()
 
     def guide_default(self) -> dict[str, Any]:
         """The guide's default, as far as the fixed values allow it."""
-        default = dict(GUIDE_DEFAULT)
-        if default["rank"] not in self.ranks:
-            default["rank"] = self.ranks[0]
-        if self.gamma is not None:
-            default["gamma"] = self.gamma
-        return default
+        return self._allowed(GUIDE_DEFAULT)
+
+    def first(self) -> list[dict[str, Any]]:
+        """The parameters to try before the sampler's own: the guide's default, and of a learned Θ what is weaker.
+
+        A notch or two weaker, or with fewer columns, most of a learned Θ's gain is left and little of its price.
+        """
+        more = [{"gamma": 0.98}, {"gamma": 0.99}, {"rank": 2, "gamma": 0.98}] if self.learned else []
+        points = [self._allowed({**GUIDE_DEFAULT, **changes}) for changes in ({}, *more)]
+        return [point for i, point in enumerate(points) if point not in points[:i]]
+
+    def _allowed(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        rank = point["rank"] if point["rank"] in self.ranks else self.ranks[0]
+        return {**point, "rank": rank, "gamma": point["gamma"] if self.gamma is None else self.gamma}
 
 
 def apply_setting(theta_set: ThetaSet, setting: Setting) -> ThetaSet:
     """Θ of the highest rank → the Θ of one setting, as it would be written."""
-    patterns = GROUPS[setting.layers]
-    kept = {n: theta for n, theta in theta_set.layers.items() if any(fnmatchcase(n, p) for p in patterns)}
-    cut = truncate_rank(replace(theta_set, layers=kept, gamma=setting.gamma), setting.rank)
-    return scale_by_depth(cut, setting.gamma) if setting.depth_decay else cut
+    names = [n for n in theta_set.layers if any(fnmatchcase(n, p) for p in GROUPS[setting.layers])]
+    return part_of(theta_set, rank=setting.rank, gamma=setting.gamma, names=names, depth_decay=setting.depth_decay)
 
 
 class SettingJudge:
@@ -105,8 +124,9 @@ class SettingJudge:
     def __init__(self, judge: Judge, theta_set: ThetaSet, seed: int = 0) -> None:
         self.order = list(range(len(judge.passages.chunks)))
         random.Random(seed).shuffle(self.order)
-        self.judge = Judge(judge.loaded, judge.passages.pick(self.order), batch=_GROUP)
+        self.judge = Judge(judge.loaded, judge.passages.pick(self.order), batch=_GROUP, make=judge.make)
         self.theta_set = theta_set
+        self._layers: dict[tuple[int, str, float], dict[str, Theta]] = {}
 
     def base(self) -> Score:
         """The model without Θ, measured once."""
@@ -125,15 +145,15 @@ class SettingJudge:
         parts = []
         for start in range(0, len(self.order), _GROUP):
             group = slice(start, start + _GROUP)
-            nll = self.judge.passages.pick(group).score(self.judge.loaded.model, batch=_GROUP)
-            parts.append(nll)
+            rows = self.judge.rows(group)
+            parts += rows
             if on_chunk is None:
                 continue
-            values = [log_tpe(float(row.mean()), ratio) for row in nll]
-            stop = [on_chunk(chunk, value) for chunk, value in zip(self.order[group], values, strict=True)]
-            if stop[-1] and start + _GROUP < len(self.order):
+            pairs = [(chunk, row) for chunk, row in zip(self.order[group], rows, strict=True) if len(row)]
+            stop = [on_chunk(chunk, log_tpe(float(row.mean()), ratio)) for chunk, row in pairs]
+            if stop and stop[-1] and start + _GROUP < len(self.order):
                 return None
-        measured = Perplexity(torch.cat(parts), self.judge.passages.chunks.shape[1])
+        measured = self.judge.whole(parts)
         return Score(measured, paired(base.perplexity, measured), ratio)
 
     def score(self, setting: Setting) -> Score:
@@ -143,7 +163,10 @@ class SettingJudge:
         return found
 
     def apply(self, setting: Setting) -> ThetaSet:
-        return apply_setting(self.theta_set, setting)
+        """The setting's Θ: at another strength the very same one, so that what was made for it is not made again."""
+        chosen = apply_setting(self.theta_set, setting)
+        key = setting.rank, setting.layers, setting.gamma if setting.depth_decay else 1.0
+        return replace(chosen, layers=self._layers.setdefault(key, chosen.layers))
 
 
 def make_pruner() -> optuna.pruners.BasePruner:
@@ -183,16 +206,17 @@ class OverheadLimit:
 
 
 def make_objective(
-    judge: SettingJudge, space: Space, limit: OverheadLimit | None = None
+    judge: SettingJudge, space: Space, limit: OverheadLimit | None = None, guard: Guard | None = None
 ) -> Callable[[optuna.Trial], float]:
-    """TPE of a trial's setting on the judge's chunks."""
+    """TPE of a trial's setting on the judge's chunks. guard: asked about a setting that is better there than no Θ"""
 
     def objective(trial: optuna.Trial) -> float:
         base = judge.base()
         if trial.user_attrs.get(BASE):
-            for chunk, nll in zip(judge.order, base.perplexity.chunk_nll.tolist(), strict=True):
-                trial.report(log_tpe(nll, 1.0), chunk)
-            return _record(trial, summary(base))
+            for chunk, row in zip(judge.order, judge.judge.passages.by_chunk(base.perplexity.nll), strict=True):
+                if len(row):
+                    trial.report(log_tpe(float(row.mean()), 1.0), chunk)
+            return _record(trial, summary(base, len(judge.order)))
         setting = space.suggest(trial)
         if limit is not None:
             cost = limit.cost(setting, judge.apply(setting).layers)
@@ -207,7 +231,12 @@ def make_objective(
         measured = judge.measure(setting, on_chunk)
         if measured is None:
             raise optuna.TrialPruned
-        return _record(trial, summary(measured, setting, judge.apply(setting)))
+        chosen = judge.apply(setting)
+        if guard is not None and measured.tpe > base.tpe:
+            verdict = guard.judge(chosen, progress=None)
+            trial.set_user_attr(GUARD, verdict.record())
+            trial.set_constraint(GUARD, verdict.worst.bound - math.log1p(verdict.limit))
+        return _record(trial, summary(measured, len(judge.order), setting, chosen))
 
     return objective
 
@@ -218,11 +247,13 @@ def _record(trial: optuna.Trial, row: Mapping[str, Any]) -> float:
     return row["tpe"]
 
 
-def summary(score: Score, setting: Setting | None = None, chosen: ThetaSet | None = None) -> dict[str, Any]:
-    """What is reported of a measurement: perplexity ±, paired change ±, bytes and TPE."""
+def summary(
+    score: Score, chunks: int, setting: Setting | None = None, chosen: ThetaSet | None = None
+) -> dict[str, Any]:
+    """What is reported of a measurement on so many chunks: perplexity ±, paired change ±, bytes and TPE."""
     return {
         **score.record(),
-        "chunks": score.perplexity.chunks,
+        "chunks": chunks,
         "theta_bytes": 0 if chosen is None else chosen.nbytes,
         **({} if setting is None else {"setting": setting.parameters()}),
     }

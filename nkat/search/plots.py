@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure
+from nkat.search.objective import GUARD
 from nkat.study.plots import draw_importances, pareto_front
 
 
@@ -15,31 +16,40 @@ def plot_search(
     rows: Sequence[Mapping[str, Any]],
     importances: Mapping[str, float],
     title: str,
+    fit: Mapping[str, Any] | None = None,
 ) -> None:
     """Four panels as PNG: score by trial, rank–γ map, parameter importances, perplexity against bytes of Θ.
 
-    Replaces an earlier picture.
+    Where a guard judged, two more: what trials cost elsewhere, and how the fit went. Replaces an earlier picture.
     rows: `nkat.study.study.history` of a language-model search; the trial without parameters is the model without Θ
+    fit: the record of a learned Θ
     """
-    figure = new_figure(title, (13, 9))
-    panels = figure.subplots(2, 2)
+    columns = 2 if fit is None else 3
+    figure = new_figure(title, (6.5 * columns, 9))
+    panels = figure.subplots(2, columns)
     complete = [row for row in rows if row["state"] == "COMPLETE"]
     base = next((row for row in complete if not row["parameters"]), None)
     searched = [row for row in complete if row["parameters"]]
-    best = max(searched, key=lambda row: row["value"], default=None)
+    best = max((row for row in searched if row["feasible"]), key=lambda row: row["value"], default=None)
     _history(panels[0][0], rows, base, searched, best)
     _rank_gamma(panels[0][1], figure, searched, best)
     draw_importances(panels[1][0], importances)
     _front(panels[1][1], base, searched, best)
+    if fit is not None:
+        _prices(panels[0][2], searched, best)
+        _learning(panels[1][2], fit)
     save_figure(figure, path, force=True)
 
 
 def _history(axes: Any, rows: Sequence[Mapping], base: Any, searched: list[Mapping], best: Any) -> None:
     axes.set(title="TPE by trial (higher is better)", xlabel="trial", ylabel="TPE")
     pruned = [r["number"] for r in rows if r["state"] == "PRUNED"]
-    if searched:
-        axes.plot([r["number"] for r in searched], [r["value"] for r in searched], "o", color=TRIAL, label="trial")
-        ordered = sorted(searched, key=lambda r: r["number"])
+    allowed = [r for r in searched if r["feasible"]]
+    for group, color, label in ((allowed, TRIAL, "trial"), (_broken(searched), PRUNED, "breaks a limit")):
+        if group:
+            axes.plot([r["number"] for r in group], [r["value"] for r in group], "o", color=color, label=label)
+    if allowed:
+        ordered = sorted(allowed, key=lambda r: r["number"])
         running = [max(r["value"] for r in ordered[: i + 1]) for i in range(len(ordered))]
         axes.step([r["number"] for r in ordered], running, where="post", color=BEST, label="best so far")
     if pruned:
@@ -77,6 +87,8 @@ def _rank_gamma(axes: Any, figure: Any, searched: list[Mapping], best: Any) -> N
     colors = [r["change_percent"] for r in searched]
     points = axes.scatter(x, y, c=colors, cmap="RdYlGn_r", vmin=-spread, vmax=spread, s=90, edgecolors="black", lw=0.5)
     figure.colorbar(points, ax=axes, label="change, %")
+    if best is None:
+        return
     at = searched.index(best)
     axes.scatter([x[at]], [y[at]], s=240, facecolors="none", edgecolors=BEST, lw=2, label=f"trial {best['number']}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)  # below, where it covers no trial
@@ -87,7 +99,9 @@ def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
     points = [*([base] if base else []), *searched]
     if not points:
         return
-    for group, color, label in (([base] if base else [], BASE, "without Θ"), (searched, TRIAL, "trial")):
+    allowed = [row for row in searched if row["feasible"]]
+    groups = (([base] if base else [], BASE, "without Θ"), (allowed, TRIAL, "trial"))
+    for group, color, label in (*groups, (_broken(searched), PRUNED, "breaks a limit")):
         if group:
             axes.plot(
                 [r["theta_bytes"] / 1e6 for r in group], [r["perplexity"] for r in group], "o", color=color, label=label
@@ -100,3 +114,43 @@ def _front(axes: Any, base: Any, searched: list[Mapping], best: Any) -> None:
         )
     axes.ticklabel_format(axis="y", useOffset=False)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)  # below, where it covers no trial
+
+
+def _prices(axes: Any, searched: list[Mapping], best: Any) -> None:
+    """Of each trial that was better at home: the change there, and the worst on the guard's texts."""
+    axes.set(
+        title="the price elsewhere, %", xlabel="change on the trials' chunks", ylabel="at most, on the guard's texts"
+    )
+    judged = [row for row in searched if GUARD in row]
+    if not judged:
+        axes.text(0.5, 0.5, "no trial that was better at home, or no guard", ha="center", transform=axes.transAxes)
+        return
+    for admitted, color, label in ((True, TRIAL, "admitted"), (False, PRUNED, "turned away")):
+        group = [row for row in judged if row[GUARD]["admitted"] == admitted]
+        if group:
+            axes.plot([r["change_percent"] for r in group], [_bound(r) for r in group], "o", color=color, label=label)
+    limit = judged[0][GUARD]["limit_percent"]
+    axes.axhline(limit, color=BEST, linestyle="--", label=f"limit, {limit:g} %")
+    if best is not None and GUARD in best:
+        place = [best["change_percent"]], [_bound(best)]
+        axes.plot(*place, "o", ms=14, mfc="none", mec=BEST, label=f"trial {best['number']}")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)
+
+
+def _learning(axes: Any, fit: Mapping[str, Any]) -> None:
+    axes.set(title="the fit: −ln p a token", xlabel="step")
+    steps = [row["step"] for row in fit["history"]]
+    axes.plot(steps, [row["loss"] for row in fit["history"]], "o-", color=PRUNED, label="the step's batch")
+    validation = [row["validation_nll"] for row in fit["history"]]
+    axes.plot(steps, validation, "o-", color=TRIAL, label="kept-back slice, rank as learned")
+    axes.axvline(fit["kept_step"], color=BEST, linestyle="--", label="kept step")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+
+
+def _bound(row: Mapping[str, Any]) -> float:
+    """The worst price of a trial by the guard's rule, in per cent."""
+    return max(price["bound_percent"] for price in row[GUARD]["prices"])
+
+
+def _broken(searched: list[Mapping]) -> list[Mapping]:
+    return [row for row in searched if not row["feasible"]]

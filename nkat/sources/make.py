@@ -15,7 +15,7 @@ from nkat.gguf.writer import MetadataValue
 from nkat.sources.options import SOURCES, ThetaOptions
 from nkat.sources.residual import ErrorsLeft, errors_left, factors_from_residual
 from nkat.sources.weight import factors_from_weight
-from nkat.theta.algebra import Theta, ThetaError, coupling, quantise_factors
+from nkat.theta.algebra import Theta, ThetaError, coupling, of_experts, quantise_factors
 from nkat.theta.modelfile import ModelFile, base_name
 from nkat.theta.set import ThetaSet
 
@@ -23,13 +23,25 @@ _Result = TypeVar("_Result")
 _MOST_WORKERS = 2  # bounds the memory: each holds a weight in float32
 
 
+def check_source(tensors: Mapping[str, TensorInfo], names: Sequence[str], source: str) -> None:
+    """Raises ThetaError for a mixture's experts among the names where the source makes no Θ for them."""
+    for name in names:
+        if len(tensors[name].shape) == 3 and source != "weight":
+            raise ThetaError(
+                f"{name}: Θ of a mixture's experts comes of their weights alone, not of {source}: give "
+                "--theta-source weight"
+            )
+
+
 def check_options(tensors: Mapping[str, TensorInfo], names: Sequence[str], options: ThetaOptions) -> None:
     """Raises NKATError for what cannot work, before any time is spent."""
     coupling(options.gamma)
+    check_source(tensors, names, options.source)
     for name in names:
-        limit = min(*tensors[name].shape, options.target_size or max(tensors[name].shape))
+        shape = tensors[name].shape
+        limit = min(*shape[-2:], options.target_size or max(shape[-2:]))
         if not 1 <= options.rank <= limit:
-            rows, columns = tensors[name].shape
+            rows, columns = shape[-2:]
             corner = f" (its leading {limit}x{limit} corner)" if options.target_size else ""
             raise ThetaError(
                 f"Θ rank {options.rank} is impossible for {name} ({rows}x{columns}){corner}: "
@@ -61,7 +73,10 @@ def make_thetas(
         check_reference_is_better(file, options.reference, names)
 
     def make(name: str) -> Theta:
-        return quantise_factors(*_factors(read_weight(file, name), name, options))
+        weight = read_weight(file, name)
+        if weight.ndim == 2:
+            return quantise_factors(*_factors(weight, name, options))
+        return of_experts([quantise_factors(*_factors(expert, name, options)) for expert in weight])
 
     return _two_at_a_time(file, names, make, on_layer)
 

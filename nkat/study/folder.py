@@ -18,11 +18,11 @@ from nkat.study.study import exists_already, find_study, open_storage, study_id,
 HISTORY, SUMMARY, PICTURE = "optimization_history.json", "optuna_study.json", "optimization_results.png"
 
 
-def check_place(options: StudyOptions, name: str) -> None:
+def check_place(options: StudyOptions, name: str, has_begun: bool = False) -> None:
     """Raises NKATError, before time is spent, where a study would be continued unasked, is not there to be continued,
     or where the folder's reports are another study's.
 
-    name: of the study, where the user gives none
+    name: of the study, where the user gives none;  has_begun: there is something else to be continued
     """
     check_apart({"--json": options.json, **{file: options.output_dir / file for file in (HISTORY, SUMMARY, PICTURE)}})
     name = options.study_name or name
@@ -31,7 +31,7 @@ def check_place(options: StudyOptions, name: str) -> None:
     if "://" in where or Path(where).is_file():  # a journal that is not there would be made
         storage = open_storage(where)
         names, study = optuna.get_all_study_names(storage), find_study(storage, name)
-    if study is None and options.resume:
+    if study is None and options.resume and not has_begun:
         held = f"; it holds {', '.join(names)}" if names else ""
         raise NKATError(f"{without_password(where)}: there is no study {name!r} to resume{held}")
     if study is not None and not options.may_join:

@@ -29,6 +29,7 @@ class Task(Generic[Options]):
     name: of the study, where the user gives none
     inputs: the files that are read, which nothing may replace
     options: makes the frozen options out of the parsed command line; ends the program for flags that do not go together
+    has_begun: whether something in the output folder, made before there is a study, is to be gone on with
     """
 
     description: str
@@ -39,6 +40,7 @@ class Task(Generic[Options]):
     add_options: Callable[[argparse.ArgumentParser], None]
     options: Callable[[argparse.ArgumentParser, argparse.Namespace, StudyOptions], Options]
     run: Callable[[Options], None]
+    has_begun: Callable[[Options], bool] = lambda _: False
 
 
 def run_task(modules: Mapping[str, str], argv: Sequence[str] | None = None) -> None:
@@ -56,6 +58,6 @@ def run_task(modules: Mapping[str, str], argv: Sequence[str] | None = None) -> N
     if not shared.join:
         check_record(shared.json, shared.force, task.inputs(options))
         check_driver(shared.storage_url)
-        check_place(shared, task.name(options))
+        check_place(shared, task.name(options), task.has_begun(options))
     with output_folder(shared.output_dir), storage_failures():
         task.run(task.options(parser, parsed, workers.prepare(shared)))

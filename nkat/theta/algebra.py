@@ -11,6 +11,7 @@ Antisymmetry is exact after quantisation because the factors are quantised and n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ class Theta:
 
     p, q:  int8 [t, r], the factors; rows beyond t are zero
     scale: float32 [2, r], scale[0] belongs to p's columns and scale[1] to q's
+    Of a mixture's experts, whose weight is [experts, m, n], each has its own: p and q [experts, t, r], scale
+    [experts, 2, r].
     """
 
     p: torch.Tensor
@@ -39,7 +42,8 @@ class Theta:
     def __post_init__(self) -> None:
         if self.p.dtype != torch.int8 or self.q.dtype != torch.int8 or self.scale.dtype != torch.float32:
             raise ThetaError("Θ factors must be int8 and their scales float32")
-        if self.p.ndim != 2 or self.p.shape != self.q.shape or self.scale.shape != (2, self.p.shape[1]):
+        expected = (*self.p.shape[:-2], 2, *self.p.shape[-1:])
+        if self.p.ndim not in (2, 3) or self.p.shape != self.q.shape or self.scale.shape != expected:
             raise ThetaError(
                 f"Θ shapes do not fit together: p {tuple(self.p.shape)}, q {tuple(self.q.shape)}, "
                 f"scale {tuple(self.scale.shape)}"
@@ -48,12 +52,12 @@ class Theta:
     @property
     def size(self) -> int:
         """t: Θ is zero outside its leading t×t corner."""
-        return self.p.shape[0]
+        return self.p.shape[-2]
 
     @property
     def rank(self) -> int:
         """r, the number of columns of P and of Q; the matrix rank of Θ is at most 2r."""
-        return self.p.shape[1]
+        return self.p.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -62,14 +66,29 @@ class Theta:
 
     def is_zero(self) -> bool:
         """True when Θ has no effect at all: every column of P or of Q is zero."""
-        p_zero = (self.p == 0).all(dim=0) | (self.scale[0] == 0)
-        q_zero = (self.q == 0).all(dim=0) | (self.scale[1] == 0)
+        p_zero = (self.p == 0).all(dim=-2) | (self.scale[..., 0, :] == 0)
+        q_zero = (self.q == 0).all(dim=-2) | (self.scale[..., 1, :] == 0)
         return bool((p_zero | q_zero).all())
 
+    @property
+    def experts(self) -> int | None:
+        """How many experts have a Θ here; None: it is that of a single weight."""
+        return None if self.p.ndim == 2 else self.p.shape[0]
+
+    def expert(self, index: int) -> Theta:
+        """One expert's."""
+        return Theta(self.p[index], self.q[index], self.scale[index])
+
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-        """Dequantised P and Q, each [t, r]."""
-        scale = self.scale.to(dtype)
-        return self.p.to(dtype) * scale[0], self.q.to(dtype) * scale[1]
+        """Dequantised P and Q, each as they are stored."""
+        p_scale, q_scale = self.scale.to(dtype).unsqueeze(-2).unbind(dim=-3)
+        return self.p.to(dtype) * p_scale, self.q.to(dtype) * q_scale
+
+
+def of_experts(thetas: Sequence[Theta]) -> Theta:
+    """The Θ of all experts of one name, from each one's."""
+    p, q, scale = (torch.stack([getattr(theta, name) for theta in thetas]) for name in ("p", "q", "scale"))
+    return Theta(p, q, scale)
 
 
 def coupling(gamma: float) -> float:
@@ -88,7 +107,10 @@ def quantise_factors(p: torch.Tensor, q: torch.Tensor) -> Theta:
 
 
 def low_rank_form(p: torch.Tensor, q: torch.Tensor, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(down [2r, n], up [m, 2r]) with Θ[:m, :n] = up @ down: down = [Qᵀ; Pᵀ], up = [P, −Q], zero-padded from t."""
+    """(down [2r, n], up [m, 2r]) with Θ[:m, :n] = up @ down: down = [Qᵀ; Pᵀ], up = [P, −Q], zero-padded from t.
+
+    p, q: of one weight, [t, r]
+    """
     down = torch.cat([pad_rows(q[:n], n), pad_rows(p[:n], n)], dim=1).T.contiguous()
     up = torch.cat([pad_rows(p[:m], m), -pad_rows(q[:m], m)], dim=1)
     return down, up

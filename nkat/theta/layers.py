@@ -40,6 +40,13 @@ def adaptable_layers(tensors: Mapping[str, TensorInfo]) -> list[str]:
     return sorted(names, key=block_number)
 
 
+def _experts(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The 3-D weights of mixtures, [experts, outputs, inputs], which get Θ only when they are named."""
+    return [
+        name for name, info in tensors.items() if name.endswith(f"{EXPERTS_IN_NAME}weight") and len(info.shape) == 3
+    ]
+
+
 def select_layers(tensors: Mapping[str, TensorInfo], patterns: Sequence[str] | None) -> list[str]:
     """The weights that `patterns` name; all adaptable ones when there are none.
 
@@ -51,6 +58,7 @@ def select_layers(tensors: Mapping[str, TensorInfo], patterns: Sequence[str] | N
         raise NKATError("the model has no 2-D attention or FFN weights inside blocks, so there is nothing to adapt")
     if patterns is None:
         return candidates
+    candidates = sorted([*candidates, *_experts(tensors)], key=block_number)
     chosen = set()
     for pattern in patterns:
         translated = gguf_name(pattern)
@@ -70,8 +78,6 @@ def gguf_name(name: str) -> str:
 
 
 def _no_match(pattern: str, translated: str, candidates: list[str], tensors: Mapping[str, TensorInfo]) -> str:
-    if any(EXPERTS_IN_NAME in name and fnmatchcase(name, translated) for name in tensors):
-        return f"layer {pattern!r} is of a mixture's experts, on which Θ is not supported; it acts on attention"
     if translated in tensors:
         shape = "x".join(str(n) for n in tensors[translated].shape)
         return f"layer {pattern!r} is a tensor of shape {shape} that Θ cannot adapt: only linear weights in blocks"

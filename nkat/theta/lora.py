@@ -22,14 +22,17 @@ def lora_parts(theta_set: ThetaSet, base: BaseView, gamma: float | None = None) 
     """κ(γ)Θ as a llama.cpp LoRA adapter of rank 2r: W x + lora_b (lora_a x), in F16.
 
     lora_a [2r, n] = [Qᵀ; Pᵀ], lora_b [m, 2r] = κ [P, −Q]; `adapter.lora.alpha` = 2r, so that llama.cpp's own factor
-    alpha / rank is 1. A layer of lower rank than the largest has that factor divided out.
+    alpha / rank is 1. A layer of lower rank than the largest has that factor divided out. Those of a mixture's experts
+    lie behind one another.
     """
     kappa = coupling(theta_set.gamma if gamma is None else gamma)
     alpha = 2 * theta_set.rank
     tensors = []
     for name, theta in theta_set.layers.items():
-        m, n = base.tensors[name].shape
-        down, up = low_rank_form(*theta.factors(), m, n)
+        m, n = base.tensors[name].shape[-2:]
+        each = [theta] if theta.experts is None else [theta.expert(i) for i in range(theta.experts)]
+        forms = [low_rank_form(*one.factors(), m, n) for one in each]
+        down, up = forms[0] if theta.experts is None else (torch.stack(parts) for parts in zip(*forms, strict=True))
         up *= kappa * (2 * theta.rank) / alpha
         for suffix, factor in ((".lora_a", down), (".lora_b", up)):
             half = factor.to(torch.float16)

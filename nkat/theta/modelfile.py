@@ -37,6 +37,7 @@ from nkat.gguf.writer import (
     sha256_of_parts,
 )
 from nkat.theta.algebra import Theta, ThetaError, coupling
+from nkat.theta.optimal import about_missing
 from nkat.theta.set import FORMAT_VERSION, KEY_PREFIX, SUFFIXES, ThetaSet, check_fits
 
 BOUNDARY = 4096
@@ -89,6 +90,8 @@ class ModelFile:
 def open_model_file(path: str | Path) -> ModelFile:
     """Opens a GGUF or `.nkat` of any layout. Raises GGUFError when the file or the Θ in it is damaged."""
     path = Path(path)
+    if said := about_missing(path):
+        raise NKATError(f"{path}: no such file{said}")
     file = GGUFFile.open(path)
     if _is_theta(file):
         return _open_with_own_theta(path, file)
@@ -236,8 +239,10 @@ def _read_theta(file: GGUFFile, stem: str) -> Theta:
     def read(suffix: str, kind: GGMLQuantizationType, dtype: str) -> torch.Tensor:
         name = stem + suffix
         info = file.tensors.get(name)
-        if info is None or info.type != kind or len(info.shape) != 2:
-            raise GGUFError(f"{file.path}: tensor {name!r} is missing or is not a 2-D {kind.name} tensor")
+        if info is None or info.type != kind or len(info.shape) not in (2, 3):
+            raise GGUFError(
+                f"{file.path}: tensor {name!r} is missing or is not a 2-D {kind.name} tensor (3-D: experts)"
+            )
         return torch.from_numpy(file.raw(name).view(dtype).reshape(info.shape).copy())
 
     i8, f32 = GGMLQuantizationType.I8, GGMLQuantizationType.F32

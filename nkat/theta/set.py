@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gguf.constants import GGMLQuantizationType
 
+from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, TensorInfo
 from nkat.gguf.names import block_number
 from nkat.gguf.writer import (
@@ -21,6 +22,7 @@ SUFFIXES = (".theta_p", ".theta_q", ".theta_scale")
 KEY_PREFIX = "nkat."
 CALIBRATION_KEY = "nkat.calibration.sha256"
 KEEP_KEY = "nkat.keep.sha256"
+DECAY_KEY = "nkat.theta.depth_decay"
 UNFINISHED_KEY = "nkat.fit.unfinished"
 HELDOUT_PREFIX = "nkat.heldout."  # of what was measured with this very Θ at this very γ
 
@@ -52,6 +54,11 @@ class ThetaSet:
     def nbytes(self) -> int:
         return sum(theta.nbytes for theta in self.layers.values())
 
+    def bytes_per_token(self, active_experts: float) -> int:
+        """Of its bytes those that a token reads: of experts only those it goes to (`ModelConfig.active_experts`)."""
+        shares = ((theta.nbytes, 1.0 if theta.experts is None else active_experts) for theta in self.layers.values())
+        return sum(round(nbytes * share) for nbytes, share in shares)
+
     def metadata(self) -> dict[str, MetadataValue]:
         return {
             "nkat.version": FORMAT_VERSION,
@@ -78,16 +85,17 @@ class ThetaSet:
 
 
 def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Path) -> None:
-    """Raises GGUFError unless every Θ belongs to a 2-D weight of the base and fits its shape, in size and in rank."""
+    """Raises GGUFError unless every Θ belongs to a weight of the base and fits its shape, in size and in rank."""
     for name, theta in theta_set.layers.items():
         info = tensors.get(name)
         if info is None:
             raise GGUFError(f"{path}: Θ for {name!r}, which the base model does not have")
-        if len(info.shape) != 2 or theta.size > max(info.shape):
+        shape, experts = info.shape[-2:], () if theta.experts is None else (theta.experts,)
+        if len(info.shape) < 2 or info.shape[:-2] != experts or theta.size > max(shape):
             raise GGUFError(f"{path}: Θ of size {theta.size} does not fit {name!r} of shape {info.shape}")
         # The same bound as for one that is made. Beyond it a few bytes of a small corner become a large matrix, as
         # the kernels' factors have a row for every row of the weight.
-        limit = min(*info.shape, theta.size)
+        limit = min(*shape, theta.size)
         if not 1 <= theta.rank <= limit:
             raise GGUFError(f"{path}: Θ of rank {theta.rank} for {name!r}: it must be from 1 to {limit}")
 
@@ -104,7 +112,7 @@ def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:
     What was measured with all of them is no longer noted.
     """
     thetas = {
-        name: Theta(t.p[:, :rank].contiguous(), t.q[:, :rank].contiguous(), t.scale[:, :rank].contiguous())
+        name: Theta(t.p[..., :rank].contiguous(), t.q[..., :rank].contiguous(), t.scale[..., :rank].contiguous())
         for name, t in theta_set.layers.items()
     }
     notes = {key: value for key, value in theta_set.notes.items() if not key.startswith(HELDOUT_PREFIX)}
@@ -116,6 +124,30 @@ def scale_by_depth(theta_set: ThetaSet, factor: float) -> ThetaSet:
     thetas = {}
     for name, theta in theta_set.layers.items():
         scale = theta.scale.clone()
-        scale[0] *= factor ** max(0, block_number(name))
+        scale[..., 0, :] *= factor ** max(0, block_number(name))
         thetas[name] = replace(theta, scale=scale)
-    return replace(theta_set, layers=thetas, notes={**theta_set.notes, "nkat.theta.depth_decay": factor})
+    return replace(theta_set, layers=thetas, notes={**theta_set.notes, DECAY_KEY: factor})
+
+
+def part_of(
+    theta_set: ThetaSet, *, rank: int, gamma: float, names: Collection[str] | None = None, depth_decay: bool = False
+) -> ThetaSet:
+    """The first columns of some layers' Θ at a strength: what of a Θ is written where none is made anew.
+
+    names: of the weights that keep theirs; None: all
+    depth_decay: also block l's Θ times gamma^l
+    Raises NKATError for a rank that the Θ has not, names of which it has none, or a decay that it has already.
+    """
+    if rank > theta_set.rank:
+        raise NKATError(f"the Θ has rank {theta_set.rank}, which is below {rank}")
+    kept = {name: theta for name, theta in theta_set.layers.items() if names is None or name in names}
+    if not kept:
+        raise NKATError("the Θ has none for the layers that were asked for")
+    if (rank, gamma, len(kept), depth_decay) == (theta_set.rank, theta_set.gamma, len(theta_set.layers), False):
+        return theta_set  # with what was measured of it
+    part = truncate_rank(replace(theta_set, layers=kept, gamma=gamma), rank)
+    if not depth_decay:
+        return part
+    if DECAY_KEY in theta_set.notes:
+        raise NKATError("the Θ decays with depth already")
+    return scale_by_depth(part, gamma)

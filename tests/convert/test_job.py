@@ -140,6 +140,34 @@ def test_a_file_with_theta_among_its_tensors_is_converted_again(script, tmp_path
     assert cut.read_bytes() == direct.read_bytes()
 
 
+def test_a_theta_of_its_own_file_is_written_whole_or_in_part(script, fails, tmp_path: Path, base: Path) -> None:
+    only, out, direct = (tmp_path / name for name in ("theta.bin", "out.nkat", "direct.nkat"))
+    convert(script, "--input", base, "--output", only, "--theta-only", "--theta-rank", 4)
+    convert(script, "--input", base, "--output", direct, "--theta-rank", 4)
+    convert(script, "--input", base, "--output", out, "--theta", only)
+    assert out.read_bytes() == direct.read_bytes()
+    part = ("--truncate-rank", 2, "--theta-gamma", 0.985, "--selective-layers", "blk.*.attn_*.weight", "--depth-decay")
+    convert(script, "--input", base, "--output", out, "--theta", only, *part, "--force")
+    found, whole = open_model_file(out).theta, open_model_file(only).theta
+    assert found.layers.keys() == {name for name in whole.layers if ".attn_" in name} != whole.layers.keys()
+    assert (found.rank, found.gamma, found.notes["nkat.theta.depth_decay"]) == (2, 0.985, 0.985)
+    for name, theta in found.layers.items():
+        p, q = (factor[:, :2] for factor in whole.layers[name].factors())
+        torch.testing.assert_close(theta.factors(), (p * 0.985 ** int(name.split(".")[1]), q))
+    message = fails(CONVERTER, "--input", out, "--output", direct, "--truncate-rank", 2, "--depth-decay", "--force")
+    assert "decays with depth already" in message
+    other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1)
+    message = fails(CONVERTER, "--input", other, "--output", tmp_path / "x", "--theta", only)
+    assert "was made for another model" in message
+    message = fails(CONVERTER, "--input", base, "--output", tmp_path / "x", "--theta", only, "--theta-rank", 2)
+    assert "write a Θ that there is" in message
+    message = fails(CONVERTER, "--input", base, "--output", tmp_path / "x", "--theta", only, "--truncate-rank", 5)
+    assert f"{only}: its Θ has rank 4, which is below 5" in message
+    assert "the output is the same file as the input" in fails(
+        CONVERTER, "--input", base, "--output", only, "--theta", only, "--theta-only", "--force"
+    )
+
+
 def test_each_way_through_the_converter_has_a_head_and_a_next_command(script, tmp_path: Path, base: Path) -> None:
     out, only, lora, cut, back = (tmp_path / n for n in ("o.nkat", "t.bin", "l.gguf", "c.nkat", "back.gguf"))
 

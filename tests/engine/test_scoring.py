@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nkat.engine.compiled_scorer import CompiledScorer
-from nkat.engine.scoring import EagerScorer, make_scorer
+from nkat.engine.scoring import EagerScorer, KeptScorer, make_scorer
 from nkat.kernels.cpu import batch
 from nkat.lm.load import LoadedModel, load_model
 from nkat.theta.algebra import quantise_factors
@@ -159,3 +159,39 @@ def test_other_models_score_by_themselves(tmp_path):
     loaded = load(tmp_path)
     loaded.model.blocks[1].linears["ffn_up"] = torch.nn.Linear(64, 96)
     assert isinstance(make_scorer(loaded.model, 1, CONTEXT), EagerScorer)
+
+
+def test_a_kept_scorer_is_made_once_for_each_theta(tmp_path, monkeypatch):
+    """Whatever the strength and the number of chunks; and its figures are those of one made anew."""
+    loaded = load(tmp_path)
+    made: list[int] = []
+
+    def counting(model: Any, batch: int, context: int) -> Any:
+        made.append(batch)
+        return make_scorer(model, batch, context)
+
+    monkeypatch.setattr("nkat.engine.scoring.make_scorer", counting)
+    kept = KeptScorer(least=2)
+
+    def score(count: int) -> torch.Tensor:
+        found = kept(loaded.model, count, CONTEXT).score(CHUNKS[:count])
+        assert torch.equal(found, make_scorer(loaded.model, count, CONTEXT).score(CHUNKS[:count]))
+        return found
+
+    add_theta(loaded)
+    loaded.model.set_gamma(0.97)
+    weak = score(1)
+    loaded.model.set_gamma(0.90)
+    assert not torch.equal(score(2)[:1], weak)
+    loaded.model.set_gamma(None)
+    score(1)
+    thetas = {name: layer.theta for name, layer in loaded.model.star_linears().items()}
+    loaded.model.set_thetas(thetas)  # the very same: nothing is stale
+    score(1)
+    assert made == [2]
+    add_theta(loaded, seed=1)
+    loaded.model.set_gamma(0.97)
+    assert not torch.equal(score(1), weak)
+    assert made == [2, 2]
+    score(3)  # more than there is room for
+    assert made == [2, 2, 3]

@@ -14,6 +14,7 @@ from nkat.lm.architectures import (
     BLOCK_LINEARS,
     QKV,
     ROUTER,
+    SCALES,
     STACKS,
     Architecture,
     Sizes,
@@ -57,7 +58,7 @@ def agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agrees:
             patch.setitem(ARCHITECTURES, arch, replace(ARCHITECTURES[arch], **changes))
             try:
                 return largest_error(path, golden) < 2e-4  # see test_transformer
-            except ConfigError:
+            except (ConfigError, RuntimeError):  # the latter of a row that contradicts itself
                 return False
 
     return check
@@ -101,6 +102,12 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
 @pytest.mark.parametrize(
     ("variant", "field", "value"),
     [
+        ("smollm3", "unturned_period", 0),
+        ("smollm3", "unturned_period", 3),
+        ("granite_unturned", "reads", SCALES),
+        ("olmo2_swa", "window", None),
+        ("olmo2_swa", "window", Window(period=4, rope_base=None)),
+        ("olmo2_swa", "window", Window(period=4, rope_base=10000.0)),
         ("gemma3_swa", "window", None),
         ("gemma3_swa", "window", Window(period=3, rope_base=10000.0)),
         ("gemma3_swa", "window", Window(period=6, rope_base=500.0)),
@@ -166,7 +173,8 @@ def test_only_gemma_27b_scales_attention_by_its_embedding(arch: str, blocks: int
 # --- no other file knows a name
 
 OTHER_MEANINGS = {
-    ("nkat/lm/tokenizer.py", "llama"),  # a kind of vocabulary: SentencePiece
+    ("nkat/lm/tokenizer.py", "llama"),  # kinds of vocabulary: SentencePiece, BPE of characters
+    ("nkat/lm/tokenizer.py", "gemma4"),
     ("nkat/models.py", "gemma3"),  # a model to fetch
 }
 
@@ -204,7 +212,7 @@ def test_no_other_file_compares_an_architecture() -> None:
     for path in sorted((ROOT / "nkat").rglob("*.py")):
         place = path.relative_to(ROOT).as_posix()
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        if place != "nkat/lm/architectures.py":
+        if place not in ("nkat/lm/architectures.py", "nkat/lm/pretokenisers.py"):  # the latter's are pre-tokenisers'
             names |= {(place, name) for name in names_in(tree)}
             assert not comparisons_in(tree), place
     assert names == OTHER_MEANINGS

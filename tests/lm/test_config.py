@@ -12,7 +12,8 @@ from gguf.constants import GGMLQuantizationType
 
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.lm.architectures import BLOCK_LINEARS, QKV
-from nkat.lm.config import ConfigError, ModelConfig
+from nkat.lm.config import ModelConfig, Turning
+from nkat.lm.keys import ConfigError
 from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
 
 
@@ -44,12 +45,17 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     assert (config.embedding_length, config.block_count) == (64, tiny.blocks)
     assert config.feed_forward_length == max(tiny.feed_forward_by_block or [tiny.feed_forward])
     assert (config.head_count, config.kv_head_count, config.head_dim) == (4, 2, head_dim)
-    assert config.attention_scale == (1.0 if arch == "gemma4" else head_dim**-0.5)
-    assert config.rope.interleaved == (arch in ("llama", "mistral3"))
-    assert config.rope.dimensions == head_dim
+    asked = tiny.metadata or {}
+    usual = 1.0 if arch == "gemma4" else head_dim**-0.5
+    assert config.attention_scale == pytest.approx(asked.get("attention.scale", usual))
+    assert config.rope.interleaved == (arch in ("llama", "mistral3", "smollm3", "glm4", "granite"))
+    assert config.rope.dimensions == (tiny.rotary or head_dim)
     assert config.architecture.qk_norm == tiny.qk_norm
-    assert config.architecture.post_norm == config.architecture.gelu == arch.startswith("gemma")
-    assert config.embedding_scale == (8.0 if arch.startswith("gemma") else 1.0)
+    assert config.architecture.wide_qk_norm == tiny.wide_qk_norm
+    assert config.architecture.post_norm == (arch.startswith("gemma") or arch in ("glm4", "olmo2"))
+    assert config.architecture.gelu == arch.startswith("gemma")
+    scale = 8.0 if arch.startswith("gemma") else asked.get("embedding_scale", 1.0) / asked.get("residual_scale", 1.0)
+    assert config.embedding_scale == pytest.approx(scale)
     linears = config.linears(1)
     if tiny.fused_qkv:
         assert linears["attn_qkv"] == (8 * head_dim, 64)
@@ -322,3 +328,36 @@ def test_ones_behind_a_shape_mean_nothing(tmp_path, arch, repack):
         metadata, tensors = read_tiny(tmp_path, arch)
         tensors["output_norm.weight"] = tensor("output_norm.weight", 2, 32)
         ModelConfig.from_gguf(metadata, tensors)
+
+
+def test_scales_of_the_stream_go_into_embedding_and_epsilon(tmp_path):
+    """RMS norms do not see how long their input is, but for the epsilon."""
+    scales = {"embedding_scale": 12.0, "residual_scale": 0.25, "attention.scale": 0.0625, "logit_scale": 8.0}
+    config = config_of(tmp_path, "granite", scales)
+    assert (config.embedding_scale, config.attention_scale, config.logit_scale) == (48.0, 0.0625, 8.0)
+    assert config.rms_epsilon == pytest.approx(16e-5)
+    plain = config_of(tmp_path, "granite", dict.fromkeys(scales, 0.0))
+    assert (plain.embedding_scale, plain.attention_scale, plain.logit_scale) == (1.0, 0.25, 1.0)
+    assert plain.rms_epsilon == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("key", ["embedding_scale", "residual_scale", "attention.scale", "logit_scale"])
+def test_a_scale_that_is_not_computed_is_refused_by_name(tmp_path, key):
+    with pytest.raises(ConfigError, match=rf"metadata llama\.{key} = 0\.5 is not supported"):
+        config_of(tmp_path, "llama", {key: 0.5})
+
+
+def test_blocks_without_rope(tmp_path):
+    config = config_of(tmp_path, "smollm3")
+    assert [config.turning(i) is Turning.NONE for i in range(5)] == [False, False, False, True, False]
+    granite = config_of(tmp_path, "granite", {"rope.scaling.finetuned": False})
+    assert granite.unturned_blocks == {0, 1, 2}
+    assert config_of(tmp_path, "granite", {"rope.scaling.finetuned": True}).unturned_blocks == set()
+    assert config_of(tmp_path, "llama", {"rope.scaling.finetuned": False}).unturned_blocks == set()
+
+
+def test_positions_for_pictures_and_their_streams_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"metadata glm4\.rope\.dimension_sections differs"):
+        config_of(tmp_path, "glm4", {"rope.dimension_sections": np.array([8, 12, 12, 0])})
+    with pytest.raises(ConfigError, match=r"metadata granite\.deepstack_mapping"):
+        config_of(tmp_path, "granite", {"deepstack_mapping": np.array([-1, 0, 1])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,20 @@ import torch
 from gguf.constants import GGMLQuantizationType as QType
 
 from nkat.engine.decoder import make_decoder
+from nkat.gguf.file import GGUFFile
+from nkat.gguf.weights import read_weight
 from nkat.lm.activation import activate
 from nkat.lm.architectures import ARCHITECTURES, STACKS
+from nkat.lm.experts import ExpertStack
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.transformer import Block
 from nkat.sources.fit.layers import fitted_layers
+from nkat.sources.make import make_thetas
+from nkat.sources.options import ThetaOptions
+from nkat.sources.weight import factors_from_weight
+from nkat.theta.algebra import Theta, coupling, low_rank_form, quantise_factors
+from nkat.theta.layers import select_layers
+from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
 
 IDS = torch.tensor([[(29 * i + 5) % 200 for i in range(24)]])
@@ -117,3 +127,83 @@ def test_mxfp4_experts_decode_by_the_compiled_program(tmp_path):
     with torch.inference_mode():
         expected = plain(IDS)[0, -1]
     assert (decoder.prefill(IDS[0].tolist()) - expected).abs().max() < 1e-4
+
+
+# --- Θ on experts
+
+PATTERNS = ["blk.*.ffn_down_exps.weight", "blk.1.ffn_gate_exps.weight", "blk.0.attn_q.weight"]
+
+
+def with_theta(path: Path) -> tuple[GGUFFile, dict[str, Theta]]:
+    file = GGUFFile.open(path)
+    names = select_layers(file.tensors, PATTERNS)
+    return file, make_thetas(file, names, ThetaOptions(rank=2))
+
+
+@every_mixture
+def test_each_expert_has_a_theta_of_its_own(tmp_path, arch):
+    """The model with Θ is the model whose weights have it in them."""
+    path = write_tiny_model(tmp_path / "tiny.gguf", arch)
+    file, thetas = with_theta(path)
+    theta = thetas["blk.1.ffn_gate_exps.weight"]
+    assert theta.p.shape == (6, 64, 2)
+    alone = quantise_factors(*factors_from_weight(read_weight(file, "blk.1.ffn_gate_exps.weight")[4], 2))
+    assert torch.equal(theta.expert(4).p, alone.p)
+    kappa = coupling(0.9)
+    plain = load_model(path, dtype=torch.float64).model
+    star = load_model(path, thetas=thetas, gamma=0.9, dtype=torch.float64).model
+    merged = load_model(path, dtype=torch.float64, keep_dense=True).model
+    for name, layer in merged.multipliers().items():
+        if name in thetas and isinstance(layer, ExpertStack):
+            for i in range(6):
+                down, up = low_rank_form(*thetas[name].expert(i).factors(torch.float64), *layer.shape[1:])
+                layer.expert(i).dense += kappa * up @ down
+        elif name in thetas:
+            down, up = low_rank_form(*thetas[name].factors(torch.float64), *layer.shape)
+            layer.dense += kappa * up @ down
+    with torch.inference_mode():
+        assert (star(IDS) - merged(IDS)).abs().max() < 1e-9
+        assert (star(IDS) - plain(IDS)).abs().max() > 1e-3
+        star.set_gamma(None)
+        assert torch.equal(star(IDS), plain(IDS))
+
+
+def test_theta_of_experts_decodes_without_the_compiled_program(tmp_path, capfd):
+    path = write_tiny_model(tmp_path / "tiny.gguf", "qwen3moe")
+    _, thetas = with_theta(path)
+    star = load_model(path, thetas=thetas, gamma=0.9, repack=True).model
+    decoder = make_decoder(star, 64)
+    assert "no Θ on experts" in capfd.readouterr().err
+    with torch.inference_mode():
+        expected = load_model(path, thetas=thetas, gamma=0.9).model(IDS)[0, -1]
+    assert (decoder.prefill(IDS[0].tolist()) - expected).abs().max() < 1e-4
+    star.set_thetas({})
+    assert "compiled" in make_decoder(star, 64).name
+
+
+def test_theta_of_experts_through_a_file_and_an_adapter(tmp_path, script, fails):
+    path = write_tiny_model(tmp_path / "tiny.gguf", "qwen3moe")
+    convert = ["--input", path, "--output", tmp_path / "tiny.nkat", "--export-lora", tmp_path / "lora.gguf"]
+    arguments = [*convert, "--theta-rank", 2, "--theta-gamma", 0.9, "--selective-layers", *PATTERNS]
+    done = script("nkat_gguf_converter.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    _, thetas = with_theta(path)
+    read = open_model_file(tmp_path / "tiny.nkat").theta
+    assert read.layers.keys() == thetas.keys()
+    assert all(torch.equal(read.layers[name].p, thetas[name].p) for name in thetas)
+    whole, of_attention = sum(t.nbytes for t in thetas.values()), thetas["blk.0.attn_q.weight"].nbytes
+    assert read.bytes_per_token(1 / 3) == of_attention + (whole - of_attention) // 3
+    adapter = GGUFFile.open(tmp_path / "lora.gguf")
+    name = "blk.2.ffn_down_exps.weight"
+    down, up = (read_weight(adapter, name + suffix) for suffix in (".lora_a", ".lora_b"))
+    assert (down.shape, up.shape) == ((6, 4, 48), (6, 64, 4))
+    term_down, term_up = low_rank_form(*thetas[name].expert(5).factors(), 64, 48)
+    assert torch.allclose(up[5] @ down[5], coupling(0.9) * term_up @ term_down, atol=2e-5)  # float16
+    only_weight = r"blk\.0\.ffn_down_exps\.weight: Θ of a mixture's experts comes of their weights alone"
+    text = tmp_path / "text.txt"
+    text.write_text("the rain in a tin " * 100)
+    more = ["--calibrate", text]
+    for source in (["fit", *more], ["residual", "--reference", path, *more]):
+        assert re.search(only_weight, fails("nkat_gguf_converter.py", *arguments, "--force", "--theta-source", *source))
+    merging = "--input", tmp_path / "tiny.nkat", "--merge", tmp_path / "merged.gguf"
+    assert "--merge cannot put Θ into a mixture's experts" in fails("nkat_gguf_converter.py", *merging)

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from gguf import TokenType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
-from nkat.lm.pretokenisers import PRE_TOKENIZERS
+from nkat.lm.merging import cuts
+from nkat.lm.pretokenisers import PRE_TOKENIZERS, PreTokenizer
 from nkat.lm.tokenizer import Tokenizer
 from tests.support.golden import read_golden
 
@@ -262,6 +264,61 @@ CUTS = {
 @pytest.mark.parametrize("text", CUTS)
 def test_pre_tokenisers_cut_where_they_should(pre: str, text: str):
     assert cut(pre, text) == CUTS[text][pre]
+
+
+CUT_BY_LLAMA = read_golden("cuts")
+
+
+def words_of(pre: PreTokenizer, text: str) -> list[int]:
+    """Characters of each word."""
+    sequence = tokenizers.pre_tokenizers.Sequence(cuts(pre))
+    return [len(word) for word, _ in sequence.pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("name", CUT_BY_LLAMA["names"])
+def test_odd_texts_are_cut_where_llama_cpp_cuts_them(name: str):
+    column = CUT_BY_LLAMA["names"].index(name)
+    expected = {text: kinds[of[column]] for text, kinds, of in CUT_BY_LLAMA["texts"]}
+    assert {text: words_of(PRE_TOKENIZERS[name], text) for text in expected} == expected
+
+
+def test_every_way_of_cutting_is_judged_and_differs():
+    patterns = {pre.patterns for pre in PRE_TOKENIZERS.values() if not pre.characters}
+    assert patterns == {PRE_TOKENIZERS[name].patterns for name in CUT_BY_LLAMA["names"]}
+    columns = list(zip(*(of for *_, of in CUT_BY_LLAMA["texts"]), strict=True))
+    assert len(set(columns)) == len(columns) == len(patterns)
+
+
+CHARACTERS = {f"<0x{byte:02X}>": TokenType.BYTE for byte in range(256)}
+
+
+@pytest.mark.parametrize(("kind", "pre"), [("gemma4", None), ("gpt2", "gemma4"), ("gpt2", "sarvam-moe")])
+def test_a_vocabulary_of_characters_merges_them_and_writes_spaces_as_sentencepiece_does(kind: str, pre: str | None):
+    tokens = ["<bos>", *CHARACTERS, "▁", "a", "b", "é", "\n", "\n\n", "ab", "▁ab"]
+    types = np.array([CHARACTERS.get(token, NORMAL) for token in tokens], np.int32)
+    merges = ["a b", "▁ ab"]
+    keys = with_tokenizer_keys(model=kind, pre=pre, tokens=tokens, token_type=types, merges=merges, bos_token_id=0)
+    tokenizer = Tokenizer.from_metadata(keys)
+    assert words(tokenizer, tokenizer.encode("ab ab\n\né c")) == (
+        ["ab", " ab", *(["\n\n"] if "gemma4" in (kind, pre) else ["\n", "\n"]), "é", " ", "c"]
+    )
+    assert tokenizer.encode("c\0") == [1 + ord("c"), 1]
+    assert tokenizer.decode(tokenizer.encode("ab ▁世")) == "ab  世"
+    assert tokenizer.adds_bos == ("gemma4" in (kind, pre))
+    with pytest.raises(NKATError, match="no token for the byte <0x00>"):
+        Tokenizer.from_metadata(keys | {"tokenizer.ggml.tokens": [tokens[0], "zero", *tokens[2:]]})
+
+
+def test_some_end_texts_end_nothing_beside_others():
+    harmony = dict.fromkeys(("<|end|>", "<|return|>", "<|call|>"), CONTROL)
+    both = Tokenizer.from_metadata(gpt2(special=harmony, eos_token_id=257))
+    assert both.eog_ids == {257, 258}
+    assert both.encode("<|end|>") == [256]  # like a user's own token, whether it is asked for or not
+    alone = Tokenizer.from_metadata(gpt2(special={"<|end|>": CONTROL, "<|return|>": CONTROL}, eos_token_id=257))
+    assert alone.eog_ids == {256, 257}
+    gemma = gpt2(special={"</s>": NORMAL, "<|tool_response>": CONTROL}, eos_token_id=257)
+    assert Tokenizer.from_metadata(gemma).eog_ids == {257}
+    assert len(Tokenizer.from_metadata(gemma).encode("</s>", parse_special=True)) == 4
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ import psutil
 import pytest
 import torch
 
+from nkat.engine.scoring import KeptScorer, make_scorer
 from nkat.lm.load import load_model
 from nkat.measure.judge import Judge
 from nkat.measure.perplexity import paired, score_chunks
 from nkat.measure.texts import Text, default_text
 from nkat.measure.tpe import byte_ratio, tpe
-from nkat.search.job import print_report
 from nkat.search.objective import (
     GUIDE_DEFAULT,
     OverheadLimit,
@@ -32,6 +32,7 @@ from nkat.search.objective import (
     log_tpe,
     make_objective,
 )
+from nkat.search.report import print_report
 from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.study.space import key
@@ -96,6 +97,28 @@ def test_chunk_scores_average_to_the_trials_score(judge: SettingJudge) -> None:
     assert log_tpe(2.0, 1.0) == -2.0 > log_tpe(2.0, 1.1)
 
 
+def test_another_strength_makes_nothing_anew(judge: SettingJudge, monkeypatch) -> None:
+    made: list[int] = []
+
+    def counting(model, batch: int, context: int):
+        made.append(batch)
+        return make_scorer(model, batch, context)
+
+    monkeypatch.setattr("nkat.engine.scoring.make_scorer", counting)
+    own = SettingJudge(Judge(judge.judge.loaded, judge.judge.passages, make=KeptScorer(4)), judge.theta_set)
+    assert own.base().tpe == judge.base().tpe
+    made.clear()
+    first = own.score(Setting(4, 0.97, "both", depth_decay=False))
+    again = own.score(Setting(4, 0.93, "both", depth_decay=False))
+    assert made == [4]  # for 6 chunks in two groups, and two strengths
+    assert first.tpe != again.tpe
+    for setting, found in ((Setting(4, 0.97, "both", False), first), (Setting(4, 0.93, "both", False), again)):
+        assert judge.score(setting).tpe == pytest.approx(found.tpe, rel=1e-12)  # the chunks in another order
+    own.score(Setting(4, 0.93, "both", depth_decay=True))
+    assert made[0] == 4
+    assert len(made) == 2
+
+
 def test_hopeless_trials_stop_early_and_good_ones_do_not(judge: SettingJudge) -> None:
     study = optuna.create_study(direction="maximize", pruner=optuna.pruners.WilcoxonPruner(n_startup_steps=3))
     own = SettingJudge(judge.judge, judge.theta_set)
@@ -158,6 +181,10 @@ def test_quick_writes_the_guides_files(script, tmp_path: Path, stories: Path) ->
     # One trial has one figure, which is that of the file.
     assert record["held_out"]["best"][0] == {"trial": optimal["trial"], **optimal["held_out"]}
     assert f"{optimal['held_out']['tpe']:.6f}" in stdout
+    same = out / "optimal.nkat"
+    assert str(same) == optimal["same_file"]
+    assert same.samefile(path)
+    assert json.loads((out / "optimal.json").read_text()) == optimal
     # The command runs as it is recorded, from any folder.
     before = path.read_bytes()
     path.write_bytes(b"")
@@ -220,7 +247,11 @@ def test_a_small_space_is_used_up_and_the_search_says_so(script, tmp_path: Path,
 
 
 def test_the_list_of_settings_is_what_trials_draw_from() -> None:
-    for space, count in ((Space(), 4 * 10 * 3 * 2), (Space((2,), None), 60), (Space(gamma=0.905), 24)):
+    learned = Space.of_learned((2, 4, 6, 8), None)
+    assert len(learned.first()) == 4
+    assert Space.of_learned((8,), 0.97).first() == [{**GUIDE_DEFAULT, "rank": 8}]
+    spaces = ((Space(), 4 * 10 * 3 * 2), (Space((2,), None), 60), (Space(gamma=0.905), 24), (learned, 4 * 10 * 3 * 2))
+    for space, count in spaces:
         listed = {key(point) for point in space.points()}
         assert len(listed) == count
         study = optuna.create_study()
@@ -228,7 +259,8 @@ def test_the_list_of_settings_is_what_trials_draw_from() -> None:
             trial = study.ask()
             space.suggest(trial)
             assert key(trial.params) in listed
-        assert key(space.guide_default()) in listed
+        assert all(key(point) in listed for point in space.first())
+        assert space.first()[0] == space.guide_default()
 
 
 def test_another_models_reports_are_not_replaced_unasked(script, fails, tmp_path: Path) -> None:
@@ -274,14 +306,16 @@ def test_other_machines_join_by_the_studys_name(script, tmp_path: Path, stories:
     assert not (tmp_path / "there" / "study.journal").exists()
 
 
-def test_no_theta_that_loses_is_written(script, tmp_path: Path, stories: Path, monkeypatch) -> None:
+def test_no_theta_that_loses_is_written(script, fails, tmp_path: Path, stories: Path) -> None:
     """γ = 0.99 and every byte counted: on this model Θ costs more than it gives."""
     out = tmp_path / "o"
     arguments = ("--mode", "custom", "--trials", 3, "--target-rank", 8, "--target-gamma", 0.99)
     record, stdout = run(script, "--model", stories, *arguments, "--output-dir", out)
     assert record["optimal"] is None
     assert "no Θ beats the model without it: none was written" in stdout
-    assert not list(out.glob("optimal_*"))
+    assert [path.name for path in out.glob("optimal*")] == ["optimal.json"]
+    said = fails("nkat_inference_engine.py", "--model", out / "optimal_rank4_gamma0.97.nkat", "--compare")
+    assert said.endswith(f"the search in {out} wrote none, because no Θ beats the model without it")
     assert (out / "optimization_history.json").exists()
 
 
@@ -341,10 +375,11 @@ def test_the_winner_is_explained_where_another_looks_better(capsys) -> None:
         figures = {"perplexity": 9.0, "perplexity_stderr": 0.1, "change_percent": -1.0, "change_percent_stderr": 0.1}
         return {"trial": trial, "setting": setting, "tpe": value, **figures}
 
-    def said(base: float, best: list[float], won: bool, tried: bool = True) -> str:
+    def said(base: float, best: list[float], won: bool, tried: bool = True, turned_away: int = 0) -> str:
         rows = [row(5 + i, value) for i, value in enumerate(best)]
-        optimal = {"file": "x.nkat", "trial": 5, "held_out": rows[0]} if won else None
+        optimal = {"file": "x.nkat", "same_file": "optimal.nkat", "trial": 5, "held_out": rows[0]} if won else None
         counts = {"trials": {"COMPLETE": 4, "PRUNED": 0, "FAIL": 0}, "search_seconds": 1.0}
+        counts["turned_away"] = turned_away
         base_row = {name: value for name, value in row(0, base).items() if name != "setting"}
         record = {"held_out_chunks": 4, "text": "t", "held_out": {"base": base_row, "best": rows}, "optimal": optimal}
         record |= counts
@@ -358,6 +393,8 @@ def test_the_winner_is_explained_where_another_looks_better(capsys) -> None:
     assert "trials 6 and 7 come out ahead" in lost
     assert "the best of the trials does not beat the model without it: none was written" in lost
     assert "no Θ beats the model without it: none was written" in said(0.5, [0.2], won=False)
+    turned = said(0.5, [0.2], won=False, turned_away=2)
+    assert "no Θ that the guard admits beats the model without it (2 trials were better at home; --no-guard" in turned
     assert "no Θ was tried, only the model without it" in said(0.1, [], won=False, tried=False)
 
 
@@ -365,12 +402,19 @@ def test_mistakes(fails, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "tiny.gguf", "llama")
     text = tmp_path / "short.txt"
     text.write_text("Once upon a time there was a dog. " * 50)
+    long = tmp_path / "long.txt"
+    long.write_text(default_text().content[:20000], encoding="utf-8")
     common = ["--model", model, "--output-dir", tmp_path / "o"]
     assert "no such file" in fails(OPTIMIZER, "--model", tmp_path / "no.gguf", "--output-dir", tmp_path / "o")
     assert "too short" in fails(OPTIMIZER, *common, "--text", text)
     assert "--mode custom needs it" in fails(OPTIMIZER, *common, "--mode", "custom")
     assert "--trials goes with --mode custom" in fails(OPTIMIZER, *common, "--trials", 3)
     assert "needs --reference" in fails(OPTIMIZER, *common, "--theta-source", "residual")
+    assert "needs --calibrate" in fails(OPTIMIZER, *common, "--theta-source", "fit")
+    assert "--no-guard is for --theta-source fit" in fails(OPTIMIZER, *common, "--no-guard")
+    assert "--calibrate are for" in fails(OPTIMIZER, *common, "--theta-source", "weight", "--calibrate", text)
+    same = fails(OPTIMIZER, *common, "--calibrate", long, "--text", long)
+    assert "the text to learn from and the text to judge on are the same" in same
     assert "Θ rank 100 is impossible" in fails(OPTIMIZER, *common, "--target-rank", 100)
     assert "gamma" in fails(OPTIMIZER, *common, "--target-gamma", 1.5)
     assert "storage" in fails(OPTIMIZER, *common, "--storage", "nosuch://x")

@@ -12,6 +12,7 @@ def _trial(number: int, rank: int, gamma: float) -> dict:
         "value": 1.0 + number,
         "parameters": parameters,
         "change_percent": 1.0,
+        "feasible": True,
     }
 
 

@@ -49,7 +49,7 @@ class FakePanel:
 
 def chosen(panel: FakePanel, ranks: tuple[int, ...] = (4,), gammas: tuple[float, ...] = GAMMAS) -> Choice:
     steps = sorted({step for step, _ in panel.home})
-    return choose(lambda candidate: candidate, steps, Space(ranks, gammas), panel, panel.part())
+    return choose(lambda candidate: candidate, steps, Space(ranks, gammas), panel)
 
 
 def best_by_hand(panel: FakePanel) -> Candidate:

@@ -455,7 +455,7 @@ def test_bad_input_leaves_the_previous_output(
         (["--keep", "k.txt"], "--keep is for --theta-source fit"),
         (["--theta-source", "fit", "--calibrate", "c.txt", "--depth-decay"], "are not for --theta-source fit"),
         (["--theta-source", "fit", "--calibrate", "c.txt", "--fit-reference-share", "1"], "needs --reference"),
-        (["--truncate-rank", "2", "--theta-rank", "4"], "--truncate-rank keeps the Θ"),
+        (["--truncate-rank", "2", "--theta-rank", "4"], "--truncate-rank write a Θ that there is"),
     ],
 )
 def test_flags_that_do_not_go_together(

@@ -18,7 +18,6 @@ from typing import Any
 
 from nkat.host import console
 from nkat.host.console import format_table
-from nkat.lm.load import LoadedModel
 from nkat.measure.guard import Guard, Price, Verdict
 from nkat.measure.judge import Judge, Score, evenly
 from nkat.measure.perplexity import PairedChange, change_text
@@ -95,12 +94,12 @@ class Panel:
     def chunks(self) -> int:
         return len(self.home.passages.chunks) + (0 if self.guard is None else self.guard.chunks)
 
-    def part(self, loaded: LoadedModel) -> Panel:
-        """On some of the chunks, by the same model as it was loaded once more: a faster precision does for a look."""
+    def part(self) -> Panel:
+        """The same on some of the chunks."""
         count = len(self.home.passages.chunks)
         some = self.home.passages.pick(evenly(count, max(1, count // _LOOK_SHARE)))
-        guard = None if self.guard is None else self.guard.part(_LOOK_SHARE, loaded)
-        return Panel(Judge(loaded, some, batch=self.home.batch), guard)
+        guard = None if self.guard is None else self.guard.part(_LOOK_SHARE)
+        return Panel(Judge(self.home.loaded, some, batch=self.home.batch), guard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +118,10 @@ class Choice:
         }
 
 
-def choose(
-    make: Callable[[Candidate], ThetaSet], steps: Sequence[int], space: Space, panel: Panel, part: Panel
-) -> Choice:
+def choose(make: Callable[[Candidate], ThetaSet], steps: Sequence[int], space: Space, panel: Panel) -> Choice:
     """Judges candidates of a fit and keeps one.
 
     make: a candidate's Θ;  steps: after which there are factors, ascending
-    panel: what decides;  part: where candidates are looked at first
 
     Kept is the highest TPE among those that lower perplexity at home and that the guard admits. Where γ is fixed and it
     admits none, the one of the lowest price is kept all the same: the caller has been told what was asked for.
@@ -134,6 +130,7 @@ def choose(
     strengths = space.gammas[:1] if fixed else (space.gammas[0], space.gammas[min(_LOOK_GAMMA, len(space.gammas) - 1)])
     pairs = [(steps[-1], rank) for rank in sorted(space.ranks, reverse=True)]
     pairs += [(step, max(space.ranks)) for step in reversed(steps[:-1])]
+    part = panel.part()
     judged: list[Judged] = []
     with console.bar(
         len(pairs) * len(strengths) + 2 * _MOST_PAIRS, "choosing rank, gamma and step", "candidate"

@@ -30,7 +30,7 @@ from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fi
 from nkat.sources.fit.layers import Factors
 from nkat.sources.fit.rate import rate_scale
 from nkat.sources.fit.state import FitState, check_place, load_state, run_identity, save_state
-from nkat.sources.make import check_reference_is_better, describe_theta_set, make_thetas
+from nkat.sources.make import check_reference_is_better, check_source, describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import Theta, coupling
 from nkat.theta.modelfile import base_hash
@@ -93,6 +93,7 @@ def run_fit(request: FitRequest) -> FitResult:
     if keep is not None and keep.sha256 == text.sha256:
         raise NKATError(f"{keep.name}: the text to keep and the text to learn from are the same text")
     _check_guard(request)
+    check_source(request.model.tensors, request.names, "fit")
     if request.reference is not None:
         check_reference_is_better(request.model.gguf, request.reference.gguf, request.names)
     scale = rate_scale(request.model.model) if request.settings.scaled else 1.0
@@ -180,31 +181,32 @@ def _choose(
 ) -> _Outcome:
     """The best candidate within the guard. Of a fit that was interrupted one state alone is judged, and on less text.
 
-    exact, loaded: the model as it is judged, and as it was fitted
+    loaded: the model as it was fitted, by which candidates are judged: its precision may be several times as fast
+    exact: by which what is kept is judged at home
 
     Raises NKATError where none is to be kept.
     """
     assert request.space is not None
     candidates = state.candidates()
-    panel = Panel(Judge(exact, validation), Guard(exact, guard) if guard else None)
-    part, space = panel.part(loaded), request.space
+    panel, space = Panel(Judge(loaded, validation), Guard(loaded, guard) if guard else None), request.space
     if not finished:
         assert state.best_step is not None  # an interruption validates
-        candidates, panel = {state.best_step: state.best_factors}, panel.part(exact)
+        candidates, panel = {state.best_step: state.best_factors}, panel.part()
         space = replace(space, ranks=(max(space.ranks),))
     whole = cache(lambda step: _theta_set(request, _thetas(request, candidates[step])))
-    choice = choose(lambda c: truncate_rank(whole(c.step), c.rank), list(candidates), space, panel, part)
+    choice = choose(lambda c: truncate_rank(whole(c.step), c.rank), list(candidates), space, panel)
     kept = choice.kept
     if kept is None:
         raise NKATError(_nothing_kept(request, choice))
     if not kept.admitted:
         note(f"warning: {_breaks(kept)}; with gamma left open a weaker one is chosen that the guard admits")
-    theta = truncate_rank(whole(kept.candidate.step), kept.candidate.rank)
+    theta = replace(truncate_rank(whole(kept.candidate.step), kept.candidate.rank), gamma=kept.candidate.gamma)
+    change = _judge(exact, theta, validation)
     notes: dict[str, MetadataValue] = {}
     if kept.verdict is not None:
         worst = kept.verdict.worst
         notes = {"nkat.guard.text": worst.name, **worst.change.record("nkat.guard.")}
-    return _Outcome(kept.candidate.step, theta.layers, kept.candidate.gamma, kept.home.change, choice.record(), notes)
+    return _Outcome(kept.candidate.step, theta.layers, kept.candidate.gamma, change, choice.record(), notes)
 
 
 def _nothing_kept(request: FitRequest, choice: Choice) -> str:

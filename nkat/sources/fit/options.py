@@ -39,8 +39,8 @@ _FLAGS: dict[str, tuple[Callable[[str], float], str]] = {  # field of FitSetting
 STARTS = ("auto", "zero", "weight", "residual")
 
 
-def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the group of flags; those not given stay None."""
+def add_fit_arguments(parser: argparse.ArgumentParser, resume: bool = True) -> None:
+    """Adds the group of flags; those not given stay None. resume: --resume too; a search has one of its own."""
     group = parser.add_argument_group("how --theta-source fit learns")
     for name, (kind, text) in _FLAGS.items():
         default = f"{_DEFAULTS[name]}{', less for small weights' if name == 'learning_rate' else ''}"
@@ -87,7 +87,8 @@ def add_fit_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take the rank, gamma and step that gain most, whatever they cost elsewhere",
     )
-    group.add_argument("--resume", action="store_true", help="go on with a fit that was interrupted")
+    if resume:
+        group.add_argument("--resume", action="store_true", help="go on with a fit that was interrupted")
     group.add_argument("--no-cuda", action="store_true", help="fit on the processor even where there is a GPU")
     group.add_argument(
         "--calibrate-ignore", nargs="+", metavar="STRING", help='parts of the text not to be learned, such as "<unk>"'
@@ -181,6 +182,26 @@ def fit_options(parsed: argparse.Namespace) -> FitOptions:
         beyond_context=parsed.beyond_context,
         guard=None if parsed.no_guard else tuple(parsed.guard or ()),
     )
+
+
+def fit_flags(options: FitOptions) -> list[object]:
+    """The group's flags that say the same on another command line, but for --resume."""
+    words: list[object] = []
+    for name, value in options.settings.items():
+        words += [f"--fit-{name.replace('_', '-')}", value]
+    if options.reference_share is not None:
+        words += ["--fit-reference-share", options.reference_share]
+    words += ["--fit-start", options.start, "--fit-precision", options.precision]
+    given = {
+        "--fit-fast": options.fast,
+        "--no-nested": not options.nested,
+        "--no-cuda": not options.allow_cuda,
+        "--beyond-context": options.beyond_context,
+        "--no-guard": options.guard is None,
+    }
+    words += [flag for flag, wanted in given.items() if wanted]
+    words += ["--guard", *options.guard] if options.guard else []
+    return words + (["--calibrate-ignore", *options.ignore] if options.ignore else [])
 
 
 def _check(settings: FitSettings) -> None:
