@@ -37,7 +37,7 @@ from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, write_tin
 GAMMA = 0.5
 _RESULT = re.compile(r"\[\d+\]([\d.]+|-?nan|inf),")
 _TRIES = 5
-TOLERANCE = 1e-4  # relative: tables and adapters of half-precision numbers, sums in another order
+TOLERANCE = 1e-3  # relative: its GELU from a table of half-precision numbers alone moves a tiny gemma4 by 2e-4
 
 
 def llama_perplexity(program: Path, model: Path, text: Path, chunks: int, adapter: Path | None = None) -> list[float]:
@@ -82,7 +82,7 @@ def compare(program: Path, arch: str, options: dict[str, Any], chunks: int, step
 def agrees(row: dict[str, Any]) -> bool:
     """Whether both programs found the same, Θ was no small matter, and the fit lowered the perplexity."""
     same = all(abs(row[key] / row[f"{key}_llama_cpp"] - 1) < TOLERANCE for key in ("plain", "theta"))
-    return same and abs(row["theta"] / row["plain"] - 1) > 5 * TOLERANCE and row["fit_percent"] < 0.0
+    return same and abs(row["theta"] / row["plain"] - 1) > 3 * TOLERANCE and row["fit_percent"] < 0.0
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from nkat.host.console import counted, note
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.guard import Guard, guard_texts
 from nkat.measure.judge import Judge, Passages, text_passages
-from nkat.measure.perplexity import DEFAULT_BATCH, chunk_context
+from nkat.measure.perplexity import DEFAULT_BATCH
 from nkat.measure.texts import Text, load_text
 from nkat.search.learned import Learner
 from nkat.search.objective import Space
@@ -87,8 +87,7 @@ def prepare(options: SearchOptions, space: Space) -> Prepared:
     parts = None
     if options.learns and calibrate is not None:
         settings = options.fit.fit_settings(loaded.config, rank, gamma, options.study.seed, reference is not None)
-        judged = chunk_context(loaded.config.context_length)
-        parts = calibration_parts(loaded, calibrate, options.fit.ignore, settings.context, judged)
+        parts = calibration_parts(loaded, calibrate, options.fit.ignore, settings.context)
     make = KeptScorer(DEFAULT_BATCH)  # for all of them: each judges the same Θ in turn
     seen, held_out = _judges(options, loaded, calibrate, parts, make)
     guard = _guard(options, loaded, calibrate, parts, make)
