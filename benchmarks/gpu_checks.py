@@ -270,3 +270,7 @@ def _stopwatch(keep: Keep, name: str) -> Iterator[None]:
     yield
     torch.cuda.synchronize()
     keep(Figure(name, time.perf_counter() - started, "s"))
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nIt is a part of another command: python -m benchmarks.gpu --help")

@@ -181,3 +181,7 @@ def _join(cells: Iterable[str]) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nIt is a part of another command: python -m benchmarks.gpu --help")

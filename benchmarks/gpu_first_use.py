@@ -142,3 +142,7 @@ def _wrong(module: Any, kernel: str, result: int) -> Iterator[None]:
         yield
     finally:
         setattr(module, kernel, before)
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nIt is a part of another command: python -m benchmarks.gpu --help")

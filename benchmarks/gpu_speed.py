@@ -228,3 +228,7 @@ def _decoder(job: Job) -> tuple[LoadedModel, CudaGraphDecoder]:
     decoder = make_decoder(loaded.model, 2048 + 64)
     assert isinstance(decoder, CudaGraphDecoder)
     return loaded, decoder
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nIt is a part of another command: python -m benchmarks.gpu --help")

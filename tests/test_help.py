@@ -11,7 +11,10 @@ import pytest
 from nkat_vit.recipe import PRESETS, describe_presets, make_recipe
 from tests.conftest import ROOT
 
-_PARTS = ("low_rank", "quality_report")  # of benchmarks.quality: no commands by themselves
+# Of another benchmark: no commands by themselves.
+_PARTS = {"low_rank": "quality", "quality_report": "quality"} | dict.fromkeys(
+    ("gpu_checks", "gpu_figures", "gpu_first_use", "gpu_speed"), "gpu"
+)
 
 
 def commands() -> list[list[str]]:
@@ -49,9 +52,9 @@ def test_all_of_them_are_asked() -> None:
     assert {"backend_selector.py", "nkat.models", "nkat.setup_check", "nkat_vit.train", "benchmarks.quality"} < asked
 
 
-@pytest.mark.parametrize("part", _PARTS)
-def test_a_part_of_a_benchmark_names_it(part: str) -> None:
-    with pytest.raises(SystemExit, match=r"python -m benchmarks\.quality --help"):
+@pytest.mark.parametrize(("part", "whole"), _PARTS.items())
+def test_a_part_of_a_benchmark_names_it(part: str, whole: str) -> None:
+    with pytest.raises(SystemExit, match=rf"python -m benchmarks\.{whole} --help"):
         runpy.run_path(str(ROOT / "benchmarks" / f"{part}.py"), run_name="__main__")
 
 
