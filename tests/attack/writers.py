@@ -42,7 +42,7 @@ from tests.support.fake_koboldcpp import NEW, install
 from tests.support.tiny_models import write_tiny_model
 from tests.support.vit_data import write_digits
 
-FIT = "--fit-steps 3 --fit-batch 1 --fit-context 32 --fit-validate-every 1 --fit-start zero --no-cuda"
+FIT = "--fit-steps 3 --fit-batch 1 --fit-context 32 --fit-validate-every 1 --fit-start zero --no-guard --no-cuda"
 IMAGES = "--dataset emnist-digits --embed-dim 16 --depth 1 --heads 2 --validation 24 --batch-size 24 --warmup 1"
 # What commands import late: once here, not in every process that is forked.
 LATE = ("matplotlib.figure", "matplotlib.backends.backend_agg", "scipy.stats", "torch._dynamo", "PIL.Image", "jinja2")
