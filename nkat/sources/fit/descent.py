@@ -167,10 +167,10 @@ def fit(
     kind: what is learned; benchmarks compare Θ with other low-rank terms
     Returns the state after the last step; its best_* are the result. Raises NKATError when the loss is not finite.
     """
-    teacher = None if reference is None else _Model(reference, Head.of(reference))
+    teacher = None if reference is None else HeadedModel.of(reference)
     run = _Run(
         names,
-        _Model(model, Head.of(model)),
+        HeadedModel.of(model),
         teacher,
         data,
         settings,
@@ -186,11 +186,15 @@ def fit(
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """A model and its output layer."""
+class HeadedModel:
+    """A model and its output layer, which is unpacked once for a whole descent."""
 
     model: Transformer
     output: Head
+
+    @classmethod
+    def of(cls, model: Transformer) -> HeadedModel:
+        return cls(model, Head.of(model))
 
     @torch.no_grad()
     def teach(self, tokens: torch.Tensor, chosen: torch.Tensor, share: float) -> Teacher:
@@ -198,11 +202,42 @@ class _Model:
         return Teacher(self.model.hidden(tokens)[:, :-1][chosen], self.output, share)
 
 
+def take_step(
+    parameters: Sequence[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    rate: float,
+    clip: float,
+    world: World,
+) -> bool:
+    """A step along the gradients of all processes, whose losses are summed in place; False, and none, if not finite.
+
+    rate: the learning rate;  clip: greatest norm of the gradient
+    """
+    world.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])  # all of them have one
+    world.sum_([loss])
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        return False
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return True
+
+
+def anywhere(world: World, here: bool, device: torch.device) -> bool:
+    """Whether any process says so."""
+    said = torch.tensor(float(here), device=device)
+    world.sum_([said])
+    return bool(said > 0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     names: Sequence[str]
-    student: _Model
-    reference: _Model | None
+    student: HeadedModel
+    reference: HeadedModel | None
     data: FitData
     settings: FitSettings
     progress: Progress
@@ -229,7 +264,7 @@ class _Run:
             for step in range(state.step, until):
                 loss = self.step(step, parameters, optimizer, mode)
                 state.step = step + 1
-                stopping = not trial and self.anywhere(self.progress.stop())
+                stopping = not trial and anywhere(self.world, self.progress.stop(), self.device)
                 if stopping or state.step % settings.validate_every == 0 or state.step == until:
                     nll = self.validate(parameters, mode)
                     without_gain += 1
@@ -260,16 +295,8 @@ class _Run:
         if data.keep is not None:
             loss += self.hold(self.batch(data.keep, step, settings.keep_batch, mode), mode)
         mode.columns = None
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]  # all of them have one
-        self.world.sum_(gradients)
-        self.world.sum_([loss])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        if not take_step(parameters, optimizer, loss, settings.learning_rate_at(step), settings.clip, self.world):
             raise self.diverged(f"at step {step + 1}")
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
-        optimizer.step()
-        optimizer.zero_grad()
         return float(loss)
 
     def batch(self, text: FitText, step: int, count: int, mode: ThetaMode) -> Batch:
@@ -335,12 +362,6 @@ class _Run:
             f"the loss is not a finite number {where}: a learning rate below {self.settings.learning_rate:g} may help; "
             "nothing was written"
         )
-
-    def anywhere(self, here: bool) -> bool:
-        """Whether any process says so."""
-        said = torch.tensor(float(here), device=self.device)
-        self.world.sum_([said])
-        return bool(said > 0)
 
     @property
     def device(self) -> torch.device:

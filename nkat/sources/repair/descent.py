@@ -21,9 +21,9 @@ from nkat.lm.transformer import Transformer
 from nkat.measure.judge import Passages
 from nkat.measure.perplexity import scored_tokens
 from nkat.sources.fit.data import FitText, batch_at
-from nkat.sources.fit.descent import Progress, warm_cosine
+from nkat.sources.fit.descent import HeadedModel, Progress, anywhere, take_step, warm_cosine
 from nkat.sources.fit.layers import stand_ins
-from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
+from nkat.sources.fit.loss import Teacher, vocabulary_loss
 from nkat.sources.fit.state import FitState
 from nkat.sources.repair.layers import RepairedLinear, no_change
 
@@ -103,25 +103,17 @@ def repair(
     validation. Raises NKATError when the loss is not finite.
     """
     world = world or World(0, 1, model.device)
-    teacher = None if reference is None else _Model(reference, Head.of(reference))
-    run = _Run(names, _Model(model, Head.of(model)), teacher, text, validation, settings, progress, world)
+    teacher = None if reference is None else HeadedModel.of(reference)
+    run = _Run(names, HeadedModel.of(model), teacher, text, validation, settings, progress, world)
     before = run.validate()
     return before, run.advance(run.begin(before, starts or {}) if state is None else state)
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
-    """A model and its output layer, unpacked once for the whole repair."""
-
-    model: Transformer
-    output: Head
-
-
-@dataclass(frozen=True, slots=True)
 class _Run:
     names: Sequence[str]
-    student: _Model
-    reference: _Model | None
+    student: HeadedModel
+    reference: HeadedModel | None
     text: FitText
     validation: Passages
     settings: RepairSettings
@@ -166,7 +158,7 @@ class _Run:
                 for layer in layers:
                     layer.put()
                 state.step = step + 1
-                stopping = self.anywhere(self.progress.stop())
+                stopping = anywhere(self.world, self.progress.stop(), self.student.model.device)
                 if stopping or state.step % settings.validate_every == 0 or state.step == settings.steps:
                     found = self.validate()
                     without_gain += 1
@@ -186,15 +178,9 @@ class _Run:
     def step(self, step: int, parameters: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> float:
         """One step of gradient descent; returns its loss in nats a token, over all processes."""
         loss = self.learn(step)
-        self.world.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
-        self.world.sum_([loss])
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+        rate = self.settings.learning_rate_at(step)
+        if not take_step(parameters, optimizer, loss, rate, self.settings.clip, self.world):
             raise self.not_finite(f"the loss at step {step + 1}")
-        for group in optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate_at(step)
-        optimizer.step()
-        optimizer.zero_grad()
         return float(loss)
 
     def learn(self, step: int) -> torch.Tensor:
@@ -205,9 +191,7 @@ class _Run:
         tokens, counted = batch.tokens.to(self.student.model.device), batch.counted.to(self.student.model.device)
         teacher = None
         if self.reference is not None and settings.reference_share > 0.0:
-            with torch.no_grad():
-                taught = self.reference.model.hidden(tokens)[:, :-1][counted]
-            teacher = Teacher(taught, self.reference.output, settings.reference_share)
+            teacher = self.reference.teach(tokens, counted, settings.reference_share)
         count = counted.sum(dtype=torch.float64)
         self.world.sum_([count])  # of all processes: the mean is over every token that counts
         hidden = self.student.model.hidden(tokens, recompute=not settings.fast)[:, :-1][counted]
@@ -241,12 +225,6 @@ class _Run:
             f"{what} is not a finite number: the file is damaged, or a learning rate below "
             f"{self.settings.learning_rate:g} helps; nothing was written"
         )
-
-    def anywhere(self, here: bool) -> bool:
-        """Whether any process says so."""
-        said = torch.tensor(float(here), device=self.student.model.device)
-        self.world.sum_([said])
-        return bool(said > 0)
 
 
 def _chunks(passages: Passages) -> list[tuple[torch.Tensor, torch.Tensor]]:
