@@ -24,6 +24,7 @@ MAY = {room: {"version", *TRUNK[:i]} for i, room in enumerate(TRUNK)} | {
     "study": {"errors", "host"},
     "kobold": {"errors", "host", "gguf", "theta"},
     "inference": {*TRUNK} - {"sources", "kernels"},
+    "serve": {*TRUNK} - {"sources", "measure", "kernels"},
     "convert": {*TRUNK} - {"engine", "kernels"},
     "search": {*TRUNK, "study"} - {"kernels"},
     "nkat_vit": {"nkat", "errors", "host", "study"},  # "nkat": how threads wait
@@ -38,6 +39,8 @@ OPTIONAL = {
     "kornia",
     "safetensors",
     "tensorboard",
+    "starlette",
+    "uvicorn",
     "onnx",
     "onnxscript",
     "onnxruntime",
