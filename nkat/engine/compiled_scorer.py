@@ -109,5 +109,5 @@ def _linear(layer: StarLinear) -> CpuLinear:
     linear = CpuLinear(
         layer.file_bytes, layer.qtype, layer.shape, layer.bias, exact=not layer.int8_activations, in_place=True
     )
-    linear.set_theta(layer.theta)
+    linear.set_theta(layer.theta, layer.room)
     return linear

@@ -48,6 +48,7 @@ from nkat.measure.startup import fresh_startup
 from nkat.measure.texts import Text, load_text
 from nkat.measure.tpe import byte_ratio
 from nkat.theta.modelfile import ModelFile
+from nkat.theta.options import theta_words
 from nkat.theta.set import ThetaSet, check_judging_text
 
 Record = dict[str, Any]
@@ -80,7 +81,8 @@ class Job:
         only_speed = self.options.command == "compare" and self.options.chunks == 0
         sha256 = self.text.sha256
         if self.theta is not None and not only_speed:
-            check_judging_text(self.theta, sha256, self.options.theta or self.options.model)
+            files = [file.path for file in self.options.thetas]
+            check_judging_text(self.theta, sha256, files[0] if len(files) == 1 else self.options.model)
 
     def load(self) -> LoadedModel:
         return self.request.load(self.model_file, self.theta)
@@ -153,7 +155,7 @@ class Result:
 
 
 def run(options: EngineOptions) -> None:
-    check_record(options.json, options.force, [options.model, options.theta, options.text])
+    check_record(options.json, options.force, [options.model, *(file.path for file in options.thetas), options.text])
     count = hardware.set_threads(options.threads)
     device = hardware.pick_device(allow_cuda=not options.no_cuda)
     fast = device.type == "cpu" and options.command != "perplexity"
@@ -162,7 +164,7 @@ def run(options: EngineOptions) -> None:
     kernel_dtypes = ("bfloat16", "float16") if device.type == "cuda" else ("float32",)
     request = Request(
         options.model,
-        options.theta,
+        options.thetas,
         options.theta_gamma,
         str(device),
         options.dtype,
@@ -172,6 +174,9 @@ def run(options: EngineOptions) -> None:
     model_file, theta = request.open()
     if model_file.unfinished:
         note(f"warning: the Θ behind {options.model} is incomplete or damaged; using the base model alone")
+    if theta is not None and len(options.thetas) > 1:
+        parts = " + ".join(f"{file.weight:g} · {file.path}" for file in options.thetas)
+        note(f"Θ of rank {theta.rank}: {parts}")
     if theta is not None and options.theta_gamma == 1.0:
         note("warning: --theta-gamma 1 couples Θ with strength 0: it has no effect in this run")
     job = Job(options, device, count, activations, request, model_file, theta)
@@ -205,7 +210,7 @@ def run(options: EngineOptions) -> None:
 
 def suggest_next(options: EngineOptions, has_theta: bool, record: Record) -> None:
     """What a user would do after these figures."""
-    model: list[object] = ["--model", options.model, *(["--theta", options.theta] if options.theta else [])]
+    model: list[object] = ["--model", options.model, *theta_words(options.thetas)]
     if options.command == "generate":  # whoever reads a text asks for no figures
         return
     if options.command == "gemm":
@@ -381,7 +386,7 @@ def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) ->
     """Under which conditions this run's figures hold; the model's hash only where somebody will read it."""
     options = job.options
     text = job.text if options.command in TAKEN_BY["text"] else None
-    record = provenance(options.model, loaded, theta=job.theta, theta_path=options.theta, text=text, decoder=decoder)
+    record = provenance(options.model, loaded, theta=job.theta, theta_files=options.thetas, text=text, decoder=decoder)
     if options.command in TAKEN_BY["seq_len"]:
         record["seq_len"], record["iterations"] = job.lengths
     if options.repetitions:

@@ -11,6 +11,8 @@ from nkat.engine.generate import Sampling
 from nkat.host import commandline
 from nkat.lm.load import DTYPES
 from nkat.measure.perplexity import DEFAULT_BATCH
+from nkat.theta.combine import WeightedFile
+from nkat.theta.options import add_theta_arguments
 
 EXAMPLES = """\
   python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --benchmark --seq-len 512 --iterations 100
@@ -18,6 +20,7 @@ EXAMPLES = """\
   python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --compare --seq-len 512
   python nkat_inference_engine.py --model model.nkat --perplexity --text wiki.test.raw --chunks 40
   python nkat_inference_engine.py --model model.gguf --theta theta_rank4.bin --perplexity --json result.json
+  python nkat_inference_engine.py --model model.gguf --theta style.bin --theta-scaled facts.bin:0.5 --perplexity
   python nkat_inference_engine.py --model model.nkat --generate "Once upon a time" --max-tokens 100 --seed 1
   python nkat_inference_engine.py --model model.nkat --generate "Name three rivers." --chat --temperature 0
   python nkat_inference_engine.py --model model.nkat --gemm
@@ -62,7 +65,7 @@ class EngineOptions:
 
     command: str
     model: Path
-    theta: Path | None
+    thetas: tuple[WeightedFile, ...]
     theta_gamma: float | None
     generate: str
     text: Path | None
@@ -102,7 +105,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
     )
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf")
-    add("--theta", type=Path, metavar="FILE", help="a Θ file made for this model (--theta-only of the converter)")
+    add_theta_arguments(
+        parser,
+        "a Θ made for this model (--theta-only of the converter), in place of the model's own; several are added up, "
+        "to which the model's own file may belong",
+    )
     add("--theta-gamma", type=float, metavar="G", help="strength of Θ in place of the recorded one: lower is stronger")
     what = parser.add_argument_group("what to do, one of")
     what.add_argument("--benchmark", action="store_true", help="speed of prefill and decoding, and what Θ costs")
