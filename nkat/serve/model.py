@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,8 +12,10 @@ import torch
 from nkat.engine.decoder import make_decoder
 from nkat.engine.generate import PREFILL_PIECE, Sampler, Sampling
 from nkat.lm.load import LoadedModel
+from nkat.lm.mix import ThetaMix
 from nkat.serve.arms import Arm
 from nkat.serve.stops import Stops
+from nkat.theta.set import ThetaSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,16 @@ class End:
 class Served:
     """A loaded model and its decoder. For one thread at a time."""
 
-    def __init__(self, loaded: LoadedModel, context: int) -> None:
-        """context: tokens of a prompt and its answer together, at most"""
+    def __init__(self, loaded: LoadedModel, thetas: Mapping[str, ThetaSet], context: int) -> None:
+        """loaded: without Θ; thetas: those that an answer may have on, by name
+
+        context: tokens of a prompt and its answer together, at most
+        """
         self.tokenizer = loaded.tokenizer
+        self._mix = ThetaMix(loaded.model, thetas)
         self.decoder = make_decoder(loaded.model, context)
-        self._gamma = loaded.gamma
-        self._held: list[int] = []  # what is in the cache, computed at this strength of Θ
+        self._on: tuple[object, ...] = ((), None)  # which Θ, how much of each, at which strength
+        self._held: list[int] = []  # what is in the cache, computed with these
 
     def answer(self, ask: Ask, go_on: Callable[[], bool]) -> Iterator[Piece | End]:
         """The answer's pieces, then its end; nothing more once `go_on` says no.
@@ -107,9 +113,10 @@ class Served:
     def _reuse(self, ask: Ask) -> int:
         """Keeps what the cache has of this prompt, and says how much: all but one token at most, whose logits are
         needed."""
-        if self._gamma != ask.arm.gamma:
-            self.decoder.set_gamma(ask.arm.gamma)
-            self._gamma, self._held = ask.arm.gamma, []
+        wanted = (ask.arm.weights, ask.arm.gamma)
+        if self._on != wanted:
+            self._mix.set_weights(dict(ask.arm.weights), ask.arm.gamma)
+            self._on, self._held = wanted, []
         common = common_prefix(self._held, ask.prompt[:-1])
         self._held, self.decoder.length = self._held[:common], common
         return common
