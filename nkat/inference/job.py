@@ -423,7 +423,7 @@ def measure_perplexity(job: Job) -> Result:
     loaded = job.load()
     base: Base | None = base_file
     if options.reference is not None:
-        request = replace(job.request, model=options.reference, theta=None, gamma=None, with_theta=False)
+        request = replace(job.request, model=options.reference, thetas=(), gamma=None, with_theta=False)
         base = request.load(request.open()[0], None)
     if base is not None:
         check_base(loaded, base)

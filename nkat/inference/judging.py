@@ -30,7 +30,8 @@ def check_judging(options: EngineOptions) -> None:
     if options.save_kl_base is None:
         return
     check_apart({"--json": options.json, "--save-kl-base": options.save_kl_base})
-    inputs = [options.model, options.theta, options.text, options.reference]
+    thetas = [file.path for file in options.thetas]
+    inputs = [options.model, *thetas, options.text, options.reference]
     check_output(options.save_kl_base, options.force, [path for path in inputs if path is not None])
 
 
