@@ -38,7 +38,7 @@ def make_scorer(model: Transformer, batch: int, context: int) -> Scorer:
 
     A sequence is a chunk in one arm.
     """
-    if _has_kernels(model):
+    if has_kernels(model):
         from nkat.engine.compiled_scorer import CompiledScorer  # LLVM is loaded only where it is used
 
         return CompiledScorer(model, batch, context, torch.get_num_threads())
@@ -68,7 +68,7 @@ class KeptScorer:
         return self._made[1]
 
 
-def _has_kernels(model: Transformer) -> bool:
+def has_kernels(model: Transformer) -> bool:
     """Whether the compiled CPU program computes what this model's own forward pass does.
 
     Not where a layer is trained just now, computes in another precision than float32, or has a type without a kernel.
