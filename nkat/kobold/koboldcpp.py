@@ -27,7 +27,7 @@ from nkat.kobold.files import RunFiles
 from nkat.kobold.probe import SOUGHT, probe_kobold
 from nkat.kobold.process import Loaded, Watch, running
 from nkat.kobold.program import Program
-from nkat.kobold.runtime import Runtime, Served
+from nkat.kobold.runtime import Runtime, Served, Several
 
 _EXPORT_SECONDS = 180
 _POLL_SECONDS = 0.25
@@ -198,11 +198,14 @@ def measure_speed(
     return speed
 
 
+def _check_admin(program: Program, settings: Settings) -> None:
+    program.require_flag("--admin")
+
+
 def _admin(
     program: Program, target: Path, served: Sequence[Served], settings: Settings, extra: Sequence[str]
 ) -> list[str]:
     """Its admin mode with a folder of `.kcpps`, between which its page and `/api/admin/reload_config` switch."""
-    program.require_flag("--admin")
     make_folder(target)
     for one in served:
         write_config(target / f"{one.name}.kcpps", one.values, force=True)
@@ -211,13 +214,9 @@ def _admin(
     return [*command_of(program, served[0].values), "--admin", "--admindir", str(target), *extra]
 
 
-def _router(
-    program: Program, target: Path, served: Sequence[Served], settings: Settings, extra: Sequence[str]
-) -> list[str]:
-    """Its admin mode behind its router, which switches by the model that a request names.
-
-    Raises NKATError for a version without it, and unless the user asked for a server that everybody can reach: the
-    router listens at every address, whatever `--host` says.
+def _check_router(program: Program, settings: Settings) -> None:
+    """Raises NKATError for a version without it, and unless the user asked for a server that everybody can reach: it
+    listens at every address, whatever `--host` says.
     """
     program.require_flag("--routermode")
     if is_private(settings.host):
@@ -225,6 +224,12 @@ def _router(
             "KoboldCpp's router listens at every address of this machine, whatever --host says; "
             "if that is what you want, add --host 0.0.0.0, else take --runtime llama-server, whose router does not"
         )
+
+
+def _router(
+    program: Program, target: Path, served: Sequence[Served], settings: Settings, extra: Sequence[str]
+) -> list[str]:
+    """Its admin mode behind its router, which switches by the model that a request names."""
     command = _admin(program, target, served, settings, ["--routermode", *extra])
     note("name a model in a request by its file: " + ", ".join(f'"{one.name}.kcpps"' for one in served))
     return command
@@ -262,6 +267,6 @@ KOBOLDCPP = Runtime(
     loading=_loading,
     watch=WATCH,
     measure=measure_speed,
-    router=_router,
-    admin=_admin,
+    router=Several(_check_router, _router),
+    admin=Several(_check_admin, _admin),
 )

@@ -33,7 +33,7 @@ from nkat.kobold.find import Sought, is_program
 from nkat.kobold.machine import Machine
 from nkat.kobold.process import Loaded, ServerProcess, Watch, running, wait_until_ready
 from nkat.kobold.program import Program, ask, last_words
-from nkat.kobold.runtime import Runtime, Served
+from nkat.kobold.runtime import Runtime, Served, Several
 
 _MIB = 1 << 20
 _NAME = "llama-server.exe" if os.name == "nt" else "llama-server"
@@ -245,11 +245,14 @@ def _loading(program: Program, path: Path, settings: Settings, extra: Sequence[s
     return command_of(program, values | {"host": settings.host, "port": settings.port}, extra)
 
 
+def _check_router(program: Program, settings: Settings) -> None:
+    program.require_flag("--models-preset")
+
+
 def _router(
     program: Program, target: Path, served: Sequence[Served], settings: Settings, extra: Sequence[str]
 ) -> list[str]:
     """Its router with a presets file; one model at a time, as each was given all the memory that is free."""
-    program.require_flag("--models-preset")
     make_folder(target)
     path = target / "models.ini"
     _write_presets(path, {one.name: one.values for one in served}, force=True)
@@ -372,6 +375,6 @@ LLAMA_SERVER = Runtime(
     loading=_loading,
     watch=WATCH,
     measure=measure_speed,
-    router=_router,
+    router=Several(_check_router, _router),
     admin=None,
 )

@@ -11,6 +11,7 @@ from nkat.errors import NKATError
 from nkat.host.console import note
 
 _Found = TypeVar("_Found")
+_told: set[tuple[Path, str]] = set()  # a folder may be looked through for several reasons, and one line is enough
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
@@ -44,4 +45,6 @@ def _is_file(path: Path) -> bool:
 
 
 def _skipped(path: Path, why: str) -> None:
-    note(f"note: {path} was skipped: {why}")
+    if (path, why) not in _told:
+        _told.add((path, why))
+        note(f"note: {path} was skipped: {why}")

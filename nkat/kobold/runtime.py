@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from nkat.kobold.backends import Backend
 from nkat.kobold.benchmark import Speed
@@ -30,7 +30,16 @@ class Served:
     values: Mapping[str, Any]
 
 
-Several: TypeAlias = Callable[[Program, Path, Sequence[Served], Settings, Sequence[str]], list[str]]
+@dataclass(frozen=True, slots=True)
+class Several:
+    """How a program serves several models.
+
+    check: raises NKATError where it cannot, before anything is read
+    command: writes into a folder what it needs, of which the first model is loaded, and gives the command
+    """
+
+    check: Callable[[Program, Settings], None]
+    command: Callable[[Program, Path, Sequence[Served], Settings, Sequence[str]], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +56,7 @@ class Runtime:
     suffix: of that file; write: writes one, with the user's own flags where it can hold them
     loading: the command that runs it with the settings of such a file
     watch: what its log and its server tell; measure: its speed with a command, by that command's settings
-    router: writes into a folder what is needed to serve several models by name, of which the first is loaded, and gives
-    the command; admin: the same where a model is not named in a request but switched; None: it has no such mode
+    router: several models, of which a request names one; admin: several between which one switches; None: it cannot
     """
 
     name: str

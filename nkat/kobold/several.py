@@ -15,15 +15,16 @@ from nkat.kobold.machine import Machine
 from nkat.kobold.neighbours import files_in, readable
 from nkat.kobold.options import KoboldOptions
 from nkat.kobold.program import Program
-from nkat.kobold.runtime import Served
+from nkat.kobold.runtime import Served, Several
 
 
 def served_models(options: KoboldOptions, program: Program, machine: Machine) -> list[Served]:
     """What of the folder can be served, what the user named first; the rest is skipped with a word.
 
-    Raises NKATError when nothing can.
+    Raises NKATError when nothing can, or the program serves one model only.
     """
     folder = options.folder
+    several_of(options).check(program, settings_from(options, machine))
     if folder is None or not folder.is_dir():
         raise NKATError(f"{folder}: no such folder")
     named = [] if options.model is None else [options.model]
@@ -46,11 +47,15 @@ def served_models(options: KoboldOptions, program: Program, machine: Machine) ->
 
 
 def command_for(options: KoboldOptions, program: Program, machine: Machine, served: Sequence[Served]) -> list[str]:
-    """Writes what the program needs into the cache, and gives the command. Raises NKATError when it cannot do it."""
-    runtime = options.runtime
-    several = runtime.router if options.router is not None else runtime.admin
-    if several is None:
-        raise NKATError(f"--runtime {runtime.name} has no --admin")
+    """Writes what the program needs into the cache, and gives the command."""
     told = json.dumps({one.name: dict(one.values) for one in served}, sort_keys=True)
     target = kobold_cache() / f"served-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-    return several(program, target, served, settings_from(options, machine), options.extra)
+    return several_of(options).command(program, target, served, settings_from(options, machine), options.extra)
+
+
+def several_of(options: KoboldOptions) -> Several:
+    """How the program that was asked for does it. Raises NKATError when it does not."""
+    several = options.runtime.router if options.router is not None else options.runtime.admin
+    if several is None:
+        raise NKATError(f"--runtime {options.runtime.name} has no --admin")
+    return several

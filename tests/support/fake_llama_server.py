@@ -163,11 +163,7 @@ class Server:
         kind = architecture[1].decode() if architecture else "unknown"
         extra = len(re.findall(rb"\.theta_[pqs]", head))
         if kind not in _KNOWN or extra:
-            why = (
-                f"unknown model architecture: '{kind}'"
-                if not extra
-                else "done_getting_tensors: wrong number of tensors"
-            )
+            why = "done_getting_tensors: wrong number of tensors" if extra else f"unknown model architecture: '{kind}'"
             print(f"0.00.000.001 E llama_model_load: error loading model: {why}", file=sys.stderr)
             print("0.00.000.001 E srv  llama_server: exiting due to model loading error", file=sys.stderr, flush=True)
             if self.models:
