@@ -41,3 +41,8 @@ def models() -> None:
 def setup() -> None:
     """`nkat-setup`, setup_nkat_kobold_integration.py, which must run where nothing else can be imported"""
     load("nkat.setup_check").main()
+
+
+def lm_eval() -> None:
+    """`nkat-lm-eval`, python -m nkat.harness.command"""
+    start("nkat.harness.command")
