@@ -167,6 +167,7 @@ def fit_theta(
         ignore=(),
         start="auto",
         precision="auto",
+        fast=None,
         state=None,
         resume=False,
         allow_cuda=False,

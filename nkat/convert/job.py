@@ -343,6 +343,7 @@ def _fit(
         ignore=fit.ignore,
         start=fit.start,
         precision=fit.precision,
+        fast=fit.fast,
         state=options.fit_state,
         resume=fit.resume,
         allow_cuda=fit.allow_cuda,

@@ -118,6 +118,7 @@ def _request(options: ConvertOptions, inputs: Inputs, base_sha256: str, names: l
         reference=inputs.loaded_reference,
         ignore=fit.ignore,
         precision=fit.precision,
+        fast=fit.fast,
         state=options.repair_state,
         resume=fit.resume,
         allow_cuda=fit.allow_cuda,
