@@ -48,7 +48,7 @@ from nkat.measure.startup import fresh_startup
 from nkat.measure.texts import Text, load_text
 from nkat.measure.tpe import byte_ratio
 from nkat.theta.modelfile import ModelFile
-from nkat.theta.set import ThetaSet, check_judging_text
+from nkat.theta.set import LoraSet, TermSet, check_judging_text
 
 Record = dict[str, Any]
 # What a command leaves in its folder.
@@ -57,7 +57,7 @@ LEAVES = {"benchmark": ("benchmark.json",), "compare": ("comparison.json", "comp
 
 @dataclass(frozen=True)
 class Job:
-    """The model of this run, opened and checked but not loaded. theta: None when it has none.
+    """The model of this run, opened and checked but not loaded. theta: or a LoRA in its place; None when it has none.
 
     activations: "float", or "int8" where the layers' inputs are rounded
     """
@@ -68,7 +68,7 @@ class Job:
     activations: str
     request: Request
     model_file: ModelFile
-    theta: ThetaSet | None
+    theta: TermSet | None
 
     @cached_property
     def text(self) -> Text:
@@ -153,7 +153,9 @@ class Result:
 
 
 def run(options: EngineOptions) -> None:
-    check_record(options.json, options.force, [options.model, options.theta, options.text])
+    check_record(
+        options.json, options.force, [options.model, options.theta, options.text, *(path for path, _ in options.lora)]
+    )
     count = hardware.set_threads(options.threads)
     device = hardware.pick_device(allow_cuda=not options.no_cuda)
     fast = device.type == "cpu" and options.command != "perplexity"
@@ -168,12 +170,17 @@ def run(options: EngineOptions) -> None:
         options.dtype,
         int8_activations=activations == "int8",
         repack=(fast or device.type == "cuda") and options.dtype in (None, *kernel_dtypes),
+        lora=options.lora,
     )
     model_file, theta = request.open()
     if model_file.unfinished:
         note(f"warning: the Θ behind {options.model} is incomplete or damaged; using the base model alone")
     if theta is not None and options.theta_gamma == 1.0:
         note("warning: --theta-gamma 1 couples Θ with strength 0: it has no effect in this run")
+    if options.lora and model_file.theta is not None:
+        note(f"note: the Θ in {options.model} is left out: --lora runs in its place")
+    if options.lora and options.command in ("benchmark", "compare", "gemm"):
+        note("note: where the tables say Θ, the LoRA is meant: it runs in its place")
     job = Job(options, device, count, activations, request, model_file, theta)
     if options.command in TAKEN_BY["text"]:
         job.check_text()
@@ -206,7 +213,7 @@ def run(options: EngineOptions) -> None:
 def suggest_next(options: EngineOptions, has_theta: bool, record: Record) -> None:
     """What a user would do after these figures."""
     model: list[object] = ["--model", options.model, *(["--theta", options.theta] if options.theta else [])]
-    if options.command == "generate":  # whoever reads a text asks for no figures
+    if options.command == "generate" or options.lora:  # whoever reads a text asks for no figures
         return
     if options.command == "gemm":
         suggest("engine", *model, "--benchmark")
@@ -280,7 +287,7 @@ def compare(job: Job) -> Result:
     return Result(record, f"{speed_subject(job, record)}\n{comparison_text(record)}")
 
 
-def measure_quality(job: Job, loaded: LoadedModel, theta: ThetaSet) -> Quality:
+def measure_quality(job: Job, loaded: LoadedModel, theta: TermSet) -> Quality:
     """Perplexity of both arms; and, where activations are rounded, what that changes without Θ."""
     judge = job.judge(loaded)
     score, without = judge.score(theta, loaded.gamma), judge.without()
@@ -409,7 +416,8 @@ def measure_perplexity(job: Job) -> Result:
         "baseline_perplexity_stderr": base.stderr,
         "baseline_tpe": judge.base().tpe,
     }
-    rows = [["without Θ", str(base), "", f"{judge.base().tpe:.6f}"]]
+    what = "the LoRA" if isinstance(theta, LoraSet) else "Θ"
+    rows = [[f"without {what}", str(base), "", f"{judge.base().tpe:.6f}"]]
     verdict = ""
     if theta is not None and score is not None:
         change = score.change
@@ -421,17 +429,19 @@ def measure_perplexity(job: Job) -> Result:
             "byte_ratio": score.byte_ratio,
             "nkat_tpe": score.tpe,
         }
-        label = f"with Θ (rank {theta.rank}, gamma {loaded.gamma:g})"
+        strength = "" if isinstance(theta, LoraSet) else f", gamma {loaded.gamma:g}"
+        label = f"with {what} (rank {theta.rank}{strength})"
         rows.append([label, str(score.perplexity), str(change), f"{score.tpe:.6f}"])
-        verdict = f"\n\n{what_it_says(change)}"
-    what = f"{counted(base.chunks, 'chunk')} of {base.context} tokens, {base.tokens} scored"
+        verdict = f"\n\n{what_it_says(change, what)}"
+    size = f"{counted(base.chunks, 'chunk')} of {base.context} tokens, {base.tokens} scored"
     table = format_table(rows, ["", "perplexity", "change", "TPE"])
-    return Result(record, f"\n{options.model} on {job.text.name}: {what}\n\n{table}{verdict}")
+    return Result(record, f"\n{options.model} on {job.text.name}: {size}\n\n{table}{verdict}")
 
 
-def what_it_says(change: PairedChange) -> str:
-    """What the paired difference says, at two standard errors."""
+def what_it_says(change: PairedChange, what: str = "Θ") -> str:
+    """What the paired difference says, at two standard errors. what: makes it"""
+    subject = what[0].upper() + what[1:]
     if not change.clear:
-        return "Θ makes no difference that this text can show (within two standard errors)."
+        return f"{subject} makes no difference that this text can show (within two standard errors)."
     better = change.percent < 0
-    return f"Θ makes this model {'better' if better else 'worse'} on this text (beyond two standard errors)."
+    return f"{subject} makes this model {'better' if better else 'worse'} on this text (beyond two standard errors)."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ EXAMPLES = """\
   python nkat_inference_engine.py --model model.gguf --theta theta_rank4.bin --perplexity --json result.json
   python nkat_inference_engine.py --model model.nkat --generate "Once upon a time" --max-tokens 100 --seed 1
   python nkat_inference_engine.py --model model.nkat --generate "Name three rivers." --chat --temperature 0
+  python nkat_inference_engine.py --model model.gguf --lora peft-folder --perplexity
   python nkat_inference_engine.py --model model.nkat --gemm
 """
 
@@ -64,6 +67,7 @@ class EngineOptions:
     model: Path
     theta: Path | None
     theta_gamma: float | None
+    lora: tuple[tuple[Path, float], ...]
     generate: str
     text: Path | None
     seq_len: int | None
@@ -91,9 +95,30 @@ class EngineOptions:
 
 
 CONFLICTS: tuple[tuple[Callable[[EngineOptions], object], str], ...] = (
+    (
+        lambda o: o.lora and (o.theta or o.theta_gamma is not None),
+        "--lora runs in place of a Θ: --theta and --theta-gamma have no meaning with it (--lora-scaled FILE:SCALE)",
+    ),
     (lambda o: o.command == "perplexity" and o.chunks == 0, "--perplexity needs at least one chunk"),
     (lambda o: o.system is not None and not o.chat, "--system goes with --chat"),
 )
+
+
+def scaled_once(text: str) -> tuple[Path, float]:
+    """For argparse: an adapter at its own strength."""
+    return Path(text), 1.0
+
+
+def scaled(text: str) -> tuple[Path, float]:
+    """For argparse: PATH:SCALE."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        found = float(scale)
+    except ValueError:
+        found = math.nan
+    if not colon or not math.isfinite(found):
+        raise argparse.ArgumentTypeError(f"must be PATH:SCALE with a number for SCALE, got {text!r}")
+    return Path(path), found
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
@@ -104,6 +129,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
     add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf")
     add("--theta", type=Path, metavar="FILE", help="a Θ file made for this model (--theta-only of the converter)")
     add("--theta-gamma", type=float, metavar="G", help="strength of Θ in place of the recorded one: lower is stronger")
+    add(
+        "--lora",
+        type=scaled_once,
+        action="append",
+        metavar="PATH",
+        help="run this LoRA in place of Θ: a folder of PEFT's, or a GGUF of llama.cpp's; several add up",
+    )
+    add("--lora-scaled", type=scaled, action="append", metavar="PATH:SCALE", help="the same at another strength")
     what = parser.add_argument_group("what to do, one of")
     what.add_argument("--benchmark", action="store_true", help="speed of prefill and decoding, and what Θ costs")
     what.add_argument("--compare", action="store_true", help="without Θ against with Θ: speed, memory, perplexity, TPE")
@@ -183,6 +216,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
             values[name] = defaults.get(command, 0 if name in _NUMBERS else None)
         elif command not in defaults:
             parser.error(f"--{name.replace('_', '-')} has no meaning with --{command}")
+    values["lora"] = (*(parsed.lora or ()), *(parsed.lora_scaled or ()))
     options = commandline.taken(EngineOptions, parsed, command=command, generate=parsed.generate or "", **values)
     commandline.check_conflicts(parser, options, CONFLICTS)
     return options

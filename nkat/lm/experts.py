@@ -17,7 +17,7 @@ from nkat.kernels.registry import kernel_types
 from nkat.lm.activation import activate
 from nkat.lm.architectures import STACKS, Architecture
 from nkat.lm.linear import StarLinear
-from nkat.theta.algebra import Theta, ThetaError, coupling
+from nkat.theta.algebra import Term, Theta, ThetaError, coupling
 
 if TYPE_CHECKING:
     from nkat.kernels.cpu.experts import CpuExperts
@@ -71,8 +71,10 @@ class ExpertStack(nn.Module):
         layer.int8_activations, layer.kappa = self.int8_activations, self.kappa
         return layer
 
-    def set_theta(self, theta: Theta | None) -> None:
+    def set_theta(self, theta: Term | None) -> None:
         """As of StarLinear: that of every expert."""
+        if theta is not None and not isinstance(theta, Theta):
+            raise ThetaError("a mixture's experts take a Θ and no other low-rank term")
         if theta is not None and (theta.experts != self.shape[0] or theta.size > max(self.shape[1:])):
             raise ThetaError(f"Θ of size {theta.size} for {theta.experts} experts does not fit weights {self.shape}")
         self.theta = None if theta is None or theta.is_zero() else theta

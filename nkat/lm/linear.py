@@ -17,7 +17,7 @@ from torch import nn
 from nkat.gguf.formats import dequantise
 from nkat.kernels import reference
 from nkat.kernels.registry import kernel_types
-from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
+from nkat.theta.algebra import Term, ThetaError, coupling
 
 if TYPE_CHECKING:
     from nkat.kernels.cpu.linear import CpuLinear
@@ -73,7 +73,7 @@ class StarLinear(PackedModule):
         *,
         dtype: torch.dtype = torch.float32,
         bias: torch.Tensor | None = None,
-        theta: Theta | None = None,
+        theta: Term | None = None,
         keep_dense: bool = False,
     ) -> None:
         super().__init__(packed, qtype, shape)
@@ -89,25 +89,22 @@ class StarLinear(PackedModule):
         self.compiled: CpuLinear | None = None  # what `repack` made, on the CPU; None where its type has no kernel
         self.set_theta(theta)
 
-    def set_theta(self, theta: Theta | None) -> None:
-        """Replaces Θ; its strength stays. Raises ThetaError when it is larger than the layer."""
+    def set_theta(self, theta: Term | None) -> None:
+        """Replaces Θ, or the low-rank term in its place; its strength stays. Raises ThetaError when it does not fit."""
         if theta is not None and theta.experts is not None:
             raise ThetaError(
                 f"Θ of {theta.experts} experts does not fit a single {self.shape[0]}x{self.shape[1]} weight"
             )
-        if theta is not None and theta.size > max(self.shape):
-            raise ThetaError(f"Θ of size {theta.size} does not fit a {self.shape[0]}x{self.shape[1]} weight")
+        if theta is not None:
+            theta.check(*self.shape)
         self.down = self.up = None
         self.theta = None if theta is None or theta.is_zero() else theta
         if self.compiled is not None:
             self.compiled.set_theta(self.theta)
         if self.theta is None:
             return
-        # INT8 times its scale is rounded once, to the layer's dtype
-        precise = torch.float64 if self.dtype == torch.float64 else torch.float32
-        down, up = low_rank_form(*self.theta.factors(precise), *self.shape)
-        self.down = down.to(self.device, self.dtype)
-        self.up = up.to(self.device, self.dtype)
+        down, up = self.theta.form(*self.shape, self.dtype)
+        self.down, self.up = down.to(self.device), up.to(self.device)
 
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ: κ(γ). None or 1 turns it off."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.errors import NKATError
+from nkat.lm.adapters import lora_set, open_adapter
 from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.theta.modelfile import ModelFile, open_model_file, theta_for
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import TermSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Request:
     gamma: strength of Θ in place of the recorded one
     repack: use the compiled CPU kernels, see `load_model`
     with_theta: False leaves Θ out altogether
+    lora: adapters that run in place of any Θ, each at a scale
     """
 
     model: Path
@@ -29,16 +31,23 @@ class Request:
     int8_activations: bool = False
     repack: bool = False
     with_theta: bool = True
+    lora: tuple[tuple[Path, float], ...] = ()
 
-    def open(self) -> tuple[ModelFile, ThetaSet | None]:
-        """The file and its Θ. Raises NKATError when Θ is for another model, or γ is given without any Θ."""
+    def open(self) -> tuple[ModelFile, TermSet | None]:
+        """The file and its Θ, or the adapters in its place.
+
+        Raises NKATError when Θ or an adapter is for another model, or γ is given without any Θ.
+        """
         model_file = open_model_file(self.model)
+        if self.lora:
+            adapters = [(open_adapter(path, model_file), scale) for path, scale in self.lora]
+            return model_file, lora_set(adapters) if self.with_theta else None
         theta_set = theta_for(model_file, self.theta) if self.theta else model_file.theta
         if theta_set is None and self.gamma is not None:
             raise NKATError(f"{self.model}: has no Θ, so --theta-gamma has no meaning")
         return model_file, theta_set if self.with_theta else None
 
-    def load(self, source: ModelFile | LoadedModel, theta_set: ThetaSet | None) -> LoadedModel:
+    def load(self, source: ModelFile | LoadedModel, theta_set: TermSet | None) -> LoadedModel:
         """The model that `open` found, ready to run; or another one like a loaded one, see `load_model`."""
         gamma = self.gamma
         if gamma is None:

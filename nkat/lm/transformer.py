@@ -26,7 +26,7 @@ from nkat.lm.attention import View, attend, capped, make_view, query_scales, rop
 from nkat.lm.config import ModelConfig, Turning
 from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.linear import PackedModule, StarLinear
-from nkat.theta.algebra import Theta
+from nkat.theta.algebra import Term
 
 if TYPE_CHECKING:
     from nkat.kernels.cuda.planes import PackedWeight
@@ -369,10 +369,11 @@ class Transformer(nn.Module):
         }
         return {**self.star_linears(), **stacks}
 
-    def set_thetas(self, thetas: Mapping[str, Theta]) -> None:
-        """Puts these Θ, by weight name, in place of all that are there. Raises NKATError for a name of no layer.
+    def set_thetas(self, thetas: Mapping[str, Term]) -> None:
+        """Puts these Θ or other terms, by weight name, in place of all that are there.
 
-        The very same ones leave all as it is, so that what was made for them is not stale.
+        The very same ones leave all as it is, so that what was made for them is not stale. Raises NKATError for a name
+        of no layer.
         """
         layers = self._carriers()
         for name in thetas:

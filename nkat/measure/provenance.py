@@ -14,7 +14,7 @@ from nkat.host.console import bar
 from nkat.host.record import toolkit_version
 from nkat.lm.load import LoadedModel
 from nkat.measure.texts import Text
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import LoraSet, TermSet
 
 PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")
 
@@ -23,7 +23,7 @@ def provenance(
     model: Path,
     loaded: LoadedModel,
     *,
-    theta: ThetaSet | None = None,
+    theta: TermSet | None = None,
     theta_path: Path | None = None,
     text: Text | None = None,
     decoder: Decoder | None = None,
@@ -57,6 +57,8 @@ def provenance(
             "theta_layers": len(theta.layers),
             "theta_bytes": theta.nbytes,
         }
+    if isinstance(theta, LoraSet):
+        record |= {"theta_file": None, "lora": list(theta.adapters)}
     if decoder is not None:
         record |= {"decoder": decoder.name, "kv_cache_bytes": decoder.cache_nbytes}
     return record

@@ -20,7 +20,7 @@ from nkat.kernels.cpu.matmul import (
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.kernels.cpu.repack import repack, repack_float
-from nkat.theta.algebra import Theta
+from nkat.theta.algebra import Term
 
 
 def token_state(count: int) -> np.ndarray:
@@ -56,19 +56,17 @@ class Panels:
 class CpuStar:
     """Θ of one layer for the kernels: INT8 factors as stored, and the factor that a strength gives each term."""
 
-    def __init__(self, theta: Theta, shape: tuple[int, int], float_inputs: bool) -> None:
+    def __init__(self, theta: Term, shape: tuple[int, int], float_inputs: bool) -> None:
         m, n = shape
-        p, q = theta.p.numpy(), theta.q.numpy()
-        self.terms = 2 * theta.rank
-        # up·down of nkat.theta.algebra.low_rank_form, with all scales in one factor a term
-        self.product = np.concatenate([theta.scale[0] * theta.scale[1]] * 2).astype(np.float32)
+        some_down, some_up, product = (part.numpy() for part in theta.int8_form(m, n))
+        self.terms, self.product = len(product), product
         self.strength = np.zeros(self.terms, np.float32)
         up = np.zeros((padded_rows(m), self.terms), np.int8)
-        up[: min(m, len(p))] = np.concatenate([p, -q], axis=1)[:m]
+        up[:m] = some_up
         self.up = np.ascontiguousarray(up.reshape(-1, ROWS, self.terms).transpose(0, 2, 1))
         rows = ROWS if float_inputs else STAR_ROWS
         down = np.zeros((-(-self.terms // rows) * rows, n), np.int8)
-        down[: self.terms, : min(n, len(p))] = np.concatenate([q, p], axis=1)[:n].T
+        down[: self.terms] = some_down
         if float_inputs:
             self.down = np.ascontiguousarray(down.reshape(-1, rows, n).transpose(0, 2, 1))
         else:
@@ -125,7 +123,7 @@ class CpuLinear:
         """Bytes of the repacked weight and Θ."""
         return self.tiles.nbytes + (0 if self.star is None else self.star.nbytes)
 
-    def set_theta(self, theta: Theta | None) -> None:
+    def set_theta(self, theta: Term | None) -> None:
         self.star = None if theta is None else CpuStar(theta, self.shape, self.rounding == EXACT)
 
     def down(self, program: Program, panels: Panels, u: np.ndarray) -> np.ndarray:
