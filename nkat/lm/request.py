@@ -8,7 +8,8 @@ from pathlib import Path
 from nkat.errors import NKATError
 from nkat.lm.adapters import lora_set, open_adapter
 from nkat.lm.load import DTYPES, LoadedModel, load_model
-from nkat.theta.modelfile import ModelFile, open_model_file, theta_for
+from nkat.theta.combine import WeightedFile, combined_for
+from nkat.theta.modelfile import ModelFile, open_model_file
 from nkat.theta.set import TermSet
 
 
@@ -16,22 +17,22 @@ from nkat.theta.set import TermSet
 class Request:
     """Which model to run, and how. Small and picklable.
 
-    theta: a file with Θ alone, in place of the Θ in the model's file
-    gamma: strength of Θ in place of the recorded one
+    thetas: files whose Θ are used together in place of the Θ in the model's file, which may be among them
+    gamma: strength of Θ in place of the recorded one, or of each one's
     repack: use the compiled CPU kernels, see `load_model`
     with_theta: False leaves Θ out altogether
-    lora: adapters that run in place of any Θ, each at a scale
+    loras: adapters that run together in place of any Θ
     """
 
     model: Path
-    theta: Path | None = None
+    thetas: tuple[WeightedFile, ...] = ()
     gamma: float | None = None
     device: str = "cpu"
     dtype: str | None = None
     int8_activations: bool = False
     repack: bool = False
     with_theta: bool = True
-    lora: tuple[tuple[Path, float], ...] = ()
+    loras: tuple[WeightedFile, ...] = ()
 
     def open(self) -> tuple[ModelFile, TermSet | None]:
         """The file and its Θ, or the adapters in its place.
@@ -39,11 +40,11 @@ class Request:
         Raises NKATError when Θ or an adapter is for another model, or γ is given without any Θ.
         """
         model_file = open_model_file(self.model)
-        if self.lora:
-            adapters = [(open_adapter(path, model_file), scale) for path, scale in self.lora]
+        if self.loras:
+            adapters = [(open_adapter(file.path, model_file), file.weight) for file in self.loras]
             return model_file, lora_set(adapters) if self.with_theta else None
-        theta_set = theta_for(model_file, self.theta) if self.theta else model_file.theta
-        if theta_set is None and self.gamma is not None:
+        theta_set = combined_for(model_file, self.thetas, self.gamma) if self.thetas else model_file.theta
+        if theta_set is None and not self.thetas and self.gamma is not None:
             raise NKATError(f"{self.model}: has no Θ, so --theta-gamma has no meaning")
         return model_file, theta_set if self.with_theta else None
 

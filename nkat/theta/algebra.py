@@ -50,8 +50,22 @@ class Term(Protocol):
         """(down [k, n], up [m, k]) of the term up @ down."""
         ...
 
-    def int8_form(self, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(down int8 [k, n], up int8 [m, k], float32 [k]): the same with one factor for each of the k products."""
+    @property
+    def columns(self) -> int:
+        """Half of the products that its INT8 form has, rounded up: the room that kernels need for it."""
+        ...
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `int8_form` is made of: of another term with the very same two it is the same."""
+        ...
+
+    def int8_form(self, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(down int8 [k, n], up int8 [m, k]) of the term up @ diag(int8_scales) @ down."""
+        ...
+
+    def int8_scales(self) -> torch.Tensor:
+        """float32 [k]: a factor for each product of `int8_form`."""
         ...
 
 
@@ -120,9 +134,21 @@ class Theta:
         down, up = low_rank_form(*self.factors(precise), m, n)
         return down.to(dtype), up.to(dtype)
 
-    def int8_form(self, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`low_rank_form` of the factors as they are stored, and all scales in one factor for each product."""
-        return *low_rank_form(self.p, self.q, m, n), (self.scale[0] * self.scale[1]).repeat(2)
+    @property
+    def columns(self) -> int:
+        return self.rank
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.p, self.q
+
+    def int8_form(self, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`low_rank_form` of the factors as they are stored."""
+        return low_rank_form(self.p, self.q, m, n)
+
+    def int8_scales(self) -> torch.Tensor:
+        """All scales in one factor for each product."""
+        return (self.scale[0] * self.scale[1]).repeat(2)
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantised P and Q, each as they are stored."""

@@ -59,19 +59,29 @@ class LowRank:
         """(down [k, n], up [m, k])"""
         return self.down.to(dtype), self.up.to(dtype)
 
-    def int8_form(self, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(down int8 [3k, n], up int8 [m, 3k], float32 [3k]): U D is their product with those factors in between.
+    @property
+    def columns(self) -> int:
+        return -(-3 * self.rank // 2)
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.up, self.down
+
+    def int8_form(self, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(down int8 [3k, n], up int8 [m, 3k])
 
         A factor is the sum of two of INT8, the second of what the first leaves; of the four products of a pair the
         smallest is left out. What is lost is about 1e-4 of the term, less than F16 loses.
         """
-        (up, up_scale), (up_rest, up_rest_scale) = _two_parts(self.up)
-        (down, down_scale), (down_rest, down_rest_scale) = _two_parts(self.down.T)
-        return (
-            torch.cat([down, down_rest, down], dim=1).T.contiguous(),
-            torch.cat([up, up, up_rest], dim=1),
-            torch.cat([up_scale * down_scale, up_scale * down_rest_scale, up_rest_scale * down_scale]),
-        )
+        (up, _), (up_rest, _) = _two_parts(self.up)
+        (down, _), (down_rest, _) = _two_parts(self.down.T)
+        return torch.cat([down, down_rest, down], dim=1).T.contiguous(), torch.cat([up, up, up_rest], dim=1)
+
+    def int8_scales(self) -> torch.Tensor:
+        """float32 [3k]"""
+        (_, up), (_, up_rest) = _two_parts(self.up)
+        (_, down), (_, down_rest) = _two_parts(self.down.T)
+        return torch.cat([up * down, up * down_rest, up_rest * down])
 
     def product(self) -> torch.Tensor:
         """U D, float32 [m, n]."""

@@ -26,7 +26,7 @@ def term(m: int, n: int, k: int) -> LowRank:
 @pytest.mark.parametrize(("m", "n", "k"), [(16, 24, 1), (24, 16, 5), (32, 32, 8)])
 def test_the_int8_form_is_the_term(m: int, n: int, k: int) -> None:
     one = term(m, n, k)
-    down, up, between = one.int8_form(m, n)
+    (down, up), between = one.int8_form(m, n), one.int8_scales()
     assert (down.dtype, up.dtype, len(between)) == (torch.int8, torch.int8, 3 * k)
     exact = one.up.double() @ one.down.double()
     found = (up.double() * between.double()) @ down.double()
