@@ -116,6 +116,7 @@ def _request(options: ConvertOptions, inputs: Inputs, base_sha256: str, names: l
         ),
         calibrate=load_text(options.calibrate),
         reference=inputs.loaded_reference,
+        imatrix=options.imatrix,
         ignore=fit.ignore,
         precision=fit.precision,
         fast=fit.fast,

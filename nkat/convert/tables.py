@@ -11,6 +11,7 @@ from nkat.host.console import format_table
 from nkat.measure.divergence import divergence_cells
 from nkat.measure.perplexity import change_text
 from nkat.sources.fit.choice import print_choice
+from nkat.sources.lora import missed_table
 from nkat.sources.residual import ErrorsLeft
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
@@ -62,10 +63,15 @@ def print_summary(record: Mapping[str, Any]) -> None:
         print(f"wrote {record['output']} ({record['output_bytes']:,} bytes)")
     if record["lora"]:
         print(f"wrote {record['lora']} ({record['lora_bytes']:,} bytes)")
+    if record["peft"]:
+        print(f"wrote {record['peft']} ({record['peft_bytes']:,} bytes)")
 
 
 def print_fit(record: Mapping[str, Any]) -> None:
     """What a fit gained where it did not learn."""
+    if "errors" in record.get("start_from", {}):
+        print("\nof the LoRA that the fit began with, the nearest Θ left (1: nothing of it was kept):\n")
+        print(missed_table(record["start_from"]["errors"]))
     if record["choice"] is not None:
         print("\nrank, gamma and step were chosen from (first looked at on some chunks, then judged on all):\n")
         print_choice(record["choice"])

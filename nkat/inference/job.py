@@ -52,8 +52,8 @@ from nkat.measure.tasks import READERS
 from nkat.measure.texts import Text, load_text
 from nkat.measure.tpe import byte_ratio
 from nkat.theta.modelfile import ModelFile
-from nkat.theta.options import theta_words
-from nkat.theta.set import ThetaSet, check_judging_text
+from nkat.theta.options import lora_words, theta_words
+from nkat.theta.set import LoraSet, TermSet, check_judging_text
 
 Record = dict[str, Any]
 JUDGING = ("perplexity", *TASKS)  # exact where nothing else is asked for, and no copy of the weights is worth its time
@@ -63,7 +63,7 @@ LEAVES = {"benchmark": ("benchmark.json",), "compare": ("comparison.json", "comp
 
 @dataclass(frozen=True)
 class Job:
-    """The model of this run, opened and checked but not loaded. theta: None when it has none.
+    """The model of this run, opened and checked but not loaded. theta: or a LoRA in its place; None when it has none.
 
     activations: "float", or "int8" where the layers' inputs are rounded
     """
@@ -74,7 +74,7 @@ class Job:
     activations: str
     request: Request
     model_file: ModelFile
-    theta: ThetaSet | None
+    theta: TermSet | None
 
     @property
     def has_text(self) -> bool:
@@ -149,6 +149,8 @@ class Job:
 
     def label(self, loaded: LoadedModel) -> str:
         """Of the arm with Θ, for people."""
+        if isinstance(self.theta, LoraSet):
+            return f"with the LoRA (rank {self.theta.rank})"
         return "" if self.theta is None else f"with Θ (rank {self.theta.rank}, gamma {loaded.gamma:g})"
 
 
@@ -171,7 +173,7 @@ class Result:
 
 
 def run(options: EngineOptions) -> None:
-    thetas = [file.path for file in options.thetas]
+    thetas = [file.path for file in (*options.thetas, *options.loras)]
     inputs = [options.model, *thetas, options.text, options.reference, options.kl_base, options.task_file]
     check_record(options.json, options.force, inputs)
     check_judging(options)
@@ -189,6 +191,7 @@ def run(options: EngineOptions) -> None:
         options.dtype,
         int8_activations=activations == "int8",
         repack=(fast or device.type == "cuda") and options.dtype in (None, *kernel_dtypes),
+        loras=options.loras,
     )
     model_file, theta = request.open()
     if model_file.unfinished:
@@ -198,6 +201,10 @@ def run(options: EngineOptions) -> None:
         note(f"Θ of rank {theta.rank}: {parts}")
     if theta is not None and options.theta_gamma == 1.0:
         note("warning: --theta-gamma 1 couples Θ with strength 0: it has no effect in this run")
+    if options.loras and model_file.theta is not None:
+        note(f"note: the Θ in {options.model} is left out: --lora runs in its place")
+    if options.loras and options.command != "generate":
+        note("note: where the tables say Θ, the LoRA is meant: it runs in its place")
     job = Job(options, device, count, activations, request, model_file, theta)
     if job.has_text:
         job.check_text()
@@ -230,8 +237,8 @@ def run(options: EngineOptions) -> None:
 
 def suggest_next(options: EngineOptions, has_theta: bool, record: Record) -> None:
     """What a user would do after these figures."""
-    model: list[object] = ["--model", options.model, *theta_words(options.thetas)]
-    if options.command == "generate":  # whoever reads a text asks for no figures
+    model: list[object] = ["--model", options.model, *theta_words(options.thetas), *lora_words(options.loras)]
+    if options.command == "generate" or options.loras:  # whoever reads a text asks for no figures
         return
     if options.command == "gemm":
         suggest("engine", *model, "--benchmark")
@@ -305,7 +312,7 @@ def compare(job: Job) -> Result:
     return Result(record, f"{speed_subject(job, record)}\n{comparison_text(record)}")
 
 
-def measure_quality(job: Job, loaded: LoadedModel, theta: ThetaSet) -> Quality:
+def measure_quality(job: Job, loaded: LoadedModel, theta: TermSet) -> Quality:
     """Perplexity of both arms; and, where activations are rounded, what that changes without Θ."""
     judge = job.judge(loaded)
     score, without = judge.score(theta, loaded.gamma), judge.without()

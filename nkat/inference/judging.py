@@ -18,7 +18,7 @@ from nkat.measure.perplexity import PairedChange, change_text, paired, perplexit
 from nkat.measure.task_scores import Solved, solve
 from nkat.measure.tasks import Blank, Choice
 from nkat.measure.tpe import tpe
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import TermSet
 
 Record = dict[str, Any]
 ARMS = ("baseline", "nkat")  # as records name them
@@ -43,7 +43,7 @@ def base_passages(base: BaseFile, loaded: LoadedModel, chunks: int) -> Passages:
     return Passages(tokens, None, base.path.name)
 
 
-def measure_perplexity(judge: Judge, theta: ThetaSet | None, base: Base | None, label: str) -> tuple[Record, str]:
+def measure_perplexity(judge: Judge, theta: TermSet | None, base: Base | None, label: str) -> tuple[Record, str]:
     """The same chunks without Θ and, where there is one, with it; beside another base where one is given.
 
     label: of the arm with Θ, for people

@@ -12,7 +12,7 @@ from nkat.host import commandline
 from nkat.lm.load import DTYPES
 from nkat.measure.perplexity import DEFAULT_BATCH
 from nkat.theta.combine import WeightedFile
-from nkat.theta.options import add_theta_arguments
+from nkat.theta.options import add_lora_arguments, add_theta_arguments
 
 EXAMPLES = """\
   python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --benchmark --seq-len 512 --iterations 100
@@ -25,6 +25,7 @@ EXAMPLES = """\
   python nkat_inference_engine.py --model model.nkat --hellaswag hellaswag_val_full.txt --tasks 400
   python nkat_inference_engine.py --model model.nkat --generate "Once upon a time" --max-tokens 100 --seed 1
   python nkat_inference_engine.py --model model.nkat --generate "Name three rivers." --chat --temperature 0
+  python nkat_inference_engine.py --model model.gguf --lora peft-folder --perplexity
   python nkat_inference_engine.py --model model.nkat --gemm
 """
 
@@ -79,6 +80,7 @@ class EngineOptions:
     model: Path
     thetas: tuple[WeightedFile, ...]
     theta_gamma: float | None
+    loras: tuple[WeightedFile, ...]
     generate: str
     text: Path | None
     seq_len: int | None
@@ -111,6 +113,10 @@ class EngineOptions:
 
 
 CONFLICTS: tuple[tuple[Callable[[EngineOptions], object], str], ...] = (
+    (
+        lambda o: o.loras and (o.thetas or o.theta_gamma is not None),
+        "--lora runs in place of a Θ: --theta and --theta-gamma have no meaning with it (--lora-scaled FILE:SCALE)",
+    ),
     (lambda o: o.command == "perplexity" and o.chunks == 0, "--perplexity needs at least one chunk"),
     (lambda o: o.system is not None and not o.chat, "--system goes with --chat"),
     (lambda o: o.kl_base and o.reference, "--kl-base and --reference are both what is compared with; give one"),
@@ -131,6 +137,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "to which the model's own file may belong",
     )
     add("--theta-gamma", type=float, metavar="G", help="strength of Θ in place of the recorded one: lower is stronger")
+    add_lora_arguments(parser)
     what = parser.add_argument_group("what to do, one of")
     what.add_argument("--benchmark", action="store_true", help="speed of prefill and decoding, and what Θ costs")
     what.add_argument("--compare", action="store_true", help="without Θ against with Θ: speed, memory, perplexity, TPE")

@@ -16,7 +16,7 @@ from nkat.host.record import toolkit_version
 from nkat.lm.load import LoadedModel
 from nkat.measure.texts import Text
 from nkat.theta.combine import WeightedFile
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import LoraSet, TermSet
 
 PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")
 
@@ -25,7 +25,7 @@ def provenance(
     model: Path,
     loaded: LoadedModel,
     *,
-    theta: ThetaSet | None = None,
+    theta: TermSet | None = None,
     theta_files: Sequence[WeightedFile] = (),
     text: Text | None = None,
     decoder: Decoder | None = None,
@@ -61,6 +61,8 @@ def provenance(
             "theta_layers": len(theta.layers),
             "theta_bytes": theta.nbytes,
         }
+    if isinstance(theta, LoraSet):
+        record |= {"theta_file": None, "lora": list(theta.adapters)}
     if decoder is not None:
         record |= {"decoder": decoder.name, "kv_cache_bytes": decoder.cache_nbytes}
     return record

@@ -15,6 +15,7 @@ import torch
 from nkat.errors import NKATError
 from nkat.gguf.scales import has_scales, put_scales, stored_scales
 from nkat.gguf.weights import read_weight
+from nkat.gguf.writer import FileRange, sha256_of_parts
 from nkat.host import console, interrupts
 from nkat.host.console import note
 from nkat.host.distributed import World, join_world
@@ -29,6 +30,7 @@ from nkat.sources.fit.job import compute_dtype, load_reference
 from nkat.sources.fit.layers import stand_ins
 from nkat.sources.fit.room import Kept, keep
 from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
+from nkat.sources.importance import moments_from_file
 from nkat.sources.make import check_reference_is_better
 from nkat.sources.moments import input_second_moments
 from nkat.sources.repair.descent import RepairSettings, Validation, repair
@@ -48,6 +50,7 @@ class RepairRequest:
     reference: the same model at a higher precision;  ignore: parts of the text that are not to be learned
     precision: "auto", "float32" or "bfloat16"
     fast: keep activations and the other layers' unpacked weights in memory; None: what fits
+    imatrix: a file that says how the inputs weigh for the start, in place of the text
     state: the file of an interrupted repair, None to keep none; `resume` goes on with it
     """
 
@@ -63,6 +66,7 @@ class RepairRequest:
     state: Path | None
     resume: bool
     allow_cuda: bool
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,8 @@ def _identity(request: RepairRequest, dtype: torch.dtype) -> tuple[str, dict[str
     if request.reference is not None:
         with console.bar(request.reference.file.base_size, "hashing the reference", "B") as bar:
             hashes["reference_sha256"] = base_hash(request.reference.file, bar.update)
+    if request.imatrix is not None:
+        hashes["imatrix_sha256"] = sha256_of_parts([FileRange(request.imatrix, 0, request.imatrix.stat().st_size)])
     settings = {**asdict(request.settings), "names": list(request.names), "ignore": list(request.ignore)}
     return run_identity({"kind": "repair", **hashes, **settings, "precision": str(dtype)}), hashes
 
@@ -167,8 +173,11 @@ def _starts(request: RepairRequest, loaded: LoadedModel) -> dict[str, list[torch
     if request.reference is None:
         return {}
     names = request.names
-    model = loaded if loaded.model.device.type == "cpu" else request.model  # moments are gathered on the processor
-    moments, _ = input_second_moments(model, request.calibrate, names=names)
+    if request.imatrix is not None:
+        moments, _ = moments_from_file(request.imatrix, request.model.tensors, names)
+    else:
+        model = loaded if loaded.model.device.type == "cpu" else request.model  # they are gathered on the processor
+        moments, _ = input_second_moments(model, request.calibrate, names=names)
     layers, changes = request.model.model.star_linears(), []
     with console.bar(len(names), "scales in closed form", "weight") as bar:
         for name in names:
