@@ -94,7 +94,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     backends = (AUTO, *(backend.name for backend in BACKENDS))
-    add("--model", type=Path, metavar="FILE", help="a .nkat, or a .gguf (default in the menu: the newest .nkat here)")
+    add(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="a .nkat, a .gguf, or hf:OWNER/REPO[:QUANT] (default in the menu: the newest .nkat here)",
+    )
     add("--theta", type=Path, metavar="FILE", help="Θ in a file of its own, for --model")
     add("--base", type=Path, metavar="FILE", help="the base model, where it is not beside the .nkat")
     add("--kobold", type=Path, metavar="PATH", help="KoboldCpp: its program or its folder (default: $KOBOLDCPP, …)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nkat.host.files import check_apart, check_output
 from nkat.host.programs import shell_line
 from nkat.host.record import Recorder, check_record
 from nkat.host.tools import suggest
+from nkat.hub.fetch import local_model
 from nkat.kobold.benchmark import fastest
 from nkat.kobold.choose import Choice, advice
 from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings
@@ -50,6 +51,8 @@ def main() -> None:
         check_output(options.save_config, options.force)  # before a benchmark of minutes
     interactive = options.action is None and options.backend == AUTO and sys.stdin.isatty() and sys.stdout.isatty()
     kobold = probe_kobold(find_kobold(options.kobold))
+    base = options.base and local_model(options.base)
+    options = replace(options, model=options.model and local_model(options.model), base=base)
     model = options.model
     if model is None and options.action is None:
         model = default_model(interactive)
