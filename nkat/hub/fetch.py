@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, NoReturn, cast
+from typing import Any, BinaryIO, NoReturn, cast, overload
 
 from nkat.errors import NKATError
 from nkat.host.console import bar, format_bytes, note
@@ -30,13 +30,17 @@ _SECONDS = 10  # for an answer of the server
 _SHA256 = 64  # digits
 
 
-def local_model(path: Path) -> Path:
+@overload
+def local_model(path: Path) -> Path: ...
+@overload
+def local_model(path: None) -> None: ...
+def local_model(path: Path | None) -> Path | None:
     """The path itself, or where the file of a name is, which is fetched when the cache does not have it.
 
     Raises NKATError in one line for a name that means no file or several, and for whatever the server, the network or
     the disk refuses.
     """
-    name = None if path.exists() else parse_name(str(path))
+    name = None if path is None or path.exists() else parse_name(str(path))
     return path if name is None else fetch(name)
 
 

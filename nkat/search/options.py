@@ -122,5 +122,4 @@ def search_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace, 
     source = parsed.theta_source or ("fit" if parsed.calibrate else "weight")
     options = commandline.taken(SearchOptions, parsed, theta_source=source, fit=fit_options(parsed), study=study)
     commandline.check_conflicts(parser, options, CONFLICTS)
-    reference = options.reference and local_model(options.reference)
-    return replace(options, model=local_model(options.model), reference=reference)
+    return replace(options, model=local_model(options.model), reference=local_model(options.reference))
