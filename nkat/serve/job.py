@@ -19,6 +19,7 @@ from nkat.serve.options import USUAL_CONTEXT, ServeOptions, keys, parse_argument
 from nkat.serve.server import address, bind, serve
 from nkat.serve.web import Settings, is_this_machine, make_app
 from nkat.serve.worker import Worker
+from nkat.theta.combine import WeightedFile
 
 
 def main() -> None:
@@ -61,7 +62,7 @@ def load(options: ServeOptions) -> tuple[LoadedModel, int]:
     activations = options.activations or ("int8" if on_processor else "float")
     request = Request(
         options.model,
-        options.theta,
+        () if options.theta is None else (WeightedFile(options.theta),),
         options.theta_gamma,
         str(device),
         options.dtype,
