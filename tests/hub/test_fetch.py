@@ -14,11 +14,15 @@ import huggingface_hub
 import huggingface_hub.file_download
 import pytest
 
+import nkat
 from nkat.errors import NKATError
+from nkat.harness.arguments import ModelArguments
+from nkat.harness.model import EvaluatedModel
 from nkat.hub import fetch as fetching
 from nkat.hub.fetch import fetch, is_name, local_model
 from nkat.hub.names import HubName
 from tests.conftest import ROOT
+from tests.support.fake_koboldcpp import NEW, install
 from tests.support.hub_server import COMMIT, HubServer, hub_server
 from tests.support.tiny_models import write_tiny_model
 
@@ -317,11 +321,21 @@ def test_every_command_takes_a_name(hub: HubServer, script, fails, tmp_path: Pat
     refused = fails(converter, "--input", "hf:tiny/model", "--in-place")
     assert "--in-place would change the copy of hf:tiny/model in the cache: give --output" in refused
     assert "there is no such file; there are F32" in fails(engine, "--model", "hf:tiny/model:Q2_K", "--gemm")
+    reference = ("--perplexity", "--reference", "hf:tiny/model:Q2_K")
+    assert "there are F32" in fails(engine, "--model", model, *reference)
     search = ("--mode", "custom", "--trials", 1, "--output-dir", tmp_path / "s")
     assert "there are F32" in fails("nkat_auto_optimizer.py", "--model", "hf:tiny/model:Q2_K", *search)
-    for name in ("find_kobold", "probe_kobold"):
-        monkeypatch.setattr(f"nkat.kobold.session.{name}", lambda _: None)
+    kobold = ("--kobold", install(tmp_path / "kobold", NEW), "--dry-run")
     for words in (("--model", "hf:tiny/model:Q2_K"), ("--model", target, "--base", "hf:tiny/model:Q2_K")):
-        assert "there are F32" in fails("backend_selector.py", *words, "--dry-run")
+        assert "there are F32" in fails("backend_selector.py", *kobold, *words)
+    done = script("backend_selector.py", *kobold, "--model", "hf:tiny/model", "--backend", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "model-F32.gguf" in done.stdout
+    assert "there are F32" in fails("nkat_server.py", "--model", "hf:tiny/model:Q2_K", "--port", 0)
+    with pytest.raises(NKATError, match="there are F32"):
+        EvaluatedModel(ModelArguments.of({"path": "hf:tiny/model:Q2_K"}))
+    with pytest.raises(NKATError, match="there are F32"):
+        nkat.open_model("hf:tiny/model:Q2_K")
+    assert nkat.open_model("hf:tiny/model").path.name == "model-F32.gguf"
     residual = ("--theta-source", "residual", "--reference", "hf:tiny/model:Q2_K")
     assert "there are F32" in fails(converter, "--input", model, "--output", tmp_path / "r.nkat", *residual)
