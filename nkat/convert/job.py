@@ -27,6 +27,7 @@ from nkat.host.record import Recorder, check_record
 from nkat.host.start import INTERRUPTED
 from nkat.host.tools import suggest
 from nkat.lm.adapters import open_adapter
+from nkat.hub.fetch import local_model
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.texts import load_text
 from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
@@ -54,6 +55,7 @@ NO_EFFECT = "warning: gamma 1 couples Θ with strength 0: it will have no effect
 
 def main() -> None:
     options = parse_arguments()
+    options = replace(options, input=local_model(options.input), reference=local_model(options.reference))
     if not is_first():
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             run(options)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.host import commandline
+from nkat.hub.fetch import is_name
 from nkat.sources.fit.options import FitOptions, add_fit_arguments, fit_options
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
 from nkat.sources.repair.options import SHARED_FLAGS, add_repair_arguments
@@ -16,6 +17,7 @@ from nkat.theta.options import add_theta_arguments
 EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-rank 4 --theta-gamma 0.97
+  python nkat_gguf_converter.py --input hf:OWNER/REPO:Q4_K_M --output model.nkat
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --selective-layers 'blk.*.attn_q.weight'
   python nkat_gguf_converter.py --input model.gguf --output best.nkat --optimize-rank
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-source fit --calibrate text.txt
@@ -148,6 +150,10 @@ class ConvertOptions:
 
 CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
     (lambda o: o.output is not None and o.in_place, "--output and --in-place exclude each other"),
+    (
+        lambda o: o.in_place and is_name(o.input),
+        "--in-place would change the copy of {o.input} in the cache: give --output",
+    ),
     (
         lambda o: o.repair is None and (o.repair_steps or o.repair_learning_rate is not None),
         "--repair-steps and --repair-learning-rate are for --repair",
@@ -292,7 +298,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         "Add Θ (small antisymmetric INT8 tensors) to a GGUF language model, or take it off.", EXAMPLES
     )
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="FILE", help="a .gguf, or a .nkat whose Θ is to be replaced")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .gguf, a .nkat whose Θ is to be replaced, or hf:OWNER/REPO[:QUANT]",
+    )
     add("--output", type=Path, metavar="FILE", help="the file to write")
     add("--in-place", action="store_true", help="append Θ to the input itself; its own bytes stay as they are")
     add(

@@ -1,9 +1,8 @@
-"""One model, one command: benchmark, compare, perplexity, generate or gemm."""
+"""One model, one command: benchmark, compare, perplexity, generate, chat or gemm."""
 
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from nkat.engine.decoder import Decoder, make_decoder
-from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
 from nkat.host import console, hardware
 from nkat.host.console import counted, note
@@ -24,10 +22,12 @@ from nkat.host.memory import memory
 from nkat.host.record import check_record, recorded, write_json
 from nkat.host.start import INTERRUPTED
 from nkat.host.tools import suggest
+from nkat.hub.fetch import local_model
 from nkat.inference import judging
 from nkat.inference.judging import base_passages, check_judging
-from nkat.inference.options import TAKEN_BY, TASKS, USUAL_LENGTHS, EngineOptions, parse_arguments
+from nkat.inference.options import CHAT, TAKEN_BY, TASKS, USUAL_LENGTHS, WRITING, EngineOptions, parse_arguments
 from nkat.inference.plots import plot_comparison
+from nkat.inference.repl import converse
 from nkat.inference.tables import (
     Comparison,
     Quality,
@@ -36,7 +36,7 @@ from nkat.inference.tables import (
     comparison_record,
     comparison_text,
 )
-from nkat.lm.chat import chat_messages, encode_chat, render_chat
+from nkat.inference.writing import prompt_text, sampler_for, write_text
 from nkat.lm.config import ModelConfig
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
@@ -155,9 +155,10 @@ class Job:
 
 
 def main() -> None:
-    options = parse_arguments()
+    named = parse_arguments()
+    options = replace(named, model=local_model(named.model), reference=local_model(named.reference))
     try:
-        run(options)
+        run(options, named.model)
     except torch.OutOfMemoryError:
         raise NKATError(
             f"{options.model}: does not fit into the GPU's memory; --no-cuda runs it on the processor"
@@ -172,7 +173,8 @@ class Result:
     text: str = ""
 
 
-def run(options: EngineOptions) -> None:
+def run(options: EngineOptions, named: Path) -> None:
+    """named: the model as the user wrote it"""
     thetas = [file.path for file in (*options.thetas, *options.loras)]
     inputs = [options.model, *thetas, options.text, options.reference, options.kl_base, options.task_file]
     check_record(options.json, options.force, inputs)
@@ -216,6 +218,7 @@ def run(options: EngineOptions) -> None:
         "perplexity": measure_perplexity,
         **dict.fromkeys(TASKS, measure_tasks),
         "generate": generate_text,
+        CHAT: chat,
         "gemm": gemm,
     }
     with contextlib.nullcontext() if job.folder is None else result_folder(job, job.folder):
@@ -230,26 +233,27 @@ def run(options: EngineOptions) -> None:
                 plot_comparison(picture, result.record, f"{options.model.name} without and with Θ", options.force)
             if job.folder is not None:
                 note(f"\nfiles are in {job.folder}")
-    if result.record.get("stopped") == "interrupted":
+    if result.record.get("stopped") in ("interrupted", "terminated"):
         sys.exit(INTERRUPTED)
-    suggest_next(options, theta is not None, result.record)
+    suggest_next(options, named, theta is not None, result.record)
 
 
-def suggest_next(options: EngineOptions, has_theta: bool, record: Record) -> None:
+def suggest_next(options: EngineOptions, named: Path, has_theta: bool, record: Record) -> None:
     """What a user would do after these figures."""
-    model: list[object] = ["--model", options.model, *theta_words(options.thetas), *lora_words(options.loras)]
-    if options.command == "generate" or options.loras:  # whoever reads a text asks for no figures
+    model: list[object] = ["--model", named, *theta_words(options.thetas), *lora_words(options.loras)]
+    if options.command in WRITING or options.loras:  # whoever reads a text asks for no figures
         return
     if options.command == "gemm":
         suggest("engine", *model, "--benchmark")
     elif not has_theta:
-        suggest("convert", "--input", options.model, "--output", options.model.with_suffix(".nkat"))
+        target = options.model.with_suffix(".nkat")  # not in the cache, where a name was given
+        suggest("convert", "--input", named, "--output", target if named == options.model else target.name)
     elif options.command != "compare":
         suggest("engine", *model, "--compare")
     elif (record["estimated_perplexity_improvement"] or 0) <= 0:
         suggest("kobold", *model)
     else:
-        suggest("optimize", "--model", options.model, "--mode", "quick", "--output-dir", "output/quick")
+        suggest("optimize", "--model", named, "--mode", "quick", "--output-dir", "output/quick")
 
 
 def benchmark(job: Job) -> Result:
@@ -348,51 +352,18 @@ def threads(job: Job) -> str:
 
 
 def generate_text(job: Job) -> Result:
-    """Streams to stdout; the speed goes to stderr, where it does not mix with the text."""
-    options = job.options
-    seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    """One text, streamed."""
+    prompt, sampler = prompt_text(job.options), sampler_for(job.options)  # mistakes are known before time is spent
     loaded = job.load()
-    tokenizer = loaded.tokenizer
-    if options.chat:
-        rendered = render_chat(loaded.gguf.metadata, tokenizer, chat_messages(options.generate, options.system))
-        prompt = encode_chat(tokenizer, rendered)
-    else:
-        prompt = tokenizer.encode(options.generate, add_special=True, parse_special=True)
-    most = options.max_tokens
-    if not options.beyond_context:
-        loaded.config.check_length(len(prompt) + 1, "the prompt")
-        most = min(most, loaded.config.context_length - len(prompt))
-    if most < options.max_tokens:
-        note(f"warning: the model was made for {loaded.config.context_length} tokens: the text has at most {most} more")
-    decoder = make_decoder(loaded.model, len(prompt) + most)
-    decoder.set_gamma(loaded.gamma)
+    record, session = write_text(job.options, prompt, sampler, loaded)
+    return Result({**record, **conditions(job, loaded, session)})
 
-    def show(piece: str) -> None:
-        print(piece, end="", flush=True)
 
-    result = generate(decoder, tokenizer, prompt, Sampler(sampling, seed), max_tokens=most, on_text=show)
-    print(flush=True)
-    note(
-        f"prompt {counted(result.prompt_tokens, 'token')}, {result.prompt_speed:.1f} tok/s; "
-        f"generated {counted(len(result.tokens), 'token')}, {result.speed:.2f} tok/s; stopped by {result.stopped}"
-        + (f"; seed {seed}" if options.temperature else "")  # at 0 nothing is drawn
-    )
-    record = {
-        "prompt": options.generate,
-        "text": result.text,
-        "tokens": result.tokens,
-        "stopped": result.stopped,
-        "seed": seed if options.temperature else None,
-        **asdict(sampling),
-        "chat": options.chat,
-        "prompt_tokens": result.prompt_tokens,
-        "prompt_tokens_per_second": result.prompt_speed,
-        "generated_tokens": len(result.tokens),
-        "tokens_per_second": result.speed,
-        **conditions(job, loaded, decoder),
-    }
-    return Result(record)
+def chat(job: Job) -> Result:
+    """A conversation."""
+    loaded = job.load()
+    record, session = converse(job.options, loaded)
+    return Result({**record, **conditions(job, loaded, session)})
 
 
 def gemm(job: Job) -> Result:

@@ -158,7 +158,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     backends = dict.fromkeys(backend.name for runtime in RUNTIMES.values() for backend in runtime.backends)
-    add("--model", type=Path, metavar="FILE", help="a .nkat, or a .gguf (default in the menu: the newest .nkat here)")
+    add(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="a .nkat, a .gguf, or hf:OWNER/REPO[:QUANT] (default in the menu: the newest .nkat here)",
+    )
     add(
         "--theta",
         type=_theta,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from nkat.errors import NKATError
 from nkat.host import console, hardware
 from nkat.host.console import note
+from nkat.hub.fetch import local_model
 from nkat.lm.config import ModelConfig
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
@@ -30,6 +32,7 @@ def main() -> None:
     accepted = keys(options)
     bound = bind(options.host, options.port)  # before time is spent
     try:
+        options = replace(options, model=local_model(options.model))
         loaded, context = load(options)
         arms = make_arms(options, loaded)
         worker = Worker(Served(loaded, context), options.queue + 1)

@@ -81,7 +81,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ServeOptions:
         ending=ENDING,
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf")
+    add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf, or hf:OWNER/REPO[:QUANT]")
     add("--theta", type=Path, metavar="FILE", help="a Θ file made for this model (--theta-only of the converter)")
     add("--theta-gamma", type=float, metavar="G", help="strength of Θ where a request names none: lower is stronger")
     add("--alias", metavar="NAME", help="the model's name for clients (default: its file's)")
