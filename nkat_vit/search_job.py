@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -13,11 +14,12 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from nkat.host.console import counted, format_table, note
+from nkat.host.console import counted, note, remark, say
 from nkat.host.distributed import World
 from nkat.host.hardware import pick_device
 from nkat.host.programs import shell_line
 from nkat.host.record import recorded, write_json
+from nkat.host.tables import Column, Table, show
 from nkat.host.tools import tool_command
 from nkat.study import workers
 from nkat.study.folder import PICTURE, note_earlier, write_records
@@ -26,7 +28,7 @@ from nkat.study.task import Task
 from nkat.study.workers import Outcome, Search
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import check_files, load_images
-from nkat_vit.evaluate import run_result, summarise, table
+from nkat_vit.evaluate import remarks, run_result, stage2_rows, stage2_table, summarise
 from nkat_vit.loop import measure_amp
 from nkat_vit.metrics import GLOBAL_TARGETS, LAMBDA_OF_BASELINE, TARGETS, accuracy_needed
 from nkat_vit.predict import judge_once
@@ -169,7 +171,7 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
         plot_image_search(folder / PICTURE, rows, record["importances"], trials.gate, trials.accuracy, title)
         if not outcome.interrupted:
             note_earlier(folder, OPTIMAL, record["optimal"] and record["optimal"]["file"])
-        print(f"files are in {folder}")
+        remark(f"files are in {folder}")
 
 
 def write_optimal(
@@ -210,7 +212,8 @@ def judge_winner(options: ShapeOptions, trials: Trials, winner: FrozenTrial) -> 
         "global_tpe": summary["Global TPE"].record(),
         "consistency": summary["Consistency"].record(),
         "runs": [asdict(result) for result in results],
-        "table": table(summary, None),
+        "table": stage2_rows(summary, None),
+        "remarks": remarks(summary),
     }
 
 
@@ -218,45 +221,53 @@ def print_report(record: dict[str, Any], trials: Trials) -> None:
     """What came out, for people."""
     gate, best, optimal = record["local_tpe"], record["best"], record["optimal"]
     names = [FIRST_SET, *trials.sets] if record["passed"] else [FIRST_SET]
-    rows = []
     baseline = record["baseline"]
+    rows = []
     for row in [*best, *([baseline] if baseline and baseline not in best else [])]:
-        s = row["setting"]
-        shape = f"{s['conv_stem']}, patch {s['patch_size']}, {s['embed_dim']} x {s['depth']}"
-        shape += "" if in_range(s["conv_stem"]) else " (outside STAGE2's range)"
-        setting = f"{shape}, temperature {s['temperature']:g}, top-p {s['top_p']:g}"
-        accuracies = [f"{100 * row['accuracies'][n]:.2f}" if n in row["accuracies"] else "" for n in names]
-        whole = f"{row['global_tpe']:.4f}" if row["global_tpe"] is not None else ""
-        title = setting + (" (baseline)" if s == BASELINE else "")
-        rows.append([title, str(row["trial"]), str(row["epochs"]), *accuracies, f"{row['local_tpe']:.4f}", whole])
-    heads = ["setting", "trial", "epochs", *(f"{name} %" for name in names), "Local TPE", "Global TPE"]
-    print("\non pictures held out of the training sets:\n")
-    print(format_table(rows, heads))
-    print(f"\n{'interrupted: ' if record['interrupted'] else ''}{workers.counts_line(record)}")
+        accuracies = {f"accuracy_{name}": value for name, value in row["accuracies"].items()}
+        rows.append({**row, **row["setting"], **accuracies, "name": _name(row["setting"])})
+    columns = [
+        Column("setting", ("name", *BASELINE), lambda name, *_: name),
+        Column("trial", "trial"),
+        Column("epochs", "epochs"),
+        *(Column(f"{name} %", f"accuracy_{name}", lambda share: f"{100 * share:.2f}") for name in names),
+        Column("Local TPE", "local_tpe", ".4f"),
+        Column("Global TPE", "global_tpe", ".4f"),
+    ]
+    show(Table("shapes", columns, rows, "\non pictures held out of the training sets:"))
+    say(f"\n{'interrupted: ' if record['interrupted'] else ''}{workers.counts_line(record)}")
     floors = ", ".join(f"{100 * floor:.0f} % on {name}" for name, floor in record["accuracy"].items())
-    print(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}, with an accuracy of {floors}")
+    say(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}, with an accuracy of {floors}")
     takes, asked = 100 * accuracy_needed(gate, LAMBDA_OF_BASELINE), TARGETS[FIRST_SET].tpe
-    print(f"(at the baseline's size Local TPE {gate:g} takes {takes:.1f} %; STAGE2's target there is {asked:g})")
+    say(f"(at the baseline's size Local TPE {gate:g} takes {takes:.1f} %; STAGE2's target there is {asked:g})")
     for row in best:
         accuracy = row["accuracies"][FIRST_SET]
         if row["local_tpe"] >= gate and accuracy < record["accuracy"][FIRST_SET]:
-            print(
+            say(
                 f"trial {row['trial']}: Local TPE {row['local_tpe']:.4f} is bought by size alone, "
                 f"with {100 * accuracy:.2f} % on {FIRST_SET}"
             )
     if not record["passed"] and best:
         top = best[0]
         short = [f"{name} by {by:.4f}" for name, by in top["constraints"].items() if by > 0]
-        print(
+        say(
             f"the best, trial {top['trial']}, has Local TPE {top['local_tpe']:.4f} after {top['epochs']} epochs and is "
             f"short of {', '.join(short)}; more epochs or pictures, or lower --local-tpe and --accuracy, let some pass"
         )
     if optimal and "test" in optimal:
         seeds = counted(optimal["test"]["seeds"], "seed")
-        print(f"\ntrial {optimal['trial']} on the test sets, {seeds}, touched this once:\n")
-        print(optimal["test"]["table"])
+        say(f"\ntrial {optimal['trial']} on the test sets, {seeds}, touched this once:\n")
+        show(stage2_table(optimal["test"]["table"], optimal["test"]["lambda_theory"]))
+        say("\n" + "\n".join(optimal["test"]["remarks"]))
     if optimal:
-        print(f"\nits settings: {optimal['file']}; train it with\n  {optimal['command']}")
+        say(f"\nits settings: {optimal['file']}; train it with\n  {optimal['command']}")
+
+
+def _name(setting: Mapping[str, Any]) -> str:
+    shape = f"{setting['conv_stem']}, patch {setting['patch_size']}, {setting['embed_dim']} x {setting['depth']}"
+    shape += "" if in_range(setting["conv_stem"]) else " (outside STAGE2's range)"
+    sharpness = f"temperature {setting['temperature']:g}, top-p {setting['top_p']:g}"
+    return f"{shape}, {sharpness}" + (" (baseline)" if setting == BASELINE else "")
 
 
 def _ranked(study: optuna.Study) -> list[FrozenTrial]:

@@ -19,7 +19,7 @@ from nkat.theta.set import ThetaSet
 def check_outputs(options: ConvertOptions, model: ModelFile) -> None:
     """Everything about the outputs that can be known before time is spent on Θ."""
     inputs = [path for path in options.inputs if path is not None]
-    for path in (options.output, options.export_lora, options.merge):
+    for path in (options.output, options.export_lora, options.merge, options.card_path):
         if path is not None:
             check_output(path, options.force, inputs)
     if options.in_place:

@@ -19,21 +19,28 @@ from nkat.engine.decoder import Decoder, make_decoder
 from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
 from nkat.host import console, hardware
-from nkat.host.console import counted, format_table, note
+from nkat.host.console import counted, note, say
 from nkat.host.files import check_apart, check_output, output_folder
 from nkat.host.memory import memory
+from nkat.host.page import NAME as REPORT
+from nkat.host.page import write_page
 from nkat.host.record import check_record, recorded, write_json
 from nkat.host.start import INTERRUPTED
+from nkat.host.tables import Table, show
 from nkat.host.tools import suggest
 from nkat.inference.options import TAKEN_BY, USUAL_LENGTHS, EngineOptions, parse_arguments
+from nkat.inference.page import comparison_page
 from nkat.inference.plots import plot_comparison
 from nkat.inference.tables import (
     Comparison,
     Quality,
     benchmark_record,
-    benchmark_text,
+    benchmark_table,
+    benchmark_words,
     comparison_record,
-    comparison_text,
+    comparison_table,
+    comparison_words,
+    perplexity_table,
 )
 from nkat.lm.chat import chat_messages, encode_chat, render_chat
 from nkat.lm.config import ModelConfig
@@ -42,7 +49,7 @@ from nkat.lm.request import Request
 from nkat.measure.judge import Judge, note_missing_chunks
 from nkat.measure.layer_speed import bench_gemm, copy_speed, gemm_table
 from nkat.measure.perplexity import PairedChange, paired
-from nkat.measure.provenance import file_hash, provenance
+from nkat.measure.provenance import conditions_of, file_hash, provenance
 from nkat.measure.speed import Arms, bench_decode, bench_prefill
 from nkat.measure.startup import fresh_startup
 from nkat.measure.texts import Text, load_text
@@ -52,7 +59,7 @@ from nkat.theta.set import ThetaSet, check_judging_text
 
 Record = dict[str, Any]
 # What a command leaves in its folder.
-LEAVES = {"benchmark": ("benchmark.json",), "compare": ("comparison.json", "comparison.png")}
+LEAVES = {"benchmark": ("benchmark.json",), "compare": ("comparison.json", "comparison.png", REPORT)}
 
 
 @dataclass(frozen=True)
@@ -146,10 +153,11 @@ def main() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a command found: its record, and the text for people that is made from it."""
+    """What a command found: its record, the table that is made from it, and words below that."""
 
     record: Record
-    text: str = ""
+    table: Table | None = None
+    words: str = ""
 
 
 def run(options: EngineOptions) -> None:
@@ -191,11 +199,16 @@ def run(options: EngineOptions) -> None:
         if job.folder is not None:
             write_json(result.record, str(job.folder / LEAVES[options.command][0]), options.force)
         with recorded(result.record, options.json, options.force):
-            if result.text:
-                print(result.text)
+            if result.table is not None:
+                show(result.table)
+            if result.words:
+                say(f"\n{result.words}")
             if job.folder is not None and options.command == "compare":
                 picture = job.folder / LEAVES["compare"][1]
                 plot_comparison(picture, result.record, f"{options.model.name} without and with Θ", options.force)
+                assert result.table is not None  # a comparison has one
+                page = comparison_page(result.record, result.table, result.words.splitlines(), picture)
+                write_page(job.folder / REPORT, page, options.force)
             if job.folder is not None:
                 note(f"\nfiles are in {job.folder}")
     if result.record.get("stopped") == "interrupted":
@@ -234,7 +247,7 @@ def benchmark(job: Job) -> Result:
         "peak_memory_bytes": held.peak,
         "memory": asdict(held),
     }
-    return Result(record, f"{speed_subject(job, record)}\n{benchmark_text(record)}")
+    return Result(record, benchmark_table(record, speed_subject(job, record)), benchmark_words(record))
 
 
 @contextlib.contextmanager
@@ -277,7 +290,7 @@ def compare(job: Job) -> Result:
         "peak_memory_bytes": held.peak,
         "memory": asdict(held),
     }
-    return Result(record, f"{speed_subject(job, record)}\n{comparison_text(record)}")
+    return Result(record, comparison_table(record, speed_subject(job, record)), comparison_words(record))
 
 
 def measure_quality(job: Job, loaded: LoadedModel, theta: ThetaSet) -> Quality:
@@ -307,7 +320,7 @@ def speed_subject(job: Job, record: Record) -> str:
         f"\n{options.model} on {job.text.name}: {counted(record['seq_len'], 'token')}, then "
         f"{record['iterations']} more one by one, {options.repetitions} times over\n"
         f"{record['machine']['device_name']}, {threads(job)}, {record['dtype']}, "
-        f"activations {job.activations}, {record['decoder']}\n"
+        f"activations {job.activations}, {record['decoder']}"
     )
 
 
@@ -374,7 +387,8 @@ def gemm(job: Job) -> Result:
     record = {"copy_gb_per_second": copy / 1e9, "rows": rows, **conditions(job, loaded)}
     how = f"packed weight × x, {options.repetitions} calls of each, median; {record['dtype']}"
     where = f"{record['machine']['device_name']}, {threads(job)}; a copy reaches {copy / 1e9:.1f} GB/s"
-    return Result(record, f"\n{options.model}: {how}\n{where}\n\n{gemm_table(rows)}")
+    conditioned = {**conditions_of(record), "copy_gb_per_second": record["copy_gb_per_second"]}
+    return Result(record, gemm_table(rows, f"\n{options.model}: {how}\n{where}", conditioned))
 
 
 def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) -> Record:
@@ -388,6 +402,8 @@ def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) ->
         record["repetitions"] = options.repetitions
     if options.json or job.folder is not None:
         record["model_sha256"] = file_hash(options.model)
+        if options.theta is not None:
+            record["theta_sha256"] = file_hash(options.theta)
     return record
 
 
@@ -409,7 +425,7 @@ def measure_perplexity(job: Job) -> Result:
         "baseline_perplexity_stderr": base.stderr,
         "baseline_tpe": judge.base().tpe,
     }
-    rows = [["without Θ", str(base), "", f"{judge.base().tpe:.6f}"]]
+    rows = [{"arm": "without", **base.record(), "tpe": judge.base().tpe}]
     verdict = ""
     if theta is not None and score is not None:
         change = score.change
@@ -421,12 +437,11 @@ def measure_perplexity(job: Job) -> Result:
             "byte_ratio": score.byte_ratio,
             "nkat_tpe": score.tpe,
         }
-        label = f"with Θ (rank {theta.rank}, gamma {loaded.gamma:g})"
-        rows.append([label, str(score.perplexity), str(change), f"{score.tpe:.6f}"])
-        verdict = f"\n\n{what_it_says(change)}"
+        rows.append({"arm": "with", "rank": theta.rank, "gamma": loaded.gamma, **score.record()})
+        verdict = what_it_says(change)
     what = f"{counted(base.chunks, 'chunk')} of {base.context} tokens, {base.tokens} scored"
-    table = format_table(rows, ["", "perplexity", "change", "TPE"])
-    return Result(record, f"\n{options.model} on {job.text.name}: {what}\n\n{table}{verdict}")
+    caption = f"\n{options.model} on {job.text.name}: {what}"
+    return Result(record, perplexity_table(rows, caption, conditions_of(record)), verdict)
 
 
 def what_it_says(change: PairedChange) -> str:

@@ -38,6 +38,7 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "chunks": {"compare": 4, "perplexity": 16},
     "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH),
     "output_dir": dict.fromkeys(("benchmark", "compare")),
+    "output_format": dict.fromkeys(("benchmark", "compare", "perplexity", "gemm")),
     "max_tokens": {"generate": 256},
     "temperature": {"generate": Sampling().temperature},
     "top_k": {"generate": Sampling().top_k},
@@ -47,7 +48,10 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "chat": {"generate": False},
     "system": {"generate": None},
 }
-_OPTIONAL = ("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "seed", "chat", "system")
+_OPTIONAL = (
+    "text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "output_format", "seed", "chat",
+    "system",
+)  # fmt: skip
 _NUMBERS = TAKEN_BY.keys() - set(_OPTIONAL)
 USUAL_LENGTHS = 512, 100  # of --seq-len and --iterations, where the model was made for as many
 
@@ -87,6 +91,7 @@ class EngineOptions:
     threads: int | None
     json: str | None
     output_dir: Path | None
+    output_format: str | None
     force: bool
 
 
@@ -169,6 +174,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         help="where --benchmark and --compare leave their records (default: a new folder in output/benchmark or "
         "output/compare; none for --benchmark with --json)",
     )
+    commandline.add_output_format(parser)
     add("--force", action="store_true", help="replace existing files")
     parsed = parser.parse_args(argv)
     chosen = [name for name in COMMANDS if getattr(parsed, name) not in (None, False)]

@@ -11,9 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.kobold.choose import Choice
 from nkat.kobold.process import Loaded, running
 
@@ -52,7 +51,7 @@ def measure_speed(command: Sequence[str], what: str, seconds: float, check: Call
     started = time.monotonic()
     with (
         running([*command, "--benchmark"]) as process,
-        tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar,
+        console.bar(None, what, at_once=True, form="{desc}: {elapsed}") as bar,
     ):
         while (status := process.poll()) is None and not any(line.startswith(_END) for line in list(process.lines)):
             check(process.loaded)

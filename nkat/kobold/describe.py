@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nkat.host.console import counted, format_bytes, note
+from nkat.host.console import counted, format_bytes, note, remark
 from nkat.kobold.api import is_private
 from nkat.kobold.choose import Choice
 from nkat.kobold.findings import Findings
@@ -16,30 +16,30 @@ def print_findings(findings: Findings) -> None:
     """KoboldCpp, the machine and the model, a line each, and the table of choices."""
     kobold, machine = findings.kobold, findings.machine
     carried = kobold.libraries
-    print(f"KoboldCpp  {kobold.version or 'of unknown version'}, {kobold.path}")
-    print(f"libraries  {'cannot be told' if carried is None else ', '.join(sorted(carried)) or 'none'}")
+    remark(f"KoboldCpp  {kobold.version or 'of unknown version'}, {kobold.path}")
+    remark(f"libraries  {'cannot be told' if carried is None else ', '.join(sorted(carried)) or 'none'}")
     for gpu in machine.gpus:
-        print(f"GPU        {gpu.name} ({gpu.kind}, by {gpu.source}), {_memory_text(gpu.total, gpu.free)}")
-    print(f"memory     {_memory_text(machine.memory, machine.available)}")
+        remark(f"GPU        {gpu.name} ({gpu.kind}, by {gpu.source}), {_memory_text(gpu.total, gpu.free)}")
+    remark(f"memory     {_memory_text(machine.memory, machine.available)}")
     if findings.model is not None:
         files = findings.model.files
-        print(f"model      {files.model} ({files.how})")
+        remark(f"model      {files.model} ({files.how})")
         if files.lora is None:
-            print("Θ          none: this is a plain model")
+            remark("Θ          none: this is a plain model")
         else:
             size = format_bytes(sum(files.lora_bytes.values()))
-            print(f"Θ          {files.lora} ({size}, rank {files.rank}, gamma {files.gamma:g})")
-    print()
-    print(choice_table(findings.choices))
-    print()
+            remark(f"Θ          {files.lora} ({size}, rank {files.rank}, gamma {files.gamma:g})")
+    remark("")
+    remark(choice_table(findings.choices))
+    remark("")
 
 
 def print_layers(choice: Choice, memory: ModelMemory, machine: Machine, options: KoboldOptions) -> None:
     """The arithmetic behind the number of layers, and warnings about what will not go well."""
     if choice.backend.on_gpu and choice.device is not None and choice.layers is not None:
         free = free_bytes(choice.device)
-        print(layer_table(memory, choice.layers, choice.device.name, free))
-        print()
+        remark(layer_table(memory, choice.layers, choice.device.name, free))
+        remark("")
         if choice.layers and gpu_bytes(memory, choice.layers) > free:
             note(f"warning: {counted(choice.layers, 'layer')} need more than is free on {choice.device.name}")
     elif memory.total > machine.available:

@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.host.console import note
 from nkat.host.environment import users_environment
 from nkat.kobold.api import model_name
@@ -177,7 +176,7 @@ def wait_until_ready(process: KoboldProcess, url: str, seconds: float, check: Ca
     Raises NKATError when KoboldCpp ends, cannot have its port, or is not ready in time. Returns "" after a signal.
     """
     started = time.monotonic()
-    with tqdm(desc="KoboldCpp loads", bar_format="{desc}: {elapsed} {postfix}", leave=False, disable=None) as bar:
+    with console.bar(None, "KoboldCpp loads", at_once=True, form="{desc}: {elapsed} {postfix}") as bar:
         while True:
             status = process.poll()
             check(process.loaded)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host.console import note
+from nkat.host.console import note, say
 from nkat.host.files import check_apart, check_output
 from nkat.host.programs import shell_line
 from nkat.host.record import Recorder, check_record
+from nkat.host.tables import show
 from nkat.host.tools import suggest
 from nkat.kobold.benchmark import fastest
 from nkat.kobold.choose import Choice, advice
@@ -154,14 +155,21 @@ def run_benchmark(options: KoboldOptions, findings: Findings, model: Model, reco
     records = [item.record() for item in measured]
     found = {"benchmark": records, "fastest": choice.record(), "default_config": path and str(path)}
     recorder.keep(findings.record() | found)
-    print(speed_table(measured))
+    show(speed_table(measured, conditions_of(findings, model)))
     kept = "" if path is None else f", now this model's default at --contextsize {speed.context}"
-    print(f"\nfastest: {choice.backend.name}{kept}")
+    say(f"\nfastest: {choice.backend.name}{kept}")
     if path is not None:
-        print(f"load it with: {config_line(kobold, path)}")
+        say(f"load it with: {config_line(kobold, path)}")
     if options.save_config is not None:
         save_config(options.save_config, values, kobold_command(kobold, values, options.extra), kobold, options)
     return findings.record() | found
+
+
+def conditions_of(findings: Findings, model: Model) -> dict[str, Any]:
+    """What holds of all the runs of a benchmark, for programs."""
+    files, kobold = model.files, findings.kobold
+    theta = {"theta_rank": files.rank, "theta_gamma": files.gamma} if files.lora else {}
+    return {"model": str(files.model), **theta, "koboldcpp": kobold.version, "threads": findings.machine.cores}
 
 
 def settings_from(options: KoboldOptions, findings: Findings) -> Settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,26 @@ def provenance(
             "theta_source": theta.source,
             "theta_layers": len(theta.layers),
             "theta_bytes": theta.nbytes,
+            "base_name": theta.base_name,
+            "base_sha256": theta.base_sha256,
         }
     if decoder is not None:
         record |= {"decoder": decoder.name, "kv_cache_bytes": decoder.cache_nbytes}
     return record
+
+
+_CONDITIONS = (
+    "model", "model_sha256", "theta_file", "theta_source", "theta_rank", "theta_gamma", "theta_bytes",
+    "theta_sha256", "base_sha256",
+    "text", "text_sha256", "chunks", "context", "scored_tokens", "seq_len", "iterations", "repetitions",
+    "device", "threads", "dtype", "activations", "decoder", "nkat_version", "git_commit",
+)  # fmt: skip
+
+
+def conditions_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record holds of all its figures, for the rows of a table that programs read."""
+    found = {name: record[name] for name in _CONDITIONS if name in record}
+    return {**found, "device_name": record["machine"]["device_name"]}
 
 
 def file_hash(path: Path) -> str:

@@ -318,7 +318,7 @@ def test_what_is_measured_is_recorded_before_it_is_printed(script, tiny: Path, t
     def fail(*_: object) -> str:
         raise NKATError("the table cannot be made")
 
-    monkeypatch.setattr("nkat.inference.job.print", fail, raising=False)
+    monkeypatch.setattr("nkat.inference.job.show", fail)
     done = script(ENGINE, "--model", tiny, "--perplexity", "--text", text, "--chunks", 1, "--json", record)
     assert (done.returncode, done.stdout) == (2, "")
     assert json.loads(record.read_text())["nkat_perplexity"] > 0
@@ -384,7 +384,7 @@ def test_compare_makes_a_new_folder_when_none_is_given(script, tiny: Path, tmp_p
     assert script(ENGINE, "--model", tiny, "--compare", *QUICK, "--chunks", 0).returncode == 0
     (folder,) = (tmp_path / "output" / "compare").iterdir()
     assert re.fullmatch(r"tiny_\d{8}-\d{6}", folder.name)
-    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.png"}
+    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.png", "report.html"}
 
 
 @pytest.mark.usefixtures("one_process")
