@@ -266,7 +266,7 @@ def stage2_rows(summary: dict[str, Any], robustness: Spread | None) -> list[dict
     return rows
 
 
-def stage2_table(rows: Sequence[dict[str, Any]], lam: float) -> Table:
+def stage2_table(rows: Sequence[dict[str, Any]], lam: float, caption: str = "") -> Table:
     """The table of such rows. lam: the models' λ"""
     columns = [
         Column(f"lambda {lam:.2f}", ("label", "dataset", "measure"), lambda label, *_: label),
@@ -274,7 +274,7 @@ def stage2_table(rows: Sequence[dict[str, Any]], lam: float) -> Table:
         Column("target", "target", ".2f"),
         Column("met", "met"),
     ]
-    return Table("stage 2", columns, rows, conditions={"lambda": lam})
+    return Table("stage 2", columns, rows, caption, {"lambda": lam})
 
 
 def main() -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -14,12 +13,13 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from nkat.host.console import counted, note, remark, say
+from nkat.host.commandline import own_command
+from nkat.host.console import counted, note, remark
 from nkat.host.distributed import World
 from nkat.host.hardware import pick_device
+from nkat.host.page import REPORT, write_page
 from nkat.host.programs import shell_line
 from nkat.host.record import recorded, write_json
-from nkat.host.tables import Column, Table, show
 from nkat.host.tools import tool_command
 from nkat.study import workers
 from nkat.study.folder import PICTURE, note_earlier, write_records
@@ -28,9 +28,9 @@ from nkat.study.task import Task
 from nkat.study.workers import Outcome, Search
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import check_files, load_images
-from nkat_vit.evaluate import remarks, run_result, stage2_rows, stage2_table, summarise
+from nkat_vit.evaluate import remarks, run_result, stage2_rows, summarise
 from nkat_vit.loop import measure_amp
-from nkat_vit.metrics import GLOBAL_TARGETS, LAMBDA_OF_BASELINE, TARGETS, accuracy_needed
+from nkat_vit.metrics import GLOBAL_TARGETS
 from nkat_vit.predict import judge_once
 from nkat_vit.recipe import PRESETS
 from nkat_vit.search import (
@@ -40,13 +40,13 @@ from nkat_vit.search import (
     GATE,
     Budget,
     Trials,
-    in_range,
     model_values,
     recipe_of,
     unreachable,
 )
 from nkat_vit.search_options import BUDGETS, DESCRIPTION, EXAMPLES, ShapeOptions, add_options, shape_options
 from nkat_vit.search_plots import plot_image_search
+from nkat_vit.search_report import print_report, search_page
 
 TRIALS = {"quick": 12, "full": 50}
 OPTIMAL = "optimal_vit.json"
@@ -149,6 +149,7 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
     first_scores = [(t, t.intermediate_values[rung]) for t in ranked if rung in t.intermediate_values]
     record = workers.base_record(options.study, outcome, trials.world.device) | {
         "sets": [FIRST_SET, *trials.sets],
+        "data_sha256": trials.images(FIRST_SET).sha256,
         "local_tpe": trials.gate,
         "accuracy": {name: trials.floor(name) for name in (FIRST_SET, *trials.sets)},
         "unreachable": [list(shape) for shape in unreachable()],
@@ -165,10 +166,11 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
     rows = history(study)
     write_records(folder, rows, record)
     with recorded(record, options.study.json, options.study.force):
-        print_report(record, trials)
+        print_report(record)
         most = f"{counted(budget.epochs, 'epoch')} of {budget.limit_train or 'all'} pictures"
         title = f"Round-2: {counted(len(ranked), 'trial')}, up to {most}"
         plot_image_search(folder / PICTURE, rows, record["importances"], trials.gate, trials.accuracy, title)
+        write_page(folder / REPORT, search_page(record, title, own_command(), folder / PICTURE), force=True)
         if not outcome.interrupted:
             note_earlier(folder, OPTIMAL, record["optimal"] and record["optimal"]["file"])
         remark(f"files are in {folder}")
@@ -215,59 +217,6 @@ def judge_winner(options: ShapeOptions, trials: Trials, winner: FrozenTrial) -> 
         "table": stage2_rows(summary, None),
         "remarks": remarks(summary),
     }
-
-
-def print_report(record: dict[str, Any], trials: Trials) -> None:
-    """What came out, for people."""
-    gate, best, optimal = record["local_tpe"], record["best"], record["optimal"]
-    names = [FIRST_SET, *trials.sets] if record["passed"] else [FIRST_SET]
-    baseline = record["baseline"]
-    rows = []
-    for row in [*best, *([baseline] if baseline and baseline not in best else [])]:
-        accuracies = {f"accuracy_{name}": value for name, value in row["accuracies"].items()}
-        rows.append({**row, **row["setting"], **accuracies, "name": _name(row["setting"])})
-    columns = [
-        Column("setting", ("name", *BASELINE), lambda name, *_: name),
-        Column("trial", "trial"),
-        Column("epochs", "epochs"),
-        *(Column(f"{name} %", f"accuracy_{name}", lambda share: f"{100 * share:.2f}") for name in names),
-        Column("Local TPE", "local_tpe", ".4f"),
-        Column("Global TPE", "global_tpe", ".4f"),
-    ]
-    show(Table("shapes", columns, rows, "\non pictures held out of the training sets:"))
-    say(f"\n{'interrupted: ' if record['interrupted'] else ''}{workers.counts_line(record)}")
-    floors = ", ".join(f"{100 * floor:.0f} % on {name}" for name, floor in record["accuracy"].items())
-    say(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}, with an accuracy of {floors}")
-    takes, asked = 100 * accuracy_needed(gate, LAMBDA_OF_BASELINE), TARGETS[FIRST_SET].tpe
-    say(f"(at the baseline's size Local TPE {gate:g} takes {takes:.1f} %; STAGE2's target there is {asked:g})")
-    for row in best:
-        accuracy = row["accuracies"][FIRST_SET]
-        if row["local_tpe"] >= gate and accuracy < record["accuracy"][FIRST_SET]:
-            say(
-                f"trial {row['trial']}: Local TPE {row['local_tpe']:.4f} is bought by size alone, "
-                f"with {100 * accuracy:.2f} % on {FIRST_SET}"
-            )
-    if not record["passed"] and best:
-        top = best[0]
-        short = [f"{name} by {by:.4f}" for name, by in top["constraints"].items() if by > 0]
-        say(
-            f"the best, trial {top['trial']}, has Local TPE {top['local_tpe']:.4f} after {top['epochs']} epochs and is "
-            f"short of {', '.join(short)}; more epochs or pictures, or lower --local-tpe and --accuracy, let some pass"
-        )
-    if optimal and "test" in optimal:
-        seeds = counted(optimal["test"]["seeds"], "seed")
-        say(f"\ntrial {optimal['trial']} on the test sets, {seeds}, touched this once:\n")
-        show(stage2_table(optimal["test"]["table"], optimal["test"]["lambda_theory"]))
-        say("\n" + "\n".join(optimal["test"]["remarks"]))
-    if optimal:
-        say(f"\nits settings: {optimal['file']}; train it with\n  {optimal['command']}")
-
-
-def _name(setting: Mapping[str, Any]) -> str:
-    shape = f"{setting['conv_stem']}, patch {setting['patch_size']}, {setting['embed_dim']} x {setting['depth']}"
-    shape += "" if in_range(setting["conv_stem"]) else " (outside STAGE2's range)"
-    sharpness = f"temperature {setting['temperature']:g}, top-p {setting['top_p']:g}"
-    return f"{shape}, {sharpness}" + (" (baseline)" if setting == BASELINE else "")
 
 
 def _ranked(study: optuna.Study) -> list[FrozenTrial]:

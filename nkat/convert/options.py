@@ -10,7 +10,7 @@ from nkat.host import commandline
 from nkat.sources.fit.options import FitOptions, add_fit_arguments, fit_options
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
 from nkat.sources.repair.options import SHARED_FLAGS, add_repair_arguments
-from nkat.theta.card import NAME as CARD
+from nkat.theta.card import CARD
 
 EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat

@@ -18,7 +18,7 @@ from nkat.host.streams import shown
 from nkat.host.tables import Table
 from nkat.version import __version__
 
-NAME = "report.html"
+REPORT = "report.html"
 _MACHINE = ("device_name", "processor", "cores", "threads", "os", "python", "torch")  # what it is, not whose
 
 

@@ -38,6 +38,12 @@ def write_json(record: Mapping[str, Any], target: str, force: bool = False) -> N
         file.write(data)
 
 
+def print_record(record: Mapping[str, Any]) -> None:
+    """A record as stdout's last line; nowhere, where stdout is for tables alone, which have its figures."""
+    if output.is_for_people():
+        write_json(record, "-")
+
+
 @contextlib.contextmanager
 def recorded(record: Mapping[str, Any], target: str | None, force: bool = False) -> Iterator[None]:
     """Around the printing of a result: a file has the record before it, stdout, for target "-", as its last line."""

@@ -22,8 +22,7 @@ from nkat.host import console, hardware
 from nkat.host.console import counted, note, say
 from nkat.host.files import check_apart, check_output, output_folder
 from nkat.host.memory import memory
-from nkat.host.page import NAME as REPORT
-from nkat.host.page import write_page
+from nkat.host.page import REPORT, write_page
 from nkat.host.record import check_record, recorded, write_json
 from nkat.host.start import INTERRUPTED
 from nkat.host.tables import Table, show

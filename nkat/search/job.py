@@ -18,8 +18,7 @@ from optuna.trial import TrialState
 from nkat.host import console
 from nkat.host.commandline import own_command
 from nkat.host.console import counted, remark
-from nkat.host.page import NAME as REPORT
-from nkat.host.page import write_page
+from nkat.host.page import REPORT, write_page
 from nkat.host.record import recorded
 from nkat.lm.load import load_model
 from nkat.search import report

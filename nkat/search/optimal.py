@@ -24,8 +24,7 @@ from nkat.measure.guard import prices_table
 from nkat.search.objective import GROUPS, GUARD, Setting
 from nkat.search.options import SearchOptions
 from nkat.search.prepare import Prepared
-from nkat.theta.card import NAME as CARD
-from nkat.theta.card import Card, may_write, write_card
+from nkat.theta.card import CARD, Card, may_write, write_card
 from nkat.theta.modelfile import embedded_parts
 from nkat.theta.optimal import MODEL, RECORD, optimal_name
 from nkat.theta.set import ThetaSet

@@ -17,7 +17,7 @@ from nkat.theta.algebra import coupling
 from nkat.theta.set import CALIBRATION_KEY, DECAY_KEY, GUARD_PREFIX, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ThetaSet
 from nkat.version import __version__
 
-NAME = "README.md"
+CARD = "README.md"
 _MARK = "# written by the NKAT toolkit"
 _HUB = "https://huggingface.co/"
 _SOURCES = {
