@@ -24,7 +24,7 @@ class _Lines(tqdm):  # type: ignore[misc]  # tqdm has no types
 
     def __init__(self, **more: Any) -> None:
         self.disable = False
-        self._next, self._told = monotonic() + FIRST_LINE_SECONDS, False
+        self._next, self._told = monotonic() + FIRST_LINE_SECONDS, -1.0
         super().__init__(**{"bar_format": _LINE, **more, "delay": 0, "mininterval": 0, "miniters": 0})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
@@ -39,12 +39,12 @@ class _Lines(tqdm):  # type: ignore[misc]  # tqdm has no types
             return
         self.disable = True
         self._decr_instances(self)
-        if self._told:
+        if self._told >= 0 and (self._told != self.n or not self.total):
             self._ema_dt = lambda: None  # the last line has the rate of the whole
             self._tell()
 
     def _tell(self) -> None:
-        self._next, self._told = monotonic() + LINE_SECONDS, True
+        self._next, self._told = monotonic() + LINE_SECONDS, self.n
         print(printable(str(self).rstrip(", ")), file=sys.stderr, flush=True)
 
 

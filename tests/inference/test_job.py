@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import hashlib
+import html
+import io
 import json
 import math
 import re
@@ -324,6 +328,40 @@ def test_what_is_measured_is_recorded_before_it_is_printed(script, tiny: Path, t
     assert json.loads(record.read_text())["nkat_perplexity"] > 0
 
 
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(default_text().content[:3000], encoding="utf-8")
+    return path
+
+
+def test_tables_are_for_programs_where_they_are_wanted(script, fails, tiny: Path, short: Path, tmp_path: Path) -> None:
+    command = ("--model", tiny, "--perplexity", "--text", short, "--chunks", 1, "--no-cuda")
+    record = tmp_path / "r.json"
+    done = script(ENGINE, *command, "--json", record, "--output-format", "csv")
+    without, with_theta = csv.DictReader(io.StringIO(done.stdout))
+    found = json.loads(record.read_text())
+    assert float(without["perplexity"]) == found["baseline_perplexity"]
+    assert float(with_theta["perplexity"]) == found["nkat_perplexity"]
+    assert float(with_theta["change_percent_stderr"]) == found["perplexity_change_stderr"]
+    assert without["text_sha256"] == with_theta["text_sha256"] == found["text_sha256"]
+    assert "1 chunk" in done.stderr
+    lines = script(ENGINE, *command, "--output-format", "jsonl", "--quiet")
+    assert [json.loads(line)["perplexity"] for line in lines.stdout.splitlines()] == [
+        found["baseline_perplexity"],
+        found["nkat_perplexity"],
+    ]
+    assert lines.stderr == ""
+    page = script(ENGINE, *command, "--output-format", "md").stdout
+    assert f"| {found['baseline_perplexity']:.4f} ± " in " ".join(page.split())
+    usual = script(ENGINE, *command, "--quiet")
+    assert f"{found['nkat_perplexity']:.4f} ± " in usual.stdout
+    assert usual.stderr == ""
+    assert "csv alone" in fails(ENGINE, *command, "--json", "-", "--output-format", "csv")
+    said = fails(ENGINE, "--model", tiny, "--generate", "x", "--output-format", "csv")
+    assert "--output-format has no meaning with --generate" in said
+
+
 def test_an_interrupted_comparison_leaves_no_folder(script, tiny: Path, tmp_path: Path, monkeypatch) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -340,6 +378,12 @@ def test_compare_measures_both_arms(script, fails, tiny: Path, tmp_path: Path) -
     record = record_of(script, *command)
     assert json.loads((folder / "comparison.json").read_text()) == record
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert base64.b64encode((folder / "comparison.png").read_bytes()).decode() in page
+    hashes = (record["model_sha256"], record["base_sha256"], record["text_sha256"])
+    assert all(sha256 in page for sha256 in hashes)
+    assert html.escape(record["command"]) in page
+    assert f"{record['baseline']['perplexity']:.4f} ± " in page
     guide = ("nkat_tokens_per_second", "baseline_tokens_per_second", "overhead_percentage")
     assert all(math.isfinite(record[key]) for key in guide)
     assert record["nkat_tokens_per_second"] == record["nkat"]["decode"]["tokens_per_second"]
