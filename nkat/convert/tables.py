@@ -9,6 +9,8 @@ import torch
 
 from nkat.host.console import remark, say
 from nkat.host.tables import Column, Table, show
+from nkat.measure.columns import KL, SAME_TOP
+from nkat.measure.divergence import divergence_row
 from nkat.measure.perplexity import change_text
 from nkat.sources.fit.choice import print_choice
 from nkat.sources.residual import ErrorsLeft
@@ -81,6 +83,10 @@ def print_fit(record: Mapping[str, Any]) -> None:
     change = change_text(record["heldout_change_percent"], record["heldout_change_percent_stderr"])
     kept = f"of step {record['kept_step']} of {record['steps']}"
     say(f"fit: the Θ {kept} changes perplexity by {change} on the part of the text that was kept back")
+    if divergence := record["heldout_divergence"]:
+        row = divergence_row(divergence)
+        kl, same = KL.cell(row), SAME_TOP.cell(row)
+        say(f"     KL divergence from the model without Θ {kl}; the same token is likeliest for {same} % of the text")
     if not record["finished"]:
         say("the fit was interrupted: this is the best Θ so far, and the same command with --resume goes on")
 

@@ -12,7 +12,6 @@ from nkat.host.tables import Table
 _FILES = {
     "model": ("model", "model_sha256"),
     "base model": ("base_name", "base_sha256"),
-    "Θ": ("theta_file", "theta_sha256"),
     "text": ("text", "text_sha256"),
 }
 _HOW = (
@@ -21,17 +20,17 @@ _HOW = (
 )  # fmt: skip
 
 
-def comparison_page(record: Mapping[str, Any], table: Table, words: Sequence[str], picture: Path) -> Page:
-    """record, table, words: of a comparison;  picture: of it, as PNG"""
-    files = {
-        what: f"{record[name]}, sha256 {record.get(sha256) or 'in the model file'}"
-        for what, (name, sha256) in _FILES.items()
-        if record.get(name)
-    }
+def comparison_page(record: Mapping[str, Any], tables: Sequence[Table], words: Sequence[str], picture: Path) -> Page:
+    """record, tables, words: of a comparison;  picture: of it, as PNG"""
+    files = {what: f"{record[name]}, sha256 {record[sha256]}" for what, (name, sha256) in _FILES.items()}
+    for number, file in enumerate(record["theta_files"], 1):
+        files[f"Θ {number}"] = f"{file['file']}, weight {file['weight']:g}, sha256 {file['sha256']}"
+    if not record["theta_files"]:
+        files["Θ"] = "in the model file"
     return Page(
         title=f"{Path(record['model']).name} without and with Θ",
         summary=words,
-        tables=[table],
+        tables=tables,
         pictures={"Both arms as bars from zero, and beside them the paired differences with their intervals": picture},
         commands={"This report, measured anew:": record["command"]},
         facts={

@@ -7,13 +7,14 @@ the change of perplexity in per cent; here it is measured, and null when it was 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nkat.host.console import format_bytes
 from nkat.host.tables import Column, Table
-from nkat.measure.columns import CHANGE, PERPLEXITY, TPE
+from nkat.measure.columns import CHANGE, KL, PERPLEXITY, SAME_TOP, TPE
+from nkat.measure.divergence import divergence_row
 from nkat.measure.judge import Score
 from nkat.measure.perplexity import PairedChange, Perplexity, change_text
 from nkat.measure.provenance import conditions_of
@@ -72,6 +73,7 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
     assert decode.overhead
     change = None if quality is None else quality.with_theta.change
     rounding = None if quality is None else quality.rounding
+    divergence = None if quality is None else quality.with_theta.divergence
     return {
         "nkat_tokens_per_second": decode.as_asked.tokens_per_second,
         "baseline_tokens_per_second": decode.without.tokens_per_second,
@@ -93,6 +95,7 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
             result.byte_ratio,
         ),
         "byte_ratio": result.byte_ratio,
+        "divergence": divergence and divergence.record(),
         "rounding_perplexity_change": None if rounding is None else rounding.percent,
         "rounding_perplexity_change_stderr": None if rounding is None else rounding.percent_stderr,
     }
@@ -149,6 +152,12 @@ def comparison_table(record: Mapping[str, Any], caption: str) -> Table:
             replace(PERPLEXITY, beside=CHANGE),
             replace(TPE, beside=Column("", "tpe_change_percent", "{:+.2f} %".format)),
         ]
+    if divergence := record["divergence"]:
+        rows[1] |= divergence_row(divergence)
+        columns += [
+            replace(KL, beside=Column("", "kl_p99", "99 %: {:.5f}".format)),
+            replace(SAME_TOP, title="same top token, %"),
+        ]
     return Table("compare", columns, rows, caption, conditions_of(record), sideways=True, beside="change")
 
 
@@ -158,21 +167,6 @@ def comparison_words(record: Mapping[str, Any]) -> str:
         return ""
     change = change_text(record["rounding_perplexity_change"], record["rounding_perplexity_change_stderr"])
     return f"Activations are rounded to 8 bits; that changes the perplexity without Θ by {change}."
-
-
-def perplexity_table(rows: Sequence[Mapping[str, Any]], caption: str, conditions: Mapping[str, Any]) -> Table:
-    """rows: `Score.record` of each arm, with "arm", and of the one with Θ its "rank" and "gamma"."""
-    columns = (
-        Column("", ("arm", "rank", "gamma"), _arm_text),
-        PERPLEXITY,
-        CHANGE,
-        TPE,
-    )
-    return Table("perplexity", columns, rows, caption, conditions)
-
-
-def _arm_text(arm: str, rank: int | None, gamma: float | None) -> str:
-    return f"{arm} Θ" + ("" if rank is None else f" (rank {rank}, gamma {gamma:g})")
 
 
 ARM = Column("", "arm", "{} Θ".format)  # "without" or "with"

@@ -9,7 +9,8 @@ from typing import Any
 from nkat.host.console import counted, say
 from nkat.host.tables import Column, Table, show
 from nkat.host.tools import suggest
-from nkat.measure.columns import CHANGE_PERCENT, PERPLEXITY, TPE
+from nkat.measure.columns import CHANGE_PERCENT, KL, PERPLEXITY, SAME_TOP, TPE
+from nkat.measure.divergence import divergence_row
 from nkat.measure.perplexity import change_text
 from nkat.search.objective import GUARD
 from nkat.search.options import SearchOptions
@@ -148,7 +149,8 @@ def held_out_table(record: Mapping[str, Any]) -> Table:
     rows = []
     for row in (held_out["base"], *held_out["best"]):
         setting = row.get("setting", {})
-        values = {**{key: value for key, value in row.items() if key != GUARD}, **setting}
+        values = {**{key: value for key, value in row.items() if key not in (GUARD, "divergence")}, **setting}
+        values |= divergence_row(row["divergence"]) if row.get("divergence") else {}
         prices = {price["text"]: price for price in row.get(GUARD, {}).get("prices", ())}
         for letter, name in zip(_LETTERS, names, strict=False):
             values |= {f"guard_{letter}_{key}": value for key, value in prices.get(name, {}).items()}
@@ -167,6 +169,8 @@ def held_out_table(record: Mapping[str, Any]) -> Table:
         PERPLEXITY,
         CHANGE_PERCENT,
         replace(TPE, keys=("tpe", "byte_ratio", "theta_bytes"), show=lambda tpe, *_: f"{tpe:.6f}"),
+        KL,
+        SAME_TOP,
         *guard,
     ]
     caption = f"\nheld-out: {counted(record['held_out_chunks'], 'chunk')} of {record['text']} that no trial saw"

@@ -28,6 +28,7 @@ UNFINISHED_KEY = "nkat.fit.unfinished"
 # on the guard's text on which it costs most.
 HELDOUT_PREFIX = "nkat.heldout."
 GUARD_PREFIX = "nkat.guard."
+COMBINED = "combined"  # source of what is the sum of several
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Pat
 
 def check_judging_text(theta_set: ThetaSet, text_sha256: str, path: Path) -> None:
     """Raises GGUFError when the text a Θ is to be judged on is the one it was made from."""
-    if text_sha256 in (theta_set.notes.get(CALIBRATION_KEY), theta_set.notes.get(KEEP_KEY)):
+    texts = tuple(key.removeprefix(KEY_PREFIX) for key in (CALIBRATION_KEY, KEEP_KEY))  # of a sum of Θ each part's
+    if any(value == text_sha256 for key, value in theta_set.notes.items() if key.endswith(texts)):
         raise GGUFError(f"{path}: this Θ was made from that very text, so it cannot be judged on it; give another")
 
 
@@ -143,6 +145,8 @@ def part_of(
     """
     if rank > theta_set.rank:
         raise NKATError(f"the Θ has rank {theta_set.rank}, which is below {rank}")
+    if rank < theta_set.rank and theta_set.source == COMBINED:
+        raise NKATError("the Θ is a sum of several, whose columns are in no order of importance: cut its parts instead")
     kept = {name: theta for name, theta in theta_set.layers.items() if names is None or name in names}
     if not kept:
         raise NKATError("the Θ has none for the layers that were asked for")

@@ -339,18 +339,19 @@ def test_tables_are_for_programs_where_they_are_wanted(script, fails, tiny: Path
     command = ("--model", tiny, "--perplexity", "--text", short, "--chunks", 1, "--no-cuda")
     record = tmp_path / "r.json"
     done = script(ENGINE, *command, "--json", record, "--output-format", "csv")
-    without, with_theta = csv.DictReader(io.StringIO(done.stdout))
+    without, with_theta, divergence = csv.DictReader(io.StringIO(done.stdout))
+    assert [row["table"] for row in (without, with_theta, divergence)] == ["perplexity", "perplexity", "divergence"]
     found = json.loads(record.read_text())
     assert float(without["perplexity"]) == found["baseline_perplexity"]
     assert float(with_theta["perplexity"]) == found["nkat_perplexity"]
     assert float(with_theta["change_percent_stderr"]) == found["perplexity_change_stderr"]
     assert without["text_sha256"] == with_theta["text_sha256"] == found["text_sha256"]
+    assert float(divergence["kl_p99"]) == found["divergence"]["kl"]["quantiles"]["99"]
     assert "1 chunk" in done.stderr
     lines = script(ENGINE, *command, "--output-format", "jsonl", "--quiet")
-    assert [json.loads(line)["perplexity"] for line in lines.stdout.splitlines()] == [
-        found["baseline_perplexity"],
-        found["nkat_perplexity"],
-    ]
+    records = [json.loads(line) for line in lines.stdout.splitlines()]
+    assert [record["perplexity"] for record in records[:2]] == [found["baseline_perplexity"], found["nkat_perplexity"]]
+    assert records[2]["kl_mean"] == found["divergence"]["kl"]["mean"]
     assert lines.stderr == ""
     page = script(ENGINE, *command, "--output-format", "md").stdout
     assert f"| {found['baseline_perplexity']:.4f} ± " in " ".join(page.split())
