@@ -56,6 +56,7 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "save_kl_base": {"perplexity": None},
     "tasks": dict.fromkeys(TASKS, 0) | {"hellaswag": 400},
     "output_dir": dict.fromkeys(("benchmark", "compare")),
+    "output_format": dict.fromkeys(("benchmark", "compare", "perplexity", *TASKS, "gemm")),
     "max_tokens": {"generate": 256, CHAT: 1024},
     "temperature": dict.fromkeys(WRITING, Sampling().temperature),
     "top_k": dict.fromkeys(WRITING, Sampling().top_k),
@@ -68,8 +69,8 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "template_arg": dict.fromkeys(WRITING),
 }
 _OPTIONAL = (
-    *("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "seed", "chat", "system"),
-    *("reference", "kl_base", "save_kl_base", "context_shift", "template_file", "template_arg"),
+    *("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "output_format", "seed", "chat"),
+    *("system", "reference", "kl_base", "save_kl_base", "context_shift", "template_file", "template_arg"),
 )
 _NUMBERS = TAKEN_BY.keys() - set(_OPTIONAL)
 _ALL = 1 << 31  # chunks that no base file has
@@ -125,6 +126,7 @@ class EngineOptions:
     threads: int | None
     json: str | None
     output_dir: Path | None
+    output_format: str | None
     force: bool
 
 
@@ -298,6 +300,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         help="where --benchmark and --compare leave their records (default: a new folder in output/benchmark or "
         "output/compare; none for --benchmark with --json)",
     )
+    commandline.add_output_format(parser)
     add("--force", action="store_true", help="replace existing files")
     parsed = parser.parse_args(argv)
     chosen = [name for name in (*COMMANDS, "prompt_file") if getattr(parsed, name) not in (None, False)]

@@ -215,6 +215,7 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="for loading, or one benchmark (default 900)",
     )
+    commandline.add_output_format(parser)
     add("--force", action="store_true", help="replace --save-config's and --json's files")
     add("--json", nargs="?", const="-", metavar="FILE", help="a machine-readable record, to stdout's last line")
     return parser
