@@ -15,8 +15,9 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.kobold import files as kobold_files
-from nkat.kobold.files import WeightedTheta, kobold_cache, model_key, prepare_files
+from nkat.kobold.files import kobold_cache, model_key, prepare_files
 from nkat.kobold.menu import models_here
+from nkat.theta.combine import WeightedFile
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
@@ -140,7 +141,7 @@ def test_appended_is_its_own_base(script, base: Path, tmp_path: Path) -> None:
 
 def test_base_and_theta_file(script, base: Path, tmp_path: Path) -> None:
     theta = convert(script, base, tmp_path / "theta_rank4.bin", "--theta-only")
-    files = prepare_files(base, [WeightedTheta(theta)], None)
+    files = prepare_files(base, [WeightedFile(theta)], None)
     assert (files.model, files.how) == (base, "the file itself")
     whole = prepare_files(convert(script, base, tmp_path / "m.nkat"), (), base)
     assert files.adapters == whole.adapters  # the same Θ, the same adapter
@@ -149,7 +150,7 @@ def test_base_and_theta_file(script, base: Path, tmp_path: Path) -> None:
     assert prepare_files(theta, (), base).model == base
     other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1)
     with pytest.raises(NKATError, match="was made for another model"):
-        prepare_files(other, [WeightedTheta(theta)], None)
+        prepare_files(other, [WeightedFile(theta)], None)
 
 
 def test_plain_model_has_no_adapter(base: Path) -> None:
@@ -214,14 +215,14 @@ def test_a_forged_file_in_the_cache_is_written_anew(script, base: Path) -> None:
 
 
 @pytest.fixture
-def two(script, base: Path, tmp_path: Path) -> list[WeightedTheta]:
+def two(script, base: Path, tmp_path: Path) -> list[WeightedFile]:
     """Two Θ for one model."""
     first = convert(script, base, tmp_path / "a.bin", "--theta-only")
     other = convert(script, base, tmp_path / "b.bin", "--theta-only", "--theta-rank", 2, "--theta-gamma", 0.5)
-    return [WeightedTheta(first), WeightedTheta(other, 0.5)]
+    return [WeightedFile(first), WeightedFile(other, 0.5)]
 
 
-def test_several_thetas_beside_each_other_or_as_one(base: Path, two: list[WeightedTheta]) -> None:
+def test_several_thetas_beside_each_other_or_as_one(base: Path, two: list[WeightedFile]) -> None:
     apart = prepare_files(base, two, None, separate=True)
     assert [one.weight for one in apart.adapters] == [1.0, 0.5]
     assert [one.about for one in apart.adapters] == ["rank 4, gamma 0.97", "rank 2, gamma 0.5, weight 0.5"]
@@ -242,7 +243,7 @@ def test_several_thetas_beside_each_other_or_as_one(base: Path, two: list[Weight
 
 
 def test_a_weight_goes_into_the_file_where_a_name_has_a_colon(
-    base: Path, two: list[WeightedTheta], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, two: list[WeightedFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if os.name == "nt":
         pytest.skip("every name has one there")
@@ -254,10 +255,10 @@ def test_a_weight_goes_into_the_file_where_a_name_has_a_colon(
 
 
 def test_one_of_several_for_another_model_is_refused(
-    base: Path, script, two: list[WeightedTheta], tmp_path: Path
+    base: Path, script, two: list[WeightedFile], tmp_path: Path
 ) -> None:
     other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1, qtype=gguf.GGMLQuantizationType.Q8_0)
-    stray = WeightedTheta(convert(script, other, tmp_path / "c.bin", "--theta-only"))
+    stray = WeightedFile(convert(script, other, tmp_path / "c.bin", "--theta-only"))
     with pytest.raises(NKATError, match="was made for another model"):
         prepare_files(base, [*two, stray], None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nkat.kobold.options import parse_arguments
+from nkat.theta.combine import WeightedFile
 
 MODEL = ["--model", "m.nkat"]
 
@@ -55,7 +56,6 @@ def test_the_action(flags: list[str], action: str | None) -> None:
         (["--launch", "--port", "65536"], "--model FILE is needed"),  # one mistake at a time
         ([*MODEL, "--gpulayers", "-2"], "argument --gpulayers: must be at least 0, got -2; or auto"),
         ([*MODEL, "--quantkv", "q3_k"], "argument --quantkv: must be one of f16, bf16, q8_0, q5_1, q4_0, got 'q3_k'"),
-        ([*MODEL, "--theta", "a.bin:nan"], "argument --theta: the weight behind the colon must be a number, got 'nan'"),
         (
             [*MODEL, "--kobold", "k", "--runtime", "llama-server"],
             "the program that was named is not the one of --runtime llama-server",
@@ -97,11 +97,6 @@ def test_the_caches_type_by_name_and_by_koboldcpps_number() -> None:
     assert found == {"0": "f16", "1": "q8_0", "2": "q4_0", "3": "bf16", "Q5_1": "q5_1"}
 
 
-def test_weights_behind_a_colon(tmp_path: Path) -> None:
-    odd = tmp_path / "a:2"
-    odd.touch()
-    flags = [
-        word for text in ("a.bin", "b.bin:0.5", "c.bin:-1e-1", "C:\\x.bin", str(odd)) for word in ("--theta", text)
-    ]
-    found = [(str(one.path), one.weight) for one in parse_arguments([*MODEL, *flags]).theta]
-    assert found == [("a.bin", 1.0), ("b.bin", 0.5), ("c.bin", -0.1), ("C:\\x.bin", 1.0), (str(odd), 1.0)]
+def test_several_thetas() -> None:
+    found = parse_arguments([*MODEL, "--theta", "a.bin", "--theta-scaled", "b.bin:0.5"]).thetas
+    assert found == (WeightedFile(Path("a.bin")), WeightedFile(Path("b.bin"), 0.5))

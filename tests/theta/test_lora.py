@@ -13,7 +13,7 @@ import torch
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.writer import BaseView, write_gguf
 from nkat.theta.algebra import coupling
-from nkat.theta.lora import combined_lora_parts, lora_parts
+from nkat.theta.lora import lora_parts
 from nkat.theta.set import truncate_rank
 from tests.support.oracle import dense_theta
 from tests.support.tiny_models import write_tiny_model
@@ -55,29 +55,3 @@ def test_the_adapter_is_the_star_term(tmp_path: Path, base: Path, gamma: float |
     assert fields["adapter.type"].contents() == "lora"
     assert fields["general.architecture"].contents() == "llama"
     assert fields["adapter.lora.alpha"].types == [gguf.GGUFValueType.FLOAT32]
-
-
-def test_a_combined_adapter_is_the_weighted_sum(tmp_path: Path, base: Path) -> None:
-    """Of sets that differ in rank, in strength and in the layers they adapt."""
-    first = make_set(base)
-    low = {name: theta for name, theta in truncate_rank(first, 2).layers.items() if name != NAMES[0]}
-    other = replace(first, gamma=0.6, layers=low)
-    weights = ((first, 1.0), (other, -0.5))
-    view = BaseView.whole(GGUFFile.open(base))
-    write_gguf(tmp_path / "lora.gguf", combined_lora_parts(weights, view), force=False)
-    rng = np.random.RandomState(0)
-    for name in first.layers:
-        m, n = view.tensors[name].shape
-        x = rng.standard_normal((4, n))
-        terms = {}
-        for theta_set, weight in weights:
-            if name in theta_set.layers:
-                dense = dense_theta(*theta_set.layers[name].factors(torch.float64)).numpy()[:m, :n]
-                terms[weight] = weight * coupling(theta_set.gamma) * x @ dense.T
-        expected = sum(terms.values())
-        largest = max(np.abs(term).max() for term in terms.values())
-        found = adapter_product(tmp_path / "lora.gguf", name, x)
-        np.testing.assert_allclose(found, expected, atol=4e-3 * largest)
-        if len(terms) == 2:  # the control: the second one counts
-            assert np.abs(found - terms[1.0]).max() > 0.1 * largest
-    assert len(gguf.GGUFReader(tmp_path / "lora.gguf").tensors) == 2 * len(first.layers)
