@@ -21,6 +21,7 @@ from nkat.host.hardware import set_threads
 from nkat.lm.chat import TEMPLATE_KEY, chat_template, render_chats
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
+from nkat.lm.template_process import TemplateProcess
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class EvaluatedModel:
         if self.max_length > made_for:
             raise NKATError(f"max_length: {self.max_length} tokens are more than the {made_for} the model was made for")
         self.template: str | None = None
+        self._templates = TemplateProcess()  # ends with this process, whose pipe it reads
 
     @cached_property
     def writing(self) -> LoadedModel:
@@ -106,7 +108,7 @@ class EvaluatedModel:
     def chat(self, messages: Sequence[Mapping[str, str]], answer: bool = True) -> str:
         """A conversation by the template, up to where the assistant answers, or goes on with the last message."""
         template = self.template or chat_template(self.loaded.gguf.metadata, "leave --apply_chat_template out")
-        (text,) = render_chats({TEMPLATE_KEY: template}, self.tokenizer, [(messages, answer)])
+        (text,) = render_chats({TEMPLATE_KEY: template}, self.tokenizer, [(messages, answer)], self._templates)
         if isinstance(text, NKATError):
             raise text
         if answer or not messages:

@@ -8,21 +8,16 @@ assistant's part and changes no text). Tools and documents are not offered to th
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
+from nkat.lm.template_process import TemplateProcess, failed
 from nkat.lm.tokenizer import Tokenizer
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 NAMES_KEY = "tokenizer.chat_templates"
-_SECONDS = 20  # by the clock: `nkat.lm.template` has half of it on the processor
-_SIGKILL, _SIGXCPU = 9, 24  # what Linux sends for too much time
 
 Message = Mapping[str, str]  # role ("system", "user", "assistant") and content
 
@@ -45,13 +40,18 @@ def render_chat(metadata: Mapping[str, Any], tokenizer: Tokenizer, messages: Seq
 
 
 def render_chats(
-    metadata: Mapping[str, Any], tokenizer: Tokenizer, chats: Sequence[tuple[Sequence[Message], bool]]
+    metadata: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    chats: Sequence[tuple[Sequence[Message], bool]],
+    process: TemplateProcess | None = None,
 ) -> list[str | NKATError]:
     """The text of each conversation, or why the template gave none; True: up to where the assistant answers.
 
-    All of them in one process. Raises NKATError when the file has no template, and for what ends the process.
+    All of them in one process: in that which is given, where more will follow. Raises NKATError when the file has no
+    template, and for what ends the process.
     """
-    return _render(chat_template(metadata), [_variables(tokenizer, messages, asks) for messages, asks in chats])
+    renders = [_variables(tokenizer, messages, asks) for messages, asks in chats]
+    return _render(chat_template(metadata), renders, process)
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
@@ -110,29 +110,15 @@ def _variables(tokenizer: Tokenizer, messages: Sequence[Message], asks: bool) ->
     }
 
 
-def _render(template: str, renders: Sequence[Mapping[str, Any]]) -> list[str | NKATError]:
-    request = json.dumps({"template": template, "renders": renders}).encode()
-    program = str(Path(__file__).with_name("template.py"))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", program], input=request, capture_output=True, timeout=_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise _failed(f"it was not done after {_SECONDS} seconds") from None
-    except OSError as error:
-        raise NKATError(f"no process could be started for the chat template: {error.strerror or error}") from None
-    try:
-        found: list[dict[str, str]] = json.loads(done.stdout)
-    except ValueError:  # the system ended it
-        took_long = done.returncode in (-_SIGXCPU, -_SIGKILL)
-        raise _failed(
-            "it takes too long" if took_long else f"it ended its process with status {done.returncode}"
-        ) from None
-    return [_failed(one["error"]) if "error" in one else one["text"] for one in found]
-
-
-def _failed(why: str) -> NKATError:
-    return NKATError(f"the model's chat template cannot be used: {why}")
+def _render(
+    template: str, renders: Sequence[Mapping[str, Any]], process: TemplateProcess | None = None
+) -> list[str | NKATError]:
+    """process: that is kept for more; None: one for these alone"""
+    if process is None:
+        with TemplateProcess() as own:
+            return _render(template, renders, own)
+    found = process.answers(template, renders)
+    return [failed(one["error"]) if "error" in one else one["text"] for one in found]
 
 
 def _text(tokenizer: Tokenizer, token: int | None) -> str:
