@@ -7,7 +7,7 @@ or run. Everything runs on the processor, and says what is wrong with a NKATErro
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.writer import MetadataValue, Part, write_gguf
 from nkat.lm.load import LoadedModel, load_model
+from nkat.lm.mix import ThetaMix
 from nkat.measure.judge import Judge, Score
 from nkat.measure.texts import Text, load_text
 from nkat.sources.fit.descent import FitSettings
@@ -64,6 +65,21 @@ class Model:
     def fast(self) -> LoadedModel:
         """As it is run: by the compiled kernels, with activations rounded to 8 bits. Made when first asked for."""
         return load_model(self.exact, thetas={}, gamma=1.0, int8_activations=True, repack=True)
+
+    def mix(self, thetas: Mapping[str, ThetaSet]) -> ThetaMix:
+        """Several Θ by name on this model as it is run, all of them off until `set_weights` of what this gives.
+
+            mix = model.mix({"style": style, "facts": facts})
+            mix.set_weights({"style": 1.0, "facts": 0.5})
+            nkat.generate(model, "Once", mix.theta)
+
+        `mix.theta` is their sum as one Θ, for `generate`, `perplexity` and `save`; a decoder that was made after the
+        mix follows `set_weights` between its tokens. Nothing of the model is read again. Raises NKATError for a Θ of
+        another model.
+        """
+        for name, theta in thetas.items():
+            _check_own(theta, self, name)
+        return ThetaMix(self.fast.model, thetas)
 
 
 def open_model(path: str | Path) -> Model:
@@ -190,7 +206,7 @@ def perplexity(
     The result's `perplexity` has `ppl` ± `stderr`; its `change` compares with the model without Θ on the same tokens,
     in per cent with its standard error. Raises NKATError for a text that is too short, or that Θ was made from.
     """
-    judge = Judge.open(model.exact, _text(text), chunks)
+    judge = Judge.open(model.exact, _text(text), chunks, diverging=theta is not None)
     return judge.base() if theta is None else judge.score(theta)
 
 
@@ -247,12 +263,17 @@ def _parts(theta: ThetaSet, model: Model | None, layout: str) -> list[Part]:
         return theta_only_parts(theta)
     if model is None:
         raise NKATError(f"layout {layout!r} needs the model that Θ was made for")
-    if theta.base_sha256 != model.sha256:
-        raise NKATError(f"Θ was made for another model ({theta.base_name}), not for {model.path}")
+    _check_own(theta, model)
     file = model.exact.file
     if layout == "lora":
         return lora_parts(theta, file.require_base())
     return layout_parts(theta, file, layout)
+
+
+def _check_own(theta: ThetaSet, model: Model, name: str | None = None) -> None:
+    if theta.base_sha256 != model.sha256:
+        which = "Θ" if name is None else f"Θ {name!r}"
+        raise NKATError(f"{which} was made for another model ({theta.base_name}), not for {model.path}")
 
 
 def _text(text: str | Path | None) -> Text:

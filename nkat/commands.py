@@ -28,6 +28,11 @@ def kobold() -> None:
     start("nkat.kobold.session")
 
 
+def serve() -> None:
+    """`nkat-serve`, nkat_server.py"""
+    start("nkat.serve.job")
+
+
 def models() -> None:
     """`nkat-models`, python -m nkat.models"""
     start("nkat.models")

@@ -107,6 +107,27 @@ def test_generation_is_repeatable_and_feels_theta(model: nkat.Model) -> None:
     assert nkat.generate(model, "the hen", max_tokens=12, seed=3) == one  # Θ is off again
 
 
+def test_several_thetas_by_name(model: nkat.Model, text: Path, tmp_path: Path) -> None:
+    style, facts = nkat.make_theta(model, rank=4, gamma=0.6), nkat.make_theta(model, rank=3, gamma=0.5, seed=2)
+    mix = model.mix({"style": style, "facts": facts})
+    assert mix.theta is None
+    alone = nkat.generate(model, "the hen", style, max_tokens=12, temperature=0)
+    mix.set_weights({"style": 1.0})
+    assert mix.theta is style
+    mix.set_weights({"style": 1.0, "facts": 2.0})
+    both = nkat.generate(model, "the hen", mix.theta, max_tokens=12, temperature=0)
+    score = nkat.perplexity(model, text, mix.theta, chunks=1)
+    mix.set_weights({"style": 1.0})
+    assert nkat.generate(model, "the hen", mix.theta, max_tokens=12, temperature=0) == alone != both
+    mix.set_weights({"style": 1.0, "facts": 2.0})
+    nkat.save(mix.theta, tmp_path / "both.nkat", model)
+    saved = nkat.open_model(tmp_path / "both.nkat")
+    assert nkat.perplexity(saved, text, saved.theta, chunks=1).perplexity.ppl == score.perplexity.ppl
+    other = nkat.open_model(write_tiny_model(tmp_path / "other.gguf", "llama", seed=7))
+    with pytest.raises(nkat.NKATError, match="Θ 'style' was made for another model"):
+        other.mix({"style": style})
+
+
 def test_mistakes_are_the_one_error(model: nkat.Model, path: Path, tmp_path: Path) -> None:
     theta = nkat.make_theta(model)
     other = nkat.open_model(write_tiny_model(tmp_path / "other.gguf", "llama", seed=7))

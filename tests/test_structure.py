@@ -25,6 +25,7 @@ MAY = {room: {"version", *TRUNK[:i]} for i, room in enumerate(TRUNK)} | {
     "kobold": {"errors", "host", "gguf", "theta"},
     "inference": {*TRUNK} - {"sources", "kernels"},
     "harness": {*TRUNK} - {"sources", "measure", "kernels"},
+    "serve": {*TRUNK} - {"sources", "measure", "kernels"},
     "convert": {*TRUNK} - {"engine", "kernels"},
     "search": {*TRUNK, "study"} - {"kernels"},
     "nkat_vit": {"nkat", "errors", "host", "study"},  # "nkat": how threads wait
@@ -40,6 +41,8 @@ OPTIONAL = {
     "kornia",
     "safetensors",
     "tensorboard",
+    "starlette",
+    "uvicorn",
     "onnx",
     "onnxscript",
     "onnxruntime",

@@ -42,10 +42,11 @@ from nkat.sources.moments import input_second_moments
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, ThetaOptions
 from nkat.theta import inplace
 from nkat.theta.algebra import Theta, coupling
+from nkat.theta.combine import combined_for
 from nkat.theta.layers import select_layers
 from nkat.theta.lora import lora_parts
-from nkat.theta.modelfile import ModelFile, architecture_of, base_hash, open_model_file, theta_for
-from nkat.theta.set import UNFINISHED_KEY, ThetaSet, part_of, scale_by_depth
+from nkat.theta.modelfile import ModelFile, architecture_of, base_hash, open_model_file
+from nkat.theta.set import UNFINISHED_KEY, ThetaSet, check_fits, part_of, scale_by_depth
 
 NO_EFFECT = "warning: gamma 1 couples Θ with strength 0: it will have no effect"
 
@@ -210,17 +211,20 @@ def write_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder) 
     """Writes the Θ that the input or --theta has: as it is, or its first columns, for some layers, at a strength."""
     model = inputs.model
     base = model.require_base()
-    if options.theta is not None:
+    if options.thetas:
         with console.bar(model.base_size, "checking the base", "B") as bar:
-            found = theta_for(model, options.theta, bar.update)
-        whose = f"{options.theta}'s"
+            summed = combined_for(model, options.thetas, options.theta_gamma, bar.update)
+        if summed is None:
+            raise NKATError("every --theta-scaled is of weight 0, so there is no Θ to write")
+        found, whose = summed, f"{options.thetas[0].path}'s" if len(options.thetas) == 1 else "the sum's"
     elif model.theta is not None:
         found, whose = model.theta, "the input's"
     else:
         raise NKATError(f"{model.path}: holds no Θ with its model, so there is nothing to truncate")
     rank = options.truncate_rank or found.rank
     if rank > found.rank:
-        raise NKATError(f"{options.theta or model.path}: its Θ has rank {found.rank}, which is below {rank}")
+        holder = options.thetas[0].path if len(options.thetas) == 1 else model.path
+        raise NKATError(f"{holder}: its Θ has rank {found.rank}, which is below {rank}")
     check_outputs(options, model)
     gamma = found.gamma if options.theta_gamma is None else options.theta_gamma
     coupling(gamma)  # raises when out of range
@@ -230,6 +234,7 @@ def write_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder) 
     judge = _merge_judge(options, inputs)
     clock = _Clock()
     theta_set = part_of(found, rank=rank, gamma=gamma, names=names, depth_decay=options.depth_decay)
+    check_fits(theta_set, base.tensors, options.output or model.path)  # the ranks of several may come to too many
     which = f"the first {'column' if rank == 1 else f'{rank} columns'} of {whose} {found.rank}"
     _announce(options, model, f"{counted(len(theta_set.layers), 'layer')}, {which}, {_strength(gamma)}")
     written = write(options, model, theta_set)

@@ -10,6 +10,8 @@ from nkat.host import commandline
 from nkat.sources.fit.options import FitOptions, add_fit_arguments, fit_options
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
 from nkat.sources.repair.options import SHARED_FLAGS, add_repair_arguments
+from nkat.theta.combine import WeightedFile
+from nkat.theta.options import add_theta_arguments
 
 EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat
@@ -18,6 +20,7 @@ EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output best.nkat --optimize-rank
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-source fit --calibrate text.txt
   python nkat_gguf_converter.py --input q3.gguf --repair q3-repaired.gguf --reference better.gguf --calibrate text.txt
+  python nkat_gguf_converter.py --input model.gguf --output both.nkat --theta style.bin --theta-scaled facts.bin:0.5
   python nkat_gguf_converter.py --input model.gguf --in-place
   python nkat_gguf_converter.py --input model.nkat --export-lora theta-lora.gguf
   python nkat_gguf_converter.py --input model.nkat --merge merged.gguf --text text.txt
@@ -52,7 +55,7 @@ class ConvertOptions:
     reference: Path | None
     calibrate: Path | None
     keep: Path | None
-    theta: Path | None
+    thetas: tuple[WeightedFile, ...]
     truncate_rank: int | None
     strengths: bool
     seed: int
@@ -70,7 +73,7 @@ class ConvertOptions:
     @property
     def keeps_theta(self) -> bool:
         """Whether no new Θ is made: that of the input, or of a file of its own, is written, or a part of it."""
-        return self.theta is not None or self.truncate_rank is not None
+        return bool(self.thetas) or self.truncate_rank is not None
 
     @property
     def makes_theta(self) -> bool:
@@ -86,7 +89,8 @@ class ConvertOptions:
     @property
     def inputs(self) -> list[Path | None]:
         """What is read, and never to be replaced by what is written."""
-        return [self.input, self.reference, self.text, self.calibrate, self.keep, self.theta, *(self.fit.guard or ())]
+        thetas = [file.path for file in self.thetas]
+        return [self.input, self.reference, self.text, self.calibrate, self.keep, *thetas, *(self.fit.guard or ())]
 
     @property
     def outputs(self) -> dict[str, Path | str | None]:
@@ -309,12 +313,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         ".jsonl of rows with messages, or with prompt and completion, of which the assistant's words are learned",
     )
     add("--keep", type=Path, metavar="FILE", help="fit: another text, on which the model is to stay as it is")
-    add(
-        "--theta",
-        type=Path,
-        metavar="FILE",
-        help="make no new Θ: write the one in this file, or with --selective-layers, --truncate-rank, --theta-gamma or "
-        "--depth-decay a part of it",
+    add_theta_arguments(
+        parser,
+        "make no new Θ: write the one in this file, or with --selective-layers, --truncate-rank, --theta-gamma or "
+        "--depth-decay a part of it; several are written as one, their sum, to which the input itself may belong",
     )
     add(
         "--truncate-rank",

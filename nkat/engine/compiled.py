@@ -33,7 +33,6 @@ class CompiledDecoder:
         self.name = f"compiled CPU program, {threads} thread{'s' if threads > 1 else ''}"
         half = model.output.int8_activations  # as in llama.cpp
         self.cache = Cache(model, min(capacity, FIRST_ROOM), half=half)
-        self._made_for = model.theta_changes
         self._one = _LastLogits(self, threads, 1, 1)
         self._many = _LastLogits(self, threads, min(PREFILL_TOKENS, capacity), batch_tokens())
 
@@ -65,8 +64,6 @@ class CompiledDecoder:
         self.model.set_gamma(gamma)
 
     def _check_room(self, count: int) -> None:
-        if self._made_for != self.model.theta_changes:
-            raise NKATError("Θ was replaced after this decoder was made; make a new one")
         if self.length + count > self.capacity:
             raise NKATError(
                 f"the KV cache holds {self.capacity} tokens; {self.length} are in it and {count} more do not fit"

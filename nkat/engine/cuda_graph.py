@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nkat.engine.eager import EagerDecoder
-from nkat.engine.plan import StepOps, decode_step, make_plan, strengths
+from nkat.engine.plan import StepOps, decode_step, make_plan
 from nkat.errors import NKATError
 from nkat.kernels.cuda.linear import out_of_memory_hint
 from nkat.kernels.cuda.step import TritonOps
@@ -36,7 +36,7 @@ class StaticDecoder(EagerDecoder):
         self._plan = make_plan(model, self.cache)
         self._ops = {False: plain, True: star}
         self._token, self._position = torch.zeros(2, 1, dtype=torch.int64, device=model.device)
-        self._made_for, self._strength = model.theta_changes, model.gamma
+        self._follows = model.theta_changes, model.gamma
         self._star = self._has_effect()
 
     @torch.inference_mode()
@@ -52,12 +52,10 @@ class StaticDecoder(EagerDecoder):
         self.cache.check_room(1, 1)
         if not 0 <= token < self.model.config.vocab_size:  # a GPU would read past the table
             raise NKATError(f"token {token} is outside the vocabulary of {self.model.config.vocab_size}")
-        if self._made_for != self.model.theta_changes:
-            raise NKATError("Θ was replaced after this decoder was made; make a new one")
-        if self._strength != self.model.gamma:
-            self._strength = self.model.gamma
-            self._plan.kappas.copy_(strengths(self.model))
-            self._star = self._has_effect()
+        now = self.model.theta_changes, self.model.gamma
+        if self._follows != now:
+            self._plan.follow(self.model, self._follows[0] != now[0])
+            self._follows, self._star = now, self._has_effect()
         self._token.fill_(token)
         self._position.fill_(self.cache.length)
         logits = self._run(self._star)

@@ -59,7 +59,7 @@ def make_decoder(model: Transformer, capacity: int) -> Decoder:
     """
     layers = model.multipliers().values()
     compiled = all(layer.compiled is not None for layer in layers)
-    if compiled and any(isinstance(layer, ExpertStack) and layer.theta is not None for layer in layers):
+    if compiled and any(isinstance(layer, ExpertStack) and (layer.theta is not None or layer.room) for layer in layers):
         note("the compiled program has no Θ on experts: the model decodes an operation at a time, which is slower")
         return EagerDecoder(model, capacity)
     if compiled and all(table.qtype in kernel_types("cpu") for table in model.tables()):

@@ -33,7 +33,7 @@ from nkat.kernels.cpu.blocks import (
 )
 from nkat.kernels.cpu.experts import CpuExperts
 from nkat.kernels.cpu.formats import padded_rows
-from nkat.kernels.cpu.linear import CpuLinear, CpuStar, Panels, token_state
+from nkat.kernels.cpu.linear import CpuLinear, Panels, StarStep, token_state
 from nkat.kernels.cpu.matmul import Rounding, embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
 from nkat.kernels.cpu.tree import tree_attention_kernel
@@ -138,8 +138,8 @@ class ForwardPass:
         self.x, self.normed = self._rows(self.d), self._rows(self.d)
         self.ids = np.zeros(self.capacity, np.int64)
         self.panels: dict[tuple[str, object], Panels] = {}
-        self.stars: list[tuple[StarLinear, CpuStar, np.ndarray]] = []  # layer, its Θ, how many terms a step adds
-        self.strength = model.gamma  # that the programs are set to
+        self.stars: list[tuple[StarLinear, StarStep]] = []
+        self.follows = model.theta_changes, model.gamma  # which Θ, at which strength, the programs are set to
         self.scratch = make_scratch(threads.count, tokens)
         self.program = Program()
         self._look_up(model.embedding, config.embedding_scale, self.x)
@@ -198,21 +198,27 @@ class ForwardPass:
             raise NKATError(f"token id {low} or {high} lies outside the vocabulary of {vocabulary}")
         self.ids[:count] = tokens
         self.state[:2] = count, position
-        self._set_strengths()
+        self._follow_theta()
         self.program.run(self.threads)
 
-    def _set_strengths(self) -> None:
-        if self.strength == self.model.gamma:
+    def _follow_theta(self) -> None:
+        """Sets the programs to the Θ that the model has now, and to its strength. Raises NKATError for one that has no
+        place in them."""
+        now = self.model.theta_changes, self.model.gamma
+        if self.follows == now:
             return
-        self.strength = self.model.gamma
-        for layer, star, terms in self.stars:
-            star.set_kappa(layer.kappa)
-            terms[0] = star.terms if layer.kappa else 0
+        if self.follows[0] != now[0]:
+            self.model.check_room({id(layer): step.star.room for layer, step in self.stars})
+        for layer, step in self.stars:
+            step.star.put(layer.theta)
+            step.star.set_kappa(layer.kappa)
+            step.switch(layer.kappa != 0.0)
+        self.follows = now
 
-    def _star_step(self, layer: StarLinear, star: CpuStar, terms: np.ndarray) -> None:
+    def _star_step(self, layer: StarLinear, step: StarStep) -> None:
         """A step's part in Θ: on while the layer has a strength."""
-        terms[0] = star.terms if layer.kappa else 0
-        self.stars.append((layer, star, terms))
+        step.switch(layer.kappa != 0.0)
+        self.stars.append((layer, step))
 
     def prepare(self, program: Program, layers: Sequence[StarLinear], x: np.ndarray, state: np.ndarray) -> list[Ready]:
         """Steps that round the layers' common input, once for each way of rounding; a barrier ends them."""
@@ -227,11 +233,11 @@ class ForwardPass:
             u = None
             if linear.star is not None:
                 linear.star.set_kappa(layer.kappa)
-                u = np.zeros((len(panels.q), linear.star.terms, tokens), np.float32)
+                u = np.zeros((len(panels.q), 2 * linear.star.room, tokens), np.float32)
             ready.append(Ready(layer, linear, panels, u))
         for step in ready:
-            if step.u is not None and step.linear.star is not None:
-                self._star_step(step.layer, step.linear.star, step.linear.down(program, step.panels, step.u))
+            if step.u is not None:
+                self._star_step(step.layer, step.linear.down(program, step.panels, step.u))
         program.barrier()
         return ready
 
@@ -248,10 +254,9 @@ class ForwardPass:
         self, program: Program, step: Ready, y: np.ndarray, first_tile: int = 0, tiles: int | None = None
     ) -> None:
         """The step of a layer's product with the inputs that `prepare` made ready, over some of its tiles."""
-        linear = step.linear
-        terms = linear.multiply(program, step.panels, y, y.strides[0], self.scratch, step.u, first_tile, tiles)
-        if step.u is not None and linear.star is not None:
-            self._star_step(step.layer, linear.star, terms)
+        star = step.linear.multiply(program, step.panels, y, y.strides[0], self.scratch, step.u, first_tile, tiles)
+        if star is not None:
+            self._star_step(step.layer, star)
 
     def _linears(self, layers: Mapping[str, StarLinear], x: np.ndarray) -> None:
         """Layers with the same input, into the `y` of their names."""

@@ -6,7 +6,7 @@ on a GPU, `TorchOps` here, which is the oracle and runs anywhere. The position i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -72,6 +72,22 @@ class BlockPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class StarPlace:
+    """Where a step reads a layer's Θ: parts of its siblings' `down`, [R, n], and of its group's `up`, [m, R]."""
+
+    layer: StarLinear
+    down: Tensor
+    up: Tensor
+
+    def fill(self) -> None:
+        """Puts in what the layer has now."""
+        for place, factor in ((self.down, self.layer.down), (self.up, self.layer.up)):
+            place.zero_()
+            if factor is not None:
+                place[: factor.shape[0], : factor.shape[1]] = factor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """Operands of a step. kappas: float32, the strength of Θ in every layer; siblings hold parts of it."""
 
@@ -84,11 +100,20 @@ class Plan:
     gelu: bool
     logit_cap: float
     kappas: Tensor
+    places: tuple[StarPlace, ...]
 
     @property
     def has_theta(self) -> bool:
-        lists = [(b.qkv, b.attention_output, b.gate_up, b.feed_forward_down) for b in self.blocks]
-        return any(siblings.down is not None for siblings in (*sum(lists, ()), self.output))
+        """Whether there is room for any."""
+        return bool(self.places)
+
+    def follow(self, model: Transformer, replaced: bool) -> None:
+        """Takes the strength that Θ has now and, where it was replaced, Θ. Raises NKATError for one without a place."""
+        if replaced:
+            model.check_room({id(place.layer): place.down.shape[0] // 2 for place in self.places})
+            for place in self.places:
+                place.fill()
+        self.kappas.copy_(strengths(model))
 
 
 @torch.no_grad()
@@ -102,11 +127,14 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
     if not architecture.has_gpu_step:
         raise NKATError(f"a {architecture.name} model has blocks that a recorded step does not know of")
     kappas = strengths(model).to(model.device)
-    place = {id(layer): i for i, layer in enumerate(_layers(model))}
+    numbers = {id(layer): i for i, layer in enumerate(_layers(model))}
+    places: list[StarPlace] = []
 
     def siblings(*members: StarLinear) -> Siblings:
-        first = place[id(members[0])]
-        return _siblings(members, kappas[first : first + len(members)])
+        first = numbers[id(members[0])]
+        together = _siblings(members, kappas[first : first + len(members)])
+        places.extend(_places(members, together))
+        return together
 
     tables = {turning: _rope_tables(*model.turns(turning, cache.capacity), cache) for turning in Turning}
 
@@ -148,16 +176,18 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
         )
 
     output = siblings(model.output)
+    blocks = tuple(plan_block(block) for block in model.blocks)
     return Plan(
         embedding=_embedding(model.embedding, model.output, output),
         embedding_scale=config.embedding_scale,
-        blocks=tuple(plan_block(block) for block in model.blocks),
+        blocks=blocks,
         output_norm=model.output_norm,
         output=output,
         epsilon=config.rms_epsilon,
         gelu=architecture.gelu,
         logit_cap=config.logit_cap,
         kappas=kappas,
+        places=tuple(places),
     )
 
 
@@ -266,8 +296,9 @@ class TorchOps:
 
 
 def strengths(model: Transformer) -> Tensor:
-    """κ of every layer in the order of `Plan.kappas`, float32, on the CPU."""
-    return torch.tensor([layer.kappa for layer in _layers(model)], dtype=torch.float32)
+    """κ of every layer in the order of `Plan.kappas`, 0 of those without Θ, float32, on the CPU."""
+    kappas = [0.0 if layer.down is None else layer.kappa for layer in _layers(model)]
+    return torch.tensor(kappas, dtype=torch.float32)
 
 
 def _layers(model: Transformer) -> list[StarLinear]:
@@ -295,7 +326,7 @@ def _embedding(embedding: Embedding, output: StarLinear, packed_output: Siblings
 
 def _siblings(layers: Sequence[StarLinear], kappas: Tensor) -> Siblings:
     weights = [_weight(layer) for layer in layers]
-    rank = max((layer.down.shape[0] for layer in layers if layer.down is not None), default=0)
+    rank = max(layer.terms for layer in layers)
     groups, first = [], 0
     while first < len(layers):
         count, joint = _joined(weights[first:])
@@ -306,7 +337,9 @@ def _siblings(layers: Sequence[StarLinear], kappas: Tensor) -> Siblings:
         inputs=layers[0].shape[1],
         outputs=sum(layer.shape[0] for layer in layers),
         rank=rank,
-        down=torch.cat([_padded_down(layer, rank, kappas.device) for layer in layers]) if rank else None,
+        down=torch.zeros(len(layers) * rank, layers[0].shape[1], dtype=layers[0].dtype, device=kappas.device)
+        if rank
+        else None,
         kappas=kappas,
     )
 
@@ -334,19 +367,23 @@ def _group(layers: Sequence[StarLinear], joint: PackedWeight, rank: int, first: 
     if any(layer.bias is not None for layer in layers):
         biases = [torch.zeros(layer.shape[0]) if layer.bias is None else layer.bias for layer in layers]
         bias = torch.cat([bias.to(device, layers[0].dtype) for bias in biases])
-    up = torch.cat([_padded_up(layer, rank, device) for layer in layers]) if rank else None
+    up = torch.zeros(ends[-1], rank, dtype=layers[0].dtype, device=device) if rank else None
     return Group(joint, bias, up, first, tuple(ends[:-1]))
 
 
-def _padded_down(layer: StarLinear, rank: int, device: torch.device) -> Tensor:
-    down = torch.zeros(rank, layer.shape[1], dtype=layer.dtype, device=device)
-    if layer.down is not None:
-        down[: len(layer.down)] = layer.down
-    return down
+def _places(layers: Sequence[StarLinear], siblings: Siblings) -> Iterator[StarPlace]:
+    """Where each of the siblings' Θ is read, with what it has now put in."""
+    if siblings.down is None:
+        return
+    downs = iter(siblings.down.split(siblings.rank))
+    ups = [part for group in siblings.groups for part in _parts(group)]
+    for layer, down, up in zip(layers, downs, ups, strict=True):
+        place = StarPlace(layer, down, up)
+        place.fill()
+        yield place
 
 
-def _padded_up(layer: StarLinear, rank: int, device: torch.device) -> Tensor:
-    up = torch.zeros(layer.shape[0], rank, dtype=layer.dtype, device=device)
-    if layer.up is not None:
-        up[:, : layer.up.shape[1]] = layer.up
-    return up
+def _parts(group: Group) -> Sequence[Tensor]:
+    """`up` of each of a group's layers."""
+    assert group.up is not None
+    return group.up.tensor_split(group.segments)

@@ -28,8 +28,7 @@ def step_works(model: Transformer, capacity: int) -> bool:
     layers = model.star_linears().values()
     if any(isinstance(layer.device_weight, FileWeight) and layer.qtype in FORMATS for layer in layers):
         return False  # which was said when they were loaded
-    ranks = [len(layer.down) for layer in layers if layer.down is not None]
-    rank = max(ranks, default=0)
+    rank = max((layer.terms for layer in layers), default=0)
     config, dtype = model.config, str(model.output.dtype).removeprefix("torch.")
     name = (
         f"step {config.architecture.name} {config.embedding_length} {config.feed_forward_length} "

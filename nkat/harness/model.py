@@ -22,6 +22,7 @@ from nkat.lm.chat import TEMPLATE_KEY, chat_template, render_chats
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
 from nkat.lm.template_process import TemplateProcess
+from nkat.theta.combine import WeightedFile
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class EvaluatedModel:
     def __init__(self, arguments: ModelArguments) -> None:
         self.arguments = arguments
         self.threads = set_threads(arguments.threads)
-        self.request = Request(arguments.path, arguments.theta, int8_activations=arguments.activations == "int8")
+        thetas = () if arguments.theta is None else (WeightedFile(arguments.theta),)
+        self.request = Request(arguments.path, thetas, int8_activations=arguments.activations == "int8")
         file, self.theta = self.request.open()
         if file.unfinished:
             note(f"warning: the Θ behind {arguments.path} is incomplete or damaged; using the base model alone")

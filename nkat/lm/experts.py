@@ -48,7 +48,7 @@ class ExpertStack(nn.Module):
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.theta: Theta | None = None
-        self.kappa = 0.0
+        self.kappa, self.room = 0.0, 0  # room: as of StarLinear
         self.compiled: CpuExperts | None = None  # what `repack` made, on the CPU; None where its type has no kernel
         self._layers: dict[int, StarLinear] = {}
 
@@ -71,10 +71,19 @@ class ExpertStack(nn.Module):
         layer.int8_activations, layer.kappa = self.int8_activations, self.kappa
         return layer
 
+    def check_theta(self, theta: Theta) -> None:
+        """Raises ThetaError when it is for other experts, or larger than they are."""
+        if theta.experts != self.shape[0] or theta.size > max(self.shape[1:]):
+            raise ThetaError(f"Θ of size {theta.size} for {theta.experts} experts does not fit weights {self.shape}")
+
+    def reserve(self, room: int) -> None:
+        """As of StarLinear: tells `nkat.engine.decoder` that there will be a Θ."""
+        self.room = max(self.room, room)
+
     def set_theta(self, theta: Theta | None) -> None:
         """As of StarLinear: that of every expert."""
-        if theta is not None and (theta.experts != self.shape[0] or theta.size > max(self.shape[1:])):
-            raise ThetaError(f"Θ of size {theta.size} for {theta.experts} experts does not fit weights {self.shape}")
+        if theta is not None:
+            self.check_theta(theta)
         self.theta = None if theta is None or theta.is_zero() else theta
         self._layers.clear()
 

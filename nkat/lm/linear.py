@@ -87,27 +87,48 @@ class StarLinear(PackedModule):
         self.register_buffer("up", None, persistent=False)
         self.device = packed.device
         self.compiled: CpuLinear | None = None  # what `repack` made, on the CPU; None where its type has no kernel
+        self.room = 0  # columns of Θ that a decoder has room for, whatever the present one has
         self.set_theta(theta)
 
-    def set_theta(self, theta: Theta | None) -> None:
-        """Replaces Θ; its strength stays. Raises ThetaError when it is larger than the layer."""
-        if theta is not None and theta.experts is not None:
+    def check_theta(self, theta: Theta) -> None:
+        """Raises ThetaError when it is larger than the layer."""
+        if theta.experts is not None:
             raise ThetaError(
                 f"Θ of {theta.experts} experts does not fit a single {self.shape[0]}x{self.shape[1]} weight"
             )
-        if theta is not None and theta.size > max(self.shape):
+        if theta.size > max(self.shape):
             raise ThetaError(f"Θ of size {theta.size} does not fit a {self.shape[0]}x{self.shape[1]} weight")
+
+    def set_theta(self, theta: Theta | None) -> None:
+        """Replaces Θ; its strength stays. Raises ThetaError when it is larger than the layer."""
+        if theta is not None:
+            self.check_theta(theta)
         self.down = self.up = None
         self.theta = None if theta is None or theta.is_zero() else theta
         if self.compiled is not None:
-            self.compiled.set_theta(self.theta)
+            self.compiled.set_theta(self.theta, self.room)
         if self.theta is None:
             return
         # INT8 times its scale is rounded once, to the layer's dtype
         precise = torch.float64 if self.dtype == torch.float64 else torch.float32
         down, up = low_rank_form(*self.theta.factors(precise), *self.shape)
+        if self.device.type == "cuda" and self.room > self.theta.rank:
+            missing = 2 * (
+                self.room - self.theta.rank
+            )  # Triton compiles a kernel for each number of terms: one is enough
+            down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
         self.down = down.to(self.device, self.dtype)
         self.up = up.to(self.device, self.dtype)
+
+    def reserve(self, room: int) -> None:
+        """Room for a Θ of so many columns in what is made for decoding from now on."""
+        self.room = max(self.room, room)
+        self.set_theta(self.theta)
+
+    @property
+    def terms(self) -> int:
+        """Rows of `down` that a decoder's step needs room for."""
+        return max(2 * self.room, 0 if self.down is None else len(self.down))
 
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ: κ(γ). None or 1 turns it off."""
@@ -129,7 +150,7 @@ class StarLinear(PackedModule):
         from nkat.kernels.cpu.linear import CpuLinear  # LLVM is loaded only where it is used
 
         self.compiled = CpuLinear(self.file_bytes, self.qtype, self.shape, self.bias, exact=not self.int8_activations)
-        self.compiled.set_theta(self.theta)
+        self.compiled.set_theta(self.theta, self.room)
 
     def require_compiled(self) -> CpuLinear:
         """What `repack` made on the CPU; raises RuntimeError where it made nothing."""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from nkat.errors import NKATError
 from nkat.lm.load import DTYPES, LoadedModel, load_model
-from nkat.theta.modelfile import ModelFile, open_model_file, theta_for
+from nkat.theta.combine import WeightedFile, combined_for
+from nkat.theta.modelfile import ModelFile, open_model_file
 from nkat.theta.set import ThetaSet
 
 
@@ -15,14 +16,14 @@ from nkat.theta.set import ThetaSet
 class Request:
     """Which model to run, and how. Small and picklable.
 
-    theta: a file with Θ alone, in place of the Θ in the model's file
-    gamma: strength of Θ in place of the recorded one
+    thetas: files whose Θ are used together in place of the Θ in the model's file, which may be among them
+    gamma: strength of Θ in place of the recorded one, or of each one's
     repack: use the compiled CPU kernels, see `load_model`
     with_theta: False leaves Θ out altogether
     """
 
     model: Path
-    theta: Path | None = None
+    thetas: tuple[WeightedFile, ...] = ()
     gamma: float | None = None
     device: str = "cpu"
     dtype: str | None = None
@@ -33,8 +34,8 @@ class Request:
     def open(self) -> tuple[ModelFile, ThetaSet | None]:
         """The file and its Θ. Raises NKATError when Θ is for another model, or γ is given without any Θ."""
         model_file = open_model_file(self.model)
-        theta_set = theta_for(model_file, self.theta) if self.theta else model_file.theta
-        if theta_set is None and self.gamma is not None:
+        theta_set = combined_for(model_file, self.thetas, self.gamma) if self.thetas else model_file.theta
+        if theta_set is None and not self.thetas and self.gamma is not None:
             raise NKATError(f"{self.model}: has no Θ, so --theta-gamma has no meaning")
         return model_file, theta_set if self.with_theta else None
 

@@ -301,7 +301,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.gamma: float | None = None
-        self.theta_changes = 0  # how often Θ was replaced: what was made from the old one is then stale
+        self.theta_changes = 0  # how often Θ was replaced: what reads it elsewhere has then to follow
         self.embedding, self.output, self.layer_inputs = embedding, output, layer_inputs
         self.add_module("blocks", nn.ModuleList(blocks))
         self.register_buffer("output_norm", output_norm, persistent=False)
@@ -375,14 +375,36 @@ class Transformer(nn.Module):
         The very same ones leave all as it is, so that what was made for them is not stale.
         """
         layers = self._carriers()
-        for name in thetas:
-            if name not in layers:
-                raise NKATError(f"Θ for {name!r}, but the model has no such linear layer")
+        self.check_thetas(thetas)
         if all(layer.theta is thetas.get(name) for name, layer in layers.items()):
             return
         self.theta_changes += 1
         for name, layer in layers.items():
             layer.set_theta(thetas.get(name))
+
+    def check_thetas(self, thetas: Mapping[str, Theta]) -> None:
+        """Raises NKATError for a Θ of a name that no layer has, or that is larger than the layer."""
+        layers = self._carriers()
+        for name, theta in thetas.items():
+            if name not in layers:
+                raise NKATError(f"Θ for {name!r}, but the model has no such linear layer")
+            layers[name].check_theta(theta)
+
+    def reserve_thetas(self, columns: Mapping[str, int]) -> None:
+        """Room for Θ of so many columns, by weight name, beyond what there is: what is made for decoding from now on
+        follows `set_thetas` within that."""
+        layers = self._carriers()
+        for name, room in columns.items():
+            layers[name].reserve(room)
+
+    def check_room(self, rooms: Mapping[int, int]) -> None:
+        """Raises NKATError where the Θ that a layer has now does not fit what was made for an earlier one.
+
+        rooms: columns that there is room for, by `id` of the layer; none for the others
+        """
+        for layer in self._carriers().values():
+            if layer.theta is not None and layer.theta.rank > rooms.get(id(layer), 0):
+                raise NKATError("Θ was replaced after this decoder was made; make a new one")
 
     def new_cache(self, batch: int, capacity: int, growing: bool = False) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `capacity` tokens, on the model's device.

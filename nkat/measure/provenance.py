@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from nkat.host.console import bar
 from nkat.host.record import toolkit_version
 from nkat.lm.load import LoadedModel
 from nkat.measure.texts import Text
+from nkat.theta.combine import WeightedFile
 from nkat.theta.set import ThetaSet
 
 PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")
@@ -24,20 +26,22 @@ def provenance(
     loaded: LoadedModel,
     *,
     theta: ThetaSet | None = None,
-    theta_path: Path | None = None,
+    theta_files: Sequence[WeightedFile] = (),
     text: Text | None = None,
     decoder: Decoder | None = None,
 ) -> dict[str, Any]:
     """For a JSON record. The model's hash is not here: `file_hash` reads all of it.
 
-    theta_path: of the file with Θ alone, where it is one; the record's `theta_file` is whichever file Θ came from
+    theta_files: with Θ, in place of the model's own; the record's `theta_file` is whichever file it came from, the
+        first of several, and `theta_files` has each with its weight
     """
     device = loaded.model.device
     machine = hardware.describe(device)
     record: dict[str, Any] = {
         "model": str(model),
         "command": own_command(),
-        "theta_file": None if theta is None else str(theta_path or model),
+        "theta_file": None if theta is None else str(theta_files[0].path if theta_files else model),
+        "theta_files": [{"file": str(file.path), "weight": file.weight} for file in theta_files],
         "theta_enabled": theta is not None,
         "device": str(device),
         "threads": machine["threads"],

@@ -16,8 +16,9 @@ Layout `appended`  the base's bytes unchanged, then:
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -160,13 +161,24 @@ def layout_parts(theta_set: ThetaSet, model: ModelFile, layout: str) -> list[Par
 
 def theta_for(model: ModelFile, theta_path: Path, progress: Progress | None = None) -> ThetaSet:
     """The Θ in a file of its own, checked to have been made for this very model. Raises GGUFError otherwise."""
-    theta_set = open_model_file(theta_path).require_theta()
-    base = model.require_base()
-    same = model.base_size == theta_set.base_size
-    if not same or sha256_of_parts(model.base_parts(), progress) != theta_set.base_sha256:
-        raise GGUFError(f"{theta_path}: was made for another model ({theta_set.base_name}), not for {model.path}")
-    check_fits(theta_set, base.tensors, theta_path)
-    return theta_set
+    return thetas_for(model, [theta_path], progress)[0]
+
+
+def thetas_for(model: ModelFile, paths: Sequence[Path], progress: Progress | None = None) -> list[ThetaSet]:
+    """The same of several files; the model is hashed once. Its own file gives the Θ that it holds."""
+    base, digest, found = model.require_base(), "", []
+    for path in paths:
+        if model.theta is not None and os.path.realpath(path) == os.path.realpath(model.path):
+            found.append(model.theta)
+            continue
+        theta_set = open_model_file(path).require_theta()
+        if model.base_size == theta_set.base_size and not digest:
+            digest = sha256_of_parts(model.base_parts(), progress)
+        if digest != theta_set.base_sha256:
+            raise GGUFError(f"{path}: was made for another model ({theta_set.base_name}), not for {model.path}")
+        check_fits(theta_set, base.tensors, path)
+        found.append(theta_set)
+    return found
 
 
 def _is_theta(file: GGUFFile) -> bool:

@@ -24,6 +24,7 @@ CALIBRATION_KEY = "nkat.calibration.sha256"
 KEEP_KEY = "nkat.keep.sha256"
 DECAY_KEY = "nkat.theta.depth_decay"
 UNFINISHED_KEY = "nkat.fit.unfinished"
+COMBINED = "combined"  # source of what is the sum of several
 HELDOUT_PREFIX = "nkat.heldout."  # of what was measured with this very Θ at this very γ
 
 
@@ -102,7 +103,8 @@ def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Pat
 
 def check_judging_text(theta_set: ThetaSet, text_sha256: str, path: Path) -> None:
     """Raises GGUFError when the text a Θ is to be judged on is the one it was made from."""
-    if text_sha256 in (theta_set.notes.get(CALIBRATION_KEY), theta_set.notes.get(KEEP_KEY)):
+    texts = tuple(key.removeprefix(KEY_PREFIX) for key in (CALIBRATION_KEY, KEEP_KEY))  # of a sum of Θ each part's
+    if any(value == text_sha256 for key, value in theta_set.notes.items() if key.endswith(texts)):
         raise GGUFError(f"{path}: this Θ was made from that very text, so it cannot be judged on it; give another")
 
 
@@ -140,6 +142,8 @@ def part_of(
     """
     if rank > theta_set.rank:
         raise NKATError(f"the Θ has rank {theta_set.rank}, which is below {rank}")
+    if rank < theta_set.rank and theta_set.source == COMBINED:
+        raise NKATError("the Θ is a sum of several, whose columns are in no order of importance: cut its parts instead")
     kept = {name: theta for name, theta in theta_set.layers.items() if names is None or name in names}
     if not kept:
         raise NKATError("the Θ has none for the layers that were asked for")

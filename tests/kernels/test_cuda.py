@@ -243,7 +243,8 @@ def test_decoder_errors(tiny):
     with pytest.raises(NKATError, match="holds 2 tokens"):
         decoder.step(1)
     decoder.length = 0
-    model.set_thetas({})
+    layers = model.star_linears()
+    model.set_thetas({name: quantise_factors(*torch.randn(2, max(layer.shape), 9)) for name, layer in layers.items()})
     with pytest.raises(NKATError, match="make a new one"):
         decoder.step(1)
 

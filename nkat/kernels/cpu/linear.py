@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
@@ -54,33 +56,76 @@ class Panels:
 
 
 class CpuStar:
-    """Θ of one layer for the kernels: INT8 factors as stored, and the factor that a strength gives each term."""
+    """Θ of one layer for the kernels: INT8 factors as stored, and the factor that a strength gives each term.
 
-    def __init__(self, theta: Theta, shape: tuple[int, int], float_inputs: bool) -> None:
-        m, n = shape
-        p, q = theta.p.numpy(), theta.q.numpy()
-        self.terms = 2 * theta.rank
-        # up·down of nkat.theta.algebra.low_rank_form, with all scales in one factor a term
-        self.product = np.concatenate([theta.scale[0] * theta.scale[1]] * 2).astype(np.float32)
-        self.strength = np.zeros(self.terms, np.float32)
-        up = np.zeros((padded_rows(m), self.terms), np.int8)
-        up[: min(m, len(p))] = np.concatenate([p, -q], axis=1)[:m]
-        self.up = np.ascontiguousarray(up.reshape(-1, ROWS, self.terms).transpose(0, 2, 1))
-        rows = ROWS if float_inputs else STAR_ROWS
-        down = np.zeros((-(-self.terms // rows) * rows, n), np.int8)
-        down[: self.terms, : min(n, len(p))] = np.concatenate([q, p], axis=1)[:n].T
-        if float_inputs:
-            self.down = np.ascontiguousarray(down.reshape(-1, rows, n).transpose(0, 2, 1))
+    The arrays stay where they are while Θ is replaced by others of up to `room` columns, so that steps follow it.
+    terms: of the Θ that is there, two for each of its columns
+    """
+
+    def __init__(self, shape: tuple[int, int], float_inputs: bool, room: int) -> None:
+        self.shape, self.float_inputs, self.room, self.terms = shape, float_inputs, room, 0
+        self.rows = ROWS if float_inputs else STAR_ROWS  # of a tile of `down`
+        self.product, self.strength = np.zeros((2, 2 * room), np.float32)
+        self.up = np.zeros(padded_rows(shape[0]) * 2 * room, np.int8)
+        self.down = np.zeros(-(-2 * room // self.rows) * self.rows * shape[1], np.int8)
+        self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._theta: Theta | None = None
+
+    def put(self, theta: Theta | None) -> None:
+        """Puts another Θ in place, of at most `room` columns; of one with the same factors only the scales."""
+        if theta is self._theta:
+            return
+        if theta is None:
+            self.terms = 0
         else:
-            tiles = down.reshape(-1, rows, n // 8, 8).transpose(0, 2, 1, 3)
-            self.down = np.ascontiguousarray(tiles).view(np.uint8) ^ 0x80
+            if self._factors is None or self._factors[0] is not theta.p or self._factors[1] is not theta.q:
+                self._lay_out(theta)
+            self.terms = 2 * theta.rank
+            # up·down of nkat.theta.algebra.low_rank_form, with all scales in one factor a term
+            self.product[: self.terms] = np.concatenate([theta.scale[0] * theta.scale[1]] * 2)
+        self._theta = theta
+
+    def _lay_out(self, theta: Theta) -> None:
+        (m, n), terms = self.shape, 2 * theta.rank
+        p, q = theta.p.numpy(), theta.q.numpy()
+        up = np.zeros((padded_rows(m), terms), np.int8)
+        up[: min(m, len(p))] = np.concatenate([p, -q], axis=1)[:m]
+        self.up[: up.size] = up.reshape(-1, ROWS, terms).transpose(0, 2, 1).reshape(-1)
+        down = np.zeros((-(-terms // self.rows) * self.rows, n), np.int8)
+        down[:terms, : min(n, len(p))] = np.concatenate([q, p], axis=1)[:n].T
+        if self.float_inputs:
+            self.down[: down.size] = down.reshape(-1, self.rows, n).transpose(0, 2, 1).reshape(-1)
+        else:
+            tiles = down.reshape(-1, self.rows, n // 8, 8).transpose(0, 2, 1, 3).reshape(-1)
+            self.down[: down.size] = tiles ^ np.int8(-128)  # plus 128, as unsigned bytes
+        self._factors = theta.p, theta.q
 
     def set_kappa(self, kappa: float) -> None:
         self.strength[:] = self.product * np.float32(kappa)
 
+    def up_address(self, first_tile: int) -> int:
+        """Where the rows of a tile of outputs begin, which depends on how many terms there are."""
+        return self.up.ctypes.data + first_tile * self.terms * ROWS
+
     @property
     def nbytes(self) -> int:
         return self.up.nbytes + self.down.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StarStep:
+    """What of a step's arguments depends on Θ. terms: int64 [1], 0 is off; up: where its outputs' factors begin."""
+
+    star: CpuStar
+    terms: np.ndarray
+    up: np.ndarray | None = None
+    first_tile: int = 0
+
+    def switch(self, on: bool) -> None:
+        """Follows the Θ that is there now, or leaves it out."""
+        self.terms[0] = self.star.terms if on else 0
+        if self.up is not None:
+            self.up[0] = self.star.up_address(self.first_tile)
 
 
 class CpuLinear:
@@ -125,11 +170,16 @@ class CpuLinear:
         """Bytes of the repacked weight and Θ."""
         return self.tiles.nbytes + (0 if self.star is None else self.star.nbytes)
 
-    def set_theta(self, theta: Theta | None) -> None:
-        self.star = None if theta is None else CpuStar(theta, self.shape, self.rounding == EXACT)
+    def set_theta(self, theta: Theta | None, room: int = 0) -> None:
+        """Puts another Θ in place. room: columns that there is to be room for, whatever this one has."""
+        room = max(room, 0 if theta is None else theta.rank)
+        if self.star is None or self.star.room < room or (theta is None and room == 0):
+            self.star = CpuStar(self.shape, self.rounding == EXACT, room) if room else None
+        if self.star is not None:
+            self.star.put(theta)
 
-    def down(self, program: Program, panels: Panels, u: np.ndarray) -> np.ndarray:
-        """Adds the step of the star term that reads the inputs; returns how many terms it has, int64 [1]: 0 is off."""
+    def down(self, program: Program, panels: Panels, u: np.ndarray) -> StarStep:
+        """Adds the step of the star term that reads the inputs. u: float32 [panel, at least the terms, token]"""
         star = self.star
         assert star is not None
         groups = self.shape[1] if self.rounding == EXACT else self.shape[1] // 32
@@ -138,7 +188,7 @@ class CpuLinear:
             kernel,
             (star.down, groups, star.terms, panels.q, panels.d, panels.sums, star.strength, u, panels.state),
         )
-        return words[2:3]
+        return StarStep(star, words[2:3])
 
     def multiply(
         self,
@@ -150,8 +200,8 @@ class CpuLinear:
         u: np.ndarray | None = None,
         first_tile: int = 0,
         tiles: int | None = None,
-    ) -> np.ndarray:
-        """Adds the product's step, over some of the tiles; returns how many terms of Θ it adds, int64 [1]: 0 is off.
+    ) -> StarStep | None:
+        """Adds the product's step, over some of the tiles; returns its part in Θ, None where it has none.
 
         panels: of one token, or of `batch_tokens()`, which need `scratch` of `make_scratch`
         u: what `down` computed, None for no star term
@@ -163,32 +213,37 @@ class CpuLinear:
         inputs = (panels.q, panels.d, panels.sums)
         end = (
             0 if self.bias is None else self.bias[first_row:],
-            0 if star is None else star.up[first_tile:],
+            0 if star is None else star.up_address(first_tile),
             0 if star is None else star.terms,
             0 if u is None else u,
         )
         if panels.tokens == 1:
             assert not self.in_place
             kernel = matmul_kernel(self.qtype, self.exact)
-            return program.add(kernel, (weight, self.tiles.shape[1], self.units, count, *inputs, y, *end))[10:11]
-        words = program.add(
-            batch_kernel(self.qtype, panels.tokens, self.exact, not self.in_place),
-            (
-                weight,
-                self.tiles.shape[1],
-                self.units,
-                count,
-                self.shape[0] - first_row,
-                *inputs,
-                y,
-                row_bytes,
-                *end,
-                scratch,
-                scratch.shape[1],
-                panels.state,
-            ),
-        )
-        return words[12:13]
+            words = program.add(kernel, (weight, self.tiles.shape[1], self.units, count, *inputs, y, *end))
+        else:
+            words = program.add(
+                batch_kernel(self.qtype, panels.tokens, self.exact, not self.in_place),
+                (
+                    weight,
+                    self.tiles.shape[1],
+                    self.units,
+                    count,
+                    self.shape[0] - first_row,
+                    *inputs,
+                    y,
+                    row_bytes,
+                    *end,
+                    scratch,
+                    scratch.shape[1],
+                    panels.state,
+                ),
+            )
+        if star is None:
+            return None
+        program.keep(star.up)
+        place = 9 if panels.tokens == 1 else 11
+        return StarStep(star, words[place + 1 : place + 2], words[place : place + 1], first_tile)
 
     def rows(self, x: torch.Tensor, start: int, stop: int, kappa: float, threads: int) -> torch.Tensor:
         """Outputs [start, stop) for x [..., n]; float32 [..., stop - start]. `start` is a multiple of 16."""
@@ -202,7 +257,7 @@ class CpuLinear:
         program = Program()
         panels.fill(program, inputs, inputs.strides[0])
         u = None
-        if self.star is not None and kappa != 0.0:
+        if self.star is not None and self.star.terms and kappa != 0.0:
             u = np.empty((len(panels.q), self.star.terms, tokens), np.float32)
             self.star.set_kappa(kappa)
             self.down(program, panels, u)
