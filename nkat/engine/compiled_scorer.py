@@ -7,79 +7,35 @@ the model, or of tokens × vocabulary, is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cached_property
-
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache, ForwardPass
+from nkat.engine.forward import Cache
+from nkat.engine.likelihoods import Likelihoods
 from nkat.kernels.cpu.batch import batch_tokens
-from nkat.kernels.cpu.blocks import likelihood_kernel
 from nkat.kernels.cpu.experts import CpuExperts
-from nkat.kernels.cpu.formats import ROWS
-from nkat.kernels.cpu.linear import CpuLinear, token_state
-from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.kernels.cpu.linear import CpuLinear
+from nkat.kernels.cpu.program import pool
 from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 
 _EXPERT_TOKENS = 1024  # at once through a mixture of experts, whose rows are as many times as many as a token's experts
-_BLOCK_TILES = 128  # of the vocabulary: the logits of 2048 ids at a time
 
 
-class CompiledScorer(ForwardPass):
+class CompiledScorer(Likelihoods):
     """`nkat.engine.scoring.Scorer` on the CPU kernels: up to `batch` sequences of `context` tokens together."""
 
     def __init__(self, model: Transformer, batch: int, context: int, threads: int, *, every: bool = False) -> None:
         """every: there is room to score every token, and not the last half alone"""
-        if model.config.mixture is not None:
-            batch = min(batch, max(1, _EXPERT_TOKENS // context))
+        batch = tokens_together(model, batch * context) // context or 1
         self.batch = batch
         self.scored = context - 1 - (0 if every else context // 2)  # at most, of a sequence
         tokens = batch_tokens()
         # INT8 activations change the inputs of the layers here, and nothing else: the cache is not rounded.
         cache = Cache(model, context, batch, kept=False, half=False)
-        super().__init__(model, _linear, _experts, pool(threads), cache, batch * context, tokens, context, context)
-        self.rows_at_once = -(-batch * self.scored // tokens) * tokens
-        self.out_state = token_state(0)
-
-    @cached_property
-    def head(self) -> Program:
-        """`hidden` → `running`: the output layer, some of its rows at a time."""
-        rows, program = self.rows_at_once, Program()
-        self.hidden = aligned((rows, self.d), np.float32)
-        self.targets = np.zeros(rows, np.int64)
-        self.running = np.zeros((rows, 3), np.float32)
-        kernel = likelihood_kernel(self.tokens)
-        for logits, first, columns in self.vocabulary(program, self.hidden, self.out_state):
-            words = (logits, logits.strides[0], columns, first, self.targets, self.running, self.out_state)
-            program.add(kernel, words)
-        return program
-
-    def vocabulary(
-        self, program: Program, hidden: np.ndarray, state: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Adds the steps of the output layer over rows of `hidden`, a block of the vocabulary at a time.
-
-        Yields the block's logits, the id of the first and how many there are: what is then added works on them, and a
-        barrier ends it.
-        """
-        rows, model = len(hidden), self.model
-        normed = aligned((rows, self.d), np.float32)
-        self.norm(program, hidden, model.output_norm, normed, state)
-        step = self.prepare(program, [model.output], normed, state)[0]
-        vocabulary = model.config.vocab_size
-        tiles = -(-vocabulary // ROWS)
-        logits = aligned((rows, min(tiles, _BLOCK_TILES) * ROWS), np.float32)
-        for tile in range(0, tiles, _BLOCK_TILES):
-            first, count = tile * ROWS, min(_BLOCK_TILES, tiles - tile)
-            self.multiply(program, step, logits, tile, count)
-            program.barrier()
-            columns = min(count * ROWS, vocabulary - first)
-            self.cap_logits(program, logits, columns, state)
-            yield logits, first, columns
-            program.barrier()
+        super().__init__(model, linear_of, experts_of, pool(threads), cache, batch * context, tokens, context, context)
+        self.rows_at_once = batch * self.scored
 
     def score(self, chunks: torch.Tensor) -> torch.Tensor:
         return self.score_from(chunks, chunks.shape[1] // 2, 1)[0]
@@ -97,15 +53,11 @@ class CompiledScorer(ForwardPass):
         return torch.cat(parts).view(arms, len(tokens) // arms, -1)
 
     def _score_together(self, tokens: torch.Tensor, first: int, plain: int) -> torch.Tensor:
-        head, scored = self.head, tokens.shape[1] - 1 - first
-        count = len(tokens) * scored
-        self.out_state[0], self.out_state[3] = count, plain * scored
-        self.hidden[:count] = self._hidden_together(tokens, first, plain).reshape(count, self.d)
-        self.targets[:count] = tokens.numpy()[:, first + 1 :].reshape(-1)
-        self.running[:] = (-1e30, 0.0, 0.0)
-        head.run(self.threads)
-        largest, total, chosen = self.running[:count].astype(np.float64).T
-        return torch.from_numpy(largest + np.log(total) - chosen).view(len(tokens), scored)
+        scored = tokens.shape[1] - 1 - first
+        self.out_state[3] = plain * scored
+        hidden = self._hidden_together(tokens, first, plain).reshape(-1, self.d)
+        nll, _ = self.likelihoods(hidden, tokens.numpy()[:, first + 1 :].reshape(-1))
+        return torch.from_numpy(nll).view(len(tokens), scored)
 
     def hidden_rows(self, chunks: torch.Tensor, plain: int = 0) -> np.ndarray:
         """What the output layer's norm gets where tokens of a chunk's second half are scored, float32 [B · scored, d].
@@ -127,15 +79,20 @@ class CompiledScorer(ForwardPass):
         return self.x[: ids.size].reshape(*ids.shape, self.d)[:, first:-1]
 
 
-def _experts(stack: ExpertStack) -> CpuExperts:
-    """As `_linear`."""
+def tokens_together(model: Transformer, tokens: int) -> int:
+    """So many tokens in a pass, or fewer where that takes too much memory."""
+    return tokens if model.config.mixture is None else min(tokens, _EXPERT_TOKENS)
+
+
+def experts_of(stack: ExpertStack) -> CpuExperts:
+    """As `linear_of`."""
     if stack.compiled is not None:
         return stack.compiled
     exact = not stack.int8_activations
     return CpuExperts(stack.packed, stack.qtype, stack.shape, stack.bias, exact=exact, in_place=True)
 
 
-def _linear(layer: StarLinear) -> CpuLinear:
+def linear_of(layer: StarLinear) -> CpuLinear:
     """What multiplies for a layer: its repacked weight, or the file's bytes as they are."""
     if layer.compiled is not None:
         return layer.compiled
