@@ -27,15 +27,14 @@ class CompiledScorer(Likelihoods):
     """`nkat.engine.scoring.Scorer` on the CPU kernels: up to `batch` sequences of `context` tokens together."""
 
     def __init__(self, model: Transformer, batch: int, context: int, threads: int) -> None:
-        if model.config.mixture is not None:
-            batch = min(batch, max(1, _EXPERT_TOKENS // context))
+        batch = tokens_together(model, batch * context) // context or 1
         self.batch = batch
         self.first = context // 2
         self.scored = context - 1 - self.first
         # INT8 activations change the inputs of the layers here, and nothing else: the cache is not rounded.
         cache = Cache(model, context, batch, kept=False, half=False)
         tokens = batch_tokens()
-        super().__init__(model, _linear, _experts, pool(threads), cache, batch * context, tokens, context, context)
+        super().__init__(model, linear_of, experts_of, pool(threads), cache, batch * context, tokens, context, context)
         self.rows_at_once = batch * self.scored
 
     def score(self, chunks: torch.Tensor) -> torch.Tensor:
@@ -77,15 +76,20 @@ class CompiledScorer(Likelihoods):
         return self.x[: ids.size].reshape(*ids.shape, self.d)[:, self.first : -1]
 
 
-def _experts(stack: ExpertStack) -> CpuExperts:
-    """As `_linear`."""
+def tokens_together(model: Transformer, tokens: int) -> int:
+    """So many tokens in a pass, or fewer where that takes too much memory."""
+    return tokens if model.config.mixture is None else min(tokens, _EXPERT_TOKENS)
+
+
+def experts_of(stack: ExpertStack) -> CpuExperts:
+    """As `linear_of`."""
     if stack.compiled is not None:
         return stack.compiled
     exact = not stack.int8_activations
     return CpuExperts(stack.packed, stack.qtype, stack.shape, stack.bias, exact=exact, in_place=True)
 
 
-def _linear(layer: StarLinear) -> CpuLinear:
+def linear_of(layer: StarLinear) -> CpuLinear:
     """What multiplies for a layer: its repacked weight, or the file's bytes as they are."""
     if layer.compiled is not None:
         return layer.compiled
