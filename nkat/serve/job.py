@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from nkat.errors import NKATError
 from nkat.host import console, hardware
 from nkat.host.console import note
+from nkat.hub.fetch import local_model
 from nkat.lm.config import ModelConfig
 from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.serve.api import Api
@@ -35,7 +37,7 @@ def main() -> None:
     accepted = keys(options)
     bound = bind(options.host, options.port)  # before time is spent
     try:
-        run(options, accepted, bound)
+        run(replace(options, model=local_model(options.model)), accepted, bound)
     except torch.OutOfMemoryError:
         raise NKATError(
             f"{options.model}: does not fit into the GPU's memory; --no-cuda runs it on the processor"

@@ -83,7 +83,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ServeOptions:
         ending=ENDING,
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf")
+    add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf, or hf:OWNER/REPO[:QUANT]")
     add_theta_arguments(
         parser,
         "a Θ made for this model (--theta-only of the converter), in place of the model's own; of several, to which "
