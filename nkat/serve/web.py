@@ -39,14 +39,14 @@ class Settings:
         point here (DNS rebinding), and read what it is answered
     origins: web pages that may call it, beside its own; "*": all
     created: of the model's file, seconds since 1970
-    say: gets a line for each request; None: nobody does
+    say: gets a line for each request
     """
 
     keys: tuple[str, ...]
     hosts: tuple[str, ...] | None
     origins: tuple[str, ...]
     created: int
-    say: Callable[[str], object] | None
+    say: Callable[[str], object]
 
 
 def make_app(api: Api, settings: Settings) -> App:
@@ -99,7 +99,7 @@ def make_app(api: Api, settings: Settings) -> App:
     app: App = Guard(Starlette(routes=routes, exception_handlers=handlers), settings)
     if settings.origins:
         app = CORSMiddleware(app, settings.origins, ("GET", "POST"), ("*",), expose_headers=("Retry-After",))
-    return app if settings.say is None else Log(app, settings.say)
+    return Log(app, settings.say)
 
 
 def read_page() -> tuple[bytes, dict[str, str]]:

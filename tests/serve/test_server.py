@@ -171,6 +171,22 @@ def test_several_theta_are_switched_while_it_runs(loaded: LoadedModel) -> None:
         assert len(set(texts)) == 5
 
 
+def test_a_template_is_given_its_arguments(client: openai.OpenAI, oracle) -> None:
+    def ask(**arguments: Any) -> str:
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=HELLO,
+            max_tokens=24,
+            temperature=0,
+            extra_body={"chat_template_kwargs": arguments},
+        )
+        return answer.choices[0].message.content
+
+    assert ask() == oracle(HELLO, 0.5) != ask(tone="the other ")
+    with pytest.raises(openai.BadRequestError, match="no variable 'tune'"):
+        ask(tune="the other ")
+
+
 def test_a_stream_begins_with_the_role_and_ends_with_the_usage(client: openai.OpenAI, oracle) -> None:
     stream = client.chat.completions.create(
         model="tiny",
