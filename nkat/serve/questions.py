@@ -25,10 +25,10 @@ _MOST_STOPS, _LONGEST_STOP = 16, 1000  # each is looked for in all that is held 
 _MOST_LIKELIEST = 20
 _USUAL = Sampling()
 
-# Fields of OpenAI's that say nothing about the text.
+# Fields of OpenAI's, and one of llama.cpp's, that say nothing about the text.
 _ABOUT_OTHERS = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "parallel_tool_calls",
+    "prediction", "parallel_tool_calls", "cache_prompt",
 )  # fmt: skip
 # Fields that this server has no means for, and the values that ask for nothing.
 _NOTHING: dict[str, tuple[Any, ...]] = {
