@@ -26,57 +26,54 @@ _EXPERT_TOKENS = 1024  # at once through a mixture of experts, whose rows are as
 class CompiledScorer(Likelihoods):
     """`nkat.engine.scoring.Scorer` on the CPU kernels: up to `batch` sequences of `context` tokens together."""
 
-    def __init__(self, model: Transformer, batch: int, context: int, threads: int, *, every: bool = False) -> None:
-        """every: there is room to score every token, and not the last half alone"""
+    def __init__(self, model: Transformer, batch: int, context: int, threads: int) -> None:
         batch = tokens_together(model, batch * context) // context or 1
         self.batch = batch
-        self.scored = context - 1 - (0 if every else context // 2)  # at most, of a sequence
-        tokens = batch_tokens()
+        self.first = context // 2
+        self.scored = context - 1 - self.first
         # INT8 activations change the inputs of the layers here, and nothing else: the cache is not rounded.
         cache = Cache(model, context, batch, kept=False, half=False)
+        tokens = batch_tokens()
         super().__init__(model, linear_of, experts_of, pool(threads), cache, batch * context, tokens, context, context)
         self.rows_at_once = batch * self.scored
 
     def score(self, chunks: torch.Tensor) -> torch.Tensor:
-        return self.score_from(chunks, chunks.shape[1] // 2, 1)[0]
+        return self._score(chunks, 0)
 
     def score_arms(self, chunks: torch.Tensor) -> torch.Tensor:
-        return self.score_from(chunks, chunks.shape[1] // 2, 2)
+        return self._score(torch.cat((chunks, chunks)), len(chunks)).view(2, len(chunks), self.scored)
 
-    def score_from(self, tokens: torch.Tensor, first: int, arms: int) -> torch.Tensor:
-        plain = (arms - 1) * len(tokens)  # how many sequences, the first ones, do not feel Θ
-        tokens = torch.cat([tokens] * arms)
-        parts = [
-            self._score_together(tokens[start : start + self.batch], first, max(0, plain - start))
-            for start in range(0, len(tokens), self.batch)
-        ]
-        return torch.cat(parts).view(arms, len(tokens) // arms, -1)
+    def _score(self, chunks: torch.Tensor, plain: int) -> torch.Tensor:
+        """plain: how many chunks, the first ones, do not feel Θ."""
+        parts = []
+        for start in range(0, len(chunks), self.batch):
+            part = chunks[start : start + self.batch]
+            hidden = self._hidden_together(part, max(0, plain - start)).reshape(-1, self.d)
+            self.out_state[3] = max(0, plain - start) * self.scored
+            parts.append(torch.from_numpy(self.likelihoods(hidden, self.targets_of(part))[0]))
+        return torch.cat(parts).view(len(chunks), self.scored)
 
-    def _score_together(self, tokens: torch.Tensor, first: int, plain: int) -> torch.Tensor:
-        scored = tokens.shape[1] - 1 - first
-        self.out_state[3] = plain * scored
-        hidden = self._hidden_together(tokens, first, plain).reshape(-1, self.d)
-        nll, _ = self.likelihoods(hidden, tokens.numpy()[:, first + 1 :].reshape(-1))
-        return torch.from_numpy(nll).view(len(tokens), scored)
+    def targets_of(self, chunks: torch.Tensor) -> np.ndarray:
+        """The scored tokens themselves, int64 [B · scored]."""
+        return chunks.numpy()[:, self.first + 1 :].reshape(-1)
 
     def hidden_rows(self, chunks: torch.Tensor, plain: int = 0) -> np.ndarray:
-        """What the output layer's norm gets where tokens of a chunk's second half are scored, float32 [B · scored, d].
+        """What the output layer's norm gets where tokens are scored, float32 [B · scored, d].
 
         plain: how many chunks, the first ones, do not feel Θ
         """
-        first = chunks.shape[1] // 2
-        out = np.empty((len(chunks), chunks.shape[1] - 1 - first, self.d), np.float32)
+        out = np.empty((len(chunks), self.scored, self.d), np.float32)
         for start in range(0, len(chunks), self.batch):
             part = chunks[start : start + self.batch]
-            out[start : start + len(part)] = self._hidden_together(part, first, max(0, plain - start))
+            out[start : start + len(part)] = self._hidden_together(part, max(0, plain - start))
         return out.reshape(-1, self.d)
 
-    def _hidden_together(self, tokens: torch.Tensor, first: int, plain: int) -> np.ndarray:
+    def _hidden_together(self, chunks: torch.Tensor, plain: int) -> np.ndarray:
         """[B, scored, d], until the next one is asked for."""
-        ids = tokens.numpy()
-        self.state[2], self.state[3] = ids.shape[1], plain * ids.shape[1]
+        ids = chunks.numpy()
+        self.state[3] = plain * ids.shape[1]
         self.forward(np.ascontiguousarray(ids).reshape(-1), 0)
-        return self.x[: ids.size].reshape(*ids.shape, self.d)[:, first:-1]
+        return self.x[: ids.size].reshape(*ids.shape, self.d)[:, self.first : -1]
 
 
 def tokens_together(model: Transformer, tokens: int) -> int:

@@ -17,6 +17,7 @@ from nkat.harness.arguments import ModelArguments
 from nkat.harness.generation import GenerationSettings
 from nkat.host.console import counted, note
 from nkat.host.hardware import set_threads
+from nkat.hub.fetch import local_model
 from nkat.lm.chat import TEMPLATE_KEY, chat_template, render_chats
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
@@ -34,6 +35,7 @@ class EvaluatedModel:
     """Opened and ready. Raises NKATError for all that is wrong with what was asked for."""
 
     def __init__(self, arguments: ModelArguments) -> None:
+        arguments = replace(arguments, path=local_model(arguments.path))
         self.arguments = arguments
         self.threads = set_threads(arguments.threads)
         thetas = () if arguments.theta is None else (WeightedFile(arguments.theta),)
@@ -109,7 +111,7 @@ class EvaluatedModel:
     def chat(self, messages: Sequence[Mapping[str, str]], answer: bool = True) -> str:
         """A conversation by the template, up to where the assistant answers, or goes on with the last message."""
         template = self.template or chat_template(self.loaded.gguf.metadata, "leave --apply_chat_template out")
-        (text,) = render_chats({TEMPLATE_KEY: template}, self.tokenizer, [(messages, answer)], self._templates)
+        (text,) = render_chats({TEMPLATE_KEY: template}, self.tokenizer, [(messages, answer)], process=self._templates)
         if isinstance(text, NKATError):
             raise text
         if answer or not messages:
