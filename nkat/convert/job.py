@@ -26,8 +26,8 @@ from nkat.host.files import check_apart, check_output
 from nkat.host.record import Recorder, check_record
 from nkat.host.start import INTERRUPTED
 from nkat.host.tools import suggest
-from nkat.lm.adapters import open_adapter
 from nkat.hub.fetch import local_model
+from nkat.lm.adapters import open_adapter
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.texts import load_text
 from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
