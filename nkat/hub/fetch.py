@@ -126,13 +126,25 @@ def _download(hub: ModuleType, name: HubName, file: str, url: str, size: int, pa
         going_on = f", of which {format_bytes(have)} are there" if have else ""
         note(f"fetching {name}: {file}, {format_bytes(size)}{going_on}")
         try:
-            with bar(size, "fetching", "B") as progress, hub.utils.disable_progress_bars():
+            with bar(size, "fetching", "B") as progress, _without_its_bars(hub):
                 counted = cast(BinaryIO, _Counted(out, progress))
                 headers = hub.utils.build_hf_headers()
                 hub.file_download.http_get(url, counted, resume_size=have, headers=headers, expected_size=size)
         except KeyboardInterrupt:
             note(f"{format_bytes(partial.stat().st_size)} are kept: the same command goes on from there")
             raise
+
+
+@contextlib.contextmanager
+def _without_its_bars(hub: ModuleType) -> Iterator[None]:
+    if hub.utils.are_progress_bars_disabled():
+        yield
+        return
+    hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.enable_progress_bars()
 
 
 class _Counted:
