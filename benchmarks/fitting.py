@@ -32,9 +32,10 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host import commandline, console, hardware
-from nkat.host.console import format_bytes, format_table, note
+from nkat.host.console import format_bytes, note, say
 from nkat.host.environment import users_environment
-from nkat.host.record import write_json
+from nkat.host.record import print_record, write_json
+from nkat.host.tables import Column, Table, show
 from nkat.lm.load import load_model
 from nkat.measure.texts import load_text
 from nkat.sources.fit.data import batch_at, fit_text, split_validation
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument(
         "--child", action="store_true", help="one run of this toolkit alone, as the benchmark starts it"
     )
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     threads = hardware.set_threads(options.threads)
     if options.child:
@@ -203,9 +205,15 @@ def main() -> None:
     peer = max((r["tokens_per_second"] for way, r in records.items() if way.startswith("PEFT")), default=None)
     rows = []
     for way, r in records.items():
-        speed = f"{r['tokens_per_second']:.0f} ({r['slowest']:.0f}-{r['fastest']:.0f})"
-        ratio = "-" if peer is None else f"{r['tokens_per_second'] / peer:.2f}"
-        rows.append([way, speed, ratio, format_bytes(r["peak_bytes"]), f"{r['first_loss']:.4f}"])
-    print(format_table(rows, ["batch 4 x 256", "tokens/s", "over PEFT's best", "peak memory", "loss of step 1"]) + "\n")
+        rows.append({"way": way, **r, "over_peft": None if peer is None else r["tokens_per_second"] / peer})
+    columns = [
+        Column("batch 4 x 256", "way"),
+        Column("tokens/s", ("tokens_per_second", "slowest", "fastest"), "{:.0f} ({:.0f}-{:.0f})".format),
+        Column("over PEFT's best", "over_peft", ".2f"),
+        Column("peak memory", "peak_bytes", format_bytes),
+        Column("loss of step 1", "first_loss", ".4f"),
+    ]
+    show(Table("fitting", columns, rows, conditions={"model": options.model.name, "rank": options.rank}))
+    say()
     machine = hardware.describe(torch.device("cpu"))
-    write_json({"model": options.model.name, "rank": options.rank, "ways": records, "machine": machine}, "-")
+    print_record({"model": options.model.name, "rank": options.rank, "ways": records, "machine": machine})

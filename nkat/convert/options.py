@@ -11,6 +11,7 @@ from nkat.hub.fetch import is_name
 from nkat.sources.fit.options import FitOptions, add_fit_arguments, fit_options
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
 from nkat.sources.repair.options import SHARED_FLAGS, add_repair_arguments
+from nkat.theta.card import CARD
 from nkat.theta.combine import WeightedFile
 from nkat.theta.options import add_theta_arguments
 
@@ -43,6 +44,7 @@ class ConvertOptions:
     theta_only: bool
     export_lora: Path | None
     export_peft: Path | None
+    model_card: bool
     merge: Path | None
     save_imatrix: Path | None
     imatrix_chunks: int | None
@@ -108,10 +110,16 @@ class ConvertOptions:
         return [path for path in self.inputs if path is not None]
 
     @property
+    def card_path(self) -> Path | None:
+        """The page beside the adapter, else beside --output or the input that is changed in place."""
+        return (self.export_lora or self.output or self.input).with_name(CARD) if self.model_card else None
+
+    @property
     def outputs(self) -> dict[str, Path | str | None]:
         """The files to write, by the flags that name them."""
         named = {"--output": self.output, "--export-lora": self.export_lora, "--merge": self.merge}
         named |= {"--export-peft": self.export_peft, "--save-imatrix": self.save_imatrix}
+        named["--model-card"] = self.card_path
         return {**named, "--repair": self.repair, "--json": self.json}
 
     @property
@@ -207,6 +215,10 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
     (
         lambda o: o.in_place and (o.theta_only or o.layout == "tensors"),
         "--in-place always uses layout 'appended'; --theta-only and --layout tensors need --output",
+    ),
+    (
+        lambda o: o.model_card and (o.remove or (o.export_lora is None and not o.writes_model)),
+        "--model-card describes a Θ that is written: it goes with --export-lora, --output or --in-place",
     ),
     (lambda o: o.theta_only and o.layout, "--theta-only writes no model, so --layout has no meaning with it"),
     (
@@ -329,6 +341,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         "adapter_model.safetensors (needs the package safetensors)",
     )
     add(
+        "--model-card",
+        action="store_true",
+        help="also write README.md beside the adapter (or --output): what Θ was made from, what it gains and costs",
+    )
+    add(
         "--merge",
         type=Path,
         metavar="FILE",
@@ -429,6 +446,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
     add("--dry-run", action="store_true", help="do everything but write")
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
+    commandline.add_output_format(parser)
     add_repair_arguments(parser)
     add_fit_arguments(parser)
     parsed = parser.parse_args(argv)

@@ -50,12 +50,13 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "beyond_context": dict.fromkeys(("benchmark", "compare", "perplexity", *TASKS, *WRITING), False),
     "repetitions": {"benchmark": 6, "compare": 6, "gemm": 20},
     "chunks": {"compare": 4, "perplexity": 16},
-    "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH) | dict.fromkeys(TASKS, 4 * DEFAULT_BATCH),
+    "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH) | dict.fromkeys(TASKS, 0),
     "reference": {"perplexity": None},
     "kl_base": {"perplexity": None},
     "save_kl_base": {"perplexity": None},
     "tasks": dict.fromkeys(TASKS, 0) | {"hellaswag": 400},
     "output_dir": dict.fromkeys(("benchmark", "compare")),
+    "output_format": dict.fromkeys(("benchmark", "compare", "perplexity", *TASKS, "gemm")),
     "max_tokens": {"generate": 256, CHAT: 1024},
     "temperature": dict.fromkeys(WRITING, Sampling().temperature),
     "top_k": dict.fromkeys(WRITING, Sampling().top_k),
@@ -68,8 +69,8 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "template_arg": dict.fromkeys(WRITING),
 }
 _OPTIONAL = (
-    *("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "seed", "chat", "system"),
-    *("reference", "kl_base", "save_kl_base", "context_shift", "template_file", "template_arg"),
+    *("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "output_format", "seed", "chat"),
+    *("system", "reference", "kl_base", "save_kl_base", "context_shift", "template_file", "template_arg"),
 )
 _NUMBERS = TAKEN_BY.keys() - set(_OPTIONAL)
 _ALL = 1 << 31  # chunks that no base file has
@@ -125,6 +126,7 @@ class EngineOptions:
     threads: int | None
     json: str | None
     output_dir: Path | None
+    output_format: str | None
     force: bool
 
 
@@ -211,7 +213,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "--batch",
         type=commandline.positive_int,
         metavar="N",
-        help="chunks in one forward pass (default 4); of tasks, texts (default 16)",
+        help="chunks in one forward pass (default 4); of tasks, texts (default: as many as are worth it)",
     )
     measure(
         "--reference",
@@ -298,6 +300,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         help="where --benchmark and --compare leave their records (default: a new folder in output/benchmark or "
         "output/compare; none for --benchmark with --json)",
     )
+    commandline.add_output_format(parser)
     add("--force", action="store_true", help="replace existing files")
     parsed = parser.parse_args(argv)
     chosen = [name for name in (*COMMANDS, "prompt_file") if getattr(parsed, name) not in (None, False)]

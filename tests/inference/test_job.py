@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import hashlib
+import html
+import io
 import json
 import math
 import re
@@ -319,10 +323,45 @@ def test_what_is_measured_is_recorded_before_it_is_printed(script, tiny: Path, t
     def fail(*_: object) -> str:
         raise NKATError("the table cannot be made")
 
-    monkeypatch.setattr("nkat.inference.job.print", fail, raising=False)
+    monkeypatch.setattr("nkat.inference.job.show", fail)
     done = script(ENGINE, "--model", tiny, "--perplexity", "--text", text, "--chunks", 1, "--json", record)
     assert (done.returncode, done.stdout) == (2, "")
     assert json.loads(record.read_text())["nkat_perplexity"] > 0
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(default_text().content[:3000], encoding="utf-8")
+    return path
+
+
+def test_tables_are_for_programs_where_they_are_wanted(script, fails, tiny: Path, short: Path, tmp_path: Path) -> None:
+    command = ("--model", tiny, "--perplexity", "--text", short, "--chunks", 1, "--no-cuda")
+    record = tmp_path / "r.json"
+    done = script(ENGINE, *command, "--json", record, "--output-format", "csv")
+    without, with_theta, divergence = csv.DictReader(io.StringIO(done.stdout))
+    assert [row["table"] for row in (without, with_theta, divergence)] == ["perplexity", "perplexity", "divergence"]
+    found = json.loads(record.read_text())
+    assert float(without["perplexity"]) == found["baseline_perplexity"]
+    assert float(with_theta["perplexity"]) == found["nkat_perplexity"]
+    assert float(with_theta["change_percent_stderr"]) == found["perplexity_change_stderr"]
+    assert without["text_sha256"] == with_theta["text_sha256"] == found["text_sha256"]
+    assert float(divergence["kl_p99"]) == found["divergence"]["kl"]["quantiles"]["99"]
+    assert "1 chunk" in done.stderr
+    lines = script(ENGINE, *command, "--output-format", "jsonl", "--quiet")
+    records = [json.loads(line) for line in lines.stdout.splitlines()]
+    assert [record["perplexity"] for record in records[:2]] == [found["baseline_perplexity"], found["nkat_perplexity"]]
+    assert records[2]["kl_mean"] == found["divergence"]["kl"]["mean"]
+    assert lines.stderr == ""
+    page = script(ENGINE, *command, "--output-format", "md").stdout
+    assert f"| {found['baseline_perplexity']:.4f} ± " in " ".join(page.split())
+    usual = script(ENGINE, *command, "--quiet")
+    assert f"{found['nkat_perplexity']:.4f} ± " in usual.stdout
+    assert usual.stderr == ""
+    assert "csv alone" in fails(ENGINE, *command, "--json", "-", "--output-format", "csv")
+    said = fails(ENGINE, "--model", tiny, "--generate", "x", "--output-format", "csv")
+    assert "--output-format has no meaning with --generate" in said
 
 
 def test_an_interrupted_comparison_leaves_no_folder(script, tiny: Path, tmp_path: Path, monkeypatch) -> None:
@@ -341,6 +380,12 @@ def test_compare_measures_both_arms(script, fails, tiny: Path, tmp_path: Path) -
     record = record_of(script, *command)
     assert json.loads((folder / "comparison.json").read_text()) == record
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert base64.b64encode((folder / "comparison.png").read_bytes()).decode() in page
+    hashes = (record["model_sha256"], record["base_sha256"], record["text_sha256"])
+    assert all(sha256 in page for sha256 in hashes)
+    assert html.escape(record["command"]) in page
+    assert f"{record['baseline']['perplexity']:.4f} ± " in page
     guide = ("nkat_tokens_per_second", "baseline_tokens_per_second", "overhead_percentage")
     assert all(math.isfinite(record[key]) for key in guide)
     assert record["nkat_tokens_per_second"] == record["nkat"]["decode"]["tokens_per_second"]
@@ -385,7 +430,7 @@ def test_compare_makes_a_new_folder_when_none_is_given(script, tiny: Path, tmp_p
     assert script(ENGINE, "--model", tiny, "--compare", *QUICK, "--chunks", 0).returncode == 0
     (folder,) = (tmp_path / "output" / "compare").iterdir()
     assert re.fullmatch(r"tiny_\d{8}-\d{6}", folder.name)
-    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.png"}
+    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.png", "report.html"}
 
 
 @pytest.mark.usefixtures("one_process")

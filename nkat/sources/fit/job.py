@@ -37,7 +37,15 @@ from nkat.sources.make import check_reference_is_better, check_source, describe_
 from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import Theta, coupling
 from nkat.theta.modelfile import base_hash
-from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ThetaSet, truncate_rank
+from nkat.theta.set import (
+    CALIBRATION_KEY,
+    GUARD_PREFIX,
+    HELDOUT_PREFIX,
+    KEEP_KEY,
+    UNFINISHED_KEY,
+    ThetaSet,
+    truncate_rank,
+)
 
 _SAVE_SECONDS = 60.0
 _LEARNING_CHUNKS = 6  # of the validation slice, looked at while learning: a twentieth of a fit's time
@@ -218,7 +226,7 @@ def _choose(
     notes: dict[str, MetadataValue] = {}
     if kept.verdict is not None:
         worst = kept.verdict.worst
-        notes = {"nkat.guard.text": worst.name, **worst.change.record("nkat.guard.")}
+        notes = {f"{GUARD_PREFIX}text": worst.name, **worst.change.record(GUARD_PREFIX)}
     return _Outcome(kept.candidate.step, theta.layers, kept.candidate.gamma, score, choice.record(), notes)
 
 
@@ -432,8 +440,7 @@ def _run(
     unmodified = float(data.validation.score((validator or loaded).model, "without Θ").mean())
     trials = max(0, len(starts) - 1) * min(settings.start_steps, settings.steps)
     saved = time.monotonic()
-    bar = console.bar(trials + settings.steps, "fitting", "step")
-    bar.disable = bar.disable or not world.first
+    bar = console.bar(trials + settings.steps, "fitting", "step", enabled=world.first)
     with bar, interrupts.interrupts("the running step, and the trials of the starts") as interrupted:
         bar.update(0 if state is None else state.step)
 

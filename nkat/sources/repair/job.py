@@ -214,8 +214,7 @@ def _run(
 ) -> tuple[Validation, FitState, bool]:
     """The repair with its bar, its saved states and Ctrl-C; whether it came to its end is returned last."""
     saved = time.monotonic()
-    bar = console.bar(request.settings.steps, "repairing", "step")
-    bar.disable = bar.disable or not world.first
+    bar = console.bar(request.settings.steps, "repairing", "step", enabled=world.first)
     with bar, interrupts.interrupts("the running step") as interrupted:
         bar.update(0 if state is None else state.step)
 
