@@ -68,11 +68,14 @@ def fetch(name: HubName) -> Path:
     if isinstance(known, str):
         return Path(known)
     try:
-        _fetch_blob(hub, name, file, listed.sha)
+        blob = _fetch_blob(hub, name, file, listed.sha)
         # Finds the bytes where it would have put them: what is left is the name that belongs to them.
-        return Path(hub.hf_hub_download(name.repo, file))
+        path = Path(hub.hf_hub_download(name.repo, file))
     except (hub.errors.HTTPError, OSError, ValueError) as error:
         _refuse(hub, name, error)
+    if not path.is_symlink():  # where a system has no links the name is a copy
+        blob.unlink(missing_ok=True)
+    return path
 
 
 def _library() -> ModuleType:
@@ -86,8 +89,8 @@ def _library() -> ModuleType:
     return huggingface_hub
 
 
-def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> None:
-    """Puts the bytes of a file where the cache has them, going on with what is there of them."""
+def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> Path:
+    """Puts the bytes of a file where the cache has them, going on with what is there of them; returns where."""
     url = hub.hf_hub_url(name.repo, file, revision=revision)
     found = hub.get_hf_file_metadata(url, timeout=_SECONDS)
     if found.etag is None or found.size is None:
@@ -108,6 +111,7 @@ def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> Non
             _download(hub, name, file, url, found.size, partial)
             _check(name, file, partial, found.etag, found.size)
             partial.replace(blob)
+    return blob
 
 
 def _download(hub: ModuleType, name: HubName, file: str, url: str, size: int, partial: Path) -> None:

@@ -186,6 +186,17 @@ def test_small_files_have_gits_hash(hub: HubServer, tmp_path: Path, monkeypatch)
                 fetching._fetch_blob(huggingface_hub, NAME, "model-Q8_0.gguf", COMMIT)
 
 
+def test_without_links_there_are_no_two_copies(hub: HubServer, tmp_path: Path, monkeypatch) -> None:
+    """As on Windows, where links are for developers only."""
+    monkeypatch.setattr(huggingface_hub.file_download, "are_symlinks_supported", lambda *_: False)
+    path = fetch(NAME)
+    assert path.read_bytes() == CONTENT
+    assert not path.is_symlink()
+    assert blobs(tmp_path) == {}
+    assert fetch(NAME) == path
+    assert len(hub.downloads()) == 1
+
+
 def test_another_process_that_fetches_it_is_waited_for(hub: HubServer, tmp_path: Path, capsys) -> None:
     digest = hashlib.sha256(CONTENT).hexdigest()
     lock = tmp_path / "hf" / "hub" / ".locks" / "models--tiny--model" / f"{digest}.lock"
