@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from nkat.host.console import counted, format_bytes, format_table, note
+from nkat.host.console import counted, format_bytes, format_table, note, remark
 from nkat.kobold.api import is_private
 from nkat.kobold.choose import Choice
 from nkat.kobold.command import given
@@ -20,10 +20,10 @@ def print_findings(findings: Findings) -> None:
     """The program, the machine and the model, a line each, and the table of choices."""
     width = max(len("libraries"), len(findings.program.title))
     for label, text in _found_lines(findings):
-        print(f"{label:<{width}}  {text}")
-    print()
-    print(choice_table(findings.choices))
-    print()
+        remark(f"{label:<{width}}  {text}")
+    remark("")
+    remark(choice_table(findings.choices))
+    remark("")
 
 
 def _found_lines(findings: Findings) -> Iterator[tuple[str, str]]:
@@ -53,8 +53,8 @@ def print_layers(choice: Choice, memory: ModelMemory, machine: Machine, options:
         note(f"note: --autofit: {options.runtime.title} itself decides what goes onto the GPU")
     elif choice.backend.on_gpu and choice.device is not None and choice.layers is not None:
         free = free_bytes(choice.device)
-        print(layer_table(memory, choice.layers, choice.device.name, free))
-        print()
+        remark(layer_table(memory, choice.layers, choice.device.name, free))
+        remark("")
         if choice.layers and gpu_bytes(memory, choice.layers) > free:
             note(f"warning: {counted(choice.layers, 'layer')} need more than is free on {choice.device.name}")
     elif memory.total > machine.available:
@@ -73,8 +73,8 @@ def print_served(served: Sequence[Served]) -> None:
     for one in served:
         theta = "; ".join(adapter.about for adapter in one.files.adapters) or "none"
         rows.append([one.name, one.choice.backend.name, theta, str(one.files.model)])
-    print(format_table(rows, ["name", "backend", "Θ", "model"]))
-    print()
+    remark(format_table(rows, ["name", "backend", "Θ", "model"]))
+    remark("")
 
 
 def warn_of_strangers(options: KoboldOptions) -> None:

@@ -127,7 +127,7 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
         if named is not None:
             note(f"note: {asked.path} is a model that is loaded as it is, so --base is not needed")
         return (
-            asked.path.resolve(),
+            asked.path.absolute(),  # not resolved: in a cache a link has the name, and its target none
             "the file itself" if asked.layout == "plain" else "the file itself (Θ is behind it)",
         )
     if named is not None:

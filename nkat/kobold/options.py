@@ -157,7 +157,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     backends = dict.fromkeys(backend.name for runtime in RUNTIMES.values() for backend in runtime.backends)
-    add("--model", type=Path, metavar="FILE", help="a .nkat, or a .gguf (default in the menu: the newest .nkat here)")
+    add(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="a .nkat, a .gguf, or hf:OWNER/REPO[:QUANT] (default in the menu: the newest .nkat here)",
+    )
     add_theta_arguments(parser, "a Θ made for this model, in place of the model's own; several are added up")
     add("--base", type=Path, metavar="FILE", help="the base model, where it is not beside the .nkat")
     add("--runtime", choices=tuple(RUNTIMES), default=next(iter(RUNTIMES)), help="what runs it (default koboldcpp)")
@@ -203,6 +208,7 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="for loading, or one benchmark (default 900)",
     )
+    commandline.add_output_format(parser)
     add("--force", action="store_true", help="replace --save-config's and --json's files")
     add("--json", nargs="?", const="-", metavar="FILE", help="a machine-readable record, to stdout's last line")
     return parser

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from nkat.host.record import toolkit_version
 from nkat.lm.load import LoadedModel
 from nkat.measure.texts import Text
 from nkat.theta.combine import WeightedFile
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import LoraSet, TermSet
 
 PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")
 
@@ -25,7 +25,7 @@ def provenance(
     model: Path,
     loaded: LoadedModel,
     *,
-    theta: ThetaSet | None = None,
+    theta: TermSet | None = None,
     theta_files: Sequence[WeightedFile] = (),
     text: Text | None = None,
     decoder: Decoder | None = None,
@@ -61,9 +61,27 @@ def provenance(
             "theta_layers": len(theta.layers),
             "theta_bytes": theta.nbytes,
         }
+    if isinstance(theta, LoraSet):
+        record |= {"theta_file": None, "lora": list(theta.adapters)}
+    elif theta is not None:
+        record |= {"base_name": theta.base_name, "base_sha256": theta.base_sha256}
     if decoder is not None:
         record |= {"decoder": decoder.name, "kv_cache_bytes": decoder.cache_nbytes}
     return record
+
+
+_CONDITIONS = (
+    "model", "model_sha256", "theta_file", "theta_source", "theta_rank", "theta_gamma", "theta_bytes",
+    "base_sha256",
+    "text", "text_sha256", "chunks", "context", "scored_tokens", "seq_len", "iterations", "repetitions",
+    "device", "threads", "dtype", "activations", "decoder", "nkat_version", "git_commit",
+)  # fmt: skip
+
+
+def conditions_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record holds of all its figures, for the rows of a table that programs read."""
+    found = {name: record[name] for name in _CONDITIONS if name in record}
+    return {**found, "device_name": record["machine"]["device_name"]}
 
 
 def file_hash(path: Path) -> str:
