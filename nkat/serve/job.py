@@ -47,7 +47,7 @@ def main() -> None:
         if api.chat_problem is not None:
             note(f"warning: {api.chat_problem}")
         listening = f"listening at {url} (chat), {url}/v1 (API){'' if accepted else ', no key asked'}; Ctrl-C stops"
-        serve(app, bound, worker, options.grace, lambda: note(listening))
+        serve(app, bound, worker, options.grace, lambda: note(listening, always=True))
     finally:
         bound.close()
     note("stopped")

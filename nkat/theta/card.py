@@ -6,6 +6,7 @@ What is on it was measured or is recorded in the files; where a figure is missin
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def render(card: Card) -> str:
     ]
     if card.commands:
         parts += ["## The same again"]
-        parts += [f"{what}\n\n```sh\n{line}\n```" for what, line in card.commands.items()]
+        parts += [f"{what}\n\n```sh\n{_portable(line)}\n```" for what, line in card.commands.items()]
     parts += ["## Made with", _listed(card.facts or {"nkat": __version__})]
     return "\n\n".join(parts) + "\n"
 
@@ -190,6 +191,15 @@ def _usage(card: Card) -> str:
             lines.append(f"nkat-engine --model BASE.gguf --theta {name} --generate 'Once upon a time'")
     said = "`BASE.gguf` is the base model of the hash above.\n\n" if "BASE.gguf" in "\n".join(lines) else ""
     return said + "```sh\n" + "\n".join(lines) + "\n```"
+
+
+def _portable(line: str) -> str:
+    """A command without the folders of the machine that it ran on, which are nobody's business and nowhere else."""
+    commands = []
+    for command in line.split(" && "):
+        words = [Path(word).name if Path(word).is_absolute() else word for word in shlex.split(command)]
+        commands.append(shlex.join(words))
+    return " && ".join(commands)
 
 
 def _measured(tables: Sequence[Table], otherwise: str) -> str:

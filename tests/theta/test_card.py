@@ -86,6 +86,13 @@ def test_the_front_matter_names_the_base_where_the_hub_knows_it(metadata: dict[s
     assert "x" not in found
 
 
+def test_a_command_names_files_and_no_folders() -> None:
+    line = "/usr/bin/python /home/me/nkat_gguf_converter.py --input '/home/me/a b.gguf' --theta-gamma 0.9 && x --y z/w"
+    text = render(card(PLAIN, commands={"It was made by:": line}))
+    assert "python nkat_gguf_converter.py --input 'a b.gguf' --theta-gamma 0.9 && x --y z/w" in text
+    assert "/home" not in text
+
+
 def test_a_name_is_no_markup() -> None:
     assert "# Θ for tiny \\<b>" in render(card(PLAIN))
 
