@@ -271,7 +271,8 @@ class Bench:
         with console.bar(settings.steps, f"{self.model} {plan.form} {rate:g} seed {seed}", "step") as bar:
             progress = Progress(lambda *_: bar.update(), lambda: False)
             data = FitData(learned, validation.pick(slice(4)))
-            return fit(loaded.model, names, {"zero": plan.starts(seed)}, data, settings, progress, kind=kind)
+            starts = {"zero": plan.starts(seed)}
+            return fit(loaded.model, names, starts, data, settings, progress, kind=kind, keep_activations=True)
 
     @torch.inference_mode()
     def judge(self, loaded: LoadedModel, terms: LowRankTerms) -> dict[str, Any]:
@@ -400,7 +401,6 @@ def run(options: argparse.Namespace) -> None:
         batch=options.batch,
         warmup=options.warmup,
         nested=False,
-        fast=True,
         validate_every=options.steps,
     )
     bench = Bench(options.data, options.output_dir, settings, chunks, dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nkat.convert.exchange import check_peft, write_peft
 from nkat.convert.options import ConvertOptions
 from nkat.errors import NKATError
 from nkat.gguf.writer import Part, part_size, write_gguf
@@ -18,8 +19,10 @@ from nkat.theta.set import ThetaSet
 
 def check_outputs(options: ConvertOptions, model: ModelFile) -> None:
     """Everything about the outputs that can be known before time is spent on Θ."""
-    inputs = [path for path in options.inputs if path is not None]
-    for path in (options.output, options.export_lora, options.merge, options.card_path):
+    inputs = options.inputs_there
+    check_peft(options)
+    card = options.card_path if options.export_peft is None or options.export_peft.exists() else None
+    for path in (options.output, options.export_lora, options.merge, card):
         if path is not None:
             check_output(path, options.force, inputs)
     if options.in_place:
@@ -51,6 +54,8 @@ def write(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet) -> dic
         parts = lora_parts(theta_set, base)
         write_unless_dry(options, options.export_lora, parts, [model.path])
         sizes["lora"] = size(parts)
+    if options.export_peft:
+        sizes["peft"] = write_peft(options, model, theta_set, theta_set.gamma)
     return sizes
 
 

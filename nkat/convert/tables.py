@@ -13,6 +13,7 @@ from nkat.measure.columns import KL, SAME_TOP
 from nkat.measure.divergence import divergence_row
 from nkat.measure.perplexity import change_text
 from nkat.sources.fit.choice import print_choice
+from nkat.sources.lora import missed_table
 from nkat.sources.residual import ErrorsLeft
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
@@ -72,10 +73,15 @@ def print_summary(record: Mapping[str, Any]) -> None:
         remark(f"wrote {record['output']} ({record['output_bytes']:,} bytes)")
     if record["lora"]:
         remark(f"wrote {record['lora']} ({record['lora_bytes']:,} bytes)")
+    if record["peft"]:
+        remark(f"wrote {record['peft']} ({record['peft_bytes']:,} bytes)")
 
 
 def print_fit(record: Mapping[str, Any]) -> None:
     """What a fit gained where it did not learn."""
+    if "errors" in record.get("start_from", {}):
+        left = "\nof the LoRA that the fit began with, the nearest Θ left (1: nothing of it was kept):"
+        show(missed_table(record["start_from"]["errors"], left))
     if record["choice"] is not None:
         chosen_from = "\nrank, gamma and step were chosen from (first looked at on some chunks, then judged on all):"
         print_choice(record["choice"], chosen_from)

@@ -142,9 +142,12 @@ def system_limit(error: BaseException) -> str | None:
     return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
 
 
+_AS_IT_IS = "\0"  # which no argument of a command can hold, before the one text that argparse drops even as a value: --
+
+
 def any_text(text: str) -> str:
     """For argparse: text of the user's, which may begin with a dash unless the whole of it is one of the flags."""
-    return text
+    return text.removeprefix(_AS_IT_IS)
 
 
 EXIT_STATUS = """\
@@ -173,10 +176,14 @@ class Parser(argparse.ArgumentParser):
         texts = {flag for action in self._actions if action.type is any_text for flag in action.option_strings}
         joined: list[str] = []
         for word in words:
-            if joined and joined[-1] in texts and word.startswith("-") and word not in flags:
+            if joined and joined[-1] in texts and word in flags:
+                flag = joined[-1]
+                self.error(f"{flag} needs a text, and {word} is a flag; for a text of that name give {flag}={word}")
+            if joined and joined[-1] in texts and word.startswith("-"):
                 joined[-1] += f"={word}"
             else:
-                joined.append(word)
+                flag, _, value = word.partition("=")
+                joined.append(f"{flag}={_AS_IT_IS}--" if flag in texts and value == "--" else word)
         return super().parse_known_args(joined, namespace)
 
     def error(self, message: str) -> NoReturn:

@@ -1,9 +1,8 @@
-"""One model, one command: benchmark, compare, perplexity, generate or gemm."""
+"""One model, one command: benchmark, compare, perplexity, generate, chat or gemm."""
 
 from __future__ import annotations
 
 import contextlib
-import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +14,6 @@ from typing import Any
 import torch
 
 from nkat.engine.decoder import Decoder, make_decoder
-from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
 from nkat.host import console, hardware
 from nkat.host.console import counted, note, say
@@ -26,11 +24,13 @@ from nkat.host.record import check_record, recorded, write_json
 from nkat.host.start import INTERRUPTED
 from nkat.host.tables import Table, show
 from nkat.host.tools import suggest
+from nkat.hub.fetch import local_model
 from nkat.inference import judging
 from nkat.inference.judging import base_passages, check_judging
-from nkat.inference.options import TAKEN_BY, TASKS, USUAL_LENGTHS, EngineOptions, parse_arguments
+from nkat.inference.options import CHAT, TAKEN_BY, TASKS, USUAL_LENGTHS, WRITING, EngineOptions, parse_arguments
 from nkat.inference.page import comparison_page
 from nkat.inference.plots import plot_comparison
+from nkat.inference.repl import converse
 from nkat.inference.tables import (
     Comparison,
     Quality,
@@ -41,7 +41,7 @@ from nkat.inference.tables import (
     comparison_table,
     comparison_words,
 )
-from nkat.lm.chat import chat_messages, encode_chat, render_chat
+from nkat.inference.writing import prompt_text, sampler_for, write_text
 from nkat.lm.config import ModelConfig
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
@@ -57,8 +57,8 @@ from nkat.measure.tasks import READERS
 from nkat.measure.texts import Text, load_text
 from nkat.measure.tpe import byte_ratio
 from nkat.theta.modelfile import ModelFile
-from nkat.theta.options import theta_words
-from nkat.theta.set import ThetaSet, check_judging_text
+from nkat.theta.options import lora_words, theta_words
+from nkat.theta.set import LoraSet, TermSet, check_judging_text
 
 Record = dict[str, Any]
 JUDGING = ("perplexity", *TASKS)  # exact where nothing else is asked for, and no copy of the weights is worth its time
@@ -68,7 +68,7 @@ LEAVES = {"benchmark": ("benchmark.json",), "compare": ("comparison.json", "comp
 
 @dataclass(frozen=True)
 class Job:
-    """The model of this run, opened and checked but not loaded. theta: None when it has none.
+    """The model of this run, opened and checked but not loaded. theta: or a LoRA in its place; None when it has none.
 
     activations: "float", or "int8" where the layers' inputs are rounded
     """
@@ -79,7 +79,7 @@ class Job:
     activations: str
     request: Request
     model_file: ModelFile
-    theta: ThetaSet | None
+    theta: TermSet | None
 
     @property
     def has_text(self) -> bool:
@@ -154,13 +154,16 @@ class Job:
 
     def label(self, loaded: LoadedModel) -> str:
         """Of the arm with Θ, for people."""
+        if isinstance(self.theta, LoraSet):
+            return f"with the LoRA (rank {self.theta.rank})"
         return "" if self.theta is None else f"with Θ (rank {self.theta.rank}, gamma {loaded.gamma:g})"
 
 
 def main() -> None:
-    options = parse_arguments()
+    named = parse_arguments()
+    options = replace(named, model=local_model(named.model), reference=local_model(named.reference))
     try:
-        run(options)
+        run(options, named.model)
     except torch.OutOfMemoryError:
         raise NKATError(
             f"{options.model}: does not fit into the GPU's memory; --no-cuda runs it on the processor"
@@ -176,8 +179,9 @@ class Result:
     words: str = ""
 
 
-def run(options: EngineOptions) -> None:
-    thetas = [file.path for file in options.thetas]
+def run(options: EngineOptions, named: Path) -> None:
+    """named: the model as the user wrote it"""
+    thetas = [file.path for file in (*options.thetas, *options.loras)]
     inputs = [options.model, *thetas, options.text, options.reference, options.kl_base, options.task_file]
     check_record(options.json, options.force, inputs)
     check_judging(options)
@@ -195,6 +199,7 @@ def run(options: EngineOptions) -> None:
         options.dtype,
         int8_activations=activations == "int8",
         repack=(fast or device.type == "cuda") and options.dtype in (None, *kernel_dtypes),
+        loras=options.loras,
     )
     model_file, theta = request.open()
     if model_file.unfinished:
@@ -204,6 +209,10 @@ def run(options: EngineOptions) -> None:
         note(f"Θ of rank {theta.rank}: {parts}")
     if theta is not None and options.theta_gamma == 1.0:
         note("warning: --theta-gamma 1 couples Θ with strength 0: it has no effect in this run")
+    if options.loras and model_file.theta is not None:
+        note(f"note: the Θ in {options.model} is left out: --lora runs in its place")
+    if options.loras and options.command != "generate":
+        note("note: where the tables say Θ, the LoRA is meant: it runs in its place")
     job = Job(options, device, count, activations, request, model_file, theta)
     if job.has_text:
         job.check_text()
@@ -215,6 +224,7 @@ def run(options: EngineOptions) -> None:
         "perplexity": measure_perplexity,
         **dict.fromkeys(TASKS, measure_tasks),
         "generate": generate_text,
+        CHAT: chat,
         "gemm": gemm,
     }
     with contextlib.nullcontext() if job.folder is None else result_folder(job, job.folder):
@@ -233,26 +243,27 @@ def run(options: EngineOptions) -> None:
                 write_page(job.folder / REPORT, page, options.force)
             if job.folder is not None:
                 note(f"\nfiles are in {job.folder}")
-    if result.record.get("stopped") == "interrupted":
+    if result.record.get("stopped") in ("interrupted", "terminated"):
         sys.exit(INTERRUPTED)
-    suggest_next(options, theta is not None, result.record)
+    suggest_next(options, named, theta is not None, result.record)
 
 
-def suggest_next(options: EngineOptions, has_theta: bool, record: Record) -> None:
+def suggest_next(options: EngineOptions, named: Path, has_theta: bool, record: Record) -> None:
     """What a user would do after these figures."""
-    model: list[object] = ["--model", options.model, *theta_words(options.thetas)]
-    if options.command == "generate":  # whoever reads a text asks for no figures
+    model: list[object] = ["--model", named, *theta_words(options.thetas), *lora_words(options.loras)]
+    if options.command in WRITING or options.loras:  # whoever reads a text asks for no figures
         return
     if options.command == "gemm":
         suggest("engine", *model, "--benchmark")
     elif not has_theta:
-        suggest("convert", "--input", options.model, "--output", options.model.with_suffix(".nkat"))
+        target = options.model.with_suffix(".nkat")  # not in the cache, where a name was given
+        suggest("convert", "--input", named, "--output", target if named == options.model else target.name)
     elif options.command != "compare":
         suggest("engine", *model, "--compare")
     elif (record["estimated_perplexity_improvement"] or 0) <= 0:
         suggest("kobold", *model)
     else:
-        suggest("optimize", "--model", options.model, "--mode", "quick", "--output-dir", "output/quick")
+        suggest("optimize", "--model", named, "--mode", "quick", "--output-dir", "output/quick")
 
 
 def benchmark(job: Job) -> Result:
@@ -315,7 +326,7 @@ def compare(job: Job) -> Result:
     return Result(record, [comparison_table(record, speed_subject(job, record))], comparison_words(record))
 
 
-def measure_quality(job: Job, loaded: LoadedModel, theta: ThetaSet) -> Quality:
+def measure_quality(job: Job, loaded: LoadedModel, theta: TermSet) -> Quality:
     """Perplexity of both arms; and, where activations are rounded, what that changes without Θ."""
     judge = job.judge(loaded)
     score, without = judge.score(theta, loaded.gamma), judge.without()
@@ -351,51 +362,18 @@ def threads(job: Job) -> str:
 
 
 def generate_text(job: Job) -> Result:
-    """Streams to stdout; the speed goes to stderr, where it does not mix with the text."""
-    options = job.options
-    seed = random.SystemRandom().getrandbits(32) if options.seed is None else options.seed
-    sampling = Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+    """One text, streamed."""
+    prompt, sampler = prompt_text(job.options), sampler_for(job.options)  # mistakes are known before time is spent
     loaded = job.load()
-    tokenizer = loaded.tokenizer
-    if options.chat:
-        rendered = render_chat(loaded.gguf.metadata, tokenizer, chat_messages(options.generate, options.system))
-        prompt = encode_chat(tokenizer, rendered)
-    else:
-        prompt = tokenizer.encode(options.generate, add_special=True, parse_special=True)
-    most = options.max_tokens
-    if not options.beyond_context:
-        loaded.config.check_length(len(prompt) + 1, "the prompt")
-        most = min(most, loaded.config.context_length - len(prompt))
-    if most < options.max_tokens:
-        note(f"warning: the model was made for {loaded.config.context_length} tokens: the text has at most {most} more")
-    decoder = make_decoder(loaded.model, len(prompt) + most)
-    decoder.set_gamma(loaded.gamma)
+    record, session = write_text(job.options, prompt, sampler, loaded)
+    return Result({**record, **conditions(job, loaded, session)})
 
-    def show(piece: str) -> None:
-        print(piece, end="", flush=True)
 
-    result = generate(decoder, tokenizer, prompt, Sampler(sampling, seed), max_tokens=most, on_text=show)
-    print(flush=True)
-    note(
-        f"prompt {counted(result.prompt_tokens, 'token')}, {result.prompt_speed:.1f} tok/s; "
-        f"generated {counted(len(result.tokens), 'token')}, {result.speed:.2f} tok/s; stopped by {result.stopped}"
-        + (f"; seed {seed}" if options.temperature else "")  # at 0 nothing is drawn
-    )
-    record = {
-        "prompt": options.generate,
-        "text": result.text,
-        "tokens": result.tokens,
-        "stopped": result.stopped,
-        "seed": seed if options.temperature else None,
-        **asdict(sampling),
-        "chat": options.chat,
-        "prompt_tokens": result.prompt_tokens,
-        "prompt_tokens_per_second": result.prompt_speed,
-        "generated_tokens": len(result.tokens),
-        "tokens_per_second": result.speed,
-        **conditions(job, loaded, decoder),
-    }
-    return Result(record)
+def chat(job: Job) -> Result:
+    """A conversation."""
+    loaded = job.load()
+    record, session = converse(job.options, loaded)
+    return Result({**record, **conditions(job, loaded, session)})
 
 
 def gemm(job: Job) -> Result:

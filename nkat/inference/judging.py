@@ -21,7 +21,7 @@ from nkat.measure.perplexity import PairedChange, paired
 from nkat.measure.task_scores import Solved, solve
 from nkat.measure.tasks import Blank, Choice
 from nkat.measure.tpe import tpe
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import TermSet
 
 Record = dict[str, Any]
 ARMS = ("baseline", "nkat")  # as records name them
@@ -47,7 +47,7 @@ def base_passages(base: BaseFile, loaded: LoadedModel, chunks: int) -> Passages:
 
 
 def measure_perplexity(
-    judge: Judge, theta: ThetaSet | None, base: Base | None, label: str
+    judge: Judge, theta: TermSet | None, base: Base | None, label: str
 ) -> tuple[Record, list[Table], str]:
     """The same chunks without Θ and, where there is one, with it; beside another base where one is given.
 
@@ -150,7 +150,9 @@ def measure_tasks(
     started = perf_counter()
     arms = 1 if loaded.gamma is None else 2
     title = _TITLES[options.command]
-    found = solve(loaded, tasks, arms=arms, batch=options.batch, progress=title, beyond=bool(options.beyond_context))
+    found = solve(
+        loaded, tasks, arms=arms, batch=options.batch or None, progress=title, beyond=bool(options.beyond_context)
+    )
     record: Record = {
         "seconds": perf_counter() - started,
         "task": options.command,

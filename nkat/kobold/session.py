@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nkat.host.programs import shell_line
 from nkat.host.record import Recorder, check_record
 from nkat.host.tables import show
 from nkat.host.tools import suggest
+from nkat.hub.fetch import local_model
 from nkat.kobold.benchmark import fastest
 from nkat.kobold.choose import Choice
 from nkat.kobold.command import check_extra, command_of
@@ -47,11 +48,13 @@ def main() -> None:
     runtime = options.runtime
     check_extra(options.extra, runtime.own_flags)
     check_apart({"--save-config": options.save_config, "--json": options.json})
-    inputs = [options.model, *(theta.path for theta in options.theta), options.base, options.draftmodel]
+    inputs = [options.model, *(theta.path for theta in options.thetas), options.base, options.draftmodel]
     check_record(options.json, options.force, inputs)
     if options.save_config is not None:
         check_output(options.save_config, options.force)  # before a benchmark of minutes
     program = runtime.probe(find_program(runtime.sought, options.program), True)
+    model, base, draft = (local_model(path) for path in (options.model, options.base, options.draftmodel))
+    options = replace(options, model=model, base=base, draftmodel=draft)
     recorder = Recorder(options.json, options.force)
     if options.folder is not None:
         outcome = run_several(options, program, look_at_machine(), recorder)

@@ -215,7 +215,8 @@ def _compiled_layers(kind: LayerKind, x: torch.Tensor) -> Prepare:
     panels = Panels(first.rounding, kind.shape[1], len(x), tokens, token_state(len(x)))
     y = aligned((len(panels.q) * tokens, first.padded_rows), np.float32)
     scratch = make_scratch(threads.count, tokens)
-    u = aligned((len(panels.q), max(1, 2 * kind.rank), tokens), np.float32)
+    terms = 1 if first.star is None else first.star.terms
+    u = aligned((len(panels.q), terms, tokens), np.float32)
 
     def prepare(layers: Sequence[StarLinear]) -> Callable[[], object]:
         program = Program()

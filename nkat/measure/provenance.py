@@ -16,7 +16,7 @@ from nkat.host.record import toolkit_version
 from nkat.lm.load import LoadedModel
 from nkat.measure.texts import Text
 from nkat.theta.combine import WeightedFile
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import LoraSet, TermSet
 
 PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")
 
@@ -25,7 +25,7 @@ def provenance(
     model: Path,
     loaded: LoadedModel,
     *,
-    theta: ThetaSet | None = None,
+    theta: TermSet | None = None,
     theta_files: Sequence[WeightedFile] = (),
     text: Text | None = None,
     decoder: Decoder | None = None,
@@ -60,9 +60,11 @@ def provenance(
             "theta_source": theta.source,
             "theta_layers": len(theta.layers),
             "theta_bytes": theta.nbytes,
-            "base_name": theta.base_name,
-            "base_sha256": theta.base_sha256,
         }
+    if isinstance(theta, LoraSet):
+        record |= {"theta_file": None, "lora": list(theta.adapters)}
+    elif theta is not None:
+        record |= {"base_name": theta.base_name, "base_sha256": theta.base_sha256}
     if decoder is not None:
         record |= {"decoder": decoder.name, "kv_cache_bytes": decoder.cache_nbytes}
     return record

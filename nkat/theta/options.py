@@ -1,4 +1,4 @@
-"""The flags that name Θ, one or several with weights, for every program that takes them."""
+"""The flags that name Θ or LoRA, one or several with weights, for every program that takes them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,36 @@ def add_theta_arguments(parser: argparse.ArgumentParser, about: str) -> None:
     )
 
 
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--lora PATH` and `--lora-scaled PATH:SCALE`, each as often as wanted, into `loras`, in the order given."""
+    about = "run this LoRA in place of Θ: a folder of PEFT's, or a GGUF of llama.cpp's; several are added up"
+    parser.add_argument("--lora", dest="loras", action=_Append, type=_whole, default=(), metavar="PATH", help=about)
+    parser.add_argument(
+        "--lora-scaled",
+        dest="loras",
+        action=_Append,
+        type=_scaled,
+        default=(),
+        metavar="PATH:SCALE",
+        help="the same at another strength; A:1,B:0.5 is two",
+    )
+
+
 def theta_words(files: Sequence[WeightedFile]) -> list[object]:
     """The flags that name these files again."""
+    return _words("theta", files)
+
+
+def lora_words(files: Sequence[WeightedFile]) -> list[object]:
+    """The same of LoRA adapters."""
+    return _words("lora", files)
+
+
+def _words(flag: str, files: Sequence[WeightedFile]) -> list[object]:
     words: list[object] = []
     for file in files:
-        words += ["--theta", file.path] if file.weight == 1.0 else ["--theta-scaled", f"{file.path}:{file.weight:g}"]
+        plain = file.weight == 1.0
+        words += [f"--{flag}", file.path] if plain else [f"--{flag}-scaled", f"{file.path}:{file.weight:g}"]
     return words
 
 

