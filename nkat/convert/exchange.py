@@ -12,7 +12,7 @@ from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions
 from nkat.gguf.imatrix import OLD_SUFFIX, imatrix_parts
 from nkat.gguf.writer import FileRange, MetadataValue, part_size, sha256_of_parts, write_gguf
-from nkat.host.console import counted
+from nkat.host.console import counted, say
 from nkat.host.files import check_output
 from nkat.lm.peft import CONFIG, WEIGHTS, check_safetensors, peft_files, write_files
 from nkat.measure.texts import load_text
@@ -50,11 +50,11 @@ def save_imatrix(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
 def print_imatrix(record: Mapping[str, Any]) -> None:
     """What was gathered, and where it is."""
     size = f"{counted(record['chunks'], 'chunk')} of {record['context']} tokens of {record['text']}"
-    print(f"imatrix {counted(record['entries'], 'weight')}, {size}")
+    say(f"imatrix {counted(record['entries'], 'weight')}, {size}")
     if record["experts_without_rows"]:
         count = sum(record["experts_without_rows"].values())
-        print(f"        no token went to {counted(count, 'expert')}: a longer text would reach more of them")
-    print(f"{'would write' if record['dry_run'] else 'wrote'} {record['output']} ({record['bytes']:,} bytes)")
+        say(f"        no token went to {counted(count, 'expert')}: a longer text would reach more of them")
+    say(f"{'would write' if record['dry_run'] else 'wrote'} {record['output']} ({record['bytes']:,} bytes)")
 
 
 def moments_of_file(

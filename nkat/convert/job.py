@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.convert import exchange, merge, rank_search, repair, tables
+from nkat.convert.card import write_model_card
 from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions, parse_arguments
 from nkat.convert.outputs import check_outputs, size, write, write_unless_dry
@@ -20,12 +21,13 @@ from nkat.errors import NKATError
 from nkat.gguf import quantise
 from nkat.gguf.writer import MetadataValue
 from nkat.host import console, hardware
-from nkat.host.console import counted, format_bytes, note
+from nkat.host.console import counted, format_bytes, note, remark
 from nkat.host.distributed import is_first
 from nkat.host.files import check_apart, check_output
 from nkat.host.record import Recorder, check_record
 from nkat.host.start import INTERRUPTED
 from nkat.host.tools import suggest
+from nkat.hub.fetch import local_model
 from nkat.lm.adapters import open_adapter
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.texts import load_text
@@ -54,6 +56,7 @@ NO_EFFECT = "warning: gamma 1 couples Θ with strength 0: it will have no effect
 
 def main() -> None:
     options = parse_arguments()
+    options = replace(options, input=local_model(options.input), reference=local_model(options.reference))
     if not is_first():
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             run(options)
@@ -212,6 +215,7 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
         record["report"] = measure_strengths(judge, theta_set, inputs.loaded_reference)
         recorder.keep(record)
         print_strengths(record["report"])
+    write_model_card(options, model, theta_set, record)
     return record
 
 
@@ -251,6 +255,7 @@ def write_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder) 
     recorder.keep(record)
     tables.print_summary(record)
     _merge(options, model, theta_set, judge, record, recorder)
+    write_model_card(options, model, theta_set, record)
     return record
 
 
@@ -281,13 +286,14 @@ def export_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder)
     exported = ((options.export_lora, "bytes", "a LoRA adapter"), (options.export_peft, "peft_bytes", "a PEFT LoRA"))
     for path, key, what in exported:
         if path is not None:
-            print(
+            remark(
                 f"{'would write' if options.dry_run else 'wrote'} {path} ({record[key]:,} bytes): Θ of rank "
                 f"{record['rank']} at gamma {gamma:g} as {what}"
             )
     if gamma == 1.0 and options.exports:
         note(NO_EFFECT)
     _merge(options, model, model.theta, judge, record, recorder)
+    write_model_card(options, model, model.theta, record)
     return record
 
 
@@ -314,7 +320,7 @@ def remove_theta(options: ConvertOptions, model: ModelFile, recorder: Recorder) 
         "dry_run": options.dry_run,
     }
     recorder.keep(record)
-    print(
+    remark(
         f"{'would restore' if options.dry_run else 'restored'} {target}: {model.base_size:,} bytes, "
         f"sha256 {base_sha256}"
     )
@@ -362,6 +368,7 @@ def _fit(
         ignore=fit.ignore,
         start=fit.start,
         precision=fit.precision,
+        fast=fit.fast,
         state=options.fit_state,
         resume=fit.resume,
         allow_cuda=fit.allow_cuda,
@@ -469,11 +476,11 @@ def _announce(options: ConvertOptions, model: ModelFile, theta: str) -> None:
     target = options.output or (model.path if options.in_place else options.merge)
     how = "theta-only" if options.theta_only else options.final_layout if target != options.merge else "Θ merged"
     architecture = architecture_of(model.require_base().file)
-    print(f"input   {model.path} ({format_bytes(model.path.stat().st_size)}, {architecture})")
-    print(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
-    print(f"Θ       {theta}")
+    remark(f"input   {model.path} ({format_bytes(model.path.stat().st_size)}, {architecture})")
+    remark(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
+    remark(f"Θ       {theta}")
     if model.theta is not None:
-        print(f"        replaces the Θ of rank {model.theta.rank} that the input has")
+        remark(f"        replaces the Θ of rank {model.theta.rank} that the input has")
 
 
 def _describe(

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.host import commandline
+from nkat.hub.fetch import is_name
 from nkat.sources.fit.options import FitOptions, add_fit_arguments, fit_options
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
 from nkat.sources.repair.options import SHARED_FLAGS, add_repair_arguments
+from nkat.theta.card import CARD
 from nkat.theta.combine import WeightedFile
 from nkat.theta.options import add_theta_arguments
 
 EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-rank 4 --theta-gamma 0.97
+  python nkat_gguf_converter.py --input hf:OWNER/REPO:Q4_K_M --output model.nkat
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --selective-layers 'blk.*.attn_q.weight'
   python nkat_gguf_converter.py --input model.gguf --output best.nkat --optimize-rank
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-source fit --calibrate text.txt
@@ -41,6 +44,7 @@ class ConvertOptions:
     theta_only: bool
     export_lora: Path | None
     export_peft: Path | None
+    model_card: bool
     merge: Path | None
     save_imatrix: Path | None
     imatrix_chunks: int | None
@@ -106,10 +110,16 @@ class ConvertOptions:
         return [path for path in self.inputs if path is not None]
 
     @property
+    def card_path(self) -> Path | None:
+        """The page beside the adapter, else beside --output or the input that is changed in place."""
+        return (self.export_lora or self.output or self.input).with_name(CARD) if self.model_card else None
+
+    @property
     def outputs(self) -> dict[str, Path | str | None]:
         """The files to write, by the flags that name them."""
         named = {"--output": self.output, "--export-lora": self.export_lora, "--merge": self.merge}
         named |= {"--export-peft": self.export_peft, "--save-imatrix": self.save_imatrix}
+        named["--model-card"] = self.card_path
         return {**named, "--repair": self.repair, "--json": self.json}
 
     @property
@@ -148,6 +158,10 @@ class ConvertOptions:
 
 CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
     (lambda o: o.output is not None and o.in_place, "--output and --in-place exclude each other"),
+    (
+        lambda o: o.in_place and is_name(o.input),
+        "--in-place would change the copy of {o.input} in the cache: give --output",
+    ),
     (
         lambda o: o.repair is None and (o.repair_steps or o.repair_learning_rate is not None),
         "--repair-steps and --repair-learning-rate are for --repair",
@@ -201,6 +215,10 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
     (
         lambda o: o.in_place and (o.theta_only or o.layout == "tensors"),
         "--in-place always uses layout 'appended'; --theta-only and --layout tensors need --output",
+    ),
+    (
+        lambda o: o.model_card and (o.remove or (o.export_lora is None and not o.writes_model)),
+        "--model-card describes a Θ that is written: it goes with --export-lora, --output or --in-place",
     ),
     (lambda o: o.theta_only and o.layout, "--theta-only writes no model, so --layout has no meaning with it"),
     (
@@ -292,7 +310,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         "Add Θ (small antisymmetric INT8 tensors) to a GGUF language model, or take it off.", EXAMPLES
     )
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="FILE", help="a .gguf, or a .nkat whose Θ is to be replaced")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .gguf, a .nkat whose Θ is to be replaced, or hf:OWNER/REPO[:QUANT]",
+    )
     add("--output", type=Path, metavar="FILE", help="the file to write")
     add("--in-place", action="store_true", help="append Θ to the input itself; its own bytes stay as they are")
     add(
@@ -315,6 +339,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         metavar="DIR",
         help="the same as a LoRA for PEFT and transformers: a folder with adapter_config.json and "
         "adapter_model.safetensors (needs the package safetensors)",
+    )
+    add(
+        "--model-card",
+        action="store_true",
+        help="also write README.md beside the adapter (or --output): what Θ was made from, what it gains and costs",
     )
     add(
         "--merge",
@@ -417,6 +446,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
     add("--dry-run", action="store_true", help="do everything but write")
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
+    commandline.add_output_format(parser)
     add_repair_arguments(parser)
     add_fit_arguments(parser)
     parsed = parser.parse_args(argv)

@@ -36,7 +36,7 @@ class Session:
         if sliding is not None and not 0 <= sliding <= capacity // 2:
             raise NKATError(f"{sliding} tokens cannot stay of a context of {capacity}: at most half of it")
         self.model, self._sliding, self._room = model, sliding, capacity
-        self.decoder = make_decoder(model, capacity)
+        self.decoder, self._theta_rooms = make_decoder(model, capacity), model.theta_rooms()
         self._seen: list[int] = []  # what was given to the decoder, of which its length says what has arrived
         self._computed_with = self._strength
 
@@ -79,10 +79,12 @@ class Session:
 
         At most all but the last token of the prompt, whose logits nobody has kept. The rest is for `prefill`.
         """
-        if self._strength[1] != self._computed_with[1]:
-            self.decoder = make_decoder(self.model, self._room)  # the old one holds copies of another Θ
-        elif self._strength != self._computed_with:
+        if self._strength != self._computed_with:
             self.decoder.length = 0
+            try:
+                self.model.check_room(self._theta_rooms)
+            except NKATError:  # the decoder has no place for this Θ, but a new one has
+                self.decoder, self._theta_rooms = make_decoder(self.model, self._room), self.model.theta_rooms()
         self._computed_with = self._strength
         same = 0
         for held, wanted in zip(self.tokens, prompt[:-1], strict=False):

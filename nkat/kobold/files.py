@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nkat.errors import NKATError
@@ -22,20 +22,13 @@ from nkat.host.cache import Memo, checked_sha256, own_folder
 from nkat.host.console import bar, format_bytes, note
 from nkat.host.record import parse_json
 from nkat.kobold.neighbours import files_in, readable
-from nkat.theta.lora import combined_lora_parts, lora_parts
-from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, theta_for
-from nkat.theta.set import ThetaSet, check_fits
+from nkat.theta.combine import Weighted, WeightedFile, combined
+from nkat.theta.lora import lora_parts
+from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, thetas_for
+from nkat.theta.set import ThetaSet
 
 _ADAPTER_FORM = 1  # to be raised when `lora_parts` writes something else
 _LOADABLE = ("plain", "appended")
-
-
-@dataclass(frozen=True, slots=True)
-class WeightedTheta:
-    """A Θ in a file of its own, and the factor before it."""
-
-    path: Path
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +60,7 @@ class RunFiles:
 
 
 def prepare_files(
-    model_path: Path, named: Sequence[WeightedTheta], base_path: Path | None, separate: bool = False
+    model_path: Path, named: Sequence[WeightedFile], base_path: Path | None, separate: bool = False
 ) -> RunFiles:
     """Finds or makes what a program loads.
 
@@ -76,42 +69,39 @@ def prepare_files(
     Raises NKATError when the base is not to be had, or is not the one a Θ was made for.
     """
     asked = open_model_file(model_path)
-    weighted = _named_thetas(asked, named) if named else [] if asked.theta is None else [(asked.theta, 1.0)]
+    parts = _parts(asked, named)
     model, how = _base_for(asked, base_path)
-    if not weighted:
-        return RunFiles(model_path, model, how, (), {})
-    groups = [[one] for one in weighted] if separate else [weighted]
+    groups = [[part] for part in parts] if separate else [parts]
+    # Names with a colon, as Windows has them, cannot be told from a weight behind one: there it goes into the file.
+    outside = separate and parts and ":" not in str(kobold_cache())
     sizes: dict[str, int] = {}
     adapters = []
     for group in groups:
-        # Names with a colon, as Windows has them, cannot be told from a weight behind one.
-        outside = separate and ":" not in str(kobold_cache())
-        inside = [(theta_set, 1.0 if outside else weight) for theta_set, weight in group]
-        path, own = _adapter(inside, model)
+        weight = group[0].weight if outside else 1.0
+        one = combined([replace(part, weight=1.0) for part in group] if outside else group)
+        if one is None:  # all of it is off
+            continue
+        path, own = _adapter(one, model)
         for name, size in own.items():
             sizes[name] = sizes.get(name, 0) + size
-        adapters.append(Adapter(path, group[0][1] if outside else 1.0, "; ".join(_about(*one) for one in group)))
-    only = weighted[0][0] if len(weighted) == 1 else None
+        adapters.append(Adapter(path, weight, "; ".join(_about(part) for part in group)))
+    only = parts[0].theta if len(parts) == 1 else None
     rank, gamma = (only.rank, only.gamma) if only is not None else (None, None)
     return RunFiles(model_path, model, how, tuple(adapters), sizes, rank, gamma)
 
 
-def _named_thetas(asked: ModelFile, named: Sequence[WeightedTheta]) -> list[tuple[ThetaSet, float]]:
-    """The Θ in these files, all of them made for this very model: its bytes are hashed once."""
+def _parts(asked: ModelFile, named: Sequence[WeightedFile]) -> list[Weighted]:
+    """The Θ in these files, or else the model's own."""
+    if not named:
+        return [] if asked.theta is None else [Weighted(asked.theta, name=asked.path.name)]
     with _hashing(asked) as progress:
-        first = theta_for(asked, named[0].path, progress)
-    found = [(first, named[0].weight)]
-    for one in named[1:]:
-        theta_set = open_model_file(one.path).require_theta()
-        if theta_set.base_sha256 != first.base_sha256:
-            raise NKATError(f"{one.path}: was made for another model ({theta_set.base_name}), not for {asked.path}")
-        check_fits(theta_set, asked.require_base().tensors, one.path)
-        found.append((theta_set, one.weight))
-    return found
+        found = thetas_for(asked, [file.path for file in named], progress)
+    return [Weighted(theta, file.weight, file.path.name) for theta, file in zip(found, named, strict=True)]
 
 
-def _about(theta_set: ThetaSet, weight: float) -> str:
-    return f"rank {theta_set.rank}, gamma {theta_set.gamma:g}" + ("" if weight == 1 else f", weight {weight:g}")
+def _about(part: Weighted) -> str:
+    strength = "" if part.weight == 1 else f", weight {part.weight:g}"
+    return f"rank {part.theta.rank}, gamma {part.theta.gamma:g}{strength}"
 
 
 def kobold_cache() -> Path:
@@ -137,7 +127,7 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
         if named is not None:
             note(f"note: {asked.path} is a model that is loaded as it is, so --base is not needed")
         return (
-            asked.path.resolve(),
+            asked.path.absolute(),  # not resolved: in a cache a link has the name, and its target none
             "the file itself" if asked.layout == "plain" else "the file itself (Θ is behind it)",
         )
     if named is not None:
@@ -209,12 +199,10 @@ def _extract(asked: ModelFile, theta_set: ThetaSet) -> Path:
     return target
 
 
-def _adapter(weighted: Sequence[tuple[ThetaSet, float]], model: Path) -> tuple[Path, dict[str, int]]:
+def _adapter(thetas: ThetaSet, model: Path) -> tuple[Path, dict[str, int]]:
     """The adapter in the cache, written when it is not there or not as it was written, and its bytes by weight."""
-    (first, weight), *others = weighted
-    target = kobold_cache() / f"theta-{_adapter_key(weighted)}.gguf"
-    base = open_model_file(model).require_base()
-    parts = lora_parts(first, base) if weight == 1 and not others else combined_lora_parts(weighted, base)
+    target = kobold_cache() / f"theta-{_theta_key(thetas)}.gguf"
+    parts = lora_parts(thetas, open_model_file(model).require_base())
     size = sum(part_size(part) for part in parts)
     there = target.is_file() and target.stat().st_size == size
     if not there or sha256_of_parts([FileRange(target, 0, size)]) != sha256_of_parts(parts):
@@ -222,17 +210,9 @@ def _adapter(weighted: Sequence[tuple[ThetaSet, float]], model: Path) -> tuple[P
     sizes: dict[str, int] = {}
     with GGUFFile.open(target) as file:
         for name, info in file.tensors.items():
-            adapted = name.removesuffix(".lora_a").removesuffix(".lora_b")
-            sizes[adapted] = sizes.get(adapted, 0) + info.nbytes
+            weight = name.removesuffix(".lora_a").removesuffix(".lora_b")
+            sizes[weight] = sizes.get(weight, 0) + info.nbytes
     return target, sizes
-
-
-def _adapter_key(weighted: Sequence[tuple[ThetaSet, float]]) -> str:
-    (first, weight), *others = weighted
-    if weight == 1 and not others:
-        return _theta_key(first)
-    told = "|".join(f"{_theta_key(theta_set)} {factor!r}" for theta_set, factor in weighted)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _theta_key(thetas: ThetaSet) -> str:

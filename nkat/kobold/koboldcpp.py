@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.host.console import note
 from nkat.host.environment import users_environment
 from nkat.host.files import atomic_output, make_folder
@@ -151,11 +150,8 @@ WATCH = Watch(
             re.compile(r"IPv4 Socket Failed to Bind|Address already in use|cannot bind"),
             "KoboldCpp could not listen at {url}",
         ),
-        (
-            re.compile(r"^Error: .*(?:draft model|Draft model|Speculative decoding)"),
-            "KoboldCpp would run without the draft model",
-        ),
     ),
+    undrafted=re.compile(r"^Error: .*(?:[Dd]raft model|[Ss]peculative)"),
     name_of=model_name,
 )
 
@@ -181,7 +177,7 @@ def measure_speed(
     started = time.monotonic()
     with (
         running([*command, "--benchmark"], WATCH) as process,
-        tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar,
+        console.bar(None, what, at_once=True, form="{desc}: {elapsed}") as bar,
     ):
         while (status := process.poll()) is None and not any(line.startswith(_END) for line in list(process.lines)):
             check(process.loaded)

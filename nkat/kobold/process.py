@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.host.console import note
 from nkat.host.environment import users_environment
 from nkat.kobold.guard import Guard, kill_group, signal_group
@@ -43,6 +42,7 @@ class Watch:
     title: what people call it
     version, library: patterns of its log, whose group is what they are named for; None: it does not say
     failures: patterns of lines after which nothing good will come, with what that means; {url}: where it should be
+    undrafted: of a line that says that a draft model is not used
     name_of: the model's name that its server at a URL gives, or None as long as it has loaded none
     """
 
@@ -50,6 +50,7 @@ class Watch:
     version: re.Pattern[str] | None
     library: re.Pattern[str] | None
     failures: tuple[tuple[re.Pattern[str], str], ...]
+    undrafted: re.Pattern[str]
     name_of: Callable[[str], str | None]
 
 
@@ -200,7 +201,7 @@ def wait_until_ready(process: ServerProcess, url: str, seconds: float, check: Ca
     Raises NKATError when it ends, says that it cannot go on, or is not ready in time. Returns "" after a signal.
     """
     started, watch = time.monotonic(), process.watch
-    with tqdm(desc=f"{watch.title} loads", bar_format="{desc}: {elapsed} {postfix}", leave=False, disable=None) as bar:
+    with console.bar(None, f"{watch.title} loads", at_once=True, form="{desc}: {elapsed} {postfix}") as bar:
         while True:
             status = process.poll()
             check(process.loaded)

@@ -89,6 +89,11 @@ class ExpertStack(nn.Module):
         self.theta = theta if isinstance(theta, Theta) and not theta.is_zero() else None
         self._layers.clear()
 
+    def keep_weight(self) -> None:
+        """As of StarLinear: each expert's, when a token first needs it."""
+        self.keep_dense = True
+        self._layers.clear()
+
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ: κ(γ). None or 1 turns it off."""
         self.kappa = 0.0 if gamma is None else coupling(gamma)

@@ -153,6 +153,11 @@ class StarLinear(PackedModule):
             raise RuntimeError("this layer was not repacked for the CPU's kernels")
         return self.compiled
 
+    def keep_weight(self) -> None:
+        """As `keep_dense`, of a layer that is there already."""
+        if self.dense is None:
+            self.dense = self.weight()
+
     def weight(self) -> torch.Tensor:
         """W [m, n] in the layer's dtype: the one that is kept, or dequantised anew from the file's bytes."""
         if self.dense is not None:

@@ -398,6 +398,13 @@ class Transformer(nn.Module):
         for name, room in columns.items():
             layers[name].reserve(room)
 
+    def theta_rooms(self) -> dict[int, int]:
+        """Columns of Θ for which what is made for decoding now has room, by `id` of the layer."""
+        return {
+            id(layer): max(layer.room, 0 if layer.theta is None else layer.theta.rank)
+            for layer in self._carriers().values()
+        }
+
     def check_room(self, rooms: Mapping[int, int]) -> None:
         """Raises NKATError where the Θ that a layer has now does not fit what was made for an earlier one.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,25 @@ def provenance(
         }
     if isinstance(theta, LoraSet):
         record |= {"theta_file": None, "lora": list(theta.adapters)}
+    elif theta is not None:
+        record |= {"base_name": theta.base_name, "base_sha256": theta.base_sha256}
     if decoder is not None:
         record |= {"decoder": decoder.name, "kv_cache_bytes": decoder.cache_nbytes}
     return record
+
+
+_CONDITIONS = (
+    "model", "model_sha256", "theta_file", "theta_source", "theta_rank", "theta_gamma", "theta_bytes",
+    "base_sha256",
+    "text", "text_sha256", "chunks", "context", "scored_tokens", "seq_len", "iterations", "repetitions",
+    "device", "threads", "dtype", "activations", "decoder", "nkat_version", "git_commit",
+)  # fmt: skip
+
+
+def conditions_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record holds of all its figures, for the rows of a table that programs read."""
+    found = {name: record[name] for name in _CONDITIONS if name in record}
+    return {**found, "device_name": record["machine"]["device_name"]}
 
 
 def file_hash(path: Path) -> str:

@@ -26,9 +26,12 @@ CALIBRATION_KEY = "nkat.calibration.sha256"
 KEEP_KEY = "nkat.keep.sha256"
 DECAY_KEY = "nkat.theta.depth_decay"
 UNFINISHED_KEY = "nkat.fit.unfinished"
+# Of what was measured with this very Θ at this very γ: on the text it was learned from, where that was kept back, and
+# on the guard's text on which it costs most.
+HELDOUT_PREFIX = "nkat.heldout."
+GUARD_PREFIX = "nkat.guard."
 COMBINED = "combined"  # source of what is the sum of several
 FULL_STRENGTH = 0.5  # the γ at which a LoRA is on: κ is 1/8 there, by which floats are divided without rounding
-HELDOUT_PREFIX = "nkat.heldout."  # of what was measured with this very Θ at this very γ
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +159,7 @@ def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:
         name: Theta(t.p[..., :rank].contiguous(), t.q[..., :rank].contiguous(), t.scale[..., :rank].contiguous())
         for name, t in theta_set.layers.items()
     }
-    notes = {key: value for key, value in theta_set.notes.items() if not key.startswith(HELDOUT_PREFIX)}
+    notes = {key: value for key, value in theta_set.notes.items() if not key.startswith((HELDOUT_PREFIX, GUARD_PREFIX))}
     return replace(theta_set, layers=thetas, notes=notes)
 
 

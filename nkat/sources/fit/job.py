@@ -26,17 +26,26 @@ from nkat.measure.judge import Judge, Passages, Score, evenly
 from nkat.measure.perplexity import PairedChange, text_bos
 from nkat.measure.texts import Text
 from nkat.sources.fit.choice import Choice, Judged, Panel, Space, choose
-from nkat.sources.fit.data import Parts, calibration_parts, chat_text, fit_text
+from nkat.sources.fit.data import Parts, batch_at, calibration_parts, chat_text, fit_text
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
-from nkat.sources.fit.layers import Factors
+from nkat.sources.fit.layers import Factors, fitted_layers
 from nkat.sources.fit.rate import rate_scale
+from nkat.sources.fit.room import Kept, keep
 from nkat.sources.fit.state import FitState, check_place, load_state, run_identity, save_state
 from nkat.sources.lora import lora_starts, missed_record
 from nkat.sources.make import check_reference_is_better, check_source, describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import Theta, coupling
 from nkat.theta.modelfile import base_hash
-from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ThetaSet, truncate_rank
+from nkat.theta.set import (
+    CALIBRATION_KEY,
+    GUARD_PREFIX,
+    HELDOUT_PREFIX,
+    KEEP_KEY,
+    UNFINISHED_KEY,
+    ThetaSet,
+    truncate_rank,
+)
 
 _SAVE_SECONDS = 60.0
 _LEARNING_CHUNKS = 6  # of the validation slice, looked at while learning: a twentieth of a fit's time
@@ -51,6 +60,7 @@ class FitRequest:
     start_from: a LoRA whose nearest Θ is where the fit begins, in place of `start`
     start: "auto" or one of the starts;  precision: "auto", "float32" or "bfloat16"
     state: the file of a fit that is not yet written, None to keep none; `resume` goes on with it; see check_state
+    fast: keep activations and unpacked weights in memory; None: what fits (`nkat.sources.fit.room`)
     space: from what rank, γ and step are chosen; None: the step is the best on validation, the rest as learned
     guard: texts beside the default ones on which the choice may cost little; None: no guard
     """
@@ -65,6 +75,7 @@ class FitRequest:
     ignore: Sequence[str]
     start: str
     precision: str
+    fast: bool | None
     state: Path | None
     resume: bool
     allow_cuda: bool
@@ -113,7 +124,8 @@ def run_fit(request: FitRequest) -> FitResult:
         state = _interrupted_state(request, loaded, identity)
         starts, began = _starts(request, loaded, scale) if state is None else ({}, {})
         exact = _without_theta(request, world.device) if world.device.type == "cpu" else None
-        state, finished = _run(request, loaded, reference, exact, data, starts, state, identity, world)
+        kept = _keep(request, loaded, data, starts, state, world)
+        state, finished = _run(request, loaded, reference, exact, data, starts, state, identity, world, kept)
     outcome = _best_at_home(request, state)
     if world.first:
         exact = exact or _without_theta(request, world.device)
@@ -129,6 +141,7 @@ def run_fit(request: FitRequest) -> FitResult:
         "finished": finished,
         "precision": str(dtype).removeprefix("torch."),
         "processes": world.size,
+        "kept_in_memory": asdict(kept),
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / max(1, state.step),
         "peak_memory_bytes": memory().peak,
@@ -213,7 +226,7 @@ def _choose(
     notes: dict[str, MetadataValue] = {}
     if kept.verdict is not None:
         worst = kept.verdict.worst
-        notes = {"nkat.guard.text": worst.name, **worst.change.record("nkat.guard.")}
+        notes = {f"{GUARD_PREFIX}text": worst.name, **worst.change.record(GUARD_PREFIX)}
     return _Outcome(kept.candidate.step, theta.layers, kept.candidate.gamma, score, choice.record(), notes)
 
 
@@ -287,11 +300,11 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def _working_copy(request: FitRequest, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """The model that is fitted, without Θ: the exact one itself where it computes as the fit does."""
-    exact, fast = request.model, request.settings.fast
-    if device.type == "cpu" and dtype == exact.model.output.dtype and not fast:
+    exact = request.model
+    if device.type == "cpu" and dtype == exact.model.output.dtype and request.fast is False:
         exact.model.set_gamma(None)
         return exact
-    return load_model(exact, thetas={}, gamma=1.0, device=device, dtype=dtype, keep_dense=fast)
+    return load_model(exact, thetas={}, gamma=1.0, device=device, dtype=dtype)
 
 
 def load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
@@ -389,6 +402,27 @@ def _starts(request: FitRequest, loaded: LoadedModel, scale: float) -> tuple[dic
     return starts, {}
 
 
+def _keep(
+    request: FitRequest,
+    loaded: LoadedModel,
+    data: FitData,
+    starts: Mapping[str, Sequence[Factors]],
+    state: FitState | None,
+    world: World,
+) -> Kept:
+    """What there is room to keep in memory, found with the layers as they will be fitted."""
+    settings = request.settings
+    tokens = batch_at(data.text, 0, 1, settings.context, settings.seed).tokens.to(world.device)
+    sequences = settings.batch if data.keep is None else max(settings.batch, settings.keep_batch)
+    if state is None:
+        factors = dict(zip(request.names, next(iter(starts.values())), strict=True))
+    else:
+        factors = by_name(request.names, state.factors)
+    frozen = [*loaded.model.multipliers().values()]
+    with fitted_layers(loaded.model, factors):
+        return keep(loaded.model, frozen, tokens, sequences, request.fast, processes=world.size)
+
+
 def _run(
     request: FitRequest,
     loaded: LoadedModel,
@@ -399,14 +433,14 @@ def _run(
     state: FitState | None,
     identity: str,
     world: World,
+    kept: Kept,
 ) -> tuple[FitState, bool]:
     """The fit with its bar, its saved states and Ctrl-C; returns the last state and whether it came to its end."""
     settings = request.settings
     unmodified = float(data.validation.score((validator or loaded).model, "without Θ").mean())
     trials = max(0, len(starts) - 1) * min(settings.start_steps, settings.steps)
     saved = time.monotonic()
-    bar = console.bar(trials + settings.steps, "fitting", "step")
-    bar.disable = bar.disable or not world.first
+    bar = console.bar(trials + settings.steps, "fitting", "step", enabled=world.first)
     with bar, interrupts.interrupts("the running step, and the trials of the starts") as interrupted:
         bar.update(0 if state is None else state.step)
 
@@ -431,6 +465,7 @@ def _run(
             validator=None if validator is None else validator.model,
             state=state,
             world=world,
+            keep_activations=kept.activations,
         )
         stopped = bool(interrupted) and state.step < settings.steps
         if world.first and request.state:  # what is chosen from it takes time, too
