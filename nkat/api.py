@@ -16,7 +16,7 @@ from nkat.engine.decoder import make_decoder
 from nkat.engine.generate import Sampler, Sampling
 from nkat.engine.generate import generate as generate_tokens
 from nkat.errors import NKATError
-from nkat.gguf.file import GGUFFile
+from nkat.gguf.split import open_gguf
 from nkat.gguf.writer import MetadataValue, Part, write_gguf
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.mix import ThetaMix
@@ -83,7 +83,9 @@ class Model:
 
 
 def open_model(path: str | Path) -> Model:
-    """Opens a `.gguf` or `.nkat` of any layout. Weights stay on disk, memory-mapped, until they are used.
+    """Opens a `.gguf` or `.nkat` of any layout, of a model in several files any one.
+
+    Weights stay on disk, memory-mapped, until they are used.
 
     Raises NKATError for a file that is damaged, holds only Θ, or is of an architecture or type that is not supported.
     """
@@ -122,7 +124,7 @@ def make_theta(
         gamma=gamma,
         seed=seed,
         source="weight" if reference is None else "residual",
-        reference=None if reference is None else GGUFFile.open(reference),
+        reference=None if reference is None else open_gguf(reference),
         input_weights=moments,
         notes=notes,
     )
@@ -253,7 +255,7 @@ def save(
     Raises NKATError when the file exists, the disk is full, or Θ belongs to another model.
     """
     path = Path(path)
-    write_gguf(path, _parts(theta, model, layout), force, [] if model is None else [model.path])
+    write_gguf(path, _parts(theta, model, layout), force, [] if model is None else model.exact.file.files)
 
 
 def _parts(theta: ThetaSet, model: Model | None, layout: str) -> list[Part]:

@@ -227,12 +227,11 @@ def suggest_next(options: EngineOptions, has_theta: bool, record: Record) -> Non
 
 def benchmark(job: Job) -> Result:
     """Prefill and decoding, with and without Θ where there is one; loading and memory in a fresh process."""
-    options = job.options
     with console.bar(1, "loading in a fresh process", "start"):
         start = fresh_startup(job.request, job.text.content, job.threads)
     loaded = job.load()
     prefill, decode, decoder = measure_speed(job, loaded)
-    held = memory(options.model)
+    held = memory(*job.model_file.files)
     record = {
         **benchmark_record(prefill, decode, start),
         **conditions(job, loaded, decoder),
@@ -269,7 +268,7 @@ def compare(job: Job) -> Result:
             progress.update()
     loaded = job.load()
     prefill, decode, decoder = measure_speed(job, loaded)
-    held = memory(options.model)
+    held = memory(*job.model_file.files)
     quality = None
     if options.chunks:
         quality = measure_quality(job, loaded, job.theta)
@@ -392,7 +391,7 @@ def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) ->
     if options.repetitions:
         record["repetitions"] = options.repetitions
     if options.json or job.folder is not None:
-        record["model_sha256"] = file_hash(options.model)
+        record["model_sha256"] = file_hash(job.model_file)
     return record
 
 

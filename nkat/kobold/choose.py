@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.gguf.file import GGUFFile
+from nkat.gguf.split import open_gguf
 from nkat.host.console import format_bytes
 from nkat.host.hardware import Gpu
 from nkat.host.programs import shell_line
@@ -73,7 +73,7 @@ def memory_of(files: RunFiles, context: int, kobold: Kobold, extra: Sequence[str
     # Old versions have a flag that turns flash attention on, new ones a flag that turns it off.
     on, off = "--flashattention", "--noflashattention"
     flash = on in extra if on in kobold.flags else off not in extra
-    with GGUFFile.open(files.model) as file:
+    with open_gguf(files.model) as file:
         if "token_embd.weight" not in file.tensors:
             raise NKATError(f"{files.model}: has no token_embd.weight; it is not a language model")
         return model_memory(file.metadata, file.tensors, context, files.lora_bytes, flash)

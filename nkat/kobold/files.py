@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, GGUFFile
+from nkat.gguf.split import is_later_part
 from nkat.gguf.writer import FileRange, part_size, sha256_of_parts, write_gguf
 from nkat.host.cache import Memo, checked_sha256, own_folder
 from nkat.host.console import bar, format_bytes, note
@@ -81,10 +82,9 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
     if asked.layout in _LOADABLE or theta_set is None:
         if named is not None:
             note(f"note: {asked.path} is a model KoboldCpp loads as it is, so --base is not needed")
-        return (
-            asked.path.resolve(),
-            "the file itself" if asked.layout == "plain" else "the file itself (Θ is behind it)",
-        )
+        return asked.path.resolve(), _how_itself(asked)
+    if asked.layout == "beside":
+        return asked.require_base().file.path.resolve(), "the model beside it"
     if named is not None:
         _check_base(named, theta_set)
         return named.absolute(), "named by --base"
@@ -97,6 +97,12 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
             "name it with --base FILE"
         )
     return _extract(asked, theta_set), "extracted"
+
+
+def _how_itself(asked: ModelFile) -> str:
+    if asked.is_split:
+        return f"the file itself, the first of {len(asked.files)}, of which KoboldCpp finds the others"
+    return "the file itself" if asked.layout == "plain" else "the file itself (Θ is behind it)"
 
 
 def _near(path: Path, theta_set: ThetaSet) -> Iterator[Path]:
@@ -124,7 +130,8 @@ def _candidates(path: Path, theta_set: ThetaSet) -> list[ModelFile]:
 
 def _of_its_size(folder: Path, theta_set: ThetaSet) -> Iterator[ModelFile]:
     for path in sorted([*folder.glob("*.gguf"), *folder.glob("*.nkat")]):
-        if not path.is_file():  # a folder, a link to nowhere, or a pipe, which would never open
+        # a folder, a link to nowhere, a pipe, which would never open; or a part that the first one stands for
+        if not path.is_file() or is_later_part(path):
             continue
         try:
             found = open_model_file(path)
@@ -187,8 +194,8 @@ def _theta_key(thetas: ThetaSet) -> str:
 
 def _sha256(model: ModelFile) -> str:
     """SHA-256 of the base in a file, remembered as long as the file keeps its size and time."""
-    found = model.path.stat()
-    key = f"{model.path.resolve()}|{found.st_size}|{found.st_mtime_ns}"
+    stats = [(path.resolve(), path.stat()) for path in model.files]
+    key = "|".join(f"{path}|{found.st_size}|{found.st_mtime_ns}" for path, found in stats)
     memo = Memo.open("kobold/hashes.json")
     known = memo.get(lambda hashes: checked_sha256(hashes[key]))
     if known is not None:

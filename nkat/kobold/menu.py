@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nkat.errors import NKATError
+from nkat.gguf.split import is_later_part
 from nkat.host.console import format_bytes, format_table
 from nkat.kobold.choose import Choice
 from nkat.kobold.find import download_command
@@ -47,6 +48,7 @@ def models_here() -> list[Path]:
     found: list[Path] = []
     for suffix in (".nkat", ".gguf"):
         files = [path for folder in folders for path in folder.glob(f"*{suffix}") if path.is_file()]
+        files = [path for path in files if not is_later_part(path)]
         found += sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
     return found
 

@@ -31,7 +31,7 @@ def write_optimal(
     folder = options.study.output_dir
     path = folder / optimal_name(setting.rank, setting.gamma)
     model = prepared.loaded.file
-    write_gguf(path, embedded_parts(chosen, model.require_base()), force=True, inputs=[model.path])
+    write_gguf(path, embedded_parts(chosen, model.require_base()), force=True, inputs=model.files)
     record = {
         "file": str(path),
         "same_file": str(folder / MODEL),
@@ -46,7 +46,7 @@ def write_optimal(
         "command": converter_command(options, prepared, setting, path),
     }
     write_json(record, str(path.with_suffix(".json")), force=True)
-    write_same(path, folder / MODEL, [model.path])
+    write_same(path, folder / MODEL, model.files)
     write_json(record, str(folder / RECORD), force=True)
     return record
 
