@@ -6,11 +6,11 @@
 A model is a file, or the name of a mix of formats: then a 7B-shaped file is written for it (`benchmarks.shapes`). For
 each number of threads llama-bench, llama.cpp's own benchmark, is tried with up to so many and with and without flash
 attention, and keeps what suits it best, for prefill and decoding apart. Each turn measures it so, one repetition after
-its warm-up, in the environment of the user's shell, and then this toolkit in this process: 512 tokens of prefill, then
-128 steps of decoding from an empty cache, as llama-bench does. The ratio is the median over the turns of ours /
-llama.cpp's, with the smallest and largest. `share` is the file's bytes that a token needs, times its tokens a second,
-over the most that this memory gives (`benchmarks.memory`); above 1 the benchmark fails. A file that the last cache
-could hold is marked, and has none.
+its warm-up, in the environment of the user's shell, and then this toolkit in this process: 512 random tokens of
+prefill, then 128 steps of decoding from an empty cache, as llama-bench does. The ratio is the median over the turns of
+ours / llama.cpp's, with the smallest and largest. `share` is the file's bytes that a token reads, times its tokens a
+second, over the most that this memory gives (`benchmarks.memory`); above 1 the benchmark fails. A file that the last
+cache could hold is marked, and has none.
 
 Where a model has a Θ and llama-completion is given, a second table has Θ's cost in prefill and decoding: here, as a
 LoRA adapter in llama.cpp (`--lora`), and here as plain torch products beside each layer. llama.cpp's threads wait by
@@ -51,6 +51,7 @@ from nkat.host.record import write_json
 from nkat.kernels import reference
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.texts import load_text
+from nkat.measure.tpe import bytes_per_token
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, open_model_file
 
@@ -144,7 +145,7 @@ def compare(program: Path, path: Path, threads: int, turns: int, ceiling: Ceilin
     """Both programs on one model without Θ."""
     hardware.set_threads(threads)
     loaded = load_model(path, int8_activations=True, repack=True)
-    tokens = _tokens(loaded)
+    tokens = _random_tokens(loaded)
     decoder = make_decoder(loaded.model, PREFILL + 1)
     decoder.set_gamma(None)
     ours(decoder, tokens, False)  # compiles
@@ -159,19 +160,14 @@ def compare(program: Path, path: Path, threads: int, turns: int, ceiling: Ceilin
         name: summary([a[i] for a, _ in pairs], [b[i] for _, b in pairs]) | {"llama_cpp_setting": asdict(settings[i])}
         for i, name in enumerate(("prefill", "decode"))
     }
-    needed = _bytes_a_token(loaded)
-    record["bytes_a_token"], record["fits_the_last_cache"] = needed, needed <= last_cache_bytes()
+    needed = bytes_per_token(loaded.tensors, loaded.config.active_experts)
+    held = bytes_per_token(loaded.tensors)  # the next token may go to other experts, which the cache must hold as well
+    record["bytes_a_token"], record["fits_the_last_cache"] = needed, held <= last_cache_bytes()
     if not record["fits_the_last_cache"]:
         for name in ("nkat", "llama_cpp"):
             speed = needed * record["decode"][f"{name}_tokens_per_second"] / 1e9
             record["decode"][f"{name}_share"] = share_of(speed, ceiling)
     return record
-
-
-def _bytes_a_token(loaded: LoadedModel) -> int:
-    """Bytes of the file that one token reads: all tensors but an embedding that is no output layer."""
-    tied = not any(name.startswith("output.") for name in loaded.tensors)
-    return sum(t.nbytes for name, t in loaded.tensors.items() if tied or not name.startswith("token_embd."))
 
 
 def theta_cost(program: Path, model_file: ModelFile, threads: int, turns: int) -> dict[str, Any]:
@@ -181,7 +177,7 @@ def theta_cost(program: Path, model_file: ModelFile, threads: int, turns: int) -
     assert base_view is not None
     loaded = load_model(model_file, int8_activations=True, repack=True)
     thetas, gamma = model_file.theta, model_file.theta.gamma
-    tokens = _tokens(loaded)
+    tokens = _text_tokens(loaded)
     decoder = make_decoder(loaded.model, PREFILL + DECODE + 1)
     unfused = _unfused(loaded)
     times: dict[str, list[tuple[Speeds, Speeds]]] = {"fused": [], "unfused": [], "llama.cpp --lora": []}
@@ -241,7 +237,14 @@ def _unfused(loaded: LoadedModel) -> Callable[[float | None], Speeds]:
     return run
 
 
-def _tokens(loaded: LoadedModel) -> list[int]:
+def _random_tokens(loaded: LoadedModel) -> list[int]:
+    """PREFILL tokens of the whole vocabulary, as llama-bench draws them: those of a text come again and again, and so
+    would the experts that they go to."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(loaded.config.vocab_size, (PREFILL,), generator=generator).tolist()
+
+
+def _text_tokens(loaded: LoadedModel) -> list[int]:
     """PREFILL tokens of Python's documentation."""
     return loaded.tokenizer.encode(load_text(None).content[:20000], add_special=True)[:PREFILL]
 

@@ -208,7 +208,7 @@ def perplexity(
     The result's `perplexity` has `ppl` ± `stderr`; its `change` compares with the model without Θ on the same tokens,
     in per cent with its standard error. Raises NKATError for a text that is too short, or that Θ was made from.
     """
-    judge = Judge.open(model.exact, _text(text), chunks)
+    judge = Judge.open(model.exact, _text(text), chunks, diverging=theta is not None)
     return judge.base() if theta is None else judge.score(theta)
 
 

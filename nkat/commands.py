@@ -28,6 +28,11 @@ def kobold() -> None:
     start("nkat.kobold.session")
 
 
+def serve() -> None:
+    """`nkat-serve`, nkat_server.py"""
+    start("nkat.serve.job")
+
+
 def models() -> None:
     """`nkat-models`, python -m nkat.models"""
     start("nkat.models")
@@ -36,3 +41,8 @@ def models() -> None:
 def setup() -> None:
     """`nkat-setup`, setup_nkat_kobold_integration.py, which must run where nothing else can be imported"""
     load("nkat.setup_check").main()
+
+
+def lm_eval() -> None:
+    """`nkat-lm-eval`, python -m nkat.harness.command"""
+    start("nkat.harness.command")

@@ -255,7 +255,7 @@ def check_machine(options: SetupOptions) -> list[Check]:
 
 def check_processor(machine: Machine) -> Check:
     from nkat.host.console import format_bytes
-    from nkat.kobold.find import download_command
+    from nkat.kobold.probe import download_command
 
     names = {"avx512": "AVX-512", "avx2": "AVX2", "avx": "AVX"}
     best = next((text for name, text in names.items() if name in machine.features), None)
@@ -284,7 +284,7 @@ def check_kobold(options: SetupOptions, machine: Machine) -> list[Check]:
     from nkat.errors import NKATError
     from nkat.kobold.backends import CUDA
     from nkat.kobold.choose import choices
-    from nkat.kobold.find import download_command, find_kobold, probe_kobold
+    from nkat.kobold.probe import download_command, find_kobold, probe_kobold
 
     try:
         kobold = probe_kobold(find_kobold(options.kobold), remember=False)

@@ -103,10 +103,13 @@ def call(name: str, *arguments: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_wheel_has_both_packages_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.partition("/")[0].endswith(".dist-info")}
     files = [
-        path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.suffix in (".py", ".typed", ".txt")
+        path
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
+        if path.suffix in (".py", ".typed", ".txt", ".html")
     ]
     assert names == {path.relative_to(ROOT).as_posix() for path in files}
-    assert {"nkat/py.typed", "nkat_vit/py.typed", "nkat/measure/kinds.txt"} <= names
+    assert {"nkat/py.typed", "nkat_vit/py.typed", "nkat/measure/kinds.txt", "nkat/serve/page.html"} <= names
 
 
 def test_a_user_without_the_checkout_converts_and_measures(installed: Path, tmp_path: Path) -> None:

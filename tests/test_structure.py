@@ -24,6 +24,8 @@ MAY = {room: {"version", *TRUNK[:i]} for i, room in enumerate(TRUNK)} | {
     "study": {"errors", "host"},
     "kobold": {"errors", "host", "gguf", "theta"},
     "inference": {*TRUNK} - {"sources", "kernels"},
+    "harness": {*TRUNK} - {"sources", "measure", "kernels"},
+    "serve": {*TRUNK} - {"sources", "measure", "kernels"},
     "convert": {*TRUNK} - {"engine", "kernels"},
     "search": {*TRUNK, "study"} - {"kernels"},
     "nkat_vit": {"nkat", "errors", "host", "study"},  # "nkat": how threads wait
@@ -33,17 +35,24 @@ PACKAGES = [name for name in ("nkat", "nkat_vit") if (ROOT / name).is_dir()]
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 OPTIONAL = {
     "triton",
+    "lm_eval",
     "pynvml",
     "libgguf",
     "kornia",
     "safetensors",
     "tensorboard",
+    "starlette",
+    "uvicorn",
     "onnx",
     "onnxscript",
     "onnxruntime",
     "pytest",
     "hypothesis",
 }  # not in requirements.txt
+
+
+# What only another program imports, which is there then.
+PLUGINS = {"nkat.harness.plugin": "lm_eval"}
 
 
 def modules() -> dict[str, Path]:
@@ -144,7 +153,7 @@ class Refuse:
         if name.partition(".")[0] in {OPTIONAL | {"ensurepip"}!r}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
-for name in {sorted(modules())!r}:
+for name in {sorted(modules().keys() - PLUGINS)!r}:
     importlib.import_module(name)
 try:
     import ensurepip
@@ -154,6 +163,14 @@ except ModuleNotFoundError:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "refused"
+
+
+def test_a_plugin_is_what_another_program_imports() -> None:
+    """Nothing of ours imports it, and it alone needs that program's package when it is loaded."""
+    roots = {name: {i.partition(".")[0] for i in imports(path, True)} for name, path in modules().items()}
+    for plugin, package in PLUGINS.items():
+        assert {name for name, found in roots.items() if package in found} == {plugin}
+        assert not {name for name, found in import_graph().items() if plugin in found}
 
 
 def test_no_module_is_exempt_from_types_without_a_reason() -> None:

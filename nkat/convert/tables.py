@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nkat.host.console import format_table
+from nkat.measure.divergence import divergence_cells
 from nkat.measure.perplexity import change_text
 from nkat.sources.fit.choice import print_choice
 from nkat.sources.residual import ErrorsLeft
@@ -72,6 +73,9 @@ def print_fit(record: Mapping[str, Any]) -> None:
     change = change_text(record["heldout_change_percent"], record["heldout_change_percent_stderr"])
     kept = f"of step {record['kept_step']} of {record['steps']}"
     print(f"fit: the Θ {kept} changes perplexity by {change} on the part of the text that was kept back")
+    if divergence := record["heldout_divergence"]:
+        kl, same = divergence_cells(divergence)
+        print(f"     KL divergence from the model without Θ {kl}; the same token is likeliest for {same} % of the text")
     if not record["finished"]:
         print("the fit was interrupted: this is the best Θ so far, and the same command with --resume goes on")
 

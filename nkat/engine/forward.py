@@ -14,6 +14,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 
 from nkat.engine.expert_rows import ExpertRows
+from nkat.engine.tree import TokenTree
 from nkat.errors import NKATError
 from nkat.gguf.formats import packed_nbytes
 from nkat.kernels.cpu.batch import make_scratch
@@ -35,6 +36,7 @@ from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import CpuLinear, Panels, StarStep, token_state
 from nkat.kernels.cpu.matmul import Rounding, embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
+from nkat.kernels.cpu.tree import tree_attention_kernel
 from nkat.lm.activation import kernel_clamp
 from nkat.lm.architectures import FUSED_QKV, QK_NORMS, STACKS
 from nkat.lm.attention import query_scales
@@ -107,6 +109,7 @@ class ForwardPass:
     linear, experts: what multiplies for a layer, and for the experts of a name
     reach: tokens that a sequence may come to
     length: tokens of one sequence, of which the capacity may hold several
+    tree: the tokens are a tree of sequences, which `use_tree` tells of
     """
 
     def __init__(
@@ -120,10 +123,11 @@ class ForwardPass:
         tokens: int,
         reach: int,
         length: int = 1 << 40,
+        tree: bool = False,
     ) -> None:
         config = model.config
         self.model, self.linear, self.experts = model, linear, experts
-        self.threads, self.cache, self.tokens, self.reach = threads, cache, tokens, reach
+        self.threads, self.cache, self.tokens, self.reach, self.tree = threads, cache, tokens, reach, tree
         self.capacity = -(-capacity // tokens) * tokens
         self.state = token_state(0)
         self.state[2] = length
@@ -175,6 +179,13 @@ class ForwardPass:
             rope[12], rope[13], rope[14] = keys, values, cache.head_bytes(block.index)
             attention[2], attention[3], attention[4] = keys, values, cache.head_bytes(block.index)
             attention[7], attention[8], attention[9] = scores.ctypes.data, self.rows * score_bytes, score_bytes
+
+    def use_tree(self, tree: TokenTree) -> None:
+        """Tells the steps where the tokens of the next pass belong."""
+        self.token_tree = tree  # the steps know its arrays by their addresses
+        for rope, attention in zip(self.ropes, self.attentions, strict=True):
+            rope[17] = tree.places.ctypes.data
+            attention[11], attention[14] = tree.tiles.ctypes.data, tree.blocks.ctypes.data
 
     def _rows(self, columns: int) -> np.ndarray:
         return aligned((self.capacity, columns), np.float32)
@@ -318,21 +329,22 @@ class ForwardPass:
         q_norm, k_norm = (_numpy(norms[name]) if heads.norm and name in norms else 0 for name in QK_NORMS)
         later = 0  # `use_cache` puts it in
         rope = program.add(
-            rope_kernel(heads),
+            rope_kernel(heads, self.tree),
             (
                 *(q, k, v, q.strides[0], k.strides[0], v.strides[0], later, later, q_norm, k_norm, self.epsilon),
-                *(later, later, later, later, state, self.ones),
+                *(later, later, later, later, state, self.ones, later),
             ),
         )
         self.ropes.append(rope)
         program.barrier()
         window = config.sliding_window if block.local else 1 << 40
+        attend = tree_attention_kernel if self.tree else attention_kernel
         attention = program.add(
-            attention_kernel(heads, self.rows),
+            attend(heads, self.rows),
             (
                 *(q, q.strides[0], later, later, later),
                 *(self.mixed, self.mixed.strides[0], later, later, later),
-                *(window, state, self.attention_cap, 0 if block.sinks is None else _numpy(block.sinks)),
+                *(window, state, self.attention_cap, 0 if block.sinks is None else _numpy(block.sinks), later),
             ),
         )
         self.attentions.append(attention)

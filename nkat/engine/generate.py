@@ -21,10 +21,13 @@ import torch
 from nkat.engine.decoder import Decoder
 from nkat.errors import NKATError
 from nkat.host.console import bar
-from nkat.host.interrupts import interrupt_after
+from nkat.host.interrupts import Terminated, interrupt_after
 from nkat.lm.tokenizer import Tokenizer
 
 PREFILL_PIECE = 512  # tokens of the prompt in one forward pass: bounds its memory and moves the progress bar
+
+# "context": the decoder holds no more; "terminated": by SIGTERM or a terminal that is gone, after which nothing goes on
+Stopped = Literal["end of generation", "length", "context", "interrupted", "terminated"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class Sampler:
     """Draws tokens; the same seed and the same logits give the same tokens."""
 
     def __init__(self, sampling: Sampling, seed: int) -> None:
-        self.sampling = sampling
+        self.sampling, self.seed = sampling, seed
         self._random = random.Random(seed)
 
     def candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,20 +109,22 @@ class Generation:
     tokens: without the one that ended it; stopped: what did
     prefill_seconds: for the prompt; decode_seconds: from the first token's logits on, sampling and printing included
     steps: decode steps in decode_seconds
+    reused: tokens of the prompt that were in the cache already (`nkat.engine.session`)
     """
 
     prompt_tokens: int
     tokens: list[int]
     text: str
-    stopped: Literal["end of generation", "length", "interrupted"]
+    stopped: Stopped
     prefill_seconds: float
     decode_seconds: float
     steps: int
+    reused: int = 0
 
     @property
     def prompt_speed(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Tokens of the prompt that were computed, per second."""
+        return (self.prompt_tokens - self.reused) / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def speed(self) -> float:
@@ -136,9 +141,10 @@ def generate(
     max_tokens: int,
     on_text: Callable[[str], object],
 ) -> Generation:
-    """Continues `prompt` until a token that ends generation, `max_tokens`, or Ctrl-C, which is no error here.
+    """Continues `prompt` until a token that ends generation, `max_tokens`, a full decoder, or Ctrl-C, which is no error
+    here.
 
-    decoder: empty, with room for the prompt and `max_tokens`
+    decoder: empty, or holding what comes before the prompt (`nkat.engine.session`)
     on_text: gets each new piece of text as soon as its characters are complete
     """
     if not prompt:
@@ -149,7 +155,7 @@ def generate(
     tokens: list[int] = []
     pieces: list[str] = []
     steps = 0
-    stopped: Literal["end of generation", "length", "interrupted"] = "length"
+    stopped: Stopped = "length"
 
     def emit(piece: str) -> None:
         if piece:
@@ -160,7 +166,7 @@ def generate(
     started = perf_counter()
     prefilled = None
     try:
-        logits = _prefill(decoder, prompt)
+        logits = prefill(decoder, prompt)
         prefilled = perf_counter()
         while True:
             token = sampler.pick(logits)
@@ -171,10 +177,13 @@ def generate(
             emit(characters.decode(tokenizer.decode_bytes([token])))
             if len(tokens) == max_tokens:
                 break
+            if decoder.length + 1 >= decoder.capacity:  # this token is the last that a model made for so many sees
+                stopped = "context"
+                break
             logits = decoder.step(token)
             steps += 1
-    except KeyboardInterrupt:
-        stopped = "interrupted"
+    except KeyboardInterrupt as request:
+        stopped = "terminated" if isinstance(request, Terminated) else "interrupted"
     finished = perf_counter()
     emit(characters.decode(b"", final=True))
     if prefilled is None:
@@ -182,9 +191,9 @@ def generate(
     return Generation(len(prompt), tokens, "".join(pieces), stopped, prefilled - started, finished - prefilled, steps)
 
 
-def _prefill(decoder: Decoder, prompt: Sequence[int]) -> torch.Tensor:
-    """The prompt, a piece at a time; logits after its last token."""
-    with bar(len(prompt), "prompt", "token") as progress:
+def prefill(decoder: Decoder, prompt: Sequence[int], what: str = "prompt") -> torch.Tensor:
+    """The prompt, a piece at a time; logits after its last token, float32 [V]. what: for the progress bar"""
+    with bar(len(prompt), what, "token") as progress:
         for start in range(0, len(prompt), PREFILL_PIECE):
             piece = prompt[start : start + PREFILL_PIECE]
             logits = decoder.prefill(piece)

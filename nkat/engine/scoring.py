@@ -32,16 +32,22 @@ class Scorer(Protocol):
         """The same without Θ, then with it, [2, B, ...]: bit by bit what `score` gives for each."""
         ...
 
+    def score_from(self, tokens: torch.Tensor, first: int, arms: int) -> torch.Tensor:
+        """Sequences of up to as many tokens as there is room for, int64 [B, T] → −ln p of all behind number `first`:
+        float64 [arms, B, T − 1 − first]. arms: 1, the model as it is; 2, without Θ, then with it
+        """
+        ...
 
-def make_scorer(model: Transformer, batch: int, context: int) -> Scorer:
+
+def make_scorer(model: Transformer, batch: int, context: int, *, every: bool = False) -> Scorer:
     """The fastest scorer of up to `batch` sequences of `context` tokens together, for this model as it was loaded.
 
-    A sequence is a chunk in one arm.
+    A sequence is a chunk in one arm. every: there is room to score every token, and not the last half alone
     """
-    if _has_kernels(model):
+    if has_kernels(model):
         from nkat.engine.compiled_scorer import CompiledScorer  # LLVM is loaded only where it is used
 
-        return CompiledScorer(model, batch, context, torch.get_num_threads())
+        return CompiledScorer(model, batch, context, torch.get_num_threads(), every=every)
     return EagerScorer(model)
 
 
@@ -68,7 +74,7 @@ class KeptScorer:
         return self._made[1]
 
 
-def _has_kernels(model: Transformer) -> bool:
+def has_kernels(model: Transformer) -> bool:
     """Whether the compiled CPU program computes what this model's own forward pass does.
 
     Not where a layer is trained just now, computes in another precision than float32, or has a type without a kernel.
@@ -96,17 +102,22 @@ class EagerScorer:
     def __init__(self, model: Transformer) -> None:
         self.model = model
 
-    @torch.inference_mode()
     def score(self, chunks: torch.Tensor) -> torch.Tensor:
-        first = chunks.shape[1] // 2
-        chunks = chunks.to(self.model.device)
-        hidden = self.model.hidden(chunks)[:, first:-1]
-        targets = chunks[:, first + 1 :]
-        return self.model.nll(hidden.flatten(0, 1), targets.flatten()).view(targets.shape).double().cpu()
+        return self.score_from(chunks, chunks.shape[1] // 2, 1)[0]
 
     def score_arms(self, chunks: torch.Tensor) -> torch.Tensor:
+        return self.score_from(chunks, chunks.shape[1] // 2, 2)
+
+    def score_from(self, tokens: torch.Tensor, first: int, arms: int) -> torch.Tensor:
         gamma = self.model.gamma
-        self.model.set_gamma(None)
-        without = self.score(chunks)
-        self.model.set_gamma(gamma)
-        return torch.stack((without, self.score(chunks)))
+        found = []
+        for strength in (None, gamma)[-arms:]:
+            self.model.set_gamma(strength)
+            found.append(self._score(tokens.to(self.model.device), first))
+        return torch.stack(found)
+
+    @torch.inference_mode()
+    def _score(self, tokens: torch.Tensor, first: int) -> torch.Tensor:
+        hidden = self.model.hidden(tokens)[:, first:-1]
+        targets = tokens[:, first + 1 :]
+        return self.model.nll(hidden.flatten(0, 1), targets.flatten()).view(targets.shape).double().cpu()

@@ -210,12 +210,14 @@ class ShowVersion(argparse.Action):
         parser.exit()
 
 
-def parser(description: str, examples: str, parents: Sequence[argparse.ArgumentParser] = ()) -> Parser:
-    """A parser with `--version`, whose help ends with commands to copy."""
+def parser(
+    description: str, examples: str, parents: Sequence[argparse.ArgumentParser] = (), ending: str = EXIT_STATUS
+) -> Parser:
+    """A parser with `--version`, whose help ends with commands to copy, and how the command ends."""
     made = Parser(
         parents=list(parents),
         description=description,
-        epilog=f"examples:\n{_as_called(examples).rstrip()}\n\n{EXIT_STATUS}",
+        epilog=f"examples:\n{_as_called(examples).rstrip()}\n\n{ending}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -17,6 +17,7 @@ TOOLS = {
     "engine": ("nkat-engine", "nkat_inference_engine.py"),
     "optimize": ("nkat-optimize", "nkat_auto_optimizer.py"),
     "kobold": ("nkat-kobold", "backend_selector.py"),
+    "serve": ("nkat-serve", "nkat_server.py"),
     "setup": ("nkat-setup", "setup_nkat_kobold_integration.py"),
     "models": ("nkat-models", "nkat.models"),
     "vit download": ("nkat-vit-download", "nkat_vit.download"),

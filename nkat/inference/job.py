@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -19,13 +18,15 @@ from nkat.engine.decoder import Decoder, make_decoder
 from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.errors import NKATError
 from nkat.host import console, hardware
-from nkat.host.console import counted, format_table, note
+from nkat.host.console import counted, note
 from nkat.host.files import check_apart, check_output, output_folder
 from nkat.host.memory import memory
 from nkat.host.record import check_record, recorded, write_json
 from nkat.host.start import INTERRUPTED
 from nkat.host.tools import suggest
-from nkat.inference.options import TAKEN_BY, USUAL_LENGTHS, EngineOptions, parse_arguments
+from nkat.inference import judging
+from nkat.inference.judging import base_passages, check_judging
+from nkat.inference.options import TAKEN_BY, TASKS, USUAL_LENGTHS, EngineOptions, parse_arguments
 from nkat.inference.plots import plot_comparison
 from nkat.inference.tables import (
     Comparison,
@@ -39,12 +40,15 @@ from nkat.lm.chat import chat_messages, encode_chat, render_chat
 from nkat.lm.config import ModelConfig
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
+from nkat.measure.base_file import open_base_file
+from nkat.measure.compare import Base, check_base
 from nkat.measure.judge import Judge, note_missing_chunks
 from nkat.measure.layer_speed import bench_gemm, copy_speed, gemm_table
-from nkat.measure.perplexity import PairedChange, paired
+from nkat.measure.perplexity import paired
 from nkat.measure.provenance import file_hash, provenance
 from nkat.measure.speed import Arms, bench_decode, bench_prefill
 from nkat.measure.startup import fresh_startup
+from nkat.measure.tasks import READERS
 from nkat.measure.texts import Text, load_text
 from nkat.measure.tpe import byte_ratio
 from nkat.theta.modelfile import ModelFile
@@ -52,6 +56,7 @@ from nkat.theta.options import theta_words
 from nkat.theta.set import ThetaSet, check_judging_text
 
 Record = dict[str, Any]
+JUDGING = ("perplexity", *TASKS)  # exact where nothing else is asked for, and no copy of the weights is worth its time
 # What a command leaves in its folder.
 LEAVES = {"benchmark": ("benchmark.json",), "compare": ("comparison.json", "comparison.png")}
 
@@ -70,6 +75,11 @@ class Job:
     request: Request
     model_file: ModelFile
     theta: ThetaSet | None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether a text of its own is measured on, and not a base file's."""
+        return self.options.command in TAKEN_BY["text"] and self.options.kl_base is None
 
     @cached_property
     def text(self) -> Text:
@@ -131,9 +141,15 @@ class Job:
         options = self.options
         if options.context is not None:
             self.config.check_length(options.context, "--context", bool(options.beyond_context))
-        judge = Judge.open(loaded, self.text, options.chunks, context=options.context, batch=options.batch)
+        judge = Judge.open(
+            loaded, self.text, options.chunks, context=options.context, batch=options.batch, diverging=True
+        )
         note_missing_chunks(judge.passages, options.chunks)
         return judge
+
+    def label(self, loaded: LoadedModel) -> str:
+        """Of the arm with Θ, for people."""
+        return "" if self.theta is None else f"with Θ (rank {self.theta.rank}, gamma {loaded.gamma:g})"
 
 
 def main() -> None:
@@ -155,10 +171,13 @@ class Result:
 
 
 def run(options: EngineOptions) -> None:
-    check_record(options.json, options.force, [options.model, *(file.path for file in options.thetas), options.text])
+    thetas = [file.path for file in options.thetas]
+    inputs = [options.model, *thetas, options.text, options.reference, options.kl_base, options.task_file]
+    check_record(options.json, options.force, inputs)
+    check_judging(options)
     count = hardware.set_threads(options.threads)
     device = hardware.pick_device(allow_cuda=not options.no_cuda)
-    fast = device.type == "cpu" and options.command != "perplexity"
+    fast = device.type == "cpu" and options.command not in JUDGING
     activations = options.activations or ("int8" if fast else "float")
     # what the kernels compute in; a perplexity on the processor needs no copy of the weights in their layout
     kernel_dtypes = ("bfloat16", "float16") if device.type == "cuda" else ("float32",)
@@ -180,7 +199,7 @@ def run(options: EngineOptions) -> None:
     if theta is not None and options.theta_gamma == 1.0:
         note("warning: --theta-gamma 1 couples Θ with strength 0: it has no effect in this run")
     job = Job(options, device, count, activations, request, model_file, theta)
-    if options.command in TAKEN_BY["text"]:
+    if job.has_text:
         job.check_text()
     if options.command in TAKEN_BY["seq_len"]:
         _ = job.lengths  # what cannot be run is known before time is spent
@@ -188,6 +207,7 @@ def run(options: EngineOptions) -> None:
         "benchmark": benchmark,
         "compare": compare,
         "perplexity": measure_perplexity,
+        **dict.fromkeys(TASKS, measure_tasks),
         "generate": generate_text,
         "gemm": gemm,
     }
@@ -384,7 +404,7 @@ def gemm(job: Job) -> Result:
 def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) -> Record:
     """Under which conditions this run's figures hold; the model's hash only where somebody will read it."""
     options = job.options
-    text = job.text if options.command in TAKEN_BY["text"] else None
+    text = job.text if job.has_text else None
     record = provenance(options.model, loaded, theta=job.theta, theta_files=options.thetas, text=text, decoder=decoder)
     if options.command in TAKEN_BY["seq_len"]:
         record["seq_len"], record["iterations"] = job.lengths
@@ -396,46 +416,36 @@ def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) ->
 
 
 def measure_perplexity(job: Job) -> Result:
-    """Scores the same chunks without Θ and, where there is one, with it."""
-    options, theta = job.options, job.theta
+    """Scores the same chunks without Θ and, where there is one, with it; beside another base where one is given."""
+    options = job.options
+    base_file = None if options.kl_base is None else open_base_file(options.kl_base)
     loaded = job.load()
-    judge = job.judge(loaded)
-    started = perf_counter()
-    score = None if theta is None else judge.score(theta, loaded.gamma)
-    base = judge.without()  # scored beside the other arm
-    record = {
-        **conditions(job, loaded),
-        "seconds": perf_counter() - started,
-        "chunks": base.chunks,
-        "context": base.context,
-        "scored_tokens": base.tokens,
-        "baseline_perplexity": base.ppl,
-        "baseline_perplexity_stderr": base.stderr,
-        "baseline_tpe": judge.base().tpe,
-    }
-    rows = [["without Θ", str(base), "", f"{judge.base().tpe:.6f}"]]
-    verdict = ""
-    if theta is not None and score is not None:
-        change = score.change
-        record |= {
-            "nkat_perplexity": score.perplexity.ppl,
-            "nkat_perplexity_stderr": score.perplexity.stderr,
-            "perplexity_change_percent": change.percent,
-            "perplexity_change_stderr": change.percent_stderr,
-            "byte_ratio": score.byte_ratio,
-            "nkat_tpe": score.tpe,
-        }
-        label = f"with Θ (rank {theta.rank}, gamma {loaded.gamma:g})"
-        rows.append([label, str(score.perplexity), str(change), f"{score.tpe:.6f}"])
-        verdict = f"\n\n{what_it_says(change)}"
-    what = f"{counted(base.chunks, 'chunk')} of {base.context} tokens, {base.tokens} scored"
-    table = format_table(rows, ["", "perplexity", "change", "TPE"])
-    return Result(record, f"\n{options.model} on {job.text.name}: {what}\n\n{table}{verdict}")
+    base: Base | None = base_file
+    if options.reference is not None:
+        request = replace(job.request, model=options.reference, thetas=(), gamma=None, with_theta=False)
+        base = request.load(request.open()[0], None)
+    if base is not None:
+        check_base(loaded, base)
+    if base_file is None:
+        judge = job.judge(loaded)
+    else:
+        note(f"note: {base_file.path} does not say of what text it is: whether Θ was made from that cannot be told")
+        judge = Judge(loaded, base_passages(base_file, loaded, options.chunks), batch=options.batch)
+    record, text = judging.measure_perplexity(judge, job.theta, base, job.label(loaded))
+    if options.save_kl_base is not None:
+        judging.write_base(options, judge, base)
+        text += f"\n\nwrote {options.save_kl_base}"
+    what = f"{counted(record['chunks'], 'chunk')} of {record['context']} tokens, {record['scored_tokens']} scored"
+    record = {**conditions(job, loaded), **record, "kl_base": options.kl_base and str(options.kl_base)}
+    return Result(record, f"\n{options.model} on {judge.passages.name}: {what}\n\n{text}")
 
 
-def what_it_says(change: PairedChange) -> str:
-    """What the paired difference says, at two standard errors."""
-    if not change.clear:
-        return "Θ makes no difference that this text can show (within two standard errors)."
-    better = change.percent < 0
-    return f"Θ makes this model {'better' if better else 'worse'} on this text (beyond two standard errors)."
+def measure_tasks(job: Job) -> Result:
+    """The score on HellaSwag, Winogrande or other multiple-choice tasks, without Θ and with it."""
+    options = job.options
+    assert options.task_file is not None
+    tasks = READERS[options.command](options.task_file, options.tasks)
+    loaded = job.load()
+    record, text = judging.measure_tasks(options, loaded, tasks, job.label(loaded))
+    record = {**conditions(job, loaded), **record}
+    return Result(record, f"\n{options.model} on {options.task_file.name}: {text}")

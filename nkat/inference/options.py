@@ -21,13 +21,16 @@ EXAMPLES = """\
   python nkat_inference_engine.py --model model.nkat --perplexity --text wiki.test.raw --chunks 40
   python nkat_inference_engine.py --model model.gguf --theta theta_rank4.bin --perplexity --json result.json
   python nkat_inference_engine.py --model model.gguf --theta style.bin --theta-scaled facts.bin:0.5 --perplexity
+  python nkat_inference_engine.py --model model-Q4_K_M.gguf --perplexity --reference model-F16.gguf
+  python nkat_inference_engine.py --model model.nkat --hellaswag hellaswag_val_full.txt --tasks 400
   python nkat_inference_engine.py --model model.nkat --generate "Once upon a time" --max-tokens 100 --seed 1
   python nkat_inference_engine.py --model model.nkat --generate "Name three rivers." --chat --temperature 0
   python nkat_inference_engine.py --model model.nkat --gemm
 """
 
 
-COMMANDS = ("benchmark", "compare", "perplexity", "generate", "gemm")
+TASKS = ("hellaswag", "winogrande", "multiple_choice")
+COMMANDS = ("benchmark", "compare", "perplexity", *TASKS, "generate", "gemm")
 
 
 # Flags that only some commands take, and what they default to there.
@@ -36,10 +39,14 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "seq_len": dict.fromkeys(("benchmark", "compare")),
     "iterations": dict.fromkeys(("benchmark", "compare")),
     "context": {"perplexity": None},
-    "beyond_context": dict.fromkeys(("benchmark", "compare", "perplexity", "generate"), False),
+    "beyond_context": dict.fromkeys(("benchmark", "compare", "perplexity", *TASKS, "generate"), False),
     "repetitions": {"benchmark": 6, "compare": 6, "gemm": 20},
     "chunks": {"compare": 4, "perplexity": 16},
-    "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH),
+    "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH) | dict.fromkeys(TASKS, 4 * DEFAULT_BATCH),
+    "reference": {"perplexity": None},
+    "kl_base": {"perplexity": None},
+    "save_kl_base": {"perplexity": None},
+    "tasks": dict.fromkeys(TASKS, 0) | {"hellaswag": 400},
     "output_dir": dict.fromkeys(("benchmark", "compare")),
     "max_tokens": {"generate": 256},
     "temperature": {"generate": Sampling().temperature},
@@ -50,8 +57,12 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "chat": {"generate": False},
     "system": {"generate": None},
 }
-_OPTIONAL = ("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "seed", "chat", "system")
+_OPTIONAL = (
+    *("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "seed", "chat", "system"),
+    *("reference", "kl_base", "save_kl_base"),
+)
 _NUMBERS = TAKEN_BY.keys() - set(_OPTIONAL)
+_ALL = 1 << 31  # chunks that no base file has
 USUAL_LENGTHS = 512, 100  # of --seq-len and --iterations, where the model was made for as many
 
 
@@ -60,6 +71,7 @@ class EngineOptions:
     """What is asked of the engine: `command`, one of COMMANDS, and the flags of their names.
 
     generate: the prompt, "" for another command. Numbers that the command does not take are 0.
+    task_file: of a command in TASKS;  tasks: at most so many, 0: all
     seq_len, iterations, context: None where the user named none
     """
 
@@ -76,6 +88,11 @@ class EngineOptions:
     context: int | None
     beyond_context: bool | None
     batch: int
+    reference: Path | None
+    kl_base: Path | None
+    save_kl_base: Path | None
+    task_file: Path | None
+    tasks: int
     max_tokens: int
     temperature: float
     top_k: int
@@ -96,6 +113,9 @@ class EngineOptions:
 CONFLICTS: tuple[tuple[Callable[[EngineOptions], object], str], ...] = (
     (lambda o: o.command == "perplexity" and o.chunks == 0, "--perplexity needs at least one chunk"),
     (lambda o: o.system is not None and not o.chat, "--system goes with --chat"),
+    (lambda o: o.kl_base and o.reference, "--kl-base and --reference are both what is compared with; give one"),
+    (lambda o: o.kl_base and (o.text or o.context), "--kl-base has its own text and context"),
+    (lambda o: o.kl_base and o.save_kl_base, "--save-kl-base writes what --kl-base would read; give one"),
 )
 
 
@@ -114,7 +134,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
     what = parser.add_argument_group("what to do, one of")
     what.add_argument("--benchmark", action="store_true", help="speed of prefill and decoding, and what Θ costs")
     what.add_argument("--compare", action="store_true", help="without Θ against with Θ: speed, memory, perplexity, TPE")
-    what.add_argument("--perplexity", action="store_true", help="perplexity without and with Θ, on the same chunks")
+    what.add_argument(
+        "--perplexity",
+        action="store_true",
+        help="perplexity without and with Θ on the same chunks, and how far Θ takes the predictions (KL divergence)",
+    )
+    what.add_argument("--hellaswag", type=Path, metavar="FILE", help="score on tasks in llama-perplexity's text form")
+    what.add_argument("--winogrande", type=Path, metavar="FILE", help="the same, of its .csv")
+    what.add_argument("--multiple-choice", type=Path, metavar="FILE", help="the same, of its .bin (ARC, MMLU, ...)")
     what.add_argument(
         "--generate", type=commandline.any_text, metavar="PROMPT", help="continue a text, streaming; Ctrl-C stops"
     )
@@ -128,7 +155,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "--chunks",
         type=commandline.non_negative_int,
         metavar="N",
-        help="chunks for perplexity, at most (default 16; --compare 4, and 0 leaves perplexity out)",
+        help="chunks for perplexity, at most (default 16, of --kl-base all; --compare 4, and 0 leaves perplexity out)",
     )
     measure(
         "--context", type=commandline.positive_int, metavar="N", help="tokens of a chunk of --perplexity (default 512)"
@@ -139,7 +166,38 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         default=None,
         help="run more tokens than the model was made for; otherwise they are refused",
     )
-    measure("--batch", type=commandline.positive_int, metavar="N", help="chunks in one forward pass (default 4)")
+    measure(
+        "--batch",
+        type=commandline.positive_int,
+        metavar="N",
+        help="chunks in one forward pass (default 4); of tasks, texts (default 16)",
+    )
+    measure(
+        "--reference",
+        type=Path,
+        metavar="FILE",
+        help="a model with the same vocabulary (its Θ left out) that --perplexity measures the divergence from",
+    )
+    measure(
+        "--kl-base",
+        "--kl-divergence-base",
+        type=Path,
+        metavar="FILE",
+        help="the same by what llama-perplexity or --save-kl-base wrote, on its text (default: all chunks)",
+    )
+    measure(
+        "--save-kl-base",
+        "--save-all-logits",
+        type=Path,
+        metavar="FILE",
+        help="write what the divergence is measured from (the model without Θ, or --reference) in that form",
+    )
+    measure(
+        "--tasks",
+        type=commandline.non_negative_int,
+        metavar="N",
+        help="at most so many, the same that llama-perplexity takes (default: HellaSwag 400, else all; 0 all)",
+    )
     text = parser.add_argument_group("generating").add_argument
     text("--max-tokens", type=commandline.positive_int, metavar="N", help="at most so many (default 256)")
     text("--temperature", type=float, metavar="T", help="0 takes the best token each time (default 0.8)")
@@ -181,7 +239,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
     chosen = [name for name in COMMANDS if getattr(parsed, name) not in (None, False)]
     if len(chosen) != 1:
         problem = "say what to do, one of" if not chosen else "one thing at a time, give only one of"
-        parser.error(f"{problem} {', '.join(f'--{name}' for name in COMMANDS)}")
+        parser.error(f"{problem} {', '.join(_flag(name) for name in COMMANDS)}")
     command = chosen[0]
     values = {}
     for name, defaults in TAKEN_BY.items():
@@ -189,7 +247,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         if values[name] is None:
             values[name] = defaults.get(command, 0 if name in _NUMBERS else None)
         elif command not in defaults:
-            parser.error(f"--{name.replace('_', '-')} has no meaning with --{command}")
-    options = commandline.taken(EngineOptions, parsed, command=command, generate=parsed.generate or "", **values)
+            parser.error(f"{_flag(name)} has no meaning with {_flag(command)}")
+    if parsed.kl_base is not None and parsed.chunks is None:
+        values["chunks"] = _ALL
+    task_file = getattr(parsed, command) if command in TASKS else None
+    values |= {"generate": parsed.generate or "", "task_file": task_file}
+    options = commandline.taken(EngineOptions, parsed, command=command, **values)
     commandline.check_conflicts(parser, options, CONFLICTS)
     return options
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nkat.host.console import format_bytes, format_table
+from nkat.measure.divergence import divergence_cells
 from nkat.measure.judge import Score
 from nkat.measure.perplexity import PairedChange, Perplexity, change_text, perplexity_text
 from nkat.measure.speed import Arms, Timings
@@ -69,6 +70,7 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
     assert decode.overhead
     change = None if quality is None else quality.with_theta.change
     rounding = None if quality is None else quality.rounding
+    divergence = None if quality is None else quality.with_theta.divergence
     return {
         "nkat_tokens_per_second": decode.as_asked.tokens_per_second,
         "baseline_tokens_per_second": decode.without.tokens_per_second,
@@ -90,6 +92,7 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
             result.byte_ratio,
         ),
         "byte_ratio": result.byte_ratio,
+        "divergence": divergence and divergence.record(),
         "rounding_perplexity_change": None if rounding is None else rounding.percent,
         "rounding_perplexity_change_stderr": None if rounding is None else rounding.percent_stderr,
     }
@@ -140,6 +143,12 @@ def comparison_text(record: Mapping[str, Any]) -> str:
         rows += [
             ["perplexity", *figures, change_text(change, error)],
             ["TPE", *[f"{arm['tpe']:.6f}" for arm in arms], f"{100 * (nkat['tpe'] / base['tpe'] - 1):+.2f} %"],
+        ]
+    if divergence := record["divergence"]:
+        kl, same = divergence_cells(divergence)
+        rows += [
+            ["KL divergence", "", kl, f"99 %: {divergence['kl']['quantiles']['99']:.5f}"],
+            ["same top token, %", "", same, ""],
         ]
     text = format_table(rows, ["", "without Θ", "with Θ", "change"])
     if record["rounding_perplexity_change"] is not None:

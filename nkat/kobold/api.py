@@ -1,14 +1,17 @@
-"""KoboldCpp over HTTP: ports, URLs, one request."""
+"""A server over HTTP: ports, URLs, one request."""
 
 from __future__ import annotations
 
 import errno
 import http.client
+import json
 import os
 import socket
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host.record import parse_json
@@ -18,7 +21,7 @@ _MOST_BYTES = 1 << 20  # of an answer; another program at that port may never en
 
 
 def base_url(host: str, port: int, secure: bool = False) -> str:
-    """Where to reach a KoboldCpp that listens on `host`, from this machine."""
+    """Where to reach a server that listens on `host`, from this machine."""
     name = "127.0.0.1" if host in _EVERYWHERE else host
     return f"http{'s' if secure else ''}://{f'[{name}]' if ':' in name else name}:{port}"
 
@@ -28,9 +31,10 @@ def is_private(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises NKATError when KoboldCpp could not listen there: why, and which port is free.
+def check_port(host: str, port: int, known: Mapping[str, Callable[[str], str | None]]) -> None:
+    """Raises NKATError when a server could not listen there: why, who does, and which port is free.
 
+    known: programs by name, with what asks a URL for its model
     By connecting and by binding: KoboldCpp itself asks for an address that is in use (SO_REUSEADDR), which Windows
     grants.
     """
@@ -43,21 +47,33 @@ def check_port(host: str, port: int) -> None:
         raise NKATError(f"cannot listen at port {port} of --host {host}: {refused.strerror or refused}")
     if not busy:
         return
-    model = model_name(base_url(host, port))
-    who = f"a KoboldCpp with {model}" if model else "another program"
+    url = base_url(host, port)
+    told = ((title, model) for title, name_of in known.items() if (model := name_of(url)))
+    who = next((f"a {title} with {model}" for title, model in told), "another program")
     free = next((p for p in range(port + 1, min(port + 50, 65536)) if _refusal(host, p) is None), None)
     hint = f"; port {free} is free: --port {free}" if free else ""
     raise NKATError(f"port {port} at {name} is in use by {who}{hint}")
 
 
-def model_name(url: str) -> str | None:
-    """What `/api/v1/model` answers, or None when nothing that speaks KoboldCpp's API does."""
+def get_json(url: str, seconds: float = 2) -> Any:
+    """What a URL answers, or None when it answers no JSON, or with an error."""
     try:
-        with _opener(url).open(f"{url}/api/v1/model", timeout=2) as answer:
-            found = parse_json(answer.read(_MOST_BYTES))
+        with _opener(url).open(url, timeout=seconds) as answer:
+            return parse_json(answer.read(_MOST_BYTES))
     except (OSError, ValueError, http.client.HTTPException):  # not there yet, or something else
         return None
-    return str(found["result"]) if isinstance(found, dict) and "result" in found else None
+
+
+def post_json(url: str, body: Mapping[str, Any], seconds: float) -> Any:
+    """What a URL answers to a JSON request. Raises NKATError when it does not."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with _opener(url).open(request, timeout=seconds) as answer:
+            return parse_json(answer.read(_MOST_BYTES))
+    except urllib.error.HTTPError as error:
+        raise NKATError(f"{url}: status {error.code}, {error.read(300).decode(errors='replace')!r}") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise NKATError(f"{url}: no answer: {error}") from None
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:

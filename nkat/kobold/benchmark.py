@@ -1,25 +1,18 @@
-"""KoboldCpp's own benchmark, run and read.
+"""Speeds of a program that serves a model, as it measures them itself, and which split is the fastest.
 
-It processes a full context of tokens but for the last hundred, generates those, prints both speeds and ends. One run of
-it is one measurement: differences of a few per cent are noise.
+A benchmark processes a full context of tokens but for the last hundred and generates those. One run of it is one
+measurement: differences of a few per cent are noise.
 """
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.kobold.choose import Choice
-from nkat.kobold.process import Loaded, running
 
-_VALUE = re.compile(r"^(ProcessingSpeed|GenerationSpeed|TotalTime|MaxCtx|GenAmount): ([\d.]+)")
-_END = "Server was not started"
-_POLL_SECONDS = 0.25
+GENERATED = 100  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,42 +24,6 @@ class Speed:
     seconds: float
     context: int
     generated: int
-
-
-def read_result(lines: Iterable[str]) -> Speed | None:
-    """The figures KoboldCpp printed, or None when it did not get that far."""
-    found = {match[1]: float(match[2]) for line in lines if (match := _VALUE.match(line))}
-    if len(found) < 5:
-        return None
-    return Speed(
-        processing=found["ProcessingSpeed"],
-        generation=found["GenerationSpeed"],
-        seconds=found["TotalTime"],
-        context=int(found["MaxCtx"]),
-        generated=int(found["GenAmount"]),
-    )
-
-
-def measure_speed(command: Sequence[str], what: str, seconds: float, check: Callable[[Loaded], None]) -> Speed:
-    """Runs the benchmark of this command. Raises NKATError when KoboldCpp fails or loads something else."""
-    started = time.monotonic()
-    with (
-        running([*command, "--benchmark"]) as process,
-        tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar,
-    ):
-        while (status := process.poll()) is None and not any(line.startswith(_END) for line in list(process.lines)):
-            check(process.loaded)
-            if time.monotonic() - started > seconds:
-                raise process.failure(f"{what}: not done within {seconds:.0f} seconds (--timeout allows more)")
-            bar.update(0)
-            time.sleep(_POLL_SECONDS)
-        if process.signalled is not None:
-            raise KeyboardInterrupt
-        check(process.loaded)
-        speed = read_result(process.lines)
-        if speed is None:
-            raise process.failure(f"{what}: KoboldCpp ended with status {status} and gave no figures")
-    return speed
 
 
 def layer_splits(choice: Choice) -> list[Choice]:

@@ -1,13 +1,14 @@
-"""Which backend KoboldCpp should run a model with on this machine, and with which flags.
+"""Which backend a program should run a model with on this machine, and how many layers go onto the GPU.
 
-A backend is usable when three things hold: this KoboldCpp accepts its flag, carries its library, and the machine has
-the device. KoboldCpp itself checks none of them: without the library it takes its default one and says nothing.
+A backend is usable when three things hold: the program accepts its flag, carries its library, and the machine has the
+device. KoboldCpp itself checks none of them: without the library it takes its default one and says nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
@@ -16,10 +17,14 @@ from nkat.host.console import format_bytes
 from nkat.host.hardware import Gpu
 from nkat.host.programs import shell_line
 from nkat.kobold.backends import BACKENDS, Backend, Place
+from nkat.kobold.command import Settings
 from nkat.kobold.files import RunFiles
-from nkat.kobold.find import Kobold
 from nkat.kobold.layers import MARGIN, ModelMemory, layers_that_fit, model_memory
 from nkat.kobold.machine import Machine, free_bytes
+from nkat.kobold.program import Program
+
+_VOCABULARY_SLACK = 128  # tokens at the end that one may have and the other not: llama.cpp's own bound
+_FIRST_COMPARED = 5  # the first few are special ones, which differ harmlessly
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,7 @@ class Choice:
     place: where it stands among those that can run
     lacks: None when usable; "program" when this KoboldCpp cannot, "device" when the machine has not what it takes
     reason: why it is where it is in the order, or what is lacking
+    rank: its number in the order of all, were it to run
     libraries: names of the libraries that count as this backend when KoboldCpp loads them
     old_cpu: those are the ones for an x86 processor without AVX2
     layers: on the GPU, of `all_layers`; None when the model or the GPU's memory is not known
@@ -45,12 +51,7 @@ class Choice:
     layers: int | None = 0
     all_layers: int | None = None
     speed: float | None = None
-
-    @property
-    def rank(self) -> int:
-        """Its number in the order of all, were it to run."""
-        on_gpu = [backend for backend in BACKENDS if backend.on_gpu]
-        return on_gpu.index(self.backend) if self.place is Place.GPU else len(on_gpu) - 1 + self.place
+    rank: int = 0
 
     def record(self) -> dict[str, Any]:
         """For --json."""
@@ -68,23 +69,63 @@ class Choice:
         }
 
 
-def memory_of(files: RunFiles, context: int, kobold: Kobold, extra: Sequence[str]) -> ModelMemory:
-    """What the model with its adapter takes. Raises NKATError for a file that is no language model."""
-    # Old versions have a flag that turns flash attention on, new ones a flag that turns it off.
-    on, off = "--flashattention", "--noflashattention"
-    flash = on in extra if on in kobold.flags else off not in extra
-    with open_gguf(files.model) as file:
-        if "token_embd.weight" not in file.tensors:
-            raise NKATError(f"{files.model}: has no token_embd.weight; it is not a language model")
-        return model_memory(file.metadata, file.tensors, context, files.lora_bytes, flash)
+def memory_of(files: RunFiles, settings: Settings, flash: bool) -> ModelMemory:
+    """What the model takes with its adapters and its draft model. Raises NKATError for one that is no language model.
+
+    flash: it is run with flash attention
+    """
+
+    def read(path: Path, adapters: Mapping[str, int]) -> ModelMemory:
+        with open_gguf(path) as file:
+            if "token_embd.weight" not in file.tensors:
+                raise NKATError(f"{path}: has no token_embd.weight; it is not a language model")
+            cache = (flash, settings.cache_type)
+            return model_memory(file.metadata, file.tensors, settings.context, adapters, *cache)
+
+    memory = read(files.model, files.lora_bytes)
+    return memory if settings.draft is None else replace(memory, draft=read(settings.draft, {}).total)
 
 
-def choices(kobold: Kobold, machine: Machine, memory: ModelMemory | None, layers: int | None = None) -> list[Choice]:
+def check_draft(model: Path, draft: Path) -> None:
+    """Raises NKATError unless a draft model's tokens are the model's: both programs then run without it, or wrongly."""
+    said = []
+    for path in (model, draft):
+        with open_gguf(path) as file:
+            tokens = file.metadata.get("tokenizer.ggml.tokens")
+            said.append((file.metadata.get("tokenizer.ggml.model"), [] if tokens is None else list(tokens)))
+    (kind, tokens), (other_kind, other) = said
+    if not other:  # a head for its own model's guesses has none; the program says whether it fits
+        return
+    count = min(len(tokens), len(other))
+    if kind != other_kind or abs(len(tokens) - len(other)) > _VOCABULARY_SLACK:
+        raise NKATError(
+            f"{draft}: cannot draft for {model}: {len(other)} tokens ({other_kind}), not {len(tokens)} ({kind})"
+        )
+    differing = next((n for n in range(_FIRST_COMPARED, count) if tokens[n] != other[n]), None)
+    if differing is not None:
+        raise NKATError(
+            f"{draft}: cannot draft for {model}: token {differing} is {str(other[differing])!r:.40} there and "
+            f"{str(tokens[differing])!r:.40} here"
+        )
+
+
+def choices(
+    program: Program,
+    machine: Machine,
+    memory: ModelMemory | None,
+    layers: int | None = None,
+    backends: Sequence[Backend] = BACKENDS,
+) -> list[Choice]:
     """All backends, the best one first and what is not usable last.
 
     memory: of the model, None when there is none yet; layers: on the GPU, None: as many as fit
+    backends: of this kind of program
     """
-    found = [_choice_of(backend, kobold, machine, memory, layers) for backend in BACKENDS]
+    on_gpu = [backend for backend in backends if backend.on_gpu]
+    found = [_choice_of(backend, program, machine, memory, layers) for backend in backends]
+    for number, choice in enumerate(found):
+        rank = on_gpu.index(choice.backend) if choice.place is Place.GPU else len(on_gpu) - 1 + choice.place
+        found[number] = replace(choice, rank=rank)
     return sorted(found, key=lambda choice: (choice.lacks is not None, choice.rank))
 
 
@@ -98,25 +139,25 @@ def prefer(found: Sequence[Choice], backend: str, layers: int, speed: float) -> 
     return [*fastest, *(c for c in found if c.backend.name != backend or not fastest)]
 
 
-def advice(choice: Choice, kobold: Kobold) -> str:
+def advice(choice: Choice, program: Program) -> str:
     """What to do when KoboldCpp loaded another library than this backend's."""
     library = choice.libraries[0]
-    if not kobold.is_source:
+    if not program.is_source:
         return f"get a KoboldCpp program that carries {library}, or take another backend (--list shows which there are)"
-    make = f"make -C {shell_line([kobold.path.parent])} koboldcpp_{library} {choice.backend.make_flag}".rstrip()
+    make = f"make -C {shell_line([program.path.parent])} koboldcpp_{library} {choice.backend.make_flag}".rstrip()
     return f"build it with: {make}; or take another backend (--list shows which there are)"
 
 
 def _choice_of(
-    backend: Backend, kobold: Kobold, machine: Machine, memory: ModelMemory | None, layers: int | None
+    backend: Backend, program: Program, machine: Machine, memory: ModelMemory | None, layers: int | None
 ) -> Choice:
     old = machine.old_cpu and backend.old_libraries is not None
-    names = backend.libraries_in(kobold, machine.old_cpu)
+    names = backend.libraries_in(program, machine.old_cpu)
     none = None if backend.on_gpu else 0
-    lacking = backend.lacking_in(kobold, machine.old_cpu)
+    lacking = backend.lacking_in(program, machine.old_cpu)
     if lacking is not None:
         return Choice(backend, backend.place, "program", lacking, names, old, layers=none)
-    device = backend.device_of(kobold, machine)
+    device = backend.device_of(program, machine)
     lacks, reason = (None, device.text) if device.problem is None else ("device", device.problem)
     choice = Choice(backend, backend.place, lacks, reason, names, old, device.gpu, none)
     if not backend.on_gpu:

@@ -8,17 +8,18 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host.console import counted, format_table, note
-from nkat.kobold.benchmark import Speed, layer_splits, measure_speed
+from nkat.kobold.benchmark import Speed, layer_splits
 from nkat.kobold.choose import Choice
-from nkat.kobold.command import Settings, kobold_command, kobold_settings
+from nkat.kobold.command import Settings, command_of
 from nkat.kobold.files import RunFiles
-from nkat.kobold.find import Kobold
 from nkat.kobold.launch import library_check
+from nkat.kobold.program import Program
+from nkat.kobold.runtime import Runtime
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One run of KoboldCpp's benchmark; arm: "with Θ", "without", or "" for a model that has none."""
+    """One run of a program's benchmark; arm: "with Θ", "without", or "" for a model that has none."""
 
     choice: Choice
     arm: str
@@ -31,9 +32,10 @@ class Measured:
 
 
 def measure_choices(
+    runtime: Runtime,
     wanted: Sequence[Choice],
     files: RunFiles,
-    kobold: Kobold,
+    program: Program,
     settings: Settings,
     extra: Sequence[str],
     seconds: float,
@@ -42,14 +44,14 @@ def measure_choices(
 
     seconds: the most that one run may take
     """
-    arms = {"": files} if files.lora is None else {"with Θ": files, "without": replace(files, lora=None)}
+    arms = {"with Θ": files, "without": replace(files, adapters=())} if files.adapters else {"": files}
     measured = []
     for split in [split for choice in wanted for split in layer_splits(choice)]:
         for arm, loaded in arms.items():
-            command = kobold_command(kobold, kobold_settings(kobold, split, loaded, settings), extra)
+            command = command_of(program, runtime.settings_of(program, split, loaded, settings), extra)
             what = f"{_label(split)} {arm}".strip()
             try:
-                speed = measure_speed(command, what, seconds, library_check(split, kobold))
+                speed = runtime.measure(command, settings, what, seconds, library_check(split, program))
             except NKATError as error:
                 note(f"warning: {_label(split)}: {error}")
                 break

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from nkat.host.console import counted, format_bytes, note
+from collections.abc import Sequence
+
+from nkat.host.console import counted, format_bytes, format_table, note
 from nkat.kobold.api import is_private
 from nkat.kobold.choose import Choice
+from nkat.kobold.command import given
 from nkat.kobold.findings import Findings
 from nkat.kobold.layers import ModelMemory, gpu_bytes, layer_table
 from nkat.kobold.machine import Machine, free_bytes
 from nkat.kobold.menu import choice_table
 from nkat.kobold.options import KoboldOptions
+from nkat.kobold.runtime import Served
 
 
 def print_findings(findings: Findings) -> None:
     """KoboldCpp, the machine and the model, a line each, and the table of choices."""
-    kobold, machine = findings.kobold, findings.machine
-    carried = kobold.libraries
-    print(f"KoboldCpp  {kobold.version or 'of unknown version'}, {kobold.path}")
-    print(f"libraries  {'cannot be told' if carried is None else ', '.join(sorted(carried)) or 'none'}")
+    program, machine = findings.program, findings.machine
+    carried = program.libraries
+    print(f"{program.title:<9}  {program.version or 'of unknown version'}, {program.path}")
+    if findings.runtime.watch.library is not None:
+        print(f"libraries  {'cannot be told' if carried is None else ', '.join(sorted(carried)) or 'none'}")
+    else:
+        print(f"devices    {', '.join(gpu.name for gpu in program.devices) or 'the processor only'}")
     for gpu in machine.gpus:
         print(f"GPU        {gpu.name} ({gpu.kind}, by {gpu.source}), {_memory_text(gpu.total, gpu.free)}")
     print(f"memory     {_memory_text(machine.memory, machine.available)}")
     if findings.model is not None:
         files = findings.model.files
         print(f"model      {files.model} ({files.how})")
-        if files.lora is None:
+        if not files.adapters:
             print("Θ          none: this is a plain model")
-        else:
-            size = format_bytes(sum(files.lora_bytes.values()))
-            print(f"Θ          {files.lora} ({size}, rank {files.rank}, gamma {files.gamma:g})")
+        for adapter in files.adapters:
+            size = format_bytes(adapter.path.stat().st_size)
+            print(f"Θ          {adapter.path} ({size}, {adapter.about})")
     print()
     print(choice_table(findings.choices))
     print()
@@ -36,7 +43,9 @@ def print_findings(findings: Findings) -> None:
 
 def print_layers(choice: Choice, memory: ModelMemory, machine: Machine, options: KoboldOptions) -> None:
     """The arithmetic behind the number of layers, and warnings about what will not go well."""
-    if choice.backend.on_gpu and choice.device is not None and choice.layers is not None:
+    if options.autofit and choice.backend.on_gpu:
+        note(f"note: --autofit: {options.runtime.title} itself decides what goes onto the GPU")
+    elif choice.backend.on_gpu and choice.device is not None and choice.layers is not None:
         free = free_bytes(choice.device)
         print(layer_table(memory, choice.layers, choice.device.name, free))
         print()
@@ -47,12 +56,28 @@ def print_layers(choice: Choice, memory: ModelMemory, machine: Machine, options:
             f"warning: the model needs {format_bytes(memory.total)} but only "
             f"{format_bytes(machine.available)} of memory are free"
         )
-    if not choice.backend.on_gpu and options.gpulayers:
-        note(f"note: {choice.backend.name} runs on the processor, so --gpulayers has no meaning")
-    if not is_private(options.host) and not any(word.partition("=")[0] == "--password" for word in options.extra):
+    unused = "--gpulayers" if options.gpulayers else "--autofit" if options.autofit else ""
+    if unused and not choice.backend.on_gpu:
+        note(f"note: {choice.backend.name} runs on the processor, so {unused} has no meaning")
+
+
+def print_served(served: Sequence[Served]) -> None:
+    """The models of a folder, a line each."""
+    rows = []
+    for one in served:
+        theta = "; ".join(adapter.about for adapter in one.files.adapters) or "none"
+        rows.append([one.name, one.choice.backend.name, theta, str(one.files.model)])
+    print(format_table(rows, ["name", "backend", "Θ", "model"]))
+    print()
+
+
+def warn_of_strangers(options: KoboldOptions) -> None:
+    """Says so when others can use the program and nothing keeps them out."""
+    runtime = options.runtime
+    if not is_private(options.host) and not given(options.extra, *runtime.password_flags):
         note(
-            f"warning: --host {options.host or '(empty)'}: everybody in your network can use this KoboldCpp; "
-            "-- --password WORD asks them for a password"
+            f"warning: --host {options.host or '(empty)'}: everybody in your network can use this {runtime.title}; "
+            f"-- {runtime.password_flags[0]} WORD asks them for a password"
         )
 
 

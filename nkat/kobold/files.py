@@ -1,8 +1,9 @@
-"""The two files KoboldCpp runs a Θ from: the base model as `--model`, and Θ as a LoRA adapter.
+"""The files that a Θ is run from: the base model, and Θ as a LoRA adapter.
 
-KoboldCpp refuses a GGUF with tensors it does not know, so a `.nkat` of layout `tensors` cannot be its model: the base
-is found beside it by its hash, named by the user, or extracted. One of layout `appended` is its own base. The adapter
-is written once; it and what is extracted live in the cache folder under a name made from what they depend on.
+Programs made of llama.cpp refuse a GGUF with tensors they do not know, so a `.nkat` of layout `tensors` cannot be their
+model: the base is found beside it by its hash, named by the user, or extracted. One of layout `appended` is its own
+base. The adapter is written once; it and what is extracted live in the cache folder under a name made from what they
+depend on.
 """
 
 from __future__ import annotations
@@ -10,55 +11,107 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFError, GGUFFile
-from nkat.gguf.split import is_later_part
 from nkat.gguf.writer import FileRange, part_size, sha256_of_parts, write_gguf
 from nkat.host.cache import Memo, checked_sha256, own_folder
 from nkat.host.console import bar, format_bytes, note
 from nkat.host.record import parse_json
-from nkat.theta.lora import lora_parts
+from nkat.kobold.neighbours import files_in, readable
+from nkat.theta.lora import combined_lora_parts, lora_parts
 from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, theta_for
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import ThetaSet, check_fits
 
 _ADAPTER_FORM = 1  # to be raised when `lora_parts` writes something else
 _LOADABLE = ("plain", "appended")
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedTheta:
+    """A Θ in a file of its own, and the factor before it."""
+
+    path: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter, and the factor that the program is to put before it; about: what is in it, for people."""
+
+    path: Path
+    weight: float = 1.0
+    about: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What KoboldCpp is to load.
+    """What a program is to load.
 
     asked: what the user named; how: where `model` comes from, in words
-    lora: None when there is no Θ
-    lora_bytes: the adapter's bytes by the weight they belong to
+    adapters: () when there is no Θ
+    lora_bytes: the adapters' bytes by the weight they belong to
+    rank, gamma: of a single Θ
     """
 
     asked: Path
     model: Path
     how: str
-    lora: Path | None
+    adapters: tuple[Adapter, ...]
     lora_bytes: dict[str, int]
     rank: int | None = None
     gamma: float | None = None
 
 
-def prepare_files(model_path: Path, theta_path: Path | None, base_path: Path | None) -> RunFiles:
-    """Finds or makes both files. Raises NKATError when the base is not to be had, or is not the one Θ was made for."""
+def prepare_files(
+    model_path: Path, named: Sequence[WeightedTheta], base_path: Path | None, separate: bool = False
+) -> RunFiles:
+    """Finds or makes what a program loads.
+
+    named: Θ in files of their own, in place of the model's
+    separate: several are given beside each other, each with its weight, instead of as one adapter
+    Raises NKATError when the base is not to be had, or is not the one a Θ was made for.
+    """
     asked = open_model_file(model_path)
-    thetas = asked.theta
-    if theta_path is not None:
-        with _hashing(asked) as progress:
-            thetas = theta_for(asked, theta_path, progress)
+    weighted = _named_thetas(asked, named) if named else [] if asked.theta is None else [(asked.theta, 1.0)]
     model, how = _base_for(asked, base_path)
-    if thetas is None:
-        return RunFiles(model_path, model, how, None, {})
-    lora, sizes = _adapter(thetas, model)
-    return RunFiles(model_path, model, how, lora, sizes, thetas.rank, thetas.gamma)
+    if not weighted:
+        return RunFiles(model_path, model, how, (), {})
+    groups = [[one] for one in weighted] if separate else [weighted]
+    sizes: dict[str, int] = {}
+    adapters = []
+    for group in groups:
+        # Names with a colon, as Windows has them, cannot be told from a weight behind one.
+        outside = separate and ":" not in str(kobold_cache())
+        inside = [(theta_set, 1.0 if outside else weight) for theta_set, weight in group]
+        path, own = _adapter(inside, model)
+        for name, size in own.items():
+            sizes[name] = sizes.get(name, 0) + size
+        adapters.append(Adapter(path, group[0][1] if outside else 1.0, "; ".join(_about(*one) for one in group)))
+    only = weighted[0][0] if len(weighted) == 1 else None
+    rank, gamma = (only.rank, only.gamma) if only is not None else (None, None)
+    return RunFiles(model_path, model, how, tuple(adapters), sizes, rank, gamma)
+
+
+def _named_thetas(asked: ModelFile, named: Sequence[WeightedTheta]) -> list[tuple[ThetaSet, float]]:
+    """The Θ in these files, all of them made for this very model: its bytes are hashed once."""
+    with _hashing(asked) as progress:
+        first = theta_for(asked, named[0].path, progress)
+    found = [(first, named[0].weight)]
+    for one in named[1:]:
+        theta_set = open_model_file(one.path).require_theta()
+        if theta_set.base_sha256 != first.base_sha256:
+            raise NKATError(f"{one.path}: was made for another model ({theta_set.base_name}), not for {asked.path}")
+        check_fits(theta_set, asked.require_base().tensors, one.path)
+        found.append((theta_set, one.weight))
+    return found
+
+
+def _about(theta_set: ThetaSet, weight: float) -> str:
+    return f"rank {theta_set.rank}, gamma {theta_set.gamma:g}" + ("" if weight == 1 else f", weight {weight:g}")
 
 
 def kobold_cache() -> Path:
@@ -66,14 +119,15 @@ def kobold_cache() -> Path:
     folder = own_folder("kobold")
     if folder is None:
         raise NKATError(
-            "KoboldCpp takes Θ from a file in the cache folder, and there is none; set NKAT_CACHE to another"
+            "Θ is given to the program in a file of the cache folder, and there is none; set NKAT_CACHE to another"
         )
     return folder
 
 
 def model_key(files: RunFiles) -> str:
     """A name for results that belong to this model with this Θ: as long as both files are the same."""
-    parts = [str(files.model.resolve()), str(files.model.stat().st_size), files.lora.stem if files.lora else "plain"]
+    thetas = [f"{one.path.stem}{'' if one.weight == 1 else f' {one.weight!r}'}" for one in files.adapters] or ["plain"]
+    parts = [str(files.model.resolve()), str(files.model.stat().st_size), *thetas]
     return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
 
@@ -81,16 +135,17 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
     theta_set = asked.theta
     if asked.layout in _LOADABLE or theta_set is None:
         if named is not None:
-            note(f"note: {asked.path} is a model KoboldCpp loads as it is, so --base is not needed")
+            note(f"note: {asked.path} is a model that is loaded as it is, so --base is not needed")
         return asked.path.resolve(), _how_itself(asked)
     if asked.layout == "beside":
         return asked.require_base().file.path.resolve(), "the model beside it"
     if named is not None:
         _check_base(named, theta_set)
         return named.absolute(), "named by --base"
-    for candidate in _candidates(asked.path, theta_set):
-        if _sha256(candidate) == theta_set.base_sha256:
-            return candidate.path.absolute(), f"found in {candidate.path.parent} by its hash"
+    candidates = {one.path: one for one in _candidates(asked.path, theta_set)}
+    for path, digest in readable(list(candidates), lambda path: (path, _sha256(candidates[path]))):
+        if digest == theta_set.base_sha256:
+            return path.absolute(), f"found in {path.parent} by its hash"
     if asked.base is None:
         raise NKATError(
             f"{asked.path}: holds only Θ, and its base model ({theta_set.base_name}) is not beside it; "
@@ -129,22 +184,15 @@ def _candidates(path: Path, theta_set: ThetaSet) -> list[ModelFile]:
 
 
 def _of_its_size(folder: Path, theta_set: ThetaSet) -> Iterator[ModelFile]:
-    for path in sorted([*folder.glob("*.gguf"), *folder.glob("*.nkat")]):
-        # a folder, a link to nowhere, a pipe, which would never open; or a part that the first one stands for
-        if not path.is_file() or is_later_part(path):
-            continue
-        try:
-            found = open_model_file(path)
-            if found.layout in _LOADABLE and found.base_size == theta_set.base_size:
-                yield found
-        except (NKATError, OSError):  # somebody else's file, damaged or unreadable: not the one we want
-            continue
+    for found in readable(files_in(folder, ".gguf", ".nkat"), open_model_file):
+        if found.layout in _LOADABLE and found.base_size == theta_set.base_size:
+            yield found
 
 
 def _check_base(path: Path, theta_set: ThetaSet) -> None:
     found = open_model_file(path)
     if found.layout not in _LOADABLE:
-        raise NKATError(f"{path}: KoboldCpp cannot load it (layout {found.layout}); --base must be the base model")
+        raise NKATError(f"{path}: it cannot be loaded (layout {found.layout}); --base must be the base model")
     if found.base_size != theta_set.base_size or _sha256(found) != theta_set.base_sha256:
         raise NKATError(f"{path}: is not the model this Θ was made for ({theta_set.base_name})")
 
@@ -166,10 +214,12 @@ def _extract(asked: ModelFile, theta_set: ThetaSet) -> Path:
     return target
 
 
-def _adapter(thetas: ThetaSet, model: Path) -> tuple[Path, dict[str, int]]:
+def _adapter(weighted: Sequence[tuple[ThetaSet, float]], model: Path) -> tuple[Path, dict[str, int]]:
     """The adapter in the cache, written when it is not there or not as it was written, and its bytes by weight."""
-    target = kobold_cache() / f"theta-{_theta_key(thetas)}.gguf"
-    parts = lora_parts(thetas, open_model_file(model).require_base())
+    (first, weight), *others = weighted
+    target = kobold_cache() / f"theta-{_adapter_key(weighted)}.gguf"
+    base = open_model_file(model).require_base()
+    parts = lora_parts(first, base) if weight == 1 and not others else combined_lora_parts(weighted, base)
     size = sum(part_size(part) for part in parts)
     there = target.is_file() and target.stat().st_size == size
     if not there or sha256_of_parts([FileRange(target, 0, size)]) != sha256_of_parts(parts):
@@ -177,9 +227,17 @@ def _adapter(thetas: ThetaSet, model: Path) -> tuple[Path, dict[str, int]]:
     sizes: dict[str, int] = {}
     with GGUFFile.open(target) as file:
         for name, info in file.tensors.items():
-            weight = name.removesuffix(".lora_a").removesuffix(".lora_b")
-            sizes[weight] = sizes.get(weight, 0) + info.nbytes
+            adapted = name.removesuffix(".lora_a").removesuffix(".lora_b")
+            sizes[adapted] = sizes.get(adapted, 0) + info.nbytes
     return target, sizes
+
+
+def _adapter_key(weighted: Sequence[tuple[ThetaSet, float]]) -> str:
+    (first, weight), *others = weighted
+    if weight == 1 and not others:
+        return _theta_key(first)
+    told = "|".join(f"{_theta_key(theta_set)} {factor!r}" for theta_set, factor in weighted)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _theta_key(thetas: ThetaSet) -> str:

@@ -1,4 +1,4 @@
-"""Starts KoboldCpp, makes sure that it runs what was chosen, and stays until it ends."""
+"""Starts a program, makes sure that it runs what was chosen, and stays until it ends."""
 
 from __future__ import annotations
 
@@ -10,79 +10,90 @@ from nkat.errors import NKATError
 from nkat.host.console import counted, note
 from nkat.kobold.api import base_url, check_port
 from nkat.kobold.choose import Choice, advice
-from nkat.kobold.find import Kobold
+from nkat.kobold.command import given
 from nkat.kobold.options import KoboldOptions
-from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
+from nkat.kobold.process import Loaded, ServerProcess, check_loaded, running, wait_until_ready
+from nkat.kobold.program import Program
+from nkat.kobold.runtimes import RUNTIMES
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a KoboldCpp ended: whether it had been ready before, and the status this script has to end with."""
+    """How a program ended: whether it had been ready before, and the status this script has to end with."""
 
     was_ready: bool
     status: int
 
 
-def launch_kobold(
+def launch(
     command: Sequence[str],
     choice: Choice,
-    kobold: Kobold,
-    adapter: bool,
+    program: Program,
+    adapters: int,
     options: KoboldOptions,
     on_ready: Callable[[dict[str, Any]], None],
 ) -> Ended:
-    """Runs the command, says where KoboldCpp is and what it loaded, and returns when it has ended.
+    """Runs the command, says where the program is and what it loaded, and returns when it has ended.
 
-    adapter: whether the command names one
-    on_ready: gets what is known once KoboldCpp answers, for the record
+    adapters: how many the model that is loaded at the start has
+    on_ready: gets what is known once it answers, for the record
     Raises NKATError when it fails, or runs something else than was chosen.
     """
-    url = base_url(options.host, options.port, "--ssl" in options.extra)
-    check_port(options.host, options.port)
-    with running(command) as process:
-        name = wait_until_ready(process, url, options.timeout, library_check(choice, kobold))
+    runtime = options.runtime
+    url = base_url(options.host, options.port, given(options.extra, runtime.secure_flag))
+    check_port(options.host, options.port, {one.title: one.watch.name_of for one in RUNTIMES.values()})
+    with running(command, runtime.watch) as process:
+        name = wait_until_ready(process, url, options.timeout, library_check(choice, program))
         if name:
-            _check_devices(choice, adapter, process)
-            _print_ready(choice, process.loaded, name, url)
+            _check_devices(choice, adapters, options.autofit, process)
+            process.check_log(url)
+            _print_ready(choice, process, name, url)
             on_ready({"url": url, "name": name, "pid": process.child.pid, "loaded": asdict(process.loaded)})
             process.on_line = note
         status = process.wait()
     if process.signalled is not None:
         return Ended(bool(name), 128 + process.signalled)
     if status != 0:
-        raise process.failure(f"KoboldCpp ended with status {status}")
+        raise process.failure(f"{runtime.title} ended with status {status}")
     return Ended(bool(name), 0)
 
 
-def library_check(choice: Choice, kobold: Kobold) -> Callable[[Loaded], None]:
+def library_check(choice: Choice, program: Program) -> Callable[[Loaded], None]:
     """Raises NKATError, with advice, as soon as another library is loaded than one of this choice's."""
-    hint = advice(choice, kobold)
 
     def check(loaded: Loaded) -> None:
-        check_loaded(loaded, choice.libraries, choice.backend.name, hint)
+        if choice.libraries:
+            check_loaded(loaded, choice.libraries, choice.backend.name, advice(choice, program))
 
     return check
 
 
-def _check_devices(choice: Choice, adapter: bool, process: KoboldProcess) -> None:
-    """The library is the right one; did it find the GPU, and the adapter its way into the model?"""
-    loaded = process.loaded
-    if adapter and not process.told(lambda loaded: loaded.adapter_tensors is not None):
-        raise process.failure("KoboldCpp did not load the adapter: its log has no line about it")
+def _check_devices(choice: Choice, adapters: int, autofit: bool, process: ServerProcess) -> None:
+    """The library is the right one; did it find the GPU, and the adapters their way into the model?"""
+    loaded, title = process.loaded, process.watch.title
+    if adapters and not process.told(lambda loaded: loaded.adapters >= adapters):
+        missing = "the adapter" if adapters == 1 else f"{counted(adapters, 'adapter')}"
+        raise process.failure(f"{title} did not load {missing}: its log has no line about it")
     told = choice.backend.tells_buffers and loaded.buffers
-    if told and choice.layers and not loaded.gpu_megabytes:
+    if told and not loaded.gpu_megabytes and autofit:
+        note(f"warning: {title} put all weights into main memory: nothing fitted, or it found no device it can use")
+    elif told and not loaded.gpu_megabytes and choice.layers:
         raise NKATError(
-            f"asked for {counted(choice.layers, 'layer')} by {choice.backend.name}, but KoboldCpp put all weights "
+            f"asked for {counted(choice.layers, 'layer')} by {choice.backend.name}, but {title} put all weights "
             "into main memory: it found no device it can use; update the graphics driver, or take --backend cpu"
         )
 
 
-def _print_ready(choice: Choice, loaded: Loaded, name: str, url: str) -> None:
-    where = ", ".join(f"{device} {size:.0f} MiB" for device, size in loaded.buffers.items())
-    adapter = f"; adapter of {loaded.adapter_tensors} tensors" if loaded.adapter_tensors is not None else ""
-    library = f"koboldcpp_{loaded.library} really loaded"
-    if loaded.library is None:
-        library = "KoboldCpp does not say which library it loaded"
-    print(f"backend    {choice.backend.name}: {library}; {where}{adapter}")
+def _print_ready(choice: Choice, process: ServerProcess, name: str, url: str) -> None:
+    loaded, title = process.loaded, process.watch.title
+    told = [", ".join(f"{device} {size:.0f} MiB" for device, size in loaded.buffers.items())]
+    if loaded.adapters:
+        which = "adapter" if loaded.adapters == 1 else f"{loaded.adapters} adapters"
+        told.append(f"{which} of {loaded.adapter_tensors} tensors")
+    if loaded.library is not None:
+        told.insert(0, f"koboldcpp_{loaded.library} really loaded")
+    elif process.watch.library is not None:
+        told.insert(0, f"{title} does not say which library it loaded")
+    print(f"backend    {choice.backend.name}: {'; '.join(part for part in told if part)}")
     print(f"ready      {name} at {url}", flush=True)
-    note("Ctrl-C ends it; what follows is KoboldCpp's own log")
+    note("Ctrl-C ends it; what follows is its own log")

@@ -15,17 +15,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
 from nkat.gguf.names import block_number
 from nkat.host.console import format_bytes, format_table
+from nkat.kobold.command import F16
 
 BATCH = 512  # tokens, KoboldCpp's default
 MARGIN = 768 << 20
 _EXTRA_CELLS = 128  # KoboldCpp adds them to the context against fragmentation (80 in 1.76)
 _CELL_MULTIPLE = 256  # llama.cpp rounds the cache up (32 without flash attention)
-_CACHE_ITEM = 2  # bytes: F16
 _MAX_SIZE = (1 << 31) - 1  # as in `nkat.lm.config`: lengths and counts are 32-bit integers in llama.cpp, too
 
 
@@ -38,7 +39,8 @@ class ModelMemory:
     output: output matrix and norm; a matrix shared with the embedding is copied to the GPU
     compute: buffers for a batch
     largest: the largest weight; it is copied to the GPU for large batches when it does not live there
-    context: tokens the cache is for
+    context: tokens the cache is for; cache_type: how its numbers are stored
+    draft: a draft model with its own cache and buffers, all of which is on the GPU where there is one
     """
 
     blocks: tuple[int, ...]
@@ -47,6 +49,8 @@ class ModelMemory:
     compute: int
     largest: int
     context: int
+    cache_type: str = F16
+    draft: int = 0
 
     @property
     def layers(self) -> int:
@@ -55,7 +59,7 @@ class ModelMemory:
     @property
     def total(self) -> int:
         """Everything, wherever it is."""
-        return sum(self.blocks) + len(self.blocks) * self.cache + self.output + self.compute
+        return sum(self.blocks) + len(self.blocks) * self.cache + self.output + self.compute + self.draft
 
 
 def model_memory(
@@ -64,11 +68,13 @@ def model_memory(
     context: int,
     adapter: Mapping[str, int] | None = None,
     flash_attention: bool = True,
+    cache_type: str = F16,
 ) -> ModelMemory:
     """Reads a GGUF's metadata and tensor sizes.
 
     adapter: bytes of the adapter by the name of the weight it belongs to
-    flash_attention: without it the attention scores of a whole batch are kept
+    flash_attention: without it the attention scores of a whole batch are kept, and values are not quantised
+    cache_type: of the KV cache, one of `CACHE_TYPES`
     """
     arch = metadata.get("general.architecture", "")
     count = max((block_number(name) for name in tensors), default=-1) + 1
@@ -96,7 +102,11 @@ def model_memory(
     cells = -(-(context + _EXTRA_CELLS) // _CELL_MULTIPLE) * _CELL_MULTIPLE
     return ModelMemory(
         blocks=tuple(blocks),
-        cache=cells * kv_heads * (key + value) * _CACHE_ITEM,
+        cache=cells
+        * (
+            _row_bytes(kv_heads * key, cache_type)
+            + _row_bytes(kv_heads * value, cache_type if flash_attention else F16)
+        ),
         output=matrix.nbytes + (norm.nbytes if norm else 0),
         compute=compute_bytes(
             vocabulary=embedding.shape[0],
@@ -106,7 +116,14 @@ def model_memory(
         ),
         largest=max(info.nbytes for info in tensors.values()),
         context=context,
+        cache_type=cache_type,
     )
+
+
+def _row_bytes(count: int, cache_type: str) -> int:
+    """Bytes of one token's keys or values in a block's cache."""
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[cache_type.upper()]]
+    return -(-count // block) * size
 
 
 def compute_bytes(vocabulary: int, width: int, feed_forward: int, scores: int) -> int:
@@ -122,7 +139,7 @@ def compute_bytes(vocabulary: int, width: int, feed_forward: int, scores: int) -
 
 def gpu_bytes(memory: ModelMemory, layers: int) -> int:
     """GPU memory for this many layers, margin not included; 0 layers still need the compute buffer."""
-    return sum(_parts(memory, layers)[1:])
+    return sum(_parts(memory, layers)[1:]) + memory.draft
 
 
 def _parts(memory: ModelMemory, layers: int) -> tuple[int, int, int, int, int]:
@@ -151,9 +168,10 @@ def layer_table(memory: ModelMemory, layers: int, device: str, free: int, margin
     blocks, weights, cache, output, compute = _parts(memory, layers)
     rows = [
         [f"weights of {blocks} of {len(memory.blocks)} blocks", format_bytes(weights)],
-        [f"their KV cache for {memory.context} tokens, F16", format_bytes(cache)],
+        [f"their KV cache for {memory.context} tokens, {memory.cache_type.upper()}", format_bytes(cache)],
         ["output matrix", format_bytes(output) if output else "on the CPU"],
         ["compute buffers (estimated)", format_bytes(compute)],
+        *([["draft model, its cache and buffers", format_bytes(memory.draft)]] if memory.draft else []),
         ["margin for driver and desktop", format_bytes(margin)],
         [f"needed for {layers} of {memory.layers} layers", format_bytes(gpu_bytes(memory, layers) + margin)],
         [f"free on {device}", format_bytes(free)],

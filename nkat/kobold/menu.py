@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nkat.errors import NKATError
-from nkat.gguf.split import is_later_part
 from nkat.host.console import format_bytes, format_table
 from nkat.kobold.choose import Choice
-from nkat.kobold.find import download_command
+from nkat.kobold.neighbours import files_in
 
 MODELS_SHOWN = 9
 
@@ -26,20 +25,18 @@ def choice_table(found: Sequence[Choice]) -> str:
     return "\n".join(f"{line.ljust(width)}  {remark}" for line, remark in zip(lines, remarks, strict=True))
 
 
-def ask_backend(found: Sequence[Choice]) -> Choice | None:
+def ask_backend(found: Sequence[Choice], how_to_get: str) -> Choice | None:
     """The menu: Enter takes the first, a number another; None: the user does not want any."""
-    check_usable(found)
+    check_usable(found, how_to_get)
     usable = [choice for choice in found if choice.lacks is None]
     number = _ask_number(f"Enter starts {usable[0].backend.name}, a number another, q ends: ", len(usable))
     return None if number is None else usable[number]
 
 
-def check_usable(found: Sequence[Choice]) -> None:
-    """Raises NKATError when the best choice cannot run either."""
+def check_usable(found: Sequence[Choice], how_to_get: str) -> None:
+    """Raises NKATError when the best choice cannot run either, with what to do for another program."""
     if found[0].lacks is not None:
-        raise NKATError(
-            f"nothing can run here: {found[0].reason}; another KoboldCpp can be had with: {download_command()}"
-        )
+        raise NKATError(f"nothing can run here: {found[0].reason}; for another program: {how_to_get}")
 
 
 def models_here() -> list[Path]:
@@ -47,8 +44,7 @@ def models_here() -> list[Path]:
     folders = [Path(), Path("models"), Path("output"), *(p for p in Path("output").glob("*") if p.is_dir())]
     found: list[Path] = []
     for suffix in (".nkat", ".gguf"):
-        files = [path for folder in folders for path in folder.glob(f"*{suffix}") if path.is_file()]
-        files = [path for path in files if not is_later_part(path)]
+        files = [path for folder in folders for path in files_in(folder, suffix)]
         found += sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)
     return found
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.host import commandline
-from nkat.kobold.backends import BACKENDS
+from nkat.kobold.command import CACHE_TYPES, F16
+from nkat.kobold.files import WeightedTheta
+from nkat.kobold.runtime import Runtime
+from nkat.kobold.runtimes import RUNTIMES
 
 EXAMPLES = """\
   python backend_selector.py                                    a menu of what this machine can run
@@ -16,38 +20,52 @@ EXAMPLES = """\
   python backend_selector.py --model model.nkat --dry-run       the command, to be pasted into a shell
   python backend_selector.py --model model.nkat --benchmark --contextsize 2048
   python backend_selector.py --model base.gguf --theta theta_rank4.bin --backend vulkan --gpulayers 20 --launch
+  python backend_selector.py --model base.gguf --theta a.bin --theta b.bin:0.5 --runtime llama-server --launch
+  python backend_selector.py --model model.nkat --quantkv q8_0 --draftmodel small.gguf --launch
   python backend_selector.py --model model.nkat --save-config model.kcpps
-  python backend_selector.py --model model.nkat --launch -- --quiet --flashattention
+  python backend_selector.py --runtime llama-server --router models --launch      every model there, by name
+  python backend_selector.py --model model.nkat --launch -- --quiet --noflashattention
 """
 AUTO = "auto"
 _ACTIONS = ("list", "benchmark", "launch", "dry_run")
+_NUMBERED_TYPES = {"0": F16, "1": "q8_0", "2": "q4_0", "3": "bf16"}  # as KoboldCpp numbers them
 
 
 @dataclass(frozen=True, slots=True)
 class KoboldOptions:
     """What the user asked for, as checked.
 
-    model: the file to run; theta: a Θ in a file of its own; base: the model Θ was made for; None: not named
-    kobold: KoboldCpp's program or folder; None: to be looked for
+    model: the file to run; theta: Θ in files of their own; base: the model Θ was made for; None, (): not named
+    runtime: which program runs it; kobold, llama_server: those programs or their folders; None: to be looked for
     backend: a name, or "auto" for the best that can run
     contextsize: tokens; threads: None for the processor's cores
-    gpulayers: layers on the GPU; None: as many as fit
-    host, port: where KoboldCpp listens
+    gpulayers: layers on the GPU; None: as many as fit; autofit: the program itself decides
+    quantkv: the KV cache's type; draftmodel: what guesses tokens, draftamount of them at a time
+    router, admin: the folder whose models are served by name, or switched between
+    host, port: where the program listens
     action: "list", "benchmark", "launch", "dry_run", "save" where only --save-config is given, else None
-    save_config: the `.kcpps` file to write
+    save_config: the program's own file to write
     timeout: seconds, for loading or for one benchmark
     force: replace what --save-config and --json name
     json: the record's file, "-" for stdout, None for no record
-    extra: flags for KoboldCpp, from behind --
+    extra: flags for the program, from behind --
     """
 
     model: Path | None
-    theta: Path | None
+    theta: tuple[WeightedTheta, ...]
     base: Path | None
+    runtime: Runtime
     kobold: Path | None
+    llama_server: Path | None
     backend: str
     contextsize: int
     gpulayers: int | None
+    autofit: bool
+    quantkv: str
+    draftmodel: Path | None
+    draftamount: int | None
+    router: Path | None
+    admin: Path | None
     threads: int | None
     host: str
     port: int
@@ -58,15 +76,53 @@ class KoboldOptions:
     json: str | None
     extra: tuple[str, ...]
 
+    @property
+    def program(self) -> Path | None:
+        """The program that the user names."""
+        return {"koboldcpp": self.kobold, "llama-server": self.llama_server}[self.runtime.name]
+
+    @property
+    def folder(self) -> Path | None:
+        """Whose models are served."""
+        return self.router or self.admin
+
 
 def _needs_model(o: KoboldOptions) -> bool:
-    return o.theta is not None or o.base is not None or o.action not in (None, "list")
+    if o.folder is not None:
+        return bool(o.theta) or o.base is not None
+    return bool(o.theta) or o.base is not None or o.action not in (None, "list")
+
+
+def _names_another(o: KoboldOptions) -> bool:
+    return o.program is None and (o.kobold or o.llama_server) is not None
 
 
 CONFLICTS: tuple[tuple[Callable[[KoboldOptions], object], str], ...] = (
     (lambda o: o.model is None and _needs_model(o), "--model FILE is needed"),
     (lambda o: not 256 <= o.contextsize <= 262144, "--contextsize must be from 256 to 262144, got {o.contextsize}"),
     (lambda o: o.port > 65535, "--port must be at most 65535, got {o.port}"),
+    (_names_another, "the program that was named is not the one of --runtime {o.runtime.name}"),
+    (
+        lambda o: o.backend not in (AUTO, *(backend.name for backend in o.runtime.backends)),
+        "--runtime {o.runtime.name} has no backend {o.backend} (--list shows which there are)",
+    ),
+    (lambda o: o.autofit and o.gpulayers is not None, "--autofit and --gpulayers N exclude each other"),
+    (lambda o: o.autofit and o.action == "benchmark", "--benchmark measures splits, so --autofit has no meaning there"),
+    (lambda o: o.draftamount is not None and o.draftmodel is None, "--draftamount needs --draftmodel"),
+    (lambda o: o.router is not None and o.admin is not None, "--router and --admin exclude each other"),
+    (
+        lambda o: o.admin is not None and o.runtime.admin is None,
+        "--runtime {o.runtime.name} has no --admin; --router serves several models",
+    ),
+    (
+        lambda o: o.folder is not None and o.action in ("list", "benchmark"),
+        "--router and --admin serve models: give --launch or --dry-run",
+    ),
+    (lambda o: o.folder is not None and o.theta, "--router and --admin take models with their own Θ, not --theta"),
+    (
+        lambda o: o.folder is not None and o.save_config is not None,
+        "--router and --admin write files of their own, so --save-config has no meaning",
+    ),
 )
 
 
@@ -83,31 +139,69 @@ def parse_arguments(argv: Sequence[str]) -> KoboldOptions:
     if len(actions) > 1:
         parser.error(f"{' and '.join(f'--{name}'.replace('_', '-') for name in actions[:2])} exclude each other")
     action = actions[0] if actions else "save" if parsed.save_config else None
-    options = commandline.taken(KoboldOptions, parsed, action=action, extra=extra)
+    options = commandline.taken(
+        KoboldOptions,
+        parsed,
+        action=action,
+        extra=extra,
+        runtime=RUNTIMES[parsed.runtime],
+        theta=tuple(parsed.theta or ()),
+    )
     commandline.check_conflicts(parser, options, CONFLICTS)
     return options
 
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = commandline.parser(
-        "Run a model with its Θ in KoboldCpp: the base model, and Θ as a LoRA adapter made from it.", EXAMPLES
+        "Run a model with its Θ in KoboldCpp or llama-server: the base model, and Θ as a LoRA adapter made from it.",
+        EXAMPLES,
     )
     add = parser.add_argument
-    backends = (AUTO, *(backend.name for backend in BACKENDS))
+    backends = dict.fromkeys(backend.name for runtime in RUNTIMES.values() for backend in runtime.backends)
     add("--model", type=Path, metavar="FILE", help="a .nkat, or a .gguf (default in the menu: the newest .nkat here)")
-    add("--theta", type=Path, metavar="FILE", help="Θ in a file of its own, for --model")
+    add(
+        "--theta",
+        type=_theta,
+        action="append",
+        metavar="FILE[:WEIGHT]",
+        help="Θ in a file of its own, for --model; again: several, added up, each times its weight (default 1)",
+    )
     add("--base", type=Path, metavar="FILE", help="the base model, where it is not beside the .nkat")
+    add("--runtime", choices=tuple(RUNTIMES), default=next(iter(RUNTIMES)), help="what runs it (default koboldcpp)")
     add("--kobold", type=Path, metavar="PATH", help="KoboldCpp: its program or its folder (default: $KOBOLDCPP, …)")
-    add("--backend", choices=backends, default=AUTO, help="default auto: the best one that can run")
+    add("--llama-server", type=Path, metavar="PATH", help="llama-server or its folder (default: $LLAMA_SERVER, …)")
+    add("--backend", choices=(AUTO, *backends), default=AUTO, help="default auto: the best one that can run")
     add("--contextsize", type=commandline.positive_int, default=4096, metavar="N", help="tokens (default 4096)")
-    add("--gpulayers", type=_layers, metavar="N", help="layers on the GPU, or auto: as many as fit (default)")
+    add("--gpulayers", type=_layers, metavar="N", help="layers on the GPU; auto or -1: as many as fit (default)")
+    add("--autofit", action="store_true", help="let the program itself decide what goes onto the GPU")
+    add(
+        "--quantkv",
+        type=_cache_type,
+        default=F16,
+        metavar="TYPE",
+        help=f"the KV cache's type: {', '.join(CACHE_TYPES)} (default {F16})",
+    )
+    add("--draftmodel", type=Path, metavar="FILE", help="a small model with the same tokens, which guesses ahead")
+    add("--draftamount", type=commandline.positive_int, metavar="N", help="tokens it guesses at a time")
+    add("--router", type=Path, metavar="FOLDER", help="serve every model there by its name, each with its Θ")
+    add(
+        "--admin",
+        type=Path,
+        metavar="FOLDER",
+        help="KoboldCpp's admin mode: its page switches between the models there",
+    )
     add("--threads", type=commandline.thread_count, metavar="N", help="default: the processor's physical cores")
     add("--port", type=commandline.positive_int, default=5001, metavar="N", help="default 5001")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default 127.0.0.1: this machine only")
     add("--list", action="store_true", help="show what there is and what can run, start nothing")
     add("--benchmark", action="store_true", help="measure every usable backend and split, keep the fastest as default")
-    add("--launch", action="store_true", help="start KoboldCpp and stay until it ends")
-    add("--save-config", type=Path, metavar="FILE", help="write the settings for koboldcpp --config FILE.kcpps")
+    add("--launch", action="store_true", help="start the program and stay until it ends")
+    add(
+        "--save-config",
+        type=Path,
+        metavar="FILE",
+        help="write the settings: a .kcpps for koboldcpp --config, presets for llama-server --models-preset",
+    )
     add("--dry-run", action="store_true", help="print the exact command (the files it needs are made), start nothing")
     add(
         "--timeout",
@@ -122,9 +216,30 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _layers(text: str) -> int | None:
-    if text == AUTO:
+    if text in (AUTO, "-1"):  # -1: as KoboldCpp and llama.cpp say it
         return None
     try:
         return commandline.non_negative_int(text)
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{error}; or {AUTO}") from None
+
+
+def _cache_type(text: str) -> str:
+    named = _NUMBERED_TYPES.get(text, text.lower())
+    if named not in CACHE_TYPES:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(CACHE_TYPES)}, got {text!r}")
+    return named
+
+
+def _theta(text: str) -> WeightedTheta:
+    """A path, and behind a colon a number, unless a file is called so."""
+    name, colon, number = text.rpartition(":")
+    if not colon or not name or Path(text).exists():
+        return WeightedTheta(Path(text))
+    try:
+        weight = float(number)
+    except ValueError:  # a Windows drive, or a name with a colon
+        return WeightedTheta(Path(text))
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"the weight behind the colon must be a number, got {number!r}")
+    return WeightedTheta(Path(name), weight)

@@ -1,7 +1,7 @@
-"""Runs KoboldCpp and watches it: what it says it loaded, when it is ready, how it ended.
+"""Runs a program that serves models and watches it: what it says it loaded, when it is ready, how it ended.
 
 What counts as loaded is the name of the library that its log says it opened, and the devices on which it put weights;
-its line "offloaded 5/31 layers to GPU" is written by the CPU library too and counts for nothing.
+llama.cpp's line "offloaded 5/31 layers to GPU" is written without any GPU too and counts for nothing.
 """
 
 from __future__ import annotations
@@ -24,20 +24,33 @@ from tqdm import tqdm
 from nkat.errors import NKATError
 from nkat.host.console import note
 from nkat.host.environment import users_environment
-from nkat.kobold.api import model_name
 from nkat.kobold.guard import Guard, kill_group, signal_group
 
 _LAST_LINES = 12  # of its log, shown when it fails
 _END_SECONDS = 10.0  # between a forwarded signal and the end by force
 _POLL_SECONDS = 0.25
 _LOG_SECONDS = 5.0  # for a line of the log that was written before KoboldCpp answered to be read here
-_LIBRARY = re.compile(r"Initializing dynamic library: (?:.*[/\\])?(?:precompiled_)?koboldcpp_(\w+)\.(?:so|dll)")
 _BUFFER = re.compile(r"load_tensors:\s+(.+?) (?:model )?buffer size =\s+([\d.]+) MiB")
 _ADAPTER = re.compile(r"loaded (\d+) tensors from lora file")
-_VERSION = re.compile(r"Welcome to KoboldCpp - Version (\S+)")
-_NO_PORT = re.compile(r"IPv4 Socket Failed to Bind|Address already in use|cannot bind")
 # Main memory by its names. What is left is a GPU: CUDA0 or Vulkan0, and in older versions the card's own name.
 _MAIN_MEMORY = re.compile(r"(CPU|AMX|BLAS)|.*_Host$")
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """What a program tells, and how. What llama.cpp itself says is the same in all of them and is not here.
+
+    title: what people call it
+    version, library: patterns of its log, whose group is what they are named for; None: it does not say
+    failures: patterns of lines after which nothing good will come, with what that means; {url}: where it should be
+    name_of: the model's name that its server at a URL gives, or None as long as it has loaded none
+    """
+
+    title: str
+    version: re.Pattern[str] | None
+    library: re.Pattern[str] | None
+    failures: tuple[tuple[re.Pattern[str], str], ...]
+    name_of: Callable[[str], str | None]
 
 
 @dataclass(slots=True)
@@ -46,24 +59,26 @@ class Loaded:
 
     library: "default", "cublas", ...; None before it was opened
     buffers: MiB of weights on each device, such as {"CUDA0": 3821.0, "CPU": 70.3}
-    adapter_tensors: of the LoRA adapter; None when none was loaded
+    adapters: how many LoRA adapters were loaded; adapter_tensors: of all of them, None when there is none
     """
 
     version: str | None = None
     library: str | None = None
     buffers: dict[str, float] = field(default_factory=dict)
     adapter_tensors: int | None = None
+    adapters: int = 0
 
-    def read(self, line: str) -> None:
+    def read(self, line: str, watch: Watch) -> None:
         """Takes one line of the log into account."""
-        if match := _VERSION.search(line):
+        if watch.version is not None and (match := watch.version.search(line)):
             self.version = match[1]
-        elif match := _LIBRARY.search(line):
+        elif watch.library is not None and (match := watch.library.search(line)):
             self.library = match[1]
         elif match := _BUFFER.search(line):
             self.buffers[match[1]] = self.buffers.get(match[1], 0.0) + float(match[2])
         elif match := _ADAPTER.search(line):
-            self.adapter_tensors = int(match[1])
+            self.adapters += 1
+            self.adapter_tensors = (self.adapter_tensors or 0) + int(match[1])
 
     @property
     def gpu_megabytes(self) -> float:
@@ -71,11 +86,12 @@ class Loaded:
         return sum(size for name, size in self.buffers.items() if not _MAIN_MEMORY.match(name))
 
 
-class KoboldProcess:
-    """A running KoboldCpp; made by `running`."""
+class ServerProcess:
+    """A running program; made by `running`."""
 
-    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+    def __init__(self, child: subprocess.Popen[bytes], watch: Watch) -> None:
         self.child = child
+        self.watch = watch
         self.loaded = Loaded()
         self.lines: deque[str] = deque(maxlen=2000)
         self.on_line: Callable[[str], object] | None = None
@@ -89,12 +105,12 @@ class KoboldProcess:
         for raw in self.child.stdout:
             line = raw.decode("utf-8", "replace").rstrip("\r\n").rpartition("\r")[2]
             self.lines.append(line)
-            self.loaded.read(line)
+            self.loaded.read(line, self.watch)
             if self.on_line is not None:
                 self.on_line(line)
 
     def told(self, what: Callable[[Loaded], bool]) -> bool:
-        """Whether the log says so. Its reader can be behind what KoboldCpp already answers, so it is waited for."""
+        """Whether the log says so. Its reader can be behind what its server already answers, so it is waited for."""
         deadline = time.monotonic() + _LOG_SECONDS
         while not what(self.loaded) and self.child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -129,22 +145,29 @@ class KoboldProcess:
             time.sleep(_POLL_SECONDS)
         return status
 
+    def check_log(self, url: str) -> None:
+        """Raises NKATError where a line says that nothing good will come."""
+        for line in list(self.lines):
+            for pattern, meaning in self.watch.failures:
+                if pattern.search(line):
+                    raise self.failure(meaning.format(url=url))
+
     def failure(self, what: str) -> NKATError:
         """An error in one line; its own last lines are shown above it."""
         words = [line[:300] for line in self.lines if line.strip()][-_LAST_LINES:]
         if not words:
             return NKATError(f"{what}; it said nothing")
-        note("KoboldCpp's last lines:\n" + "\n".join(f"    {word}" for word in words))
+        note(f"{self.watch.title}'s last lines:\n" + "\n".join(f"    {word}" for word in words))
         telling = next((word for word in words if "error" in word.lower()), words[-1])
-        too_old = "; a newer KoboldCpp may know it" if "unknown model architecture" in telling else ""
+        too_old = f"; a newer {self.watch.title} may know it" if "unknown model architecture" in telling else ""
         return NKATError(f"{what}: {telling}{too_old}")
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str]) -> Iterator[KoboldProcess]:
-    """Starts KoboldCpp without a shell and ends it, with everything it started, when the block ends.
+def running(command: Sequence[str], watch: Watch) -> Iterator[ServerProcess]:
+    """Starts a program without a shell and ends it, with everything it started, when the block ends.
 
-    While the block runs, the signals that ask this process to stop go to KoboldCpp instead.
+    While the block runs, the signals that ask this process to stop go to that one instead.
     """
     with _Signals() as signals, Guard() as guard:
         try:
@@ -159,7 +182,7 @@ def running(command: Sequence[str]) -> Iterator[KoboldProcess]:
         except OSError as error:
             raise NKATError(f"{command[0]}: cannot be started: {error.strerror or error}") from None
         guard.watch(child)
-        process = KoboldProcess(child)
+        process = ServerProcess(child, watch)
         signals.go_to(process)
         try:
             yield process
@@ -170,30 +193,32 @@ def running(command: Sequence[str]) -> Iterator[KoboldProcess]:
                 process.wait()
 
 
-def wait_until_ready(process: KoboldProcess, url: str, seconds: float, check: Callable[[Loaded], None]) -> str:
-    """Waits for `/api/v1/model` and returns the model's name there.
+def wait_until_ready(process: ServerProcess, url: str, seconds: float, check: Callable[[Loaded], None]) -> str:
+    """Waits for the server and returns its model's name.
 
     check: is called as the log goes on and raises NKATError when something else was loaded than was asked for
-    Raises NKATError when KoboldCpp ends, cannot have its port, or is not ready in time. Returns "" after a signal.
+    Raises NKATError when it ends, says that it cannot go on, or is not ready in time. Returns "" after a signal.
     """
-    started = time.monotonic()
-    with tqdm(desc="KoboldCpp loads", bar_format="{desc}: {elapsed} {postfix}", leave=False, disable=None) as bar:
+    started, watch = time.monotonic(), process.watch
+    with tqdm(desc=f"{watch.title} loads", bar_format="{desc}: {elapsed} {postfix}", leave=False, disable=None) as bar:
         while True:
             status = process.poll()
             check(process.loaded)
             if process.signalled is not None and status is not None:
                 return ""
             if status is not None:
-                raise process.failure(f"KoboldCpp {_ended(status)} before it was ready")
-            if any(_NO_PORT.search(line) for line in list(process.lines)[-_LAST_LINES:]):
-                raise process.failure(f"KoboldCpp could not listen at {url}")
-            name = model_name(url)
+                raise process.failure(f"{watch.title} {_ended(status)} before it was ready")
+            process.check_log(url)
+            name = watch.name_of(url)
             if name is not None:
-                process.told(lambda loaded: loaded.library is not None)
+                if watch.library is not None:
+                    process.told(lambda loaded: loaded.library is not None)
                 check(process.loaded)
                 return name
             if time.monotonic() - started > seconds:
-                raise process.failure(f"KoboldCpp was not ready within {seconds:.0f} seconds (--timeout allows more)")
+                raise process.failure(
+                    f"{watch.title} was not ready within {seconds:.0f} seconds (--timeout allows more)"
+                )
             bar.set_postfix_str(next((line for line in reversed(list(process.lines)) if line.strip()), "")[:60])
             bar.update(0)
             time.sleep(_POLL_SECONDS)
@@ -217,14 +242,14 @@ def _ended(status: int) -> str:
 
 
 class _Signals:
-    """While the block runs, the signals that ask this process to stop go to KoboldCpp; early ones wait for it."""
+    """While the block runs, the signals that ask this process to stop go to the program; early ones wait for it."""
 
     def __init__(self) -> None:
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
         self._numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         self._before: dict[int, Any] = {}
         self._early: list[int] = []
-        self._process: KoboldProcess | None = None
+        self._process: ServerProcess | None = None
 
     def __enter__(self) -> _Signals:
         self._before = {number: signal.signal(number, self._handle) for number in self._numbers}
@@ -234,7 +259,7 @@ class _Signals:
         for number, previous in self._before.items():
             signal.signal(number, previous)
 
-    def go_to(self, process: KoboldProcess) -> None:
+    def go_to(self, process: ServerProcess) -> None:
         self._process = process
         for number in self._early:
             process.forward(number)

@@ -1,31 +1,32 @@
-"""Picks the backend for KoboldCpp and runs a model with its Θ in it."""
+"""Picks the backend for a program and runs a model with its Θ in it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nkat.errors import NKATError
 from nkat.host.console import note
 from nkat.host.files import check_apart, check_output
 from nkat.host.programs import shell_line
 from nkat.host.record import Recorder, check_record
 from nkat.host.tools import suggest
 from nkat.kobold.benchmark import fastest
-from nkat.kobold.choose import Choice, advice
-from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings
+from nkat.kobold.choose import Choice
+from nkat.kobold.command import check_extra, command_of
 from nkat.kobold.compare import as_run, measure_choices, speed_table
-from nkat.kobold.config import config_with_extra, remember_fastest, write_config
-from nkat.kobold.describe import print_findings, print_layers
-from nkat.kobold.find import Kobold, find_kobold, probe_kobold
-from nkat.kobold.findings import Findings, Model, gather_findings
-from nkat.kobold.launch import launch_kobold
-from nkat.kobold.machine import look_at_machine
-from nkat.kobold.menu import ask_backend, ask_model, check_usable, models_here
+from nkat.kobold.config import remember_fastest
+from nkat.kobold.describe import print_findings, print_layers, print_served, warn_of_strangers
+from nkat.kobold.find import find_program
+from nkat.kobold.findings import Findings, Model, gather_findings, pick_choice
+from nkat.kobold.launch import launch
+from nkat.kobold.machine import Machine, look_at_machine
+from nkat.kobold.menu import ask_backend, ask_model, models_here
 from nkat.kobold.options import AUTO, KoboldOptions, parse_arguments
+from nkat.kobold.program import Program
+from nkat.kobold.several import command_for, served_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +43,24 @@ class Outcome:
 
 def main() -> None:
     options = parse_arguments(sys.argv[1:])
-    check_extra(options.extra)
+    runtime = options.runtime
+    check_extra(options.extra, runtime.own_flags)
     check_apart({"--save-config": options.save_config, "--json": options.json})
-    inputs = [options.model, options.theta, options.base]
+    inputs = [options.model, *(theta.path for theta in options.theta), options.base, options.draftmodel]
     check_record(options.json, options.force, inputs)
     if options.save_config is not None:
         check_output(options.save_config, options.force)  # before a benchmark of minutes
-    interactive = options.action is None and options.backend == AUTO and sys.stdin.isatty() and sys.stdout.isatty()
-    kobold = probe_kobold(find_kobold(options.kobold))
-    model = options.model
-    if model is None and options.action is None:
-        model = default_model(interactive)
-    findings = gather_findings(options, model, kobold, look_at_machine())
+    program = runtime.probe(find_program(runtime.sought, options.program), True)
     recorder = Recorder(options.json, options.force)
-    outcome = run_session(options, findings, interactive, recorder)
+    if options.folder is not None:
+        outcome = run_several(options, program, look_at_machine(), recorder)
+    else:
+        interactive = options.action is None and options.backend == AUTO and sys.stdin.isatty() and sys.stdout.isatty()
+        model = options.model
+        if model is None and options.action is None:
+            model = default_model(interactive)
+        findings = gather_findings(options, model, program, look_at_machine())
+        outcome = run_session(options, findings, interactive, recorder)
     if outcome.record is not None:
         recorder.finish(outcome.record)
     if outcome.status:
@@ -90,67 +95,85 @@ def run_session(options: KoboldOptions, findings: Findings, interactive: bool, r
         return Outcome(record)
     if options.action == "benchmark":
         return Outcome(run_benchmark(options, findings, findings.model, recorder))
-    choice = ask_backend(findings.choices) if interactive else pick_choice(findings, options.backend)
+    how_to_get = options.runtime.sought.how_to_get()
+    choice = ask_backend(findings.choices, how_to_get) if interactive else pick_choice(findings, options.backend)
     if choice is None:
         return Outcome(record)
-    launch = interactive or options.action == "launch"
-    return run_choice(options, findings, findings.model, choice, launch, recorder)
+    return run_choice(options, findings, findings.model, choice, interactive or options.action == "launch", recorder)
 
 
 def run_choice(
-    options: KoboldOptions, findings: Findings, model: Model, choice: Choice, launch: bool, recorder: Recorder
+    options: KoboldOptions, findings: Findings, model: Model, choice: Choice, start: bool, recorder: Recorder
 ) -> Outcome:
-    """Launches KoboldCpp with this choice, or prints the command that would."""
-    kobold = findings.kobold
+    """Launches the program with this choice, or prints the command that would."""
+    program = findings.program
     print_layers(choice, model.memory, findings.machine, options)
-    values = kobold_settings(kobold, choice, model.files, settings_from(options, findings))
-    words = kobold_command(kobold, values, options.extra)
+    warn_of_strangers(options)
+    values = options.runtime.settings_of(program, choice, model.files, findings.settings)
     if options.save_config is not None:
-        save_config(options.save_config, values, words, kobold, options)
+        save_config(options, findings, options.save_config, values)
+    command = command_of(program, values, options.extra)
     record = findings.record()
-    chosen = record | {"chosen": choice.record(), "config": values, "command": words}
+    chosen = record | {"chosen": choice.record(), "config": values, "command": command}
+    return run_command(options, program, choice, len(model.files.adapters), command, (record, chosen), start, recorder)
+
+
+def run_several(options: KoboldOptions, program: Program, machine: Machine, recorder: Recorder) -> Outcome:
+    """Launches the program with all models of a folder, or prints the command that would."""
+    served = served_models(options, program, machine)
+    print_served(served)
+    warn_of_strangers(options)
+    command = command_for(options, program, machine, served)
+    record = {"runtime": options.runtime.name, "served": {one.name: dict(one.values) for one in served}}
+    chosen = record | {"command": command}
+    first = served[0]
+    start = options.action == "launch"
+    return run_command(
+        options, program, first.choice, len(first.files.adapters), command, (record, chosen), start, recorder
+    )
+
+
+def run_command(
+    options: KoboldOptions,
+    program: Program,
+    choice: Choice,
+    adapters: int,
+    command: list[str],
+    records: tuple[Mapping[str, Any], dict[str, Any]],
+    start: bool,
+    recorder: Recorder,
+) -> Outcome:
+    """Launches this command, or prints it.
+
+    records: what was found; the same with what was chosen
+    """
+    found, chosen = records
     recorder.keep(chosen)
-    if not launch:
+    if not start:
         if options.action is None:
             note("add --launch to start it, or paste this:")
-        print(shell_line(words))
+        print(shell_line(command))
         return Outcome(chosen)
 
-    def on_ready(found: dict[str, Any]) -> None:  # now, not when the user has closed it
-        ready = record | {"command": words} | found
+    def on_ready(told: dict[str, Any]) -> None:  # now, not when the user has closed it
+        ready = dict(found) | {"command": command} | told
         recorder.keep(ready)
         recorder.finish(ready)
 
-    ended = launch_kobold(words, choice, kobold, model.files.lora is not None, options, on_ready)
+    ended = launch(command, choice, program, adapters, options, on_ready)
     return Outcome(None if ended.was_ready else chosen, ended.status)
-
-
-def pick_choice(findings: Findings, asked: str) -> Choice:
-    """The best one, or the one asked for by its name. Raises NKATError when that cannot be."""
-    if asked == AUTO:
-        check_usable(findings.choices)
-        return findings.choices[0]
-    choice = next(choice for choice in findings.choices if choice.backend.name == asked)
-    if choice.lacks == "program":
-        hint = advice(choice, findings.kobold) if choice.libraries else "see --list"
-        raise NKATError(f"--backend {asked}: {choice.reason}; {hint}")
-    if choice.lacks == "device":
-        note(f"warning: {asked}: {choice.reason}; trying it because you asked for it")
-    if choice.layers is None:
-        raise NKATError(f"--backend {asked}: how many layers fit cannot be told ({choice.reason}); give --gpulayers N")
-    return choice
 
 
 def run_benchmark(options: KoboldOptions, findings: Findings, model: Model, recorder: Recorder) -> dict[str, Any]:
     """Every usable backend and split, with and without the adapter; the fastest with it becomes the default."""
-    kobold, settings = findings.kobold, settings_from(options, findings)
+    runtime, program, settings = options.runtime, findings.program, findings.settings
     usable = [choice for choice in findings.choices if choice.lacks is None]
     wanted = [choice for choice in usable if options.backend in (AUTO, choice.backend.name)]
     wanted = wanted or [pick_choice(findings, options.backend)]
-    measured = measure_choices(wanted, model.files, kobold, settings, options.extra, options.timeout)
+    measured = measure_choices(runtime, wanted, model.files, program, settings, options.extra, options.timeout)
     choice, speed = fastest(as_run(measured))
-    values = kobold_settings(kobold, choice, model.files, settings)
-    path = remember_fastest(kobold, model.files, choice, speed, values)
+    values = runtime.settings_of(program, choice, model.files, settings)
+    path = remember_fastest(runtime, program, model.files, settings, choice, speed, values)
     records = [item.record() for item in measured]
     found = {"benchmark": records, "fastest": choice.record(), "default_config": path and str(path)}
     recorder.keep(findings.record() | found)
@@ -158,27 +181,14 @@ def run_benchmark(options: KoboldOptions, findings: Findings, model: Model, reco
     kept = "" if path is None else f", now this model's default at --contextsize {speed.context}"
     print(f"\nfastest: {choice.backend.name}{kept}")
     if path is not None:
-        print(f"load it with: {config_line(kobold, path)}")
+        print(f"load it with: {shell_line(runtime.loading(program, path, settings, ()))}")
     if options.save_config is not None:
-        save_config(options.save_config, values, kobold_command(kobold, values, options.extra), kobold, options)
+        save_config(options, findings, options.save_config, values)
     return findings.record() | found
 
 
-def settings_from(options: KoboldOptions, findings: Findings) -> Settings:
-    """KoboldCpp's settings that do not depend on the backend."""
-    return Settings(options.contextsize, options.threads or findings.machine.cores, options.host, options.port)
-
-
-def save_config(
-    path: Path, values: dict[str, Any], command: Sequence[str], kobold: Kobold, options: KoboldOptions
-) -> None:
-    """Writes the settings to a `.kcpps`, with the user's own flags among them."""
-    if options.extra:
-        values = config_with_extra(kobold, command)
-    write_config(path, values, options.force)
-    note(f"wrote {path}; load it with: {config_line(kobold, path)}")
-
-
-def config_line(kobold: Kobold, path: Path) -> str:
-    """The command that runs KoboldCpp with the settings of a file."""
-    return shell_line([*kobold.prefix(), "--config", str(path)])
+def save_config(options: KoboldOptions, findings: Findings, path: Path, values: Mapping[str, Any]) -> None:
+    """Writes the settings to the program's own file, with the user's own flags among them where it can hold them."""
+    runtime, program = options.runtime, findings.program
+    runtime.write(program, path, values, options.extra, options.force)
+    note(f"wrote {path}; load it with: {shell_line(runtime.loading(program, path, findings.settings, options.extra))}")

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from nkat.engine.compared import Compared
 from nkat.engine.scoring import MakeScorer, make_scorer
 from nkat.errors import NKATError
 from nkat.host.console import counted, note
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
 from nkat.measure.chats import chat_chunks, conversations, is_chats
+from nkat.measure.compare import Base, check_base, compare_arms, compare_with
+from nkat.measure.divergence import Divergence
 from nkat.measure.perplexity import (
     DEFAULT_BATCH,
     PairedChange,
@@ -54,8 +57,7 @@ class Passages:
         make: MakeScorer = make_scorer,
     ) -> torch.Tensor:
         """−ln p of the tokens that count: float64 [C, scored], or [n] where not all do."""
-        nll = score_chunks(model, self.chunks, batch=batch, progress=progress, make=make)
-        return nll if self.counted is None else nll[self.counted]
+        return self.those_that_count(score_chunks(model, self.chunks, batch=batch, progress=progress, make=make))
 
     def score_arms(
         self,
@@ -66,8 +68,12 @@ class Passages:
         make: MakeScorer = make_scorer,
     ) -> torch.Tensor:
         """The same without Θ and with it, [2, ...]."""
-        nll = score_arms(model, self.chunks, batch=batch, progress=progress, make=make)
-        return nll if self.counted is None else nll[:, self.counted]
+        arms = score_arms(model, self.chunks, batch=batch, progress=progress, make=make)
+        return torch.stack([self.those_that_count(nll) for nll in arms])
+
+    def those_that_count(self, values: torch.Tensor) -> torch.Tensor:
+        """Of values for each scored token, [C, scored]: all as they are, or [n] where not all tokens count."""
+        return values if self.counted is None else values[self.counted]
 
     def by_chunk(self, nll: torch.Tensor) -> list[torch.Tensor]:
         """What `score` gave, chunk by chunk: of each the tokens that count."""
@@ -88,18 +94,36 @@ class Passages:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One arm beside the model without Θ on the same tokens. byte_ratio: bytes read per token with Θ over without."""
+    """One arm beside the model without Θ on the same tokens.
+
+    byte_ratio: bytes read per token with Θ over without;  divergence: from the model without Θ, where it was measured
+    """
 
     perplexity: Perplexity
     change: PairedChange
     byte_ratio: float = 1.0
+    divergence: Divergence | None = None
 
     @property
     def tpe(self) -> float:
         return tpe(self.perplexity.ppl, self.byte_ratio)
 
     def record(self) -> dict[str, Any]:
-        return {**self.perplexity.record(), **self.change.record(), "byte_ratio": self.byte_ratio, "tpe": self.tpe}
+        divergence = {} if self.divergence is None else {"divergence": self.divergence.record()}
+        bytes_read = {"byte_ratio": self.byte_ratio, "tpe": self.tpe}
+        return {**self.perplexity.record(), **self.change.record(), **bytes_read, **divergence}
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """One arm beside a base on the same tokens: its perplexity, the change from the base's, and the divergence."""
+
+    perplexity: Perplexity
+    change: PairedChange
+    divergence: Divergence
+
+    def record(self) -> dict[str, Any]:
+        return {**self.perplexity.record(), **self.change.record(), "divergence": self.divergence.record()}
 
 
 class Judge:
@@ -108,6 +132,7 @@ class Judge:
 
     loaded: the model; every measurement leaves on it the Θ and the strength that were measured
     make: what makes the scorer; a `KeptScorer` where many Θ or strengths are measured in turn
+    diverging: each score has the divergence from the model without Θ, for which what its output layer reads is kept
     """
 
     def __init__(
@@ -117,9 +142,11 @@ class Judge:
         *,
         batch: int = DEFAULT_BATCH,
         make: MakeScorer = make_scorer,
+        diverging: bool = False,
     ) -> None:
-        self.loaded, self.passages, self.batch, self.make = loaded, passages, batch, make
+        self.loaded, self.passages, self.batch, self.make, self.diverging = loaded, passages, batch, make, diverging
         self._without: Perplexity | None = None
+        self._hidden: list[torch.Tensor] = []  # of the model without Θ
 
     @classmethod
     def open(
@@ -130,13 +157,14 @@ class Judge:
         *,
         context: int | None = None,
         batch: int = DEFAULT_BATCH,
+        diverging: bool = False,
     ) -> Judge:
         """A judge on a text's first chunks. Raises NKATError for what cannot be measured, before time is spent.
 
         text: None: the one that every Python carries;  chunks, context: as `text_passages` has them
         """
         text = text if isinstance(text, Text) else load_text(text)
-        return cls(loaded, text_passages(loaded, text, chunks, context), batch=batch)
+        return cls(loaded, text_passages(loaded, text, chunks, context), batch=batch, diverging=diverging)
 
     def without(self, progress: str | None = "without Θ") -> Perplexity:
         """The model without Θ, scored once."""
@@ -155,6 +183,8 @@ class Judge:
         """The model with a Θ, at its own strength or at `gamma`. Raises as `put_on` does."""
         self.put_on(theta, gamma)
         model = self.loaded.model
+        if self.diverging:
+            return self._diverging(theta, progress)
         if self._without is None:
             both = None if progress is None else f"without Θ and {progress}"
             arms = self.passages.score_arms(model, both, batch=self.batch, make=self.make)
@@ -162,6 +192,41 @@ class Judge:
         else:
             measured = self._perplexity(self.passages.score(model, progress, batch=self.batch, make=self.make))
         return Score(measured, paired(self._without, measured), self.ratio(theta))
+
+    def _diverging(self, theta: ThetaSet, progress: str | None) -> Score:
+        model, chunks = self.loaded.model, self.passages.chunks
+        label = None if progress is None else f"without Θ and {progress}"
+        found = compare_arms(model, chunks, self._hidden, batch=self.batch, progress=label)
+        self._without = self._without or self._perplexity(self.passages.those_that_count(found.base_nll))
+        beside = self._beside(found, self._without)
+        return Score(beside.perplexity, beside.change, self.ratio(theta), beside.divergence)
+
+    def beside(
+        self,
+        base: Base,
+        theta: ThetaSet | None = None,
+        gamma: float | None = None,
+        *,
+        progress: str | None = "comparing",
+    ) -> tuple[Perplexity, list[Beside]]:
+        """Another base's perplexity, and the model beside it: without Θ, then with it where there is one.
+
+        Raises NKATError for a base of another vocabulary, and as `put_on` does.
+        """
+        check_base(self.loaded, base)
+        if theta is not None:
+            self.put_on(theta, gamma)
+        arms = 1 if theta is None else 2
+        model, chunks = self.loaded.model, self.passages.chunks
+        found = compare_with(model, base, chunks, arms, batch=self.batch, progress=progress)
+        base_score = self._perplexity(self.passages.those_that_count(found[0].base_nll))
+        return base_score, [self._beside(arm, base_score) for arm in found]
+
+    def _beside(self, found: Compared, base: Perplexity) -> Beside:
+        """What was found of all chunks, as far as it counts."""
+        nll = self._perplexity(self.passages.those_that_count(found.nll))
+        kl, same = (self.passages.those_that_count(x) for x in (found.kl, found.same_top))
+        return Beside(nll, paired(base, nll), Divergence.of(base.nll, nll.nll, kl, same))
 
     def rows(self, chunks: slice) -> list[torch.Tensor]:
         """−ln p in some of the chunks with what is on the model just now, chunk by chunk, without a bar."""

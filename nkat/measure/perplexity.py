@@ -62,7 +62,7 @@ class Perplexity:
 
     @property
     def stderr(self) -> float:
-        return self.ppl * _standard_error(self.nll)
+        return self.ppl * standard_error(self.nll)
 
     def __str__(self) -> str:
         return perplexity_text(self.ppl, self.stderr)
@@ -209,10 +209,7 @@ def _score(
     """[arms, C, scored]"""
     if batch < 1:
         raise NKATError(f"the batch must be at least 1 chunk, got {batch}")
-    vocabulary = model.config.vocab_size
-    low, high = (int(x) for x in torch.aminmax(chunks))
-    if low < 0 or high >= vocabulary:
-        raise NKATError(f"token id {low if low < 0 else high} lies outside the vocabulary of {vocabulary}")
+    check_ids(chunks, model.config.vocab_size)
     count, context = chunks.shape
     together = min(max(1, batch // arms), count)
     scorer = make(model, together * arms, context)
@@ -222,10 +219,24 @@ def _score(
             results.append(scorer.score(part)[None] if arms == 1 else scorer.score_arms(part))
             bar.update(len(part))
     nll = torch.cat(results, dim=1)
-    if not bool(torch.isfinite(nll).all()):
-        chunk = int((~torch.isfinite(nll)).any(dim=2).any(dim=0).nonzero()[0, 0])
-        raise NKATError(f"the model's predictions for chunk {chunk} are not finite numbers (damaged weights?)")
+    for arm in nll:
+        check_finite(arm)
     return nll
+
+
+def check_ids(chunks: torch.Tensor, vocabulary: int) -> None:
+    """Raises NKATError for token ids that are none."""
+    low, high = (int(x) for x in torch.aminmax(chunks))
+    if low < 0 or high >= vocabulary:
+        raise NKATError(f"token id {low if low < 0 else high} lies outside the vocabulary of {vocabulary}")
+
+
+def check_finite(scores: torch.Tensor) -> None:
+    """Raises NKATError where what was found of a chunk, [C, scored], is no number."""
+    wrong = (~torch.isfinite(scores)).any(dim=1)
+    if bool(wrong.any()):
+        chunk = int(wrong.nonzero()[0, 0])
+        raise NKATError(f"the model's predictions for chunk {chunk} are not finite numbers (damaged weights?)")
 
 
 def paired(a: Perplexity, b: Perplexity) -> PairedChange:
@@ -235,9 +246,9 @@ def paired(a: Perplexity, b: Perplexity) -> PairedChange:
             f"a paired comparison needs the same chunks: {tuple(a.nll.shape)} and {tuple(b.nll.shape)} tokens scored"
         )
     difference = b.nll - a.nll
-    return PairedChange(float(difference.mean()), _standard_error(difference))
+    return PairedChange(float(difference.mean()), standard_error(difference))
 
 
-def _standard_error(values: torch.Tensor) -> float:
+def standard_error(values: torch.Tensor) -> float:
     """Of the mean, as llama.cpp computes it: sqrt(population variance / (n − 1))."""
     return math.sqrt(float(values.var(correction=0)) / (values.numel() - 1))

@@ -117,15 +117,15 @@ def judge_best(prepared: Prepared, study: optuna.Study) -> Judged:
     judge = prepared.held_out
     count = len(judge.passages.chunks)
     with console.bar(1 + len(best), "judging on held-out text", "run") as bar:
-        judge.without(progress=None)
-        base = summary(judge.base(), count)
-        bar.update()
         for number, setting in best:
             theta_set = chosen if chosen and not rows else apply_setting(prepared.theta_set, setting)
             score = judge.score(theta_set, progress=None)
             prices = {GUARD: found} if (found := study.trials[number].user_attrs.get(GUARD)) else {}
             rows.append({"trial": number, **summary(score, count, setting, theta_set), **prices})
             bar.update()
+        judge.without(progress=None)  # scored beside the first of them
+        base = summary(judge.base(), count)
+        bar.update()
     return Judged(base, rows, chosen)
 
 

@@ -145,7 +145,7 @@ def _split(passages: Passages, asked: int, make: KeptScorer, loaded: LoadedModel
             f"instead of {asked}"
         )
     some, others = passages.pick(slice(seen)), passages.pick(slice(seen, None))
-    return Judge(loaded, some, make=make), Judge(loaded, others, make=make)
+    return Judge(loaded, some, make=make), Judge(loaded, others, make=make, diverging=True)
 
 
 def _guard(

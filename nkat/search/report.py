@@ -7,6 +7,7 @@ from typing import Any
 
 from nkat.host.console import counted, format_table
 from nkat.host.tools import suggest
+from nkat.measure.divergence import divergence_cells
 from nkat.measure.perplexity import change_text, perplexity_text
 from nkat.search.objective import GUARD
 from nkat.search.options import SearchOptions
@@ -49,7 +50,7 @@ def print_report(record: Mapping[str, Any], won: bool, tried: bool) -> None:
     rows = [held_out["base"], *held_out["best"]]
     names = list(dict.fromkeys(price["text"] for row in rows for price in row.get(GUARD, {}).get("prices", ())))
     cells = [[_name(row), str(row.get("trial", "")), *_cells(row), *_prices(row, names)] for row in rows]
-    header = ["setting", "trial", "perplexity", "change %", "TPE"]
+    header = ["setting", "trial", "perplexity", "change %", "TPE", "KL divergence", "same top %"]
     print(format_table(cells, [*header, *(f"({letter}) %" for letter in _LETTERS[: len(names)])]))
     if names:
         print_prices(record, names)
@@ -129,7 +130,8 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     change = change_text(row["change_percent"], row["change_percent_stderr"], "") if "setting" in row else ""
-    return [perplexity_text(row["perplexity"], row["perplexity_stderr"]), change, f"{row['tpe']:.6f}"]
+    figures = [perplexity_text(row["perplexity"], row["perplexity_stderr"]), change, f"{row['tpe']:.6f}"]
+    return [*figures, *divergence_cells(row.get("divergence"))]
 
 
 def _prices(row: Mapping[str, Any], names: list[str]) -> list[str]:

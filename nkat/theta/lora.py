@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
@@ -13,7 +16,7 @@ from nkat.gguf.writer import (
     Part,
     gguf_parts,
 )
-from nkat.theta.algebra import ThetaError, coupling, low_rank_form
+from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
 from nkat.theta.modelfile import architecture_of
 from nkat.theta.set import ThetaSet
 
@@ -25,16 +28,43 @@ def lora_parts(theta_set: ThetaSet, base: BaseView, gamma: float | None = None) 
     alpha / rank is 1. A layer of lower rank than the largest has that factor divided out. Those of a mixture's experts
     lie behind one another.
     """
-    kappa = coupling(theta_set.gamma if gamma is None else gamma)
-    alpha = 2 * theta_set.rank
+    used = theta_set if gamma is None else replace(theta_set, gamma=gamma)
+    metadata: dict[str, MetadataValue] = {
+        "general.name": f"NKAT theta for {theta_set.base_name}",
+        "nkat.theta.gamma": used.gamma,
+        "nkat.base.sha256": theta_set.base_sha256,
+    }
+    return _adapter_parts([(used, 1.0)], base, metadata)
+
+
+def combined_lora_parts(weighted: Sequence[tuple[ThetaSet, float]], base: BaseView) -> list[Part]:
+    """Σ weight κ(γ) Θ over several Θ of one model as one adapter, whose rank is the sum of theirs: for programs that
+    take a single one.
+    """
+    first = weighted[0][0]
+    metadata: dict[str, MetadataValue] = {
+        "general.name": f"{len(weighted)} NKAT thetas for {first.base_name}",
+        "nkat.base.sha256": first.base_sha256,
+    }
+    return _adapter_parts(weighted, base, metadata)
+
+
+def _adapter_parts(
+    weighted: Sequence[tuple[ThetaSet, float]], base: BaseView, about: dict[str, MetadataValue]
+) -> list[Part]:
+    names = dict.fromkeys(name for theta_set, _ in weighted for name in theta_set.layers)
+    shares = {name: [(one, weight) for one, weight in weighted if name in one.layers] for name in names}
+    ranks = {name: sum(2 * one.layers[name].rank for one, _ in parts) for name, parts in shares.items()}
+    alpha = max(ranks.values())
     tensors = []
-    for name, theta in theta_set.layers.items():
+    for name, parts in shares.items():
         m, n = base.tensors[name].shape[-2:]
-        each = [theta] if theta.experts is None else [theta.expert(i) for i in range(theta.experts)]
-        forms = [low_rank_form(*one.factors(), m, n) for one in each]
-        down, up = forms[0] if theta.experts is None else (torch.stack(parts) for parts in zip(*forms, strict=True))
-        up *= kappa * (2 * theta.rank) / alpha
-        for suffix, factor in ((".lora_a", down), (".lora_b", up)):
+        downs, ups = [], []
+        for theta_set, weight in parts:
+            down, up = _factors(theta_set.layers[name], m, n)
+            downs.append(down)
+            ups.append(up * (coupling(theta_set.gamma) * weight * ranks[name] / alpha))
+        for suffix, factor in ((".lora_a", torch.cat(downs, dim=-2)), (".lora_b", torch.cat(ups, dim=-1))):
             half = factor.to(torch.float16)
             if not bool(torch.isfinite(half).all()):
                 raise ThetaError(f"{name}: Θ's factors are too large for a LoRA adapter in F16")
@@ -42,10 +72,16 @@ def lora_parts(theta_set: ThetaSet, base: BaseView, gamma: float | None = None) 
     metadata: dict[str, MetadataValue] = {
         "general.type": "adapter",
         "general.architecture": architecture_of(base.file),
-        "general.name": f"NKAT theta for {theta_set.base_name}",
+        "general.name": about["general.name"],
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),
-        "nkat.theta.gamma": theta_set.gamma if gamma is None else gamma,
-        "nkat.base.sha256": theta_set.base_sha256,
     }
-    return gguf_parts(metadata, tensors)
+    return gguf_parts(metadata | about, tensors)
+
+
+def _factors(theta: Theta, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(down [2r, n], up [m, 2r]), with the experts in front where there are some."""
+    if theta.experts is None:
+        return low_rank_form(*theta.factors(), m, n)
+    forms = [low_rank_form(*theta.expert(i).factors(), m, n) for i in range(theta.experts)]
+    return torch.stack([down for down, _ in forms]), torch.stack([up for _, up in forms])

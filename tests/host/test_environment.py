@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import vs_llama_cpp
+from nkat.kobold.koboldcpp import WATCH
 from nkat.kobold.process import running
 from tests.conftest import ROOT
 
@@ -49,7 +50,7 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_koboldcpp_does_not_inherit_it(ours: None) -> None:
-    with running([sys.executable, "-c", SHOW]) as process:
+    with running([sys.executable, "-c", SHOW], WATCH) as process:
         process.wait()
     assert "policy None []" in process.lines
 

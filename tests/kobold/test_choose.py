@@ -13,14 +13,15 @@ from nkat.errors import NKATError
 from nkat.host.hardware import Gpu
 from nkat.host.programs import shell_line
 from nkat.kobold.choose import Choice, advice, choices, prefer
-from nkat.kobold.command import Settings, check_extra, kobold_command, kobold_settings
-from nkat.kobold.files import RunFiles
-from nkat.kobold.find import Kobold
+from nkat.kobold.command import Settings, check_extra, command_of
+from nkat.kobold.files import Adapter, RunFiles
+from nkat.kobold.koboldcpp import KOBOLDCPP, settings_of
 from nkat.kobold.layers import ModelMemory
 from nkat.kobold.machine import Machine, free_bytes, look_at_machine
+from nkat.kobold.program import Program
 
 GIB = 1 << 30
-OLD = Kobold(
+OLD = Program(
     Path("/k/koboldcpp.py"),
     "1.76",
     frozenset(
@@ -38,7 +39,7 @@ OLD = Kobold(
     ),
     frozenset({"default", "failsafe", "noavx2", "cublas", "vulkan", "vulkan_noavx2", "clblast"}),
 )
-NEW = Kobold(
+NEW = Program(
     Path("/k/koboldcpp"),
     "1.115.1",
     frozenset(
@@ -62,7 +63,7 @@ IRIS = Gpu("vulkan", 0, "Intel Iris Xe", "integrated", 8 * GIB, None, "Vulkan")
 LAVA = Gpu("vulkan", 0, "llvmpipe", "software", 2 * GIB, None, "Vulkan")
 # 32 blocks of 120 MiB and 4 GiB in all: a 7B model in Q4.
 SEVEN_B = ModelMemory((120 << 20,) * 32, 32 << 20, 100 << 20, 80 << 20, 50 << 20, 2048)
-FILES = RunFiles(Path("m.nkat"), Path("/m/base model.gguf"), "", Path("/c/theta.gguf"), {}, 4, 0.97)
+FILES = RunFiles(Path("m.nkat"), Path("/m/base model.gguf"), "", (Adapter(Path("/c/theta.gguf")),), {}, 4, 0.97)
 SETTINGS = Settings(2048, 8, "127.0.0.1", 5001)
 
 
@@ -148,11 +149,11 @@ def test_processors_without_avx2() -> None:
     assert pick("cpu", found).libraries == ("noavx2",)
     assert pick("vulkan", found).libraries == ("vulkan_noavx2",)
     assert pick("cuda", found).lacks == "program"
-    assert kobold_settings(NEW, pick("cpu", found), FILES, SETTINGS)["noavx2"] is True
-    assert kobold_settings(NEW, pick("vulkan", found), FILES, SETTINGS)["noavx2"] is True
+    assert settings_of(NEW, pick("cpu", found), FILES, SETTINGS)["noavx2"] is True
+    assert settings_of(NEW, pick("vulkan", found), FILES, SETTINGS)["noavx2"] is True
     oldpc = replace(NEW, libraries=frozenset({"noavx2", "cublas"}))
     assert order(choices(oldpc, old, SEVEN_B)) == ["cuda", "cpu"]
-    assert "noavx2" not in kobold_settings(oldpc, choices(oldpc, old, SEVEN_B)[0], FILES, SETTINGS)
+    assert "noavx2" not in settings_of(oldpc, choices(oldpc, old, SEVEN_B)[0], FILES, SETTINGS)
     ancient = choices(NEW, machine(old_cpu=True, features=()), SEVEN_B)
     assert order(ancient) == ["failsafe"]
 
@@ -169,8 +170,8 @@ def test_processors_without_avx2() -> None:
         (OLD, "failsafe", {"usecpu": True, "noavx2": True, "nommap": True, "gpulayers": 0}),
     ],
 )
-def test_settings_by_version(kobold: Kobold, backend: str, expected: dict) -> None:
-    found = kobold_settings(kobold, pick(backend, choices(kobold, machine(RTX, RADEON), SEVEN_B)), FILES, SETTINGS)
+def test_settings_by_version(kobold: Program, backend: str, expected: dict) -> None:
+    found = settings_of(kobold, pick(backend, choices(kobold, machine(RTX, RADEON), SEVEN_B)), FILES, SETTINGS)
     common = {"model_param": "/m/base model.gguf", "lora": ["/c/theta.gguf"], "contextsize": 2048, "threads": 8}
     assert {key: value if key not in ("model_param", "lora") else common[key] for key, value in found.items()} == {
         **common,
@@ -182,14 +183,14 @@ def test_settings_by_version(kobold: Kobold, backend: str, expected: dict) -> No
 
 
 def test_the_command_is_the_settings() -> None:
-    values = kobold_settings(OLD, pick("cuda", choices(OLD, machine(RTX), SEVEN_B)), FILES, SETTINGS)
-    words = kobold_command(OLD, values, ["--quiet"])
+    values = settings_of(OLD, pick("cuda", choices(OLD, machine(RTX), SEVEN_B)), FILES, SETTINGS)
+    words = command_of(OLD, values, ["--quiet"])
     text = " ".join(words[2:])
     assert "--usecublas normal 1 mmq --gpulayers 33 --contextsize 2048 --threads 8" in text
     assert text.endswith("--host 127.0.0.1 --port 5001 --quiet")
     assert words[words.index("--model") + 1].endswith("base model.gguf")
-    cpu = kobold_settings(NEW, pick("cpu", choices(NEW, machine(), None)), replace(FILES, lora=None), SETTINGS)
-    words = kobold_command(NEW, cpu)
+    cpu = settings_of(NEW, pick("cpu", choices(NEW, machine(), None)), replace(FILES, adapters=()), SETTINGS)
+    words = command_of(NEW, cpu)
     assert "--lora" not in words
     assert words[words.index("--usecpu") + 1] == "--gpulayers"
 
@@ -202,10 +203,10 @@ def test_what_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_flags_are_refused_behind_the_dashes() -> None:
-    check_extra(["--quiet", "--password", "x"])
+    check_extra(["--quiet", "--password", "x"], KOBOLDCPP.own_flags)
     for word in ("--port", "--model", "--lora=x", "--host"):
         with pytest.raises(NKATError, match="is set by this script"):
-            check_extra(["--quiet", word])
+            check_extra(["--quiet", word], KOBOLDCPP.own_flags)
 
 
 def test_what_was_measured_comes_first() -> None:

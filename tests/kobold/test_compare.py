@@ -11,8 +11,9 @@ from nkat.kobold.backends import CPU, VULKAN, Place
 from nkat.kobold.choose import Choice
 from nkat.kobold.command import Settings
 from nkat.kobold.compare import as_run, measure_choices, speed_table
-from nkat.kobold.files import RunFiles
-from nkat.kobold.find import probe_kobold
+from nkat.kobold.files import Adapter, RunFiles
+from nkat.kobold.koboldcpp import KOBOLDCPP
+from nkat.kobold.probe import probe_kobold
 from tests.support.fake_koboldcpp import NEW, install
 from tests.support.tiny_models import write_tiny_model
 
@@ -23,12 +24,14 @@ ON_GPU = Choice(VULKAN, Place.GPU, None, "", ("vulkan",), layers=4, all_layers=4
 @pytest.fixture
 def files(tmp_path: Path) -> RunFiles:
     model = write_tiny_model(tmp_path / "m.gguf", "llama")
-    return RunFiles(model, model, "", model, {})  # the stand-in looks whether an adapter is there, not what it holds
+    return RunFiles(
+        model, model, "", (Adapter(model),), {}
+    )  # the stand-in looks whether an adapter is there, not what it holds
 
 
 def test_both_arms_of_every_split(tmp_path: Path, files: RunFiles) -> None:
     kobold = probe_kobold(install(tmp_path / "kobold", NEW, ("default", "vulkan")))
-    measured = measure_choices([ON_GPU, ON_CPU], files, kobold, Settings(512, 1, "127.0.0.1", 5001), (), 60)
+    measured = measure_choices(KOBOLDCPP, [ON_GPU, ON_CPU], files, kobold, Settings(512, 1, "127.0.0.1", 5001), (), 60)
     lines = [line.split()[:-2] for line in speed_table(measured).splitlines()[2:]]
     assert lines == [
         [*name, *arm]
@@ -50,8 +53,8 @@ def test_both_arms_of_every_split(tmp_path: Path, files: RunFiles) -> None:
 
 def test_one_that_fails_is_a_warning(tmp_path: Path, files: RunFiles, capsys: pytest.CaptureFixture) -> None:
     kobold = probe_kobold(install(tmp_path / "kobold", NEW))
-    plain = replace(files, lora=None)
-    measured = measure_choices([ON_GPU, ON_CPU], plain, kobold, Settings(512, 1, "127.0.0.1", 5001), (), 60)
+    plain = replace(files, adapters=())
+    measured = measure_choices(KOBOLDCPP, [ON_GPU, ON_CPU], plain, kobold, Settings(512, 1, "127.0.0.1", 5001), (), 60)
     assert [(item.choice, item.arm) for item in measured] == [(ON_CPU, "")]
     assert as_run(measured) == [(ON_CPU, measured[0].speed)]
     warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nkat.errors import NKATError
-from nkat.kobold.files import kobold_cache, model_key, prepare_files
+from nkat.kobold.files import WeightedTheta, kobold_cache, model_key, prepare_files
 from nkat.kobold.menu import models_here
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import open_model_file
@@ -46,27 +46,27 @@ def test_a_base_beside_it_is_found_by_its_hash(script, base: Path, tmp_path: Pat
     other = write_tiny_model(base.parent / "a-other.gguf", "llama", seed=1, qtype=gguf.GGMLQuantizationType.Q8_0)
     assert other.stat().st_size == base.stat().st_size  # the size alone does not tell them apart
     (base.parent / "a-broken.gguf").write_bytes(b"GGUF")
-    files = prepare_files(nkat, None, None)
+    files = prepare_files(nkat, (), None)
     assert files.model == base
     assert "by its hash" in files.how
     assert (files.rank, files.gamma) == (4, 0.97)
-    assert files.lora is not None
-    assert written() == {files.lora.name}
+    assert len(files.adapters) == 1
+    assert written() == {files.adapters[0].path.name}
     base.unlink()
-    assert prepare_files(nkat, None, None).how == "extracted"
+    assert prepare_files(nkat, (), None).how == "extracted"
 
 
 def test_a_plain_base_goes_before_one_with_theta_behind_it(script, base: Path) -> None:
     nkat = convert(script, base, base.parent / "m.nkat")
     appended = convert(script, base, base.parent / "a.gguf", "--layout", "appended")  # the first by its name
-    assert prepare_files(nkat, None, None).model == base
+    assert prepare_files(nkat, (), None).model == base
     farther = Path.cwd() / "models" / "base.gguf"
     farther.parent.mkdir()
     base.rename(farther)
-    files = prepare_files(nkat, None, None)
+    files = prepare_files(nkat, (), None)
     assert (files.model, files.how) == (farther, f"found in {farther.parent} by its hash")
     farther.unlink()
-    assert prepare_files(nkat, None, None).model == appended  # the control
+    assert prepare_files(nkat, (), None).model == appended  # the control
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX's kinds of file")
@@ -77,7 +77,7 @@ def test_odd_neighbours_stop_nothing(script, base: Path, monkeypatch: pytest.Mon
         (base.parent / f"a.{suffix}").mkdir()
         (base.parent / f"aa.{suffix}").symlink_to("nowhere")
         os.mkfifo(base.parent / f"aaa.{suffix}")
-    assert prepare_files(nkat, None, None).model == base
+    assert prepare_files(nkat, (), None).model == base
     monkeypatch.chdir(base.parent)
     assert models_here() == [Path("m.nkat"), Path("base.gguf")]
     with pytest.raises(NKATError, match="this is a pipe"):
@@ -90,12 +90,12 @@ def test_remembered_hashes_of_another_shape_are_made_anew(
     script, base: Path, tmp_path: Path, value: object, shape: str
 ) -> None:
     nkat = convert(script, base, base.parent / "m.nkat")
-    assert prepare_files(nkat, None, None).model == base
+    assert prepare_files(nkat, (), None).model == base
     memory = tmp_path / "cache" / "kobold" / "hashes.json"
     good = json.loads(memory.read_text())
     bad = {"known": dict.fromkeys(good, value), "list": [value], "text": str(value)}[shape]
     memory.write_text(json.dumps(bad))
-    assert prepare_files(nkat, None, None).model == base
+    assert prepare_files(nkat, (), None).model == base
     assert good.items() <= json.loads(memory.read_text()).items()
 
 
@@ -104,54 +104,54 @@ def test_the_optimisers_record_says_where(script, base: Path, tmp_path: Path) ->
     record = tmp_path / "best.json"
     sha256 = open_model_file(nkat).theta.base_sha256
     record.write_text(json.dumps({"model": str(base), "model_sha256": sha256}))
-    assert prepare_files(nkat, None, None).model == base
+    assert prepare_files(nkat, (), None).model == base
     nowhere = [json.dumps({"model": name, "model_sha256": sha256}) for name in ("x" * 5000 + "/y", "a\0/y", 7)]
     for text in (json.dumps({"model": str(base), "model_sha256": "other"}), "[1]", "no json", "[" * 10**5, *nowhere):
         record.write_text(text)
-        assert prepare_files(nkat, None, None).how == "extracted"
+        assert prepare_files(nkat, (), None).how == "extracted"
 
 
 def test_extraction_gives_the_base_back_and_happens_once(script, base: Path, tmp_path: Path) -> None:
     nkat = convert(script, base, tmp_path / "m.nkat")
-    files = prepare_files(nkat, None, None)
+    files = prepare_files(nkat, (), None)
     assert files.how == "extracted"
     assert files.model.parent == kobold_cache()
     assert files.model.read_bytes() == base.read_bytes()
     stamp = files.model.stat().st_mtime_ns
-    assert prepare_files(nkat, None, None) == files
+    assert prepare_files(nkat, (), None) == files
     assert files.model.stat().st_mtime_ns == stamp
     files.model.write_bytes(b"cut short")
-    assert prepare_files(nkat, None, None).model.read_bytes() == base.read_bytes()
+    assert prepare_files(nkat, (), None).model.read_bytes() == base.read_bytes()
 
 
 def test_appended_is_its_own_base(script, base: Path, tmp_path: Path) -> None:
     nkat = convert(script, base, tmp_path / "m.nkat", "--layout", "appended")
-    files = prepare_files(nkat, None, None)
+    files = prepare_files(nkat, (), None)
     assert files.model == nkat
-    assert files.lora is not None
+    assert len(files.adapters) == 1
     # and a base for others: Θ behind a model does not change the model
     base.unlink()
     theta = convert(script, nkat, tmp_path / "theta.bin", "--theta-only")
-    assert prepare_files(theta, None, None).model == nkat
+    assert prepare_files(theta, (), None).model == nkat
 
 
 def test_base_and_theta_file(script, base: Path, tmp_path: Path) -> None:
     theta = convert(script, base, tmp_path / "theta_rank4.bin", "--theta-only")
-    files = prepare_files(base, theta, None)
+    files = prepare_files(base, [WeightedTheta(theta)], None)
     assert (files.model, files.how) == (base, "the file itself")
-    whole = prepare_files(convert(script, base, tmp_path / "m.nkat"), None, base)
-    assert files.lora == whole.lora  # the same Θ, the same adapter
+    whole = prepare_files(convert(script, base, tmp_path / "m.nkat"), (), base)
+    assert files.adapters == whole.adapters  # the same Θ, the same adapter
     with pytest.raises(NKATError, match="name it with --base"):
-        prepare_files(theta, None, None)
-    assert prepare_files(theta, None, base).model == base
+        prepare_files(theta, (), None)
+    assert prepare_files(theta, (), base).model == base
     other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1)
     with pytest.raises(NKATError, match="was made for another model"):
-        prepare_files(other, theta, None)
+        prepare_files(other, [WeightedTheta(theta)], None)
 
 
 def test_plain_model_has_no_adapter(base: Path) -> None:
-    files = prepare_files(base, None, None)
-    assert (files.model, files.lora, files.lora_bytes) == (base, None, {})
+    files = prepare_files(base, (), None)
+    assert (files.model, files.adapters, files.lora_bytes) == (base, (), {})
     assert written() == set()
 
 
@@ -159,36 +159,36 @@ def test_the_wrong_base_is_refused(script, base: Path, tmp_path: Path) -> None:
     nkat = convert(script, base, tmp_path / "m.nkat")
     other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1, qtype=gguf.GGMLQuantizationType.Q8_0)
     with pytest.raises(NKATError, match="is not the model this Θ was made for"):
-        prepare_files(nkat, None, other)
-    with pytest.raises(NKATError, match="cannot load it"):
-        prepare_files(nkat, None, nkat)
+        prepare_files(nkat, (), other)
+    with pytest.raises(NKATError, match="cannot be loaded"):
+        prepare_files(nkat, (), nkat)
 
 
 def test_adapter_is_written_once_and_depends_on_theta(script, base: Path, tmp_path: Path) -> None:
-    first = prepare_files(convert(script, base, tmp_path / "a.nkat"), None, base)
-    stamp = first.lora.stat().st_mtime_ns
-    assert prepare_files(convert(script, base, tmp_path / "again.nkat"), None, base).lora == first.lora
-    assert first.lora.stat().st_mtime_ns == stamp
+    first = prepare_files(convert(script, base, tmp_path / "a.nkat"), (), base)
+    stamp = first.adapters[0].path.stat().st_mtime_ns
+    assert prepare_files(convert(script, base, tmp_path / "again.nkat"), (), base).adapters == first.adapters
+    assert first.adapters[0].path.stat().st_mtime_ns == stamp
     for number, change in enumerate((("--theta-gamma", 0.9), ("--theta-rank", 2), ("--target-size", 32))):
-        other = prepare_files(convert(script, base, tmp_path / f"b{number}.nkat", *change), None, base)
-        assert other.lora != first.lora
+        other = prepare_files(convert(script, base, tmp_path / f"b{number}.nkat", *change), (), base)
+        assert other.adapters != first.adapters
     assert len(written()) == 4
     model = open_model_file(tmp_path / "a.nkat")
     expected = b"".join(
         np.asarray(p).tobytes() if not isinstance(p, bytes) else p for p in lora_parts(model.theta, model.base)
     )
-    assert first.lora.read_bytes() == expected
-    reader = gguf.GGUFReader(first.lora)
+    assert first.adapters[0].path.read_bytes() == expected
+    reader = gguf.GGUFReader(first.adapters[0].path)
     assert sum(first.lora_bytes.values()) == sum(int(t.n_bytes) for t in reader.tensors)
     assert set(first.lora_bytes) == set(model.theta.layers)
 
 
 def test_results_belong_to_model_and_theta(script, base: Path, tmp_path: Path) -> None:
-    plain = prepare_files(base, None, None)
-    weak = prepare_files(convert(script, base, tmp_path / "a.nkat"), None, base)
-    strong = prepare_files(convert(script, base, tmp_path / "b.nkat", "--theta-gamma", 0.9), None, base)
+    plain = prepare_files(base, (), None)
+    weak = prepare_files(convert(script, base, tmp_path / "a.nkat"), (), base)
+    strong = prepare_files(convert(script, base, tmp_path / "b.nkat", "--theta-gamma", 0.9), (), base)
     moved = shutil.copy(tmp_path / "a.nkat", tmp_path / "c.nkat")
-    keys = [model_key(files) for files in (plain, weak, strong, prepare_files(Path(moved), None, base))]
+    keys = [model_key(files) for files in (plain, weak, strong, prepare_files(Path(moved), (), base))]
     assert len(set(keys)) == 3
     assert keys[1] == keys[3]
 
@@ -196,15 +196,15 @@ def test_results_belong_to_model_and_theta(script, base: Path, tmp_path: Path) -
 def test_a_forged_file_in_the_cache_is_written_anew(script, base: Path) -> None:
     nkat = convert(script, base, base.parent / "m.nkat")
     base.unlink()
-    files = prepare_files(nkat, None, None)
-    assert files.lora is not None
-    for path in (files.lora, files.model):
+    files = prepare_files(nkat, (), None)
+    assert len(files.adapters) == 1
+    for path in (files.adapters[0].path, files.model):
         good = path.read_bytes()
         assert path.parent == kobold_cache()
         for content in (bytes(len(good)), good[:-20] + bytes([good[-20] ^ 1]) + good[-19:], b""):
             path.write_bytes(content)
-            assert prepare_files(nkat, None, None) == files
+            assert prepare_files(nkat, (), None) == files
             assert path.read_bytes() == good
         before = path.stat().st_mtime_ns  # control: what is right is left alone
-        assert prepare_files(nkat, None, None) == files
+        assert prepare_files(nkat, (), None) == files
         assert path.stat().st_mtime_ns == before

@@ -11,12 +11,13 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.kobold import find as kobold_find
-from nkat.kobold.find import (
+from nkat.kobold.find import places
+from nkat.kobold.probe import (
+    SOUGHT,
     download_command,
     find_kobold,
     libraries_in_program,
     parse_help,
-    places,
     probe_kobold,
     programs_in,
 )
@@ -37,6 +38,7 @@ options:
   --gpulayers [[GPU layers]], --gpu-layers [[GPU layers]], -ngl [[GPU layers]]
                         Set to -1 to enable autofit
   -p, --prompt [prompt]
+  --quantkv [quantization level f16/bf16/q8_0/q5_1/q4_0]
 """
 
 
@@ -49,12 +51,15 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_flags_are_those_of_option_lines_only() -> None:
-    version, flags = parse_help(REAL_HELP)
+    version, flags, types = parse_help(REAL_HELP)
     assert version == "1.115.1"
     assert flags == {
-        *("--help", "--usecuda", "--usecublas", "--usehipblas", "--jinja", "--gpulayers", "--gpu-layers", "--prompt")
+        *("--help", "--usecuda", "--usecublas", "--usehipblas", "--jinja", "--gpulayers", "--gpu-layers", "--prompt"),
+        "--quantkv",
     }
-    assert parse_help("usage: something else") == (None, frozenset())
+    assert types == ("f16", "bf16", "q8_0", "q5_1", "q4_0")
+    assert parse_help("  --quantkv [quantization level 0/1/2]")[2] == ("0", "1", "2")
+    assert parse_help("usage: something else") == (None, frozenset(), ())
 
 
 @pytest.mark.parametrize(("version", "cuda"), [(OLD, "--usecublas"), (NEW, "--usecuda")])
@@ -83,7 +88,7 @@ def test_one_file_program(alone: Path, tmp_path: Path) -> None:
 
 
 @posix
-@pytest.mark.parametrize("answer", [5, {}, {"version": NEW, "flags": None, "libraries": None}])
+@pytest.mark.parametrize("answer", [5, {}, {"version": NEW, "flags": None, "libraries": None, "cache_types": []}])
 def test_a_damaged_memory_is_asked_again(alone: Path, tmp_path: Path, answer: object) -> None:
     path = install_program(alone / "koboldcpp", NEW)
     kobold = probe_kobold(path)
@@ -137,7 +142,7 @@ def test_order_of_places(alone: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_where_the_download_goes_is_where_it_is_looked_for(alone: Path) -> None:
     words = shlex.split(download_command(), posix=os.name != "nt")
     target = Path(words[words.index("-fLo") + 1].strip('"'))
-    assert target.parent in places()
+    assert target.parent in places(SOUGHT)
     assert target.parent == Path.home() / "koboldcpp"
 
 

@@ -18,10 +18,12 @@ import pytest
 from nkat.errors import NKATError
 from nkat.kobold.api import base_url, check_port, is_private
 from nkat.kobold.backends import CPU, VULKAN, Place
-from nkat.kobold.benchmark import Speed, fastest, layer_splits, measure_speed, read_result
+from nkat.kobold.benchmark import Speed, fastest, layer_splits
 from nkat.kobold.choose import Choice
+from nkat.kobold.command import Settings
 from nkat.kobold.guard import Guard
-from nkat.kobold.process import KoboldProcess, Loaded, check_loaded, running, wait_until_ready
+from nkat.kobold.koboldcpp import WATCH, measure_speed, model_name, read_result
+from nkat.kobold.process import Loaded, ServerProcess, check_loaded, running, wait_until_ready
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install
 from tests.support.kobold_api import post
@@ -30,6 +32,8 @@ from tests.support.user import free_port
 
 posix = pytest.mark.skipif(os.name == "nt", reason="sends POSIX signals to another process")
 SECONDS = 120.0
+KNOWN = {"KoboldCpp": model_name}
+SETTINGS = Settings(512, 1, "127.0.0.1", 5001)
 
 # Lines of real logs: 1.76 with CPU, 1.76 with Vulkan on a software device, 1.115.1 (esobold) asked for Vulkan without
 # its library, and llama.cpp's own form of a CUDA log.
@@ -44,7 +48,7 @@ llama_kv_cache_init:        CPU KV buffer size =    24.61 MiB
 llama_new_context_with_model:        CPU compute buffer size =    97.13 MiB
 llama_lora_adapter_init_internal:        CPU LoRA buffer size =     4.66 MiB
 llama_lora_adapter_init_internal: loaded 420 tensors from lora file""",
-        Loaded("1.76", "default", {"CPU": 120.79}, 420),
+        Loaded("1.76", "default", {"CPU": 120.79}, 420, 1),
         0.0,
     ),
     "vulkan 1.76": (
@@ -87,7 +91,7 @@ def test_reads_real_logs(name: str) -> None:
     text, expected, on_gpu = LOGS[name]
     loaded = Loaded()
     for line in text.splitlines():
-        loaded.read(line)
+        loaded.read(line, WATCH)
     assert loaded == expected
     assert loaded.gpu_megabytes == on_gpu
 
@@ -130,7 +134,7 @@ def accept(_: Loaded) -> None:
     return
 
 
-def wait(process: KoboldProcess, port: int, seconds: float = SECONDS) -> str:
+def wait(process: ServerProcess, port: int, seconds: float = SECONDS) -> str:
     return wait_until_ready(process, base_url("127.0.0.1", port), seconds, accept)
 
 
@@ -142,7 +146,7 @@ def everything_ended(started: list[psutil.Process]) -> bool:
 @pytest.mark.parametrize("version", [OLD, NEW])
 @pytest.mark.parametrize("tree", [False, True])
 def test_ready_answers_and_ends(command, port: int, version: str, tree: bool) -> None:
-    with running(command(version, tree=tree)) as process:
+    with running(command(version, tree=tree), WATCH) as process:
         assert wait(process, port) == "koboldcpp/m"
         assert process.loaded.version == version
         assert post(base_url("127.0.0.1", port), "/api/v1/generate", {"prompt": "x"})["results"][0]["text"]
@@ -152,19 +156,19 @@ def test_ready_answers_and_ends(command, port: int, version: str, tree: bool) ->
 
 
 def test_a_busy_port_is_known_before_and_named(command, port: int) -> None:
-    check_port("127.0.0.1", port)
-    with running(command()) as process:
+    check_port("127.0.0.1", port, KNOWN)
+    with running(command(), WATCH) as process:
         wait(process, port)
         said = rf"port {port} .* a KoboldCpp with koboldcpp/m; port \d+ is free: --port \d+"
         with pytest.raises(NKATError, match=said):
-            check_port("127.0.0.1", port)
+            check_port("127.0.0.1", port, KNOWN)
         with pytest.raises(NKATError, match="in use"):
-            check_port("0.0.0.0", port)
+            check_port("0.0.0.0", port, KNOWN)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(NKATError, match="another program"):
-            check_port("127.0.0.1", other.getsockname()[1])
+            check_port("127.0.0.1", other.getsockname()[1], KNOWN)
 
 
 def test_a_port_of_something_that_does_not_speak_http(port: int) -> None:
@@ -181,19 +185,19 @@ def test_a_port_of_something_that_does_not_speak_http(port: int) -> None:
 
         threading.Thread(target=greet, daemon=True).start()
         with pytest.raises(NKATError, match="another program"):
-            check_port("127.0.0.1", port)
+            check_port("127.0.0.1", port, KNOWN)
 
 
 def test_an_address_that_is_not_this_machines() -> None:
     with pytest.raises(NKATError, match=r"cannot listen at port 5001 of --host 192\.0\.2\.1"):  # RFC 5737: nobody's
-        check_port("192.0.2.1", 5001)
+        check_port("192.0.2.1", 5001, KNOWN)
 
 
 def test_a_proxy_in_the_environment_is_not_asked(command, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with running(command()) as process:
+    with running(command(), WATCH) as process:
         assert wait(process, port) == "koboldcpp/m"
 
 
@@ -203,37 +207,40 @@ def test_a_port_that_was_taken_meanwhile(command, port: int, version: str) -> No
         other.bind(("127.0.0.1", port))
         other.listen()
         said = r"could not listen|ended with status 1"
-        with pytest.raises(NKATError, match=said), running(command(version)) as process:
+        with pytest.raises(NKATError, match=said), running(command(version), WATCH) as process:
             wait(process, port)
 
 
 def test_crash_at_load_gives_its_own_words(tmp_path: Path, command, port: int, capsys: pytest.CaptureFixture) -> None:
     words = command(OLD)
     write_tiny_model(tmp_path / "m.gguf", "gemma3")
-    with pytest.raises(NKATError) as failure, running(words) as process:
+    with pytest.raises(NKATError) as failure, running(words, WATCH) as process:
         wait(process, port)
     assert "crashed (SIGSEGV, status 139)" in str(failure.value) or os.name == "nt"
     assert "unknown model architecture: 'gemma3'; a newer KoboldCpp may know it" in str(failure.value)
     assert "\n" not in str(failure.value)
     assert "failed to load model" in capsys.readouterr().err
-    with running(command(NEW)) as process:  # control: the newer one knows it
+    with running(command(NEW), WATCH) as process:  # control: the newer one knows it
         assert wait(process, port)
 
 
 def test_wrong_flags_give_its_own_words(command, port: int) -> None:
     said = r"ended with status 2 .* unrecognized arguments: --nonsense"
-    with pytest.raises(NKATError, match=said), running(command(NEW, "--nonsense")) as process:
+    with pytest.raises(NKATError, match=said), running(command(NEW, "--nonsense"), WATCH) as process:
         wait(process, port)
 
 
 def test_time_out(command, port: int) -> None:
-    with pytest.raises(NKATError, match="not ready within 1 seconds"), running(command(NEW, seconds=60)) as process:
+    with (
+        pytest.raises(NKATError, match="not ready within 1 seconds"),
+        running(command(NEW, seconds=60), WATCH) as process,
+    ):
         wait(process, port, seconds=1.0)
     assert process.child.returncode is not None
 
 
 def test_a_program_that_cannot_start(tmp_path: Path) -> None:
-    with pytest.raises(NKATError, match="cannot be started"), running([str(tmp_path / "nothing")]):
+    with pytest.raises(NKATError, match="cannot be started"), running([str(tmp_path / "nothing")], WATCH):
         pytest.fail("not reached")
 
 
@@ -241,7 +248,7 @@ def test_a_program_that_cannot_start(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_forwarded(command, port: int, number: int) -> None:
     before = signal.getsignal(number)
-    with running(command()) as process:
+    with running(command(), WATCH) as process:
         wait(process, port)
         signal.raise_signal(number)
         assert process.wait() in (-number, 1)  # Python turns SIGINT into a traceback and status 1 or the signal
@@ -251,7 +258,7 @@ def test_signals_are_forwarded(command, port: int, number: int) -> None:
 
 @posix
 def test_a_second_signal_ends_what_ignores_the_first(command, port: int) -> None:
-    with running(command(NEW, deaf=True)) as process:
+    with running(command(NEW, deaf=True), WATCH) as process:
         wait(process, port)
         signal.raise_signal(signal.SIGTERM)
         time.sleep(0.3)
@@ -264,9 +271,10 @@ PARENT = """
 import sys, time
 from nkat.kobold import guard
 from nkat.kobold.api import base_url
+from nkat.kobold.koboldcpp import WATCH
 from nkat.kobold.process import running, wait_until_ready
 guard._GRACE_SECONDS = 1.0
-with running(sys.argv[2:]) as process:
+with running(sys.argv[2:], WATCH) as process:
     wait_until_ready(process, base_url("127.0.0.1", int(sys.argv[1])), 120, lambda loaded: None)
     print("ready", flush=True)
     time.sleep(600)
@@ -327,7 +335,7 @@ def test_a_watcher_that_was_killed_is_no_error() -> None:
 
 
 def test_benchmark_is_read(command) -> None:
-    speed = measure_speed(command(NEW, "--contextsize", "512"), "cpu", SECONDS, accept)
+    speed = measure_speed(command(NEW, "--contextsize", "512"), SETTINGS, "cpu", SECONDS, accept)
     assert speed == Speed(processing=100.0, generation=20.0, seconds=pytest.approx(9.12), context=512, generated=100)
     assert read_result(["ProcessingSpeed: 30.50T/s", "GenerationSpeed: 49.88T/s"]) is None
 
@@ -336,7 +344,7 @@ def test_benchmark_that_fails(tmp_path: Path, command) -> None:
     words = command(OLD)
     write_tiny_model(tmp_path / "m.gguf", "gemma3")
     with pytest.raises(NKATError, match=r"gave no figures.*unknown model architecture"):
-        measure_speed(words, "cpu", SECONDS, accept)
+        measure_speed(words, SETTINGS, "cpu", SECONDS, accept)
 
 
 def test_splits_and_the_fastest() -> None:

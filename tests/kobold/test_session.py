@@ -318,10 +318,10 @@ def test_q_and_the_end_of_input_leave_the_menus(monkeypatch: pytest.MonkeyPatch,
 
     for answer in (lambda _: "q", nothing_more):
         monkeypatch.setattr("builtins.input", answer)
-        assert ask_backend([cpu]) is None
+        assert ask_backend([cpu], "get one") is None
         assert ask_model([base]) is None
     monkeypatch.setattr("builtins.input", lambda _: "")
-    assert (ask_backend([cpu]), ask_model([base])) == (cpu, base)
+    assert (ask_backend([cpu], "get one"), ask_model([base])) == (cpu, base)
 
 
 def on_terminal(answers: list[str], *arguments: str, until: str | None = None) -> tuple[str, int]:

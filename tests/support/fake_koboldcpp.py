@@ -11,6 +11,7 @@ A file `fake.json` beside it says which version it is and how it shall behave:
   blind: True: the GPU libraries find no device
   deaf: True: SIGTERM and SIGINT are ignored
   forgetful: True: says nothing about the adapter
+  no_draft: True: refuses every draft model, and runs without it
   tree: True: the work is done by a child process, as in the one-file program
 """
 
@@ -94,6 +95,9 @@ def main() -> None:
     if getattr(args, "exportconfig", ""):
         Path(args.exportconfig).write_text(json.dumps(vars(args)))
         return
+    if version == OLD and args.quantkv and not args.flashattention:
+        print("Error: Using --quantkv requires --flashattention", flush=True)
+        sys.exit(1)
     if not args.model_param:
         print("For command line arguments, please refer to --help\n***", flush=True)
         sys.exit(2)
@@ -116,7 +120,7 @@ def run(args: argparse.Namespace, version: str, behaviour: dict) -> None:
     host = args.host or "localhost"
     print(f"Starting Kobold API on port {args.port} at http://{host}:{args.port}/api/")
     print(f"======\nPlease connect to custom endpoint at http://{host}:{args.port}", flush=True)
-    serve(args, version)
+    serve(args, version, library, behaviour)
 
 
 def make_parser(version: str) -> argparse.ArgumentParser:
@@ -140,6 +144,7 @@ def make_parser(version: str) -> argparse.ArgumentParser:
         add("--lora", metavar=("[lora_filename]", "[lora_base]"), nargs="+")
         add("--nommap", action="store_true", help="If set, do not use mmap to load newer models")
         add("--flashattention", action="store_true", help="Enables flash attention.")
+        add("--quantkv", metavar="[quantization level 0/1/2]", type=int, choices=[0, 1, 2], default=0)
         add(
             "--promptlimit",
             metavar="[token limit]",
@@ -159,6 +164,16 @@ def make_parser(version: str) -> argparse.ArgumentParser:
         add("--failsafe", action="store_true", help="Use failsafe mode, which implies --noavx2")
         add("--exportconfig", metavar="[filename]", default="")
         add("--noflashattention", "--no-flash-attn", "-nofa", action="store_true")
+        add("--autofit", "--fit", "-fit", action="store_true", help="Forces autofit. Overrides everything else.")
+        levels = "[quantization level f16/bf16/q8_0/q5_1/q4_0]"
+        add("--quantkv", metavar=levels, default="f16", choices=[*levels[20:-1].split("/"), "0", "1", "2", "3"])
+        add("--draftmodel", "--model-draft", "-md", metavar="[filename]", default="")
+        add("--draftamount", "--draft-max", "--draft-n", metavar="[tokens]", type=int, default=8)
+        add("--draftgpulayers", metavar="[layers]", type=int, default=999)
+        add("--admin", action="store_true")
+        add("--adminpassword", metavar="[password]")
+        add("--admindir", metavar="[directory]", default="")
+        add("--routermode", action="store_true", help="Requires admin mode.")
         add("--genlimit", "--promptlimit", metavar="[token limit]", type=int, default=0)
         context = 16384
     gpu.add_argument(
@@ -240,6 +255,8 @@ def load(args: argparse.Namespace, version: str, library: str, behaviour: dict) 
         device = "Test GPU (made up)" if version == OLD else "Vulkan0 model" if "vulkan" in library else "CUDA0 model"
         print(f"{tell}: {device} buffer size =    60.50 MiB", file=sys.stderr)
     print(f"{tell}:        CPU {'' if version == OLD else 'model '}buffer size =    92.10 MiB", file=sys.stderr)
+    if getattr(args, "draftmodel", "") and behaviour.get("no_draft"):
+        print("Error: Draft model vocab of (7) is too different from base vocab of (9). Speculative decoding …")
     if args.lora:
         if not Path(args.lora[0]).is_file():
             print(f"Cannot find lora file: {args.lora[0]}", flush=True)
@@ -274,8 +291,9 @@ def benchmark(args: argparse.Namespace, version: str, library: str) -> None:
     print("Server was not started, main function complete. Idling.", flush=True)
 
 
-def serve(args: argparse.Namespace, version: str) -> None:
-    name = "koboldcpp/" + re.sub(r"[^\w\d.\-_]", "", Path(args.model_param).stem)
+def serve(args: argparse.Namespace, version: str, library: str, behaviour: dict) -> None:
+    def name() -> str:
+        return "koboldcpp/" + re.sub(r"[^\w\d.\-_]", "", Path(args.model_param).stem)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def answer(self, body: dict, status: int = 200) -> None:
@@ -287,7 +305,7 @@ def serve(args: argparse.Namespace, version: str) -> None:
 
         def do_GET(self) -> None:
             if self.path.endswith("/api/v1/model"):
-                self.answer({"result": name})
+                self.answer({"result": name()})
             elif self.path.endswith("/api/extra/version"):
                 self.answer({"result": "KoboldCpp", "version": version})
             else:
@@ -296,6 +314,11 @@ def serve(args: argparse.Namespace, version: str) -> None:
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             print(f"\nInput: {json.dumps(request)}", flush=True)
+            swap = getattr(args, "routermode", False) and str(request.get("model", "")).endswith(".kcpps")
+            if swap:  # the real one ends the process that has the model and starts another
+                values = json.loads((Path(args.admindir) / request["model"]).read_text())
+                args.model_param, args.lora = values["model_param"], values.get("lora")
+                load(args, version, library, behaviour)
             self.answer({"results": [{"text": " and so on", "finish_reason": "length"}]})
 
         def log_message(self, *_: object) -> None:

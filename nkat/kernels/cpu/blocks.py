@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
@@ -225,7 +225,7 @@ class Heads:
 
 
 @functools.cache
-def rope_kernel(heads: Heads) -> int:
+def rope_kernel(heads: Heads, tree: bool = False) -> int:
     """Norm and RoPE of q in place, scaled; of k, into the key cache; v into the value cache.
 
     Interleaved pairs come out with all first elements before all second ones, in q and k alike, which leaves their
@@ -233,9 +233,11 @@ def rope_kernel(heads: Heads) -> int:
 
     arguments: q, k, v, bytes of a row of each, cosines and sines [position, rotated / 2], weights of the norms of q and
     k, epsilon, scale float32 [position], key cache, value cache, bytes of a KV head in them, state, ones float32 [size]
-    (where heads.value_norm); v may be k, whose norm and RoPE it does not get
+    (where heads.value_norm), places (where tree); v may be k, whose norm and RoPE it does not get
     state: of `nkat.kernels.cpu.linear.token_state`; each further sequence starts at the
     same position and has heads of its own in the cache, behind those of the one before
+    places: int64 [token, 2], its position and its place in the cache, where there are no such sequences; see
+    `nkat.kernels.cpu.tree`
     """
     size, half, width = heads.size, heads.rotated // 2, heads.cache_bytes
     lanes = width_of(half) if half else 1
@@ -270,7 +272,12 @@ def rope_kernel(heads: Heads) -> int:
         every = heads.queries + (heads.kv if heads.own else 0)
         with k.loop(k.thread, count * every, k.threads) as item:
             token, head = item // every, item % every
-            sequence, position = token // length, start + token % length
+            if tree:
+                at = k.pointer(17) + token * 16
+                sequence, position, place = k.value(0, I64()), k.load(I64(), at), k.load(I64(), at + 8)
+            else:
+                sequence, position = token // length, start + token % length
+                place = position
             angle = position * (4 * half)
             with k.when(head < heads.queries):
                 row = q + token * q_stride + head * (4 * size)
@@ -287,19 +294,19 @@ def rope_kernel(heads: Heads) -> int:
                 if heads.value_norm:
                     _normalised(k, row, k.pointer(16), epsilon, size, turned)
                     row = turned
-                to = values + cached + position * (width * size)
+                to = values + cached + place * (width * size)
                 with k.loop(0, size, width_of(size)) as i:
                     heads.store(k, k.load(F32(width_of(size)), row + i * 4), to + i * width)
                 row = key + token * k_stride + kv * (4 * size)
                 if heads.norm:
                     _normalised(k, row, k_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
-                block, place = position // KEYS, position % KEYS
-                to = keys + cached + (block * (KEYS * size) + place) * width
+                block, lane = place // KEYS, place % KEYS
+                to = keys + cached + (block * (KEYS * size) + lane) * width
                 with k.loop(0, size) as i:
                     heads.store(k, k.load(F32(), turned + i * 4), to + i * (width * KEYS))
 
-    return compile_kernel(f"rope_{heads.label}", emit)
+    return compile_kernel(f"rope_{heads.label}_{tree}", emit)
 
 
 @functools.cache
@@ -343,13 +350,17 @@ def attention_kernel(heads: Heads, rows: int) -> int:
             first = [k.maximum(end - window + 1, 0) for end in last]
             first_block, end_block = first[0] // KEYS, last[-1] // KEYS + 1
             cached = (sequence * heads.kv + kv) * head_bytes
-            tops = _scores(
-                k, heads, query, first, last, first_block, end_block, keys + cached, scores, score_stride, cap
+            block_bytes = heads.cache_bytes * KEYS * size
+            tops = attention_scores(
+                *(k, heads, query, first, last, first_block, end_block),
+                lambda block: (keys + cached + block * block_bytes, block * KEYS, None),
+                *(scores, score_stride, cap),
             )
             sinks = [k.load(F32(), k.pointer(13) + (kv * group + i % group) * 4) for i in row] if heads.sinks else []
             score_bytes = (end_block - first_block) * (4 * KEYS)
             inverse = [
-                _softmax(k, scores + score_stride * r, score_bytes, tops[r], sinks[r : r + 1]) for r in range(rows)
+                softmax_weights(k, scores + score_stride * r, score_bytes, tops[r], sinks[r : r + 1])
+                for r in range(rows)
             ]
             value = values + cached
             begin, stop = first_block * KEYS, last[-1] + 1
@@ -370,7 +381,7 @@ def attention_kernel(heads: Heads, rows: int) -> int:
     return compile_kernel(f"attention_{heads.label}_{rows}", emit)
 
 
-def _scores(
+def attention_scores(
     k: Builder,
     heads: Heads,
     query: list[Value],
@@ -378,27 +389,31 @@ def _scores(
     last: list[Value],
     first_block: Value,
     end_block: Value,
-    keys: Value,
+    find: Callable[[Value], tuple[Value, Value, Value | None]],
     scores: Value,
     score_stride: Value,
     cap: Value | None,
 ) -> list[Value]:
-    """Writes each query's scores, sixteen positions at a time; returns the largest of each."""
+    """Writes each query's scores, sixteen positions at a time; returns the largest of each.
+
+    first, last: positions that each query sees
+    find: of a block of keys: where it is, the position of its first key, how many count (None: all)
+    """
     rows, unroll = len(query), math.gcd(heads.size, 4)
     tops = [k.variable(k.value(-1e30, F32(KEYS))) for _ in range(rows)]
     lane = k.constant(I32(KEYS), list(range(KEYS)))
     with k.loop(first_block, end_block) as block:
-        at = keys + block * (heads.cache_bytes * KEYS * heads.size)
+        at, start, count = find(block)
         sums = [k.variable(k.value(0.0, F32(KEYS))) for _ in range(rows)]
         with k.loop(0, heads.size, unroll) as i:
             for j in range(unroll):
                 key = heads.load(k, KEYS, at + (i + j) * (heads.cache_bytes * KEYS))
                 for r in range(rows):
                     sums[r].value = k.fma(key, k.load(F32(), query[r] + (i + j) * 4), sums[r].value)
-        start = block * KEYS
         for r in range(rows):
             too_early = lane < (first[r] - start).narrow(I32())
-            too_late = lane > (last[r] - start).narrow(I32())
+            end = last[r] - start if count is None else k.minimum(last[r] - start, count - 1)
+            too_late = lane > end.narrow(I32())
             score = sums[r].value if cap is None else _capped(k, sums[r].value, cap)
             score = k.select(too_early | too_late, k.value(-1e30, F32(KEYS)), score)
             tops[r].value = k.maximum(tops[r].value, score)
@@ -406,7 +421,7 @@ def _scores(
     return [top.value.largest() for top in tops]
 
 
-def _softmax(k: Builder, scores: Value, count: Value, top: Value, sinks: Sequence[Value]) -> Value:
+def softmax_weights(k: Builder, scores: Value, count: Value, top: Value, sinks: Sequence[Value]) -> Value:
     """Scores (so many bytes of them) → e to the power of their distance from the top; returns 1 / their sum, of which
     the sinks are a part."""
     for sink in sinks:

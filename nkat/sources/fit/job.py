@@ -21,7 +21,7 @@ from nkat.host.memory import memory
 from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.measure.chats import conversations, is_chats
 from nkat.measure.guard import Guard, GuardText, guard_texts
-from nkat.measure.judge import Judge, Passages, evenly
+from nkat.measure.judge import Judge, Passages, Score, evenly
 from nkat.measure.perplexity import PairedChange, text_bos
 from nkat.measure.texts import Text
 from nkat.sources.fit.choice import Choice, Judged, Panel, Space, choose
@@ -114,7 +114,7 @@ def run_fit(request: FitRequest) -> FitResult:
     if world.first:
         exact = exact or _without_theta(request, world.device)
         if request.space is None:
-            outcome = replace(outcome, change=_judge(exact, _theta_set(request, outcome.thetas), parts.validation))
+            outcome = replace(outcome, score=_judge(exact, _theta_set(request, outcome.thetas), parts.validation))
         else:
             outcome = _choose(request, exact, loaded, state, parts.validation, guard, finished)
     record = {
@@ -146,9 +146,11 @@ def run_fit(request: FitRequest) -> FitResult:
         notes[KEEP_KEY] = keep.sha256
     if "reference_sha256" in hashes:
         notes["nkat.reference.sha256"] = hashes["reference_sha256"]
-    if outcome.change is not None:
-        record |= outcome.change.record("heldout_")
-        notes |= outcome.change.record(HELDOUT_PREFIX)
+    if outcome.score is not None:
+        change, divergence = outcome.score.change, outcome.score.divergence
+        assert divergence is not None
+        record |= {**change.record("heldout_"), "heldout_divergence": divergence.record()}
+        notes |= change.record(HELDOUT_PREFIX)
         notes[f"{HELDOUT_PREFIX}tokens"] = parts.validation.tokens
     notes |= outcome.notes
     return FitResult(outcome.thetas, outcome.gamma, notes, record, parts.validation, parts.own, world.first, finished)
@@ -161,7 +163,7 @@ class _Outcome:
     step: int
     thetas: dict[str, Theta]
     gamma: float
-    change: PairedChange | None = None
+    score: Score | None = None
     choice: dict[str, Any] | None = None
     notes: dict[str, MetadataValue] = field(default_factory=dict)
 
@@ -201,12 +203,12 @@ def _choose(
     if not kept.admitted:
         note(f"warning: {_breaks(kept)}; with gamma left open a weaker one is chosen that the guard admits")
     theta = replace(truncate_rank(whole(kept.candidate.step), kept.candidate.rank), gamma=kept.candidate.gamma)
-    change = _judge(exact, theta, validation)
+    score = _judge(exact, theta, validation)
     notes: dict[str, MetadataValue] = {}
     if kept.verdict is not None:
         worst = kept.verdict.worst
         notes = {"nkat.guard.text": worst.name, **worst.change.record("nkat.guard.")}
-    return _Outcome(kept.candidate.step, theta.layers, kept.candidate.gamma, change, choice.record(), notes)
+    return _Outcome(kept.candidate.step, theta.layers, kept.candidate.gamma, score, choice.record(), notes)
 
 
 def _nothing_kept(request: FitRequest, choice: Choice) -> str:
@@ -428,9 +430,9 @@ def _without_theta(request: FitRequest, device: torch.device) -> LoadedModel:
     return load_model(request.model, thetas={}, gamma=1.0, device=device)
 
 
-def _judge(exact: LoadedModel, theta: ThetaSet, validation: Passages) -> PairedChange:
+def _judge(exact: LoadedModel, theta: ThetaSet, validation: Passages) -> Score:
     """The INT8 Θ against none on the validation slice."""
-    change = Judge(exact, validation).score(theta, progress="validating").change
-    if change.log_ratio >= 0.0:
-        raise NKATError(_no_gain(change))
-    return change
+    score = Judge(exact, validation, diverging=True).score(theta, progress="validating")
+    if score.change.log_ratio >= 0.0:
+        raise NKATError(_no_gain(score.change))
+    return score
