@@ -215,7 +215,7 @@ def write_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder) 
         with console.bar(model.base_size, "checking the base", "B") as bar:
             summed = combined_for(model, options.thetas, options.theta_gamma, bar.update)
         if summed is None:
-            raise NKATError("every --theta-scaled is of weight 0, so there is no Θ to write")
+            raise NKATError("every --theta is of weight 0, so there is no Θ to write")
         found, whose = summed, f"{options.thetas[0].path}'s" if len(options.thetas) == 1 else "the sum's"
     elif model.theta is not None:
         found, whose = model.theta, "the input's"

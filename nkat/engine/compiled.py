@@ -63,6 +63,9 @@ class CompiledDecoder:
     def set_gamma(self, gamma: float | None) -> None:
         self.model.set_gamma(gamma)
 
+    def can_follow(self) -> bool:
+        return self._many.can_follow()
+
     def _check_room(self, count: int) -> None:
         if self.length + count > self.capacity:
             raise NKATError(

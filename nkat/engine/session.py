@@ -74,14 +74,17 @@ class Session:
         """From the next token on; what is in the cache stays, until `reuse` finds that it is another strength's."""
         self.decoder.set_gamma(gamma)
 
+    def can_follow(self) -> bool:
+        return self.decoder.can_follow()
+
     def reuse(self, prompt: Sequence[int]) -> int:
         """Forgets what the cache holds behind its longest common beginning with `prompt`; returns how long that is.
 
         At most all but the last token of the prompt, whose logits nobody has kept. The rest is for `prefill`.
         """
-        if self._strength[1] != self._computed_with[1]:
-            self.decoder = make_decoder(self.model, self._room)  # the old one holds copies of another Θ
-        elif self._strength != self._computed_with:
+        if self._strength != self._computed_with:
+            if not self.decoder.can_follow():
+                self.decoder = make_decoder(self.model, self._room)
             self.decoder.length = 0
         self._computed_with = self._strength
         same = 0

@@ -22,20 +22,13 @@ from nkat.host.cache import Memo, checked_sha256, own_folder
 from nkat.host.console import bar, format_bytes, note
 from nkat.host.record import parse_json
 from nkat.kobold.neighbours import files_in, readable
-from nkat.theta.lora import combined_lora_parts, lora_parts
-from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, theta_for
-from nkat.theta.set import ThetaSet, check_fits
+from nkat.theta.combine import Weighted, WeightedFile, combined
+from nkat.theta.lora import lora_parts
+from nkat.theta.modelfile import ModelFile, base_hash, open_model_file, thetas_for
+from nkat.theta.set import ThetaSet
 
 _ADAPTER_FORM = 1  # to be raised when `lora_parts` writes something else
 _LOADABLE = ("plain", "appended")
-
-
-@dataclass(frozen=True, slots=True)
-class WeightedTheta:
-    """A Θ in a file of its own, and the factor before it."""
-
-    path: Path
-    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +60,7 @@ class RunFiles:
 
 
 def prepare_files(
-    model_path: Path, named: Sequence[WeightedTheta], base_path: Path | None, separate: bool = False
+    model_path: Path, named: Sequence[WeightedFile], base_path: Path | None, separate: bool = False
 ) -> RunFiles:
     """Finds or makes what a program loads.
 
@@ -76,7 +69,11 @@ def prepare_files(
     Raises NKATError when the base is not to be had, or is not the one a Θ was made for.
     """
     asked = open_model_file(model_path)
-    weighted = _named_thetas(asked, named) if named else [] if asked.theta is None else [(asked.theta, 1.0)]
+    weighted = [] if asked.theta is None else [(asked.theta, 1.0)]
+    if named:
+        with _hashing(asked) as progress:
+            sets = thetas_for(asked, [one.path for one in named], progress)
+        weighted = [(theta_set, one.weight) for theta_set, one in zip(sets, named, strict=True) if one.weight]
     model, how = _base_for(asked, base_path)
     if not weighted:
         return RunFiles(model_path, model, how, (), {})
@@ -94,20 +91,6 @@ def prepare_files(
     only = weighted[0][0] if len(weighted) == 1 else None
     rank, gamma = (only.rank, only.gamma) if only is not None else (None, None)
     return RunFiles(model_path, model, how, tuple(adapters), sizes, rank, gamma)
-
-
-def _named_thetas(asked: ModelFile, named: Sequence[WeightedTheta]) -> list[tuple[ThetaSet, float]]:
-    """The Θ in these files, all of them made for this very model: its bytes are hashed once."""
-    with _hashing(asked) as progress:
-        first = theta_for(asked, named[0].path, progress)
-    found = [(first, named[0].weight)]
-    for one in named[1:]:
-        theta_set = open_model_file(one.path).require_theta()
-        if theta_set.base_sha256 != first.base_sha256:
-            raise NKATError(f"{one.path}: was made for another model ({theta_set.base_name}), not for {asked.path}")
-        check_fits(theta_set, asked.require_base().tensors, one.path)
-        found.append((theta_set, one.weight))
-    return found
 
 
 def _about(theta_set: ThetaSet, weight: float) -> str:
@@ -216,10 +199,10 @@ def _extract(asked: ModelFile, theta_set: ThetaSet) -> Path:
 
 def _adapter(weighted: Sequence[tuple[ThetaSet, float]], model: Path) -> tuple[Path, dict[str, int]]:
     """The adapter in the cache, written when it is not there or not as it was written, and its bytes by weight."""
-    (first, weight), *others = weighted
-    target = kobold_cache() / f"theta-{_adapter_key(weighted)}.gguf"
-    base = open_model_file(model).require_base()
-    parts = lora_parts(first, base) if weight == 1 and not others else combined_lora_parts(weighted, base)
+    whole = combined([Weighted(theta_set, weight) for theta_set, weight in weighted])
+    assert whole is not None  # no weight here is 0
+    target = kobold_cache() / f"theta-{_theta_key(whole)}.gguf"
+    parts = lora_parts(whole, open_model_file(model).require_base())
     size = sum(part_size(part) for part in parts)
     there = target.is_file() and target.stat().st_size == size
     if not there or sha256_of_parts([FileRange(target, 0, size)]) != sha256_of_parts(parts):
@@ -230,14 +213,6 @@ def _adapter(weighted: Sequence[tuple[ThetaSet, float]], model: Path) -> tuple[P
             adapted = name.removesuffix(".lora_a").removesuffix(".lora_b")
             sizes[adapted] = sizes.get(adapted, 0) + info.nbytes
     return target, sizes
-
-
-def _adapter_key(weighted: Sequence[tuple[ThetaSet, float]]) -> str:
-    (first, weight), *others = weighted
-    if weight == 1 and not others:
-        return _theta_key(first)
-    told = "|".join(f"{_theta_key(theta_set)} {factor!r}" for theta_set, factor in weighted)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _theta_key(thetas: ThetaSet) -> str:

@@ -97,7 +97,7 @@ def gather_findings(options: KoboldOptions, model_path: Path | None, program: Pr
     if model_path is None:
         found = choices(program, machine, None, options.gpulayers, runtime.backends)
         return Findings(runtime, program, machine, settings, tuple(found), None)
-    files = prepare_files(model_path, options.theta, options.base, runtime.separate_adapters)
+    files = prepare_files(model_path, options.thetas, options.base, runtime.separate_adapters)
     if settings.draft is not None:
         check_draft(files.model, settings.draft)
     memory = memory_of(files, settings, runtime.flash_attention(program, settings, options.extra))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.host import commandline
 from nkat.kobold.command import CACHE_TYPES, F16
-from nkat.kobold.files import WeightedTheta
 from nkat.kobold.runtime import Runtime
 from nkat.kobold.runtimes import RUNTIMES
+from nkat.theta.combine import WeightedFile
+from nkat.theta.options import add_theta_arguments
 
 EXAMPLES = """\
   python backend_selector.py                                    a menu of what this machine can run
@@ -35,7 +35,7 @@ _NUMBERED_TYPES = {"0": F16, "1": "q8_0", "2": "q4_0", "3": "bf16"}  # as Kobold
 class KoboldOptions:
     """What the user asked for, as checked.
 
-    model: the file to run; theta: Θ in files of their own; base: the model Θ was made for; None, (): not named
+    model: the file to run; thetas: Θ in files of their own; base: the model Θ was made for; None, (): not named
     runtime: which program runs it; kobold, llama_server: those programs or their folders; None: to be looked for
     backend: a name, or "auto" for the best that can run
     contextsize: tokens; threads: None for the processor's cores
@@ -52,7 +52,7 @@ class KoboldOptions:
     """
 
     model: Path | None
-    theta: tuple[WeightedTheta, ...]
+    thetas: tuple[WeightedFile, ...]
     base: Path | None
     runtime: Runtime
     kobold: Path | None
@@ -89,8 +89,8 @@ class KoboldOptions:
 
 def _needs_model(o: KoboldOptions) -> bool:
     if o.folder is not None:
-        return bool(o.theta) or o.base is not None
-    return bool(o.theta) or o.base is not None or o.action not in (None, "list")
+        return bool(o.thetas) or o.base is not None
+    return bool(o.thetas) or o.base is not None or o.action not in (None, "list")
 
 
 def _names_another(o: KoboldOptions) -> bool:
@@ -118,7 +118,7 @@ CONFLICTS: tuple[tuple[Callable[[KoboldOptions], object], str], ...] = (
         lambda o: o.folder is not None and o.action in ("list", "benchmark"),
         "--router and --admin serve models: give --launch or --dry-run",
     ),
-    (lambda o: o.folder is not None and o.theta, "--router and --admin take models with their own Θ, not --theta"),
+    (lambda o: o.folder is not None and o.thetas, "--router and --admin take models with their own Θ, not --theta"),
     (
         lambda o: o.folder is not None and o.save_config is not None,
         "--router and --admin write files of their own, so --save-config has no meaning",
@@ -145,7 +145,6 @@ def parse_arguments(argv: Sequence[str]) -> KoboldOptions:
         action=action,
         extra=extra,
         runtime=RUNTIMES[parsed.runtime],
-        theta=tuple(parsed.theta or ()),
     )
     commandline.check_conflicts(parser, options, CONFLICTS)
     return options
@@ -159,12 +158,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     backends = dict.fromkeys(backend.name for runtime in RUNTIMES.values() for backend in runtime.backends)
     add("--model", type=Path, metavar="FILE", help="a .nkat, or a .gguf (default in the menu: the newest .nkat here)")
-    add(
-        "--theta",
-        type=_theta,
-        action="append",
-        metavar="FILE[:WEIGHT]",
-        help="Θ in a file of its own, for --model; again: several, added up, each times its weight (default 1)",
+    add_theta_arguments(
+        parser, "Θ in a file of its own, for --model; again: several, added up, each times its weight (default 1)"
     )
     add("--base", type=Path, metavar="FILE", help="the base model, where it is not beside the .nkat")
     add("--runtime", choices=tuple(RUNTIMES), default=next(iter(RUNTIMES)), help="what runs it (default koboldcpp)")
@@ -229,17 +224,3 @@ def _cache_type(text: str) -> str:
     if named not in CACHE_TYPES:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(CACHE_TYPES)}, got {text!r}")
     return named
-
-
-def _theta(text: str) -> WeightedTheta:
-    """A path, and behind a colon a number, unless a file is called so."""
-    name, colon, number = text.rpartition(":")
-    if not colon or not name or Path(text).exists():
-        return WeightedTheta(Path(text))
-    try:
-        weight = float(number)
-    except ValueError:  # a Windows drive, or a name with a colon
-        return WeightedTheta(Path(text))
-    if not math.isfinite(weight):
-        raise argparse.ArgumentTypeError(f"the weight behind the colon must be a number, got {number!r}")
-    return WeightedTheta(Path(name), weight)

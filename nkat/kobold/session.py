@@ -46,7 +46,7 @@ def main() -> None:
     runtime = options.runtime
     check_extra(options.extra, runtime.own_flags)
     check_apart({"--save-config": options.save_config, "--json": options.json})
-    inputs = [options.model, *(theta.path for theta in options.theta), options.base, options.draftmodel]
+    inputs = [options.model, *(theta.path for theta in options.thetas), options.base, options.draftmodel]
     check_record(options.json, options.force, inputs)
     if options.save_config is not None:
         check_output(options.save_config, options.force)  # before a benchmark of minutes

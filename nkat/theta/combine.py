@@ -43,6 +43,22 @@ class WeightedFile:
     weight: float = 1.0
 
 
+def weighted_file(text: str) -> WeightedFile:
+    """A path, and behind a colon how much of it counts, unless a file is called so. Raises NKATError for a weight that
+    is no finite number.
+    """
+    name, colon, number = text.rpartition(":")
+    if not colon or not name or Path(text).exists():
+        return WeightedFile(Path(text))
+    try:
+        weight = float(number)
+    except ValueError:  # a Windows drive, or a name with a colon
+        return WeightedFile(Path(text))
+    if not math.isfinite(weight):
+        raise NKATError(f"the weight behind the colon must be a number, got {number!r}")
+    return WeightedFile(Path(name), weight)
+
+
 def scaled_files(text: str) -> list[WeightedFile]:
     """FILE:WEIGHT, or several with commas between them, as llama.cpp writes adapters. Raises ValueError for others.
 

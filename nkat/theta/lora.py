@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
@@ -28,43 +25,14 @@ def lora_parts(theta_set: ThetaSet, base: BaseView, gamma: float | None = None) 
     alpha / rank is 1. A layer of lower rank than the largest has that factor divided out. Those of a mixture's experts
     lie behind one another.
     """
-    used = theta_set if gamma is None else replace(theta_set, gamma=gamma)
-    metadata: dict[str, MetadataValue] = {
-        "general.name": f"NKAT theta for {theta_set.base_name}",
-        "nkat.theta.gamma": used.gamma,
-        "nkat.base.sha256": theta_set.base_sha256,
-    }
-    return _adapter_parts([(used, 1.0)], base, metadata)
-
-
-def combined_lora_parts(weighted: Sequence[tuple[ThetaSet, float]], base: BaseView) -> list[Part]:
-    """Σ weight κ(γ) Θ over several Θ of one model as one adapter, whose rank is the sum of theirs: for programs that
-    take a single one.
-    """
-    first = weighted[0][0]
-    metadata: dict[str, MetadataValue] = {
-        "general.name": f"{len(weighted)} NKAT thetas for {first.base_name}",
-        "nkat.base.sha256": first.base_sha256,
-    }
-    return _adapter_parts(weighted, base, metadata)
-
-
-def _adapter_parts(
-    weighted: Sequence[tuple[ThetaSet, float]], base: BaseView, about: dict[str, MetadataValue]
-) -> list[Part]:
-    names = dict.fromkeys(name for theta_set, _ in weighted for name in theta_set.layers)
-    shares = {name: [(one, weight) for one, weight in weighted if name in one.layers] for name in names}
-    ranks = {name: sum(2 * one.layers[name].rank for one, _ in parts) for name, parts in shares.items()}
-    alpha = max(ranks.values())
+    used = theta_set.gamma if gamma is None else gamma
+    kappa, alpha = coupling(used), 2 * theta_set.rank
     tensors = []
-    for name, parts in shares.items():
+    for name, theta in theta_set.layers.items():
         m, n = base.tensors[name].shape[-2:]
-        downs, ups = [], []
-        for theta_set, weight in parts:
-            down, up = _factors(theta_set.layers[name], m, n)
-            downs.append(down)
-            ups.append(up * (coupling(theta_set.gamma) * weight * ranks[name] / alpha))
-        for suffix, factor in ((".lora_a", torch.cat(downs, dim=-2)), (".lora_b", torch.cat(ups, dim=-1))):
+        down, up = _factors(theta, m, n)
+        up = up * (kappa * (2 * theta.rank) / alpha)
+        for suffix, factor in ((".lora_a", down), (".lora_b", up)):
             half = factor.to(torch.float16)
             if not bool(torch.isfinite(half).all()):
                 raise ThetaError(f"{name}: Θ's factors are too large for a LoRA adapter in F16")
@@ -72,11 +40,13 @@ def _adapter_parts(
     metadata: dict[str, MetadataValue] = {
         "general.type": "adapter",
         "general.architecture": architecture_of(base.file),
-        "general.name": about["general.name"],
+        "general.name": f"NKAT theta for {theta_set.base_name}",
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),
+        "nkat.theta.gamma": used,
+        "nkat.base.sha256": theta_set.base_sha256,
     }
-    return gguf_parts(metadata | about, tensors)
+    return gguf_parts(metadata, tensors)
 
 
 def _factors(theta: Theta, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -107,7 +107,7 @@ def test_appended_is_beside_the_parts(
     assert (tmp_path / "back.gguf").read_bytes() == merged.read_bytes()
     assert "nkat.base.file" not in found.require_theta().notes
     monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "cache"))
-    files = prepare_files(beside, None, None)
+    files = prepare_files(beside, (), None)
     assert (files.model, files.how) == (parts[0], "the model beside it")
     assert "delete this file" in fails(CONVERTER, "--input", beside, "--remove", "--in-place")
     moved = Path(shutil.move(beside, tmp_path / "m.nkat"))
@@ -155,12 +155,12 @@ def test_the_selector_loads_the_first_part_and_lists_no_other(
     script: Script, merged: Path, parts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "cache"))
-    files = prepare_files(parts[1], None, None)
+    files = prepare_files(parts[1], (), None)
     assert files.model == parts[0]
     assert "first of 3" in files.how
     one = parts[0].with_name("one.nkat")
     convert(script, merged, "--output", one)
-    found = prepare_files(one, None, None)
+    found = prepare_files(one, (), None)
     assert found.model == parts[0]  # the base of the merged file's Θ, in parts
     assert "by its hash" in found.how
     monkeypatch.chdir(parts[0].parent)

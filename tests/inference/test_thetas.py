@@ -66,9 +66,9 @@ def test_the_models_own_theta_is_combined_replaced_or_left_out(
     own = tmp_path / "own.nkat"
     assert script(CONVERTER, "--input", base, "--output", own, "--theta", style).returncode == 0
     together = measure(script, base, "--theta", style, "--theta", facts)["nkat_perplexity"]
-    assert measure(script, own, "--theta", own, "--theta", facts)["nkat_perplexity"] == together
+    assert measure(script, own, "--theta", own, "--theta", f"{facts}:1.0")["nkat_perplexity"] == together
     assert measure(script, own, "--theta", facts)["nkat_perplexity"] != together
-    without = measure(script, own, "--theta-scaled", f"{own}:0")
+    without = measure(script, own, "--theta", f"{own}:0")
     assert without["theta_enabled"] is False
     assert without["baseline_perplexity"] == measure(script, base)["baseline_perplexity"]
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from nkat.errors import NKATError
-from nkat.kobold.files import WeightedTheta, kobold_cache, model_key, prepare_files
+from nkat.kobold.files import kobold_cache, model_key, prepare_files
 from nkat.kobold.menu import models_here
+from nkat.theta.combine import WeightedFile
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import open_model_file
 from tests.support.tiny_models import write_tiny_model
@@ -137,7 +138,7 @@ def test_appended_is_its_own_base(script, base: Path, tmp_path: Path) -> None:
 
 def test_base_and_theta_file(script, base: Path, tmp_path: Path) -> None:
     theta = convert(script, base, tmp_path / "theta_rank4.bin", "--theta-only")
-    files = prepare_files(base, [WeightedTheta(theta)], None)
+    files = prepare_files(base, [WeightedFile(theta)], None)
     assert (files.model, files.how) == (base, "the file itself")
     whole = prepare_files(convert(script, base, tmp_path / "m.nkat"), (), base)
     assert files.adapters == whole.adapters  # the same Θ, the same adapter
@@ -146,7 +147,7 @@ def test_base_and_theta_file(script, base: Path, tmp_path: Path) -> None:
     assert prepare_files(theta, (), base).model == base
     other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1)
     with pytest.raises(NKATError, match="was made for another model"):
-        prepare_files(other, [WeightedTheta(theta)], None)
+        prepare_files(other, [WeightedFile(theta)], None)
 
 
 def test_plain_model_has_no_adapter(base: Path) -> None:

@@ -22,7 +22,7 @@ from nkat.errors import NKATError
 from nkat.kobold.api import base_url, get_json
 from nkat.kobold.choose import choices
 from nkat.kobold.command import Settings, command_of
-from nkat.kobold.files import Adapter, RunFiles, WeightedTheta, prepare_files
+from nkat.kobold.files import Adapter, RunFiles, prepare_files
 from nkat.kobold.layers import ModelMemory
 from nkat.kobold.llama_server import (
     BACKENDS,
@@ -39,6 +39,7 @@ from nkat.kobold.llama_server import (
 from nkat.kobold.machine import Machine
 from nkat.kobold.process import Loaded, running, wait_until_ready
 from nkat.kobold.program import Program
+from nkat.theta.combine import WeightedFile
 from tests.kobold.test_session import SECONDS, Launched, our_greedy
 from tests.support.fake_llama_server import install
 from tests.support.kobold_api import post
@@ -434,7 +435,7 @@ def test_adapters_beside_each_other_are_one_that_holds_both(
     """What KoboldCpp gets, in the real llama-server against what that gets itself: the same probabilities."""
     if REAL is None or server != Path(REAL):
         pytest.skip("the stand-in computes nothing")
-    named = [WeightedTheta(thetas[0]), WeightedTheta(thetas[1], 0.5)]
+    named = [WeightedFile(thetas[0]), WeightedFile(thetas[1], 0.5)]
     found = probe(server / "llama-server" if server.is_dir() else server)
     choice = choices(found, MACHINE, None, None, BACKENDS)[0]
     settings = Settings(512, 1, "127.0.0.1", port)
