@@ -29,8 +29,9 @@ import torch
 from nkat.api import fit_theta, make_theta, open_model, perplexity, save
 from nkat.errors import NKATError
 from nkat.host import commandline, hardware
-from nkat.host.console import format_table, note
-from nkat.host.record import write_json
+from nkat.host.console import note, say
+from nkat.host.record import print_record, write_json
+from nkat.host.tables import Column, Table, show
 from nkat.measure.texts import default_text
 from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, write_tiny_model
 
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=commandline.positive_int, default=4, metavar="N", help="of 512 tokens")
     parser.add_argument("--steps", type=commandline.positive_int, default=8, metavar="N", help="of the fit")
     parser.add_argument("--json", metavar="FILE", help="write the record to a file too")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     known = [(arch, {}) for arch in ARCHITECTURES if arch not in dict(FURTHER_FAMILIES)]
     rows = []
@@ -102,20 +104,22 @@ def main() -> None:
                 rows.append(
                     compare(options.llama_perplexity, arch, changes, options.chunks, options.steps, Path(folder))
                 )
-    columns = ("plain_llama_cpp", "plain", "theta_llama_cpp", "theta")
-    cells = [
-        [
-            *(row["architecture"], str(row["layers"])),
-            *(f"{row[column]:.3f}" for column in columns),
-            *(f"{row['fit_percent']:+.2f} %", "yes" if agrees(row) else "NO"),
-        ]
-        for row in rows
+    columns = [
+        Column("", "architecture"),
+        Column("layers with Θ", "layers"),
+        Column("llama.cpp", "plain_llama_cpp", ".3f"),
+        Column("here", "plain", ".3f"),
+        Column("its adapter", "theta_llama_cpp", ".3f"),
+        Column("Θ here", "theta", ".3f"),
+        Column("a fit", "fit_percent", "{:+.2f} %".format),
+        Column("agree", "agree", lambda same: "yes" if same else "NO"),
     ]
-    head = ["", "layers with Θ", "llama.cpp", "here", "its adapter", "Θ here", "a fit", "agree"]
-    print(format_table(cells, head) + "\n")
-    write_json({"rows": rows, "machine": hardware.describe(torch.device("cpu"))}, options.json or "-")
+    show(Table("architectures", columns, [{**row, "agree": agrees(row)} for row in rows]))
+    say()
+    record = {"rows": rows, "machine": hardware.describe(torch.device("cpu"))}
     if options.json:
-        write_json({"rows": rows}, "-")
+        write_json(record, options.json)
+    print_record(record)
     sys.exit(0 if all(map(agrees, rows)) else 1)
 
 

@@ -13,14 +13,15 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 
     start("benchmarks.attack")
 
-import json
 import os
 import subprocess
 import sys
 from time import perf_counter
 
 from nkat.host import commandline
-from nkat.host.console import bar, format_table
+from nkat.host.console import bar, say
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from tests.attack.run import OUTCOMES, attack
 
 
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--first", type=commandline.non_negative_int, default=0, metavar="N", help="first case")
     parser.add_argument("--processes", type=commandline.positive_int, default=os.cpu_count(), metavar="N")
     parser.add_argument("--writers", type=commandline.positive_int, metavar="N", help="kills and full disks instead")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     if options.writers:
         command = [sys.executable, "-m", "tests.attack.writers", str(options.writers), str(options.writers)]
@@ -43,9 +45,10 @@ def main() -> None:
     with bar(options.count, "attack", "case") as progress:
         result = attack(options.count, first=options.first, processes=options.processes, on_case=progress.update)
     for fault in result.faults:
-        print(fault)
-    print(format_table([[kind, f"{result.counts[kind]:,}"] for kind in OUTCOMES], ["outcome", "cases"]))
+        say(fault)
+    rows = [{"outcome": kind, "cases": result.counts[kind]} for kind in OUTCOMES]
+    show(Table("attack", [Column("outcome", "outcome"), Column("cases", "cases", ",")], rows))
     seconds = perf_counter() - started
-    print(json.dumps({"count": options.count, "first": options.first, "seconds": seconds, **result.record()}))
+    print_record({"count": options.count, "first": options.first, "seconds": seconds, **result.record()})
     if not result.clean:
         sys.exit(1)

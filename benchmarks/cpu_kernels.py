@@ -30,8 +30,9 @@ from benchmarks.memory import Ceiling, last_cache_bytes, measure_ceiling, share_
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise
 from nkat.host import commandline, console, hardware
-from nkat.host.console import format_table
-from nkat.host.record import write_json
+from nkat.host.console import say
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS
 from nkat.kernels.cpu.jit import best_isa
 from nkat.kernels.cpu.linear import CpuLinear
@@ -91,6 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=commandline.positive_int, default=9, metavar="N")
     parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     threads = hardware.set_threads(options.threads)
     known = {q.name: q for q in BLOCK_LAYOUTS}
@@ -104,21 +106,17 @@ def main() -> None:
         for name in options.types:
             records.append(measure(known[name], nbytes, options.rounds, threads, ceiling))
             bar.update()
-    rows = [
-        [
-            r["format"],
-            f"{r['decode_gb_per_second']:.1f}",
-            f"{r['decode_share']:.2f}",
-            f"{r['exact_decode_share']:.2f}",
-            f"{r['prefill_gmac_per_second']:.0f}",
-            f"{r['torch_bfloat16_gmac_per_second']:.0f}",
-            f"{r['prefill_ratio']:.2f}",
-        ]
-        for r in records
+    columns = [
+        Column("format", "format"),
+        Column("decode GB/s", "decode_gb_per_second", ".1f"),
+        Column("share", "decode_share", ".2f"),
+        Column("exact share", "exact_decode_share", ".2f"),
+        Column("prefill GMAC/s", "prefill_gmac_per_second", ".0f"),
+        Column("torch bf16", "torch_bfloat16_gmac_per_second", ".0f"),
+        Column("ratio", "prefill_ratio", ".2f"),
     ]
-    header = ["format", "decode GB/s", "share", "exact share", "prefill GMAC/s", "torch bf16", "ratio"]
-    print(format_table(rows, header))
-    print(f"The most that {threads} threads read here: {ceiling.gb_per_second:.1f} GB/s.\n")
+    show(Table("cpu kernels", columns, records, conditions={"threads": threads, "isa": best_isa()}))
+    say(f"The most that {threads} threads read here: {ceiling.gb_per_second:.1f} GB/s.\n")
     machine = hardware.describe(torch.device("cpu"))
     record = {"isa": best_isa(), "threads": threads, "ceiling": asdict(ceiling), "formats": records}
-    write_json({**record, "machine": machine}, "-")
+    print_record({**record, "machine": machine})

@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from gguf import quants as gguf_quants
 from gguf.constants import GGMLQuantizationType
-from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import SUPPORTED_TYPES, dequantise, packed_nbytes
-from nkat.host.commandline import parser, positive_int, thread_count
-from nkat.host.console import format_table
+from nkat.host.commandline import add_output_format, parser, positive_int, thread_count
+from nkat.host.console import bar
 from nkat.host.hardware import describe, set_threads
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 
 TYPES = sorted(SUPPORTED_TYPES - {GGMLQuantizationType.F32})
 
@@ -85,19 +85,24 @@ def main() -> None:
     options.add_argument("--threads", type=thread_count, metavar="N")
     names = [qtype.name for qtype in TYPES]
     options.add_argument("--types", nargs="+", choices=names, default=names, metavar="TYPE", help=", ".join(names))
+    add_output_format(options)
     args = options.parse_args()
 
     set_threads(args.threads)
-    results = {
-        name: measure(GGMLQuantizationType[name], args.rows, args.columns, args.rounds)
-        for name in tqdm(args.types, desc="dequantise", leave=False)
-    }
-    rows = []
-    for name, r in results.items():
-        spread = f"{r['ratio_min']:.2f}-{r['ratio_max']:.2f}"
-        speed = f"{r['weights_per_second'] / 1e9:.2f}"
-        rows.append([name, f"{r['gguf_py_ms']:.1f}", f"{r['nkat_ms']:.1f}", f"{r['ratio']:.2f}", spread, speed])
-    print(format_table(rows, ["type", "gguf-py ms", "nkat ms", "ratio", "range", "G weights/s"]))
+    results = {}
+    with bar(len(args.types), "dequantise", "type") as progress:
+        for name in args.types:
+            results[name] = measure(GGMLQuantizationType[name], args.rows, args.columns, args.rounds)
+            progress.update()
+    columns = [
+        Column("type", "type"),
+        Column("gguf-py ms", "gguf_py_ms", ".1f"),
+        Column("nkat ms", "nkat_ms", ".1f"),
+        Column("ratio", "ratio", ".2f"),
+        Column("range", ("ratio_min", "ratio_max"), "{:.2f}-{:.2f}".format),
+        Column("G weights/s", "weights_per_second", lambda speed: f"{speed / 1e9:.2f}"),
+    ]
+    show(Table("dequantise", columns, [{"type": name, **result} for name, result in results.items()]))
     record = {
         "benchmark": "dequantise",
         "rows": args.rows,
@@ -107,4 +112,4 @@ def main() -> None:
         "types": results,
         "machine": describe(torch.device("cpu")),
     }
-    write_json(record, "-")
+    print_record(record)

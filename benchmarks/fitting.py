@@ -5,10 +5,11 @@
 
 PEFT runs in a Python of its own (`pip install transformers peft gguf accelerate`): transformers unpacks the same GGUF
 to bfloat16, LoRA of rank 2r (the bytes of a Θ of rank r in 16 bits would be as many) goes on the same layers, AdamW
-takes the steps. Each side is measured as it comes and in its other setting: `--fit-fast` here, gradient checkpointing
-there. A turn is a process of its own with two steps to warm up; tokens a second are the median over the steps after
-them, memory is the most that the process held while it learned, loading left out. Without PEFT only this toolkit is
-measured, and the page says so. Run nothing else. The last line of stdout is JSON.
+takes the steps. Each side is measured as it comes, where there is room for all that a fit would keep in memory, and in
+its other setting: `--no-fit-fast` here, gradient checkpointing there. A turn is a process of its own with two steps to
+warm up; tokens a second are the median over the steps after them, memory is the most that the process held while it
+learned, loading left out. Without PEFT only this toolkit is measured, and the page says so. Run nothing else. The last
+line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -31,17 +32,19 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host import commandline, console, hardware
-from nkat.host.console import format_bytes, format_table, note
+from nkat.host.console import format_bytes, note, say
 from nkat.host.environment import users_environment
-from nkat.host.record import write_json
+from nkat.host.record import print_record, write_json
+from nkat.host.tables import Column, Table, show
 from nkat.lm.load import load_model
 from nkat.measure.texts import load_text
 from nkat.sources.fit.data import batch_at, fit_text, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, fit, zero_start
+from nkat.sources.fit.room import keep
 
 WARM_UP = 2
 LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-WAYS = ("nkat", "nkat, fast", "PEFT", "PEFT, checkpointing")
+WAYS = ("nkat", "nkat, --no-fit-fast", "PEFT", "PEFT, checkpointing")
 
 # What the other Python runs: it has neither this toolkit nor its rules, only transformers and peft.
 _PEFT = """
@@ -80,14 +83,16 @@ print(json.dumps({"seconds": times, "losses": losses, "peak_bytes": peak}))
 """
 
 
-def ours(model: Path, text: str | None, settings: FitSettings, threads: int) -> dict[str, Any]:
+def ours(model: Path, text: str | None, settings: FitSettings, fast: bool, threads: int) -> dict[str, Any]:
     """Times of the steps, losses and peak memory of a fit in this process."""
     hardware.set_threads(threads)
     device = torch.device("cpu")
     dtype = torch.bfloat16 if hardware.computes_bfloat16(device) else torch.float32
-    loaded = load_model(model, thetas={}, gamma=1.0, dtype=dtype, keep_dense=settings.fast)
+    loaded = load_model(model, thetas={}, gamma=1.0, dtype=dtype)
     learned, validation = split_validation(fit_text(loaded.tokenizer, load_text(text)), "text", settings.context)
     layers = loaded.model.star_linears()
+    first = batch_at(learned, 0, 1, settings.context, settings.seed).tokens
+    kept = keep(loaded.model, [*loaded.model.multipliers().values()], first, settings.batch, fast)
     names = [name for name in layers if name.startswith("blk.") and name.split(".")[2] in LAYERS]
     starts = {"zero": zero_start([layers[name].shape for name in names], settings.rank, 0)}
     times, losses, last = [], [], 0.0
@@ -102,7 +107,9 @@ def ours(model: Path, text: str | None, settings: FitSettings, threads: int) -> 
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory from here on
     last = time.perf_counter()
     progress = Progress(after_step, lambda: False)
-    fit(loaded.model, names, starts, FitData(learned, validation), settings, progress)
+    fit(
+        loaded.model, names, starts, FitData(learned, validation), settings, progress, keep_activations=kept.activations
+    )
     times.pop()  # it has the validation at the end
     return {"seconds": times, "losses": losses, "peak_bytes": _peak()}
 
@@ -154,7 +161,7 @@ def measure(options: Any, threads: int) -> dict[str, list[dict[str, Any]]]:
                     command = [sys.executable, "-m", "benchmarks.fitting", str(options.model), "--child"]
                     command += ["--rank", str(options.rank), "--steps", str(steps), "--threads", str(threads)]
                     command += ["--text", options.text] if options.text else []
-                    command += ["--fast"] if second else []
+                    command += ["--no-fit-fast"] if second else []
                 runs[way].append(_child(command))
                 bar.update()
     return runs
@@ -182,24 +189,31 @@ def main() -> None:
     parser.add_argument(
         "--peft-python", default=sys.executable, metavar="PATH", help="a Python with transformers, peft"
     )
-    parser.add_argument("--fast", action="store_true", help="with --child: as the converter's --fit-fast")
+    parser.add_argument("--no-fit-fast", action="store_true", help="with --child: as of the converter")
     parser.add_argument(
         "--child", action="store_true", help="one run of this toolkit alone, as the benchmark starts it"
     )
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     threads = hardware.set_threads(options.threads)
     if options.child:
         steps = options.steps
-        settings = FitSettings(options.rank, 0.97, steps=steps, validate_every=steps, fast=options.fast)
-        write_json(ours(options.model, options.text, settings, threads), "-")
+        settings = FitSettings(options.rank, 0.97, steps=steps, validate_every=steps)
+        write_json(ours(options.model, options.text, settings, not options.no_fit_fast, threads), "-")
         return
     records = {way: summary(runs) for way, runs in measure(options, threads).items()}
     peer = max((r["tokens_per_second"] for way, r in records.items() if way.startswith("PEFT")), default=None)
     rows = []
     for way, r in records.items():
-        speed = f"{r['tokens_per_second']:.0f} ({r['slowest']:.0f}-{r['fastest']:.0f})"
-        ratio = "-" if peer is None else f"{r['tokens_per_second'] / peer:.2f}"
-        rows.append([way, speed, ratio, format_bytes(r["peak_bytes"]), f"{r['first_loss']:.4f}"])
-    print(format_table(rows, ["batch 4 x 256", "tokens/s", "over PEFT's best", "peak memory", "loss of step 1"]) + "\n")
+        rows.append({"way": way, **r, "over_peft": None if peer is None else r["tokens_per_second"] / peer})
+    columns = [
+        Column("batch 4 x 256", "way"),
+        Column("tokens/s", ("tokens_per_second", "slowest", "fastest"), "{:.0f} ({:.0f}-{:.0f})".format),
+        Column("over PEFT's best", "over_peft", ".2f"),
+        Column("peak memory", "peak_bytes", format_bytes),
+        Column("loss of step 1", "first_loss", ".4f"),
+    ]
+    show(Table("fitting", columns, rows, conditions={"model": options.model.name, "rank": options.rank}))
+    say()
     machine = hardware.describe(torch.device("cpu"))
-    write_json({"model": options.model.name, "rank": options.rank, "ways": records, "machine": machine}, "-")
+    print_record({"model": options.model.name, "rank": options.rank, "ways": records, "machine": machine})

@@ -37,8 +37,9 @@ import torch.nn.functional as F
 
 from benchmarks.low_rank import LowRankTerms, UnrestrictedLinear, apply_terms
 from nkat.host import commandline, console, hardware
-from nkat.host.console import format_bytes, format_table, note
-from nkat.host.record import write_json
+from nkat.host.console import format_bytes, note
+from nkat.host.record import print_record, write_json
+from nkat.host.tables import Column, Table, show
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.transformer import Transformer
@@ -270,7 +271,8 @@ class Bench:
         with console.bar(settings.steps, f"{self.model} {plan.form} {rate:g} seed {seed}", "step") as bar:
             progress = Progress(lambda *_: bar.update(), lambda: False)
             data = FitData(learned, validation.pick(slice(4)))
-            return fit(loaded.model, names, {"zero": plan.starts(seed)}, data, settings, progress, kind=kind)
+            starts = {"zero": plan.starts(seed)}
+            return fit(loaded.model, names, starts, data, settings, progress, kind=kind, keep_activations=True)
 
     @torch.inference_mode()
     def judge(self, loaded: LoadedModel, terms: LowRankTerms) -> dict[str, Any]:
@@ -331,21 +333,40 @@ def summaries(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    def cell(value: Mapping[str, float | None], digits: int = 2, sign: str = "+") -> str:
-        error = value["stderr"]
-        return f"{value['mean']:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
-
-    cells = [
-        [
-            *(row["model"], row["form"], f"{row['rate']:g}", str(row["seeds"]), format_bytes(row["bytes"])),
-            *(cell(row[name]) for name in ("home", *ELSEWHERE, "elsewhere")),
-            *(cell(row[name], 4, "") for name in ("home_kl", "kl")),
-        ]
+def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Of `summary`'s rows: each figure over the seeds."""
+    figures = ("home", *ELSEWHERE, "elsewhere", "home_kl", "kl")
+    flat = [
+        {
+            **{key: value for key, value in row.items() if key not in figures},
+            **{key: row[key]["mean"] for key in figures},
+            **{f"{key}_stderr": row[key]["stderr"] for key in figures},
+        }
         for row in rows
     ]
-    header = ["model", "form", "rate", "n", "bytes", "home %", "Shakespeare %", "Milton %", "Alice %", "mean of 3 %"]
-    return format_table(cells, [*header, "KL home", "KL of 3"])
+
+    def figure(title: str, key: str, digits: int = 2, sign: str = "+") -> Column:
+        def text(value: float, error: float | None) -> str:
+            return f"{value:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+        return Column(title, (key, f"{key}_stderr"), text)
+
+    columns = [
+        Column("model", "model"),
+        Column("form", "form"),
+        Column("rate", "rate", "g"),
+        Column("n", "seeds"),
+        Column("bytes", "bytes", format_bytes),
+        figure("home %", "home"),
+        *(
+            figure(f"{title} %", name)
+            for title, name in zip(("Shakespeare", "Milton", "Alice"), ELSEWHERE, strict=True)
+        ),
+        figure("mean of 3 %", "elsewhere"),
+        figure("KL home", "home_kl", 4, ""),
+        figure("KL of 3", "kl", 4, ""),
+    ]
+    return Table("forms", columns, flat)
 
 
 def main() -> None:
@@ -363,6 +384,7 @@ def main() -> None:
     parser.add_argument("--home-chunks", type=commandline.positive_int, default=40, metavar="N")
     parser.add_argument("--other-chunks", type=commandline.positive_int, default=16, metavar="N")
     parser.add_argument("--threads", type=commandline.thread_count)
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     hardware.set_threads(options.threads)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -379,7 +401,6 @@ def run(options: argparse.Namespace) -> None:
         batch=options.batch,
         warmup=options.warmup,
         nested=False,
-        fast=True,
         validate_every=options.steps,
     )
     bench = Bench(options.data, options.output_dir, settings, chunks, dtype)
@@ -394,6 +415,6 @@ def run(options: argparse.Namespace) -> None:
                         write_json(bench.run(model, form, rate, seed), str(path))
                     results.append(json.loads(path.read_text(encoding="utf-8")))
     rows = summaries(results)
-    print(table(rows))
+    show(table(rows))
     record = {"machine": hardware.describe(torch.device("cpu")), "dtype": str(dtype), "chunks": chunks}
-    write_json({**record, "forms": rows, "cases": results}, "-")
+    print_record({**record, "forms": rows, "cases": results})

@@ -32,9 +32,10 @@ from benchmarks.shapes import BLOCKS, MIXES, models
 from benchmarks.vs_llama_cpp import Setting, settings_to_try, summary
 from nkat.errors import NKATError
 from nkat.host import commandline, console, hardware
-from nkat.host.console import format_table
+from nkat.host.console import say
 from nkat.host.environment import users_environment
-from nkat.host.record import write_json
+from nkat.host.record import print_record, write_json
+from nkat.host.tables import Column, Table, show
 from nkat.lm.load import load_model
 from nkat.measure.judge import Judge
 from nkat.measure.perplexity import CONTEXT
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--threads", type=commandline.thread_count, nargs="+", metavar="N", default=[])
     parser.add_argument("--turns", type=commandline.positive_int, default=5, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write the record to a file too")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     if options.chunks < 2:
         raise NKATError("llama-perplexity needs at least two chunks")
@@ -125,19 +127,28 @@ def main() -> None:
         for path in models(options.models, options.blocks)
         for threads in options.threads or [hardware.set_threads(None)]
     ]
-    cells = [
-        [
-            *(f"{row['model']}, {way}", str(row["threads"])),
-            *(f"{row[way][f'{who}_tokens_per_second']:.0f}" for who in ("nkat", "llama_cpp")),
-            f"{row[way]['ratio']:.2f} ({row[way]['ratio_min']:.2f}-{row[way]['ratio_max']:.2f})",
-            *(f"{value:.4f}" for value in (row[way]["perplexity"], row["llama_cpp_perplexity"])),
-        ]
+    lines = [
+        {
+            **{key: row[key] for key in ("model", "threads", "llama_cpp_perplexity")},
+            **row[way],
+            "way": way,
+        }
         for row in rows
         for way in WAYS
     ]
-    print(format_table(cells, ["", "threads", "tok/s", "llama.cpp", "ratio", "perplexity", "llama.cpp"]) + "\n")
+    columns = [
+        Column("", ("model", "way"), "{}, {}".format),
+        Column("threads", "threads"),
+        Column("tok/s", "nkat_tokens_per_second", ".0f"),
+        Column("llama.cpp", "llama_cpp_tokens_per_second", ".0f"),
+        Column("ratio", ("ratio", "ratio_min", "ratio_max"), "{:.2f} ({:.2f}-{:.2f})".format),
+        Column("perplexity", "perplexity", ".4f"),
+        Column("llama.cpp", "llama_cpp_perplexity", ".4f"),
+    ]
+    show(Table("judging", columns, lines))
+    say()
     record = {"turns": options.turns, "text_sha256": text.sha256, "judging": rows}
     record["machine"] = hardware.describe(torch.device("cpu"))
     if options.json:
         write_json(record, options.json)
-    write_json(record, "-")
+    print_record(record)

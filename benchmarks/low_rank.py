@@ -105,13 +105,20 @@ def fit_unrestricted(
     shapes = [loaded.tensors[name].shape for name in names]
     if not kept.exists():
         text = load_text(calibrate)
-        settings = FitSettings(rank, 0.97, steps=steps, nested=False, fast=True)
+        settings = FitSettings(rank, 0.97, steps=steps, nested=False)
         learned, validation = split_validation(fit_text(loaded.tokenizer, text, ignore), text.name, settings.context)
         with console.bar(steps, "fitting a LoRA", "step") as bar:
             progress = Progress(lambda *_: bar.update(), lambda: False)
             starts = {"zero": _zero_start(shapes, rank)}
             state = fit(
-                loaded.model, names, starts, FitData(learned, validation), settings, progress, kind=UnrestrictedLinear
+                loaded.model,
+                names,
+                starts,
+                FitData(learned, validation),
+                settings,
+                progress,
+                kind=UnrestrictedLinear,
+                keep_activations=True,
             )
         torch.save(state.best_factors, kept)
     factors: Mapping[str, Factors] = by_name(names, torch.load(kept, weights_only=True))

@@ -25,8 +25,9 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host import commandline, console, hardware
-from nkat.host.console import format_bytes, format_table
-from nkat.host.record import write_json
+from nkat.host.console import format_bytes, say
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from nkat.kernels.cpu.jit import compile_kernel
 from nkat.kernels.cpu.llvm import I32, Builder
 from nkat.kernels.cpu.program import Program, aligned, pool
@@ -115,14 +116,22 @@ def main() -> None:
     parser = commandline.parser("How fast memory can be read.", "  python -m benchmarks.memory --threads 2")
     parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
     parser.add_argument("--rounds", type=commandline.positive_int, default=3, metavar="N")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     threads = hardware.set_threads(options.threads)
     ceilings = {count: measure_ceiling(count, options.rounds) for count in sorted({1, threads})}
-    rows = [
-        [str(count), f"{c.gb_per_second:.1f}", str(c.streams), f"{c.ahead} into L{c.level}" if c.ahead else "none"]
-        for count, c in ceilings.items()
-    ]
-    print(format_table(rows, ["threads", "GB/s", "streams", "bytes asked for ahead"]) + "\n")
     records = [{"threads": count, **asdict(c)} for count, c in ceilings.items()]
+    columns = [
+        Column("threads", "threads"),
+        Column("GB/s", "gb_per_second", ".1f"),
+        Column("streams", "streams"),
+        Column(
+            "bytes asked for ahead",
+            ("ahead", "level"),
+            lambda ahead, level: f"{ahead} into L{level}" if ahead else "none",
+        ),
+    ]
+    show(Table("memory", columns, records))
+    say()
     record = {"last_cache_bytes": last_cache_bytes(), "ceilings": records}
-    write_json({**record, "machine": hardware.describe(torch.device("cpu"))}, "-")
+    print_record({**record, "machine": hardware.describe(torch.device("cpu"))})

@@ -24,9 +24,9 @@ import torch
 
 from nkat.gguf.file import GGUFFile
 from nkat.host import commandline
-from nkat.host.console import format_table
 from nkat.host.hardware import describe
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from nkat.models import MODELS, cached
 
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.open_gguf --rounds 5")
     parser.add_argument("models", nargs="*", type=Path, help="GGUF files (default: every fetched model)")
     parser.add_argument("--rounds", type=commandline.positive_int, default=3)
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     paths = options.models or [path for name in MODELS if (path := cached(name))]
     records = []
@@ -62,9 +63,12 @@ def main() -> None:
                 "rounds": options.rounds,
             }
         )
-    rows = [
-        [r["file"], f"{r['tokens']:,}", f"{r['nkat_s']:.4f}", f"{r['gguf_py_s']:.2f}", f"{r['ratio']:.0f}x"]
-        for r in records
+    columns = [
+        Column("file", "file"),
+        Column("tokens", "tokens", ","),
+        Column("nkat s", "nkat_s", ".4f"),
+        Column("gguf-py s", "gguf_py_s", ".2f"),
+        Column("ratio", "ratio", "{:.0f}x".format),
     ]
-    print(format_table(rows, ["file", "tokens", "nkat s", "gguf-py s", "ratio"]))
-    write_json({"benchmark": "open_gguf", "results": records, "machine": describe(torch.device("cpu"))}, "-")
+    show(Table("open gguf", columns, records))
+    print_record({"benchmark": "open_gguf", "results": records, "machine": describe(torch.device("cpu"))})

@@ -26,9 +26,10 @@ import optuna
 import torch
 
 from nkat.host import commandline, console
-from nkat.host.console import format_table
+from nkat.host.console import say
 from nkat.host.hardware import describe, set_threads
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from nkat.lm.load import load_model
 from nkat.measure.judge import Judge
 from nkat.measure.texts import load_text
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=commandline.positive_int, default=2)
     parser.add_argument("--seeds", type=commandline.positive_int, default=20)
     parser.add_argument("--threads", type=commandline.thread_count)
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     set_threads(options.threads)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -134,7 +136,7 @@ def main() -> None:
     judge = SettingJudge(Judge.open(loaded, text, options.chunks), theta_set)
     judge.base()
     cost = trial_cost(judge)
-    print(f"a trial takes {cost:.3f}x the bare perplexity run", flush=True)
+    say(f"a trial takes {cost:.3f}x the bare perplexity run")
     started = perf_counter()
     table = measure_grid(judge)
     seconds = perf_counter() - started
@@ -158,11 +160,19 @@ def main() -> None:
             "near": median(to_near),
             "near_range": [to_near[0], to_near[-1]],
         }
-    rows = [[n, f"{r['best']:g}", f"{r['near']:g}", "{}-{}".format(*r["near_range"])] for n, r in results.items()]
-    print(f"best of {len(table)}: {best}, TPE {table[best]:.6f}; without Θ {judge.base().tpe:.6f}")
-    print(format_table(rows, ["sampler", "trials to best", "to within 2 %", "range"]))
+    say(f"best of {len(table)}: {best}, TPE {table[best]:.6f}; without Θ {judge.base().tpe:.6f}")
+    rows = [
+        {"sampler": name, "best": r["best"], "near": r["near"], "range": r["near_range"]} for name, r in results.items()
+    ]
+    columns = [
+        Column("sampler", "sampler"),
+        Column("trials to best", "best", "g"),
+        Column("to within 2 %", "near", "g"),
+        Column("range", "range", lambda ends: "{}-{}".format(*ends)),
+    ]
+    show(Table("samplers", columns, rows))
     ratio = results["random"]["near"] / results["TPE"]["near"]
-    print(
+    say(
         f"random needs {ratio:.2f}x the trials of TPE (medians of {options.seeds} seeds; {MOST_TRIALS} means not found)"
     )
     record = {
@@ -179,4 +189,4 @@ def main() -> None:
         "trial_cost": cost,
         "machine": describe(torch.device("cpu")),
     }
-    write_json(record, "-")
+    print_record(record)

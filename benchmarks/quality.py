@@ -39,9 +39,10 @@ from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
 from nkat.gguf.quantise import requantise
 from nkat.host import commandline, hardware
-from nkat.host.console import note
+from nkat.host.console import note, say
 from nkat.host.files import atomic_output
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import show
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.transformer import Transformer
 from nkat.measure.perplexity import Perplexity, paired, score_chunks, text_chunks
@@ -381,6 +382,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the cases, and which are there")
     parser.add_argument("--steps", type=commandline.positive_int, default=STEPS, help=f"of each fit (default {STEPS})")
     parser.add_argument("--threads", type=commandline.thread_count)
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     hardware.set_threads(options.threads)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -405,8 +407,10 @@ def run(options: argparse.Namespace) -> None:
         results[name] = json.loads(path.read_text(encoding="utf-8"))
     if options.list:
         return
-    print(quality_report.tables(results))
+    for table in quality_report.tables(results):
+        show(table)
+        say()
     quality_report.plot_ranks(bench.out / "quality_ranks.png", results)
     machine = hardware.describe(torch.device("cpu"))
     record = {"machine": machine, "dtype": str(bench.dtype), "steps": options.steps, "cases": results}
-    write_json(record, "-")
+    print_record(record)

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nkat.host.console import format_bytes, format_table
+from nkat.host.console import format_bytes
 from nkat.host.figures import new_figure, save_figure
+from nkat.host.tables import Column, Table
+from nkat.measure.columns import PERPLEXITY_3
 
 _SHORT = {
     "wiki.test.raw": "wiki",
@@ -17,30 +19,36 @@ _SHORT = {
 }
 
 
-def tables(results: Mapping[str, Any]) -> str:
-    """One row a case: perplexity on the first text, the paired change on each, bytes and TPE."""
+def tables(results: Mapping[str, Any]) -> list[Table]:
+    """One row a case: perplexity on the first text, the paired change on each, bytes and TPE; and what repairs won."""
     rows = []
     names = list(dict.fromkeys(text for result in results.values() for text in result["texts"]))
     for name, result in results.items():
         texts = result["texts"]
         first = next(iter(texts.values()))
-        changes = [_change(texts.get(text)) for text in names]
-        rows.append(
-            [
-                name,
-                f"{first['perplexity']:.3f} ± {first['perplexity_stderr']:.3f}",
-                *changes,
-                format_bytes(result["model_bytes"] + result["theta_bytes"]),
-                format_bytes(result["theta_bytes"]),
-                f"{first['tpe']:.5f}",
-            ]
+        row = {key: first[key] for key in ("perplexity", "perplexity_stderr", "tpe")}
+        for text, found in texts.items():
+            row |= {f"{text}_{key}": found[key] for key in ("change_percent", "change_percent_stderr")}
+        bytes_of = {"bytes": result["model_bytes"] + result["theta_bytes"], "theta_bytes": result["theta_bytes"]}
+        rows.append({"case": name, **row, **bytes_of})
+    changes = [
+        Column(
+            f"{_SHORT.get(text, text)} %",
+            (f"{text}_change_percent", f"{text}_change_percent_stderr"),
+            "{:+.2f} ± {:.2f}".format,
         )
-    header = ["case", "perplexity", *[f"{_SHORT.get(name, name)} %" for name in names], "bytes", "of them Θ", "TPE"]
-    return format_table(rows, header) + "\n" + _won_back(results)
-
-
-def _change(text: Mapping[str, Any] | None) -> str:
-    return f"{text['change_percent']:+.2f} ± {text['change_percent_stderr']:.2f}" if text else ""
+        for text in names
+    ]
+    columns = [
+        Column("case", "case"),
+        PERPLEXITY_3,
+        *changes,
+        Column("bytes", "bytes", format_bytes),
+        Column("of them Θ", "theta_bytes", format_bytes),
+        Column("TPE", "tpe", ".5f"),
+    ]
+    won = _won_back(results)
+    return [Table("quality", columns, rows), *([won] if won.rows else [])]
 
 
 def plot_ranks(path: Path, results: Mapping[str, Any]) -> None:
@@ -76,7 +84,7 @@ def plot_ranks(path: Path, results: Mapping[str, Any]) -> None:
     save_figure(figure, path, force=True)
 
 
-def _won_back(results: Mapping[str, Any]) -> str:
+def _won_back(results: Mapping[str, Any]) -> Table:
     """The share of the perplexity that a quantisation lost which each repair wins back, on the first text."""
     rows = []
     for name, result in results.items():
@@ -88,10 +96,15 @@ def _won_back(results: Mapping[str, Any]) -> str:
             for record, key in ((lost, "base_perplexity"), (lost, "perplexity"), (result, "perplexity"))
         )
         share = 100 * (coarse - now) / (coarse - original)
-        rows.append([name, f"{original:.3f}", f"{coarse:.3f}", f"{now:.3f}", f"{share:.0f}"])
-    if not rows:
-        return ""
-    return "\n" + format_table(rows, ["repair", "original", "coarse", "repaired", "won back, %"])
+        rows.append(
+            {"repair": name, "original": original, "coarse": coarse, "repaired": now, "won_back_percent": share}
+        )
+    columns = [
+        Column("repair", "repair"),
+        *(Column(name, name, ".3f") for name in ("original", "coarse", "repaired")),
+        Column("won back, %", "won_back_percent", ".0f"),
+    ]
+    return Table("won back", columns, rows)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,11 @@ from benchmarks.low_rank import apply_terms, qera_terms
 from benchmarks.quality import CALIBRATION, ROOT, Bench
 from nkat.errors import NKATError
 from nkat.host import commandline, hardware
-from nkat.host.console import format_bytes, format_table, note
+from nkat.host.console import format_bytes, note, say
 from nkat.host.environment import users_environment
 from nkat.host.files import atomic_output
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from nkat.lm.load import load_model
 from nkat.lm.transformer import Transformer
 from nkat.measure.perplexity import CONTEXT, Perplexity, scored_tokens, text_chunks
@@ -182,31 +183,44 @@ def _added(bench: RepairBench, model: str, arm: str) -> tuple[int, Callable[[Tra
     return terms.nbytes, lambda transformer: apply_terms(transformer, terms)
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row a case, the smallest file first; won back: of what the base has above the original."""
     rows = []
     for result in sorted(results.values(), key=lambda r: r["model_bytes"] + r["theta_bytes"]):
         wiki, other = (result["texts"][name] for name in TEXTS)
         base = results.get(f"{result['base']}-base")
+        won = (None, None) if base is None or result["arm"] == "base" else _won_back(base, result)
         rows.append(
-            [
-                f"{result['base']}, {result['arm']}",
-                format_bytes(result["model_bytes"] + result["theta_bytes"]),
-                f"{wiki['perplexity']:.3f}",
-                *(f"{text['change_percent']:+.2f} ± {text['change_percent_stderr']:.2f}" for text in (wiki, other)),
-                f"{result['kl']:.4f} ± {result['kl_stderr']:.4f}",
-                *(["", ""] if base is None or result["arm"] == "base" else _won_back(base, result)),
-            ]
+            {
+                **{key: result[key] for key in ("base", "arm", "kl", "kl_stderr")},
+                "bytes": result["model_bytes"] + result["theta_bytes"],
+                **{key: wiki[key] for key in ("perplexity", "change_percent", "change_percent_stderr")},
+                "other_change_percent": other["change_percent"],
+                "other_change_percent_stderr": other["change_percent_stderr"],
+                "won_back_percent": won[0],
+                "kl_won_back_percent": won[1],
+            }
         )
-    header = ["case", "bytes", "perplexity", "against Q4_1, %", "Shakespeare %", "KL", "won back %", "of KL %"]
-    return format_table(rows, header)
+    change = "{:+.2f} ± {:.2f}".format
+    columns = [
+        Column("case", ("base", "arm"), "{}, {}".format),
+        Column("bytes", "bytes", format_bytes),
+        Column("perplexity", "perplexity", ".3f"),
+        Column("against Q4_1, %", ("change_percent", "change_percent_stderr"), change),
+        Column("Shakespeare %", ("other_change_percent", "other_change_percent_stderr"), change),
+        Column("KL", ("kl", "kl_stderr"), "{:.4f} ± {:.4f}".format),
+        Column("won back %", "won_back_percent", ".0f"),
+        Column("of KL %", "kl_won_back_percent", ".0f"),
+    ]
+    return Table("repair", columns, rows)
 
 
-def _won_back(base: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _won_back(base: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[float | None, float]:
+    """Per cent of the perplexity and of the divergence; None: the base has lost nothing."""
     first, second = (result["texts"][TEXTS[0]] for result in (base, now))
     lost = first["perplexity"] - first["base_perplexity"]
-    share = "" if lost <= 0 else f"{100 * (first['perplexity'] - second['perplexity']) / lost:.0f}"
-    return [share, f"{100 * (1 - now['kl'] / base['kl']):.0f}"]
+    share = None if lost <= 0 else 100 * (first["perplexity"] - second["perplexity"]) / lost
+    return share, 100 * (1 - now["kl"] / base["kl"])
 
 
 def main() -> None:
@@ -220,6 +234,7 @@ def main() -> None:
     parser.add_argument("--steps", type=commandline.positive_int, default=40, help="of a fit of Θ (default 40)")
     parser.add_argument("--repair-steps", type=commandline.positive_int, default=60, help="of a repair (default 60)")
     parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     hardware.set_threads(options.threads)
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -229,9 +244,10 @@ def main() -> None:
     results = run(bench, _wanted(options.only), options.list)
     if options.list:
         return
-    print(table(results) + "\n")
+    show(table(results))
+    say()
     record = {"dtype": str(bench.dtype), "steps": options.steps, "repair_steps": options.repair_steps, "cases": results}
-    write_json({"machine": hardware.describe(torch.device("cpu")), **record}, "-")
+    print_record({"machine": hardware.describe(torch.device("cpu")), **record})
 
 
 def _wanted(patterns: list[str] | None) -> list[tuple[str, str]]:

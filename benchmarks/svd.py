@@ -20,9 +20,9 @@ from time import perf_counter
 import torch
 
 from nkat.host import commandline
-from nkat.host.console import format_table
 from nkat.host.hardware import describe, set_threads
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from nkat.theta.svd import truncated_svd
 
 
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rank", type=commandline.positive_int, default=4)
     parser.add_argument("--rounds", type=commandline.positive_int, default=3)
     parser.add_argument("--threads", type=commandline.thread_count)
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     set_threads(options.threads)
     records = []
@@ -67,9 +68,12 @@ def main() -> None:
                 "rounds": options.rounds,
             }
         )
-    rows = [
-        [r["matrix"], f"{r['truncated_s']:.3f}", f"{r['full_s']:.2f}", f"{r['ratio']:.1f}x", f"{r['error']:.1e}"]
-        for r in records
+    columns = [
+        Column(f"{options.size}x{options.size}", "matrix"),
+        Column("truncated s", "truncated_s", ".3f"),
+        Column("full s", "full_s", ".2f"),
+        Column("ratio", "ratio", "{:.1f}x".format),
+        Column("error", "error", ".1e"),
     ]
-    print(format_table(rows, [f"{options.size}x{options.size}", "truncated s", "full s", "ratio", "error"]))
-    write_json({"benchmark": "svd", "results": records, "machine": describe(torch.device("cpu"))}, "-")
+    show(Table("svd", columns, records, conditions={"size": options.size, "rank": options.rank}))
+    print_record({"benchmark": "svd", "results": records, "machine": describe(torch.device("cpu"))})

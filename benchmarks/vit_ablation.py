@@ -24,10 +24,11 @@ from typing import Any
 
 from nkat.errors import NKATError
 from nkat.host import commandline
-from nkat.host.console import format_table
+from nkat.host.console import say
 from nkat.host.distributed import World
 from nkat.host.hardware import describe, pick_device, set_threads
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from nkat_vit.data import DATASETS, load_images
 from nkat_vit.loop import open_run
 from nkat_vit.recipe import PRESETS, make_recipe
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every Nth run, from the Ith")
     parser.add_argument("--threads", type=commandline.thread_count)
     parser.add_argument("--no-cuda", action="store_true")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     set_threads(options.threads)
     world = World(0, 1, pick_device(not options.no_cuda))
@@ -104,7 +106,7 @@ def main() -> None:
         values = common | change | {"seed": seed}
         results[number, seed] = train(values, options.data_root, options.output_dir / name, world)
     if jobs > 1:
-        print("this share is done; without --share come the figures")
+        say("this share is done; without --share come the figures")
         return
     rows, record = [], []
     for number, (title, change) in enumerate(steps):
@@ -113,13 +115,19 @@ def main() -> None:
         base = [100 * results[against, seed]["accuracy"] for seed in range(options.seeds)] if number else scores
         changes = [score - other for score, other in zip(scores, base, strict=True)]
         seconds = fmean(results[number, seed]["seconds"] for seed in range(options.seeds))
-        rows.append([title, spread(scores).lstrip("+"), spread(changes) if number else "", f"{seconds:.0f}"])
+        rows.append({"settings": title, "accuracy": scores, "change": changes if number else None, "seconds": seconds})
         record.append({"title": title, "settings": change, "accuracy": scores, "change": changes, "seconds": seconds})
     against = "step before" if options.ladder else "preset"
-    print(format_table(rows, ["settings", "accuracy %", f"against the {against}", "seconds"]))
-    print(
+    columns = [
+        Column("settings", "settings"),
+        Column("accuracy %", "accuracy", lambda scores: spread(scores).lstrip("+")),
+        Column(f"against the {against}", "change", spread),
+        Column("seconds", "seconds", ".0f"),
+    ]
+    show(Table("ablation", columns, rows, conditions=common))
+    say(
         f"\n{options.dataset}, {options.preset}, {options.epochs} epochs of {options.limit_train or 'all'} pictures, "
         f"{options.validation} to validate, n = {options.seeds}, ± one standard deviation"
     )
     machine = describe(world.device)
-    write_json({"benchmark": "vit_ablation", "settings": common, "steps": record, "machine": machine}, "-")
+    print_record({"benchmark": "vit_ablation", "settings": common, "steps": record, "machine": machine})

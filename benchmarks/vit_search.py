@@ -25,10 +25,11 @@ import optuna
 from scipy.stats import spearmanr
 
 from nkat.host import commandline
-from nkat.host.console import format_table
+from nkat.host.console import say
 from nkat.host.distributed import World
 from nkat.host.hardware import describe, pick_device, set_threads
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from nkat_vit.metrics import lambda_theory, tpe
 from nkat_vit.model import count_parameters
 from nkat_vit.recipe import PRESETS
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--threads", type=commandline.thread_count)
     parser.add_argument("--no-cuda", action="store_true")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     set_threads(options.threads)
@@ -85,29 +87,36 @@ def main() -> None:
             folder = options.output_dir / f"shape{number}-{name}"
             curves[name].append(accuracies(trials, shape, folder, f"shape {number}, {name}, "))
     if step > 1:
-        print(f"shapes {first}, {first + step}, … are done; run it once more without --share for the figures")
+        say(f"shapes {first}, {first + step}, … are done; run it once more without --share for the figures")
         return
     scores = {name: local_tpes(curve, shapes, quick) for name, curve in curves.items()}
     rungs = [quick.first_rung, quick.first_rung * REDUCTION, quick.epochs]
+    longer = f"{options.longer}x pictures"
     rows = [
-        [
-            f"{s['conv_stem']}, patch {s['patch_size']}, {s['embed_dim']} x {s['depth']}, T {s['temperature']:g}, "
-            f"p {s['top_p']:g}",
-            *(f"{short[epoch - 1]:.4f}" for epoch in rungs),
-            f"{long[-1]:.4f}",
-            *(f"{100 * curve[n][-1]:.1f}" for curve in curves.values()),
-        ]
+        {
+            **s,
+            **{f"local_tpe_{epoch}": short[epoch - 1] for epoch in rungs},
+            "local_tpe_longer": long[-1],
+            **{f"accuracy_{name}": curve[n][-1] for name, curve in curves.items()},
+        }
         for n, (s, short, long) in enumerate(zip(shapes, scores["quick"], scores["longer"], strict=True))
     ]
-    longer = f"{options.longer}x pictures"
-    print(format_table(rows, ["shape", *(f"{e} epochs" for e in rungs), longer, "accuracy %", f"{longer} %"]))
+    shape = ("conv_stem", "patch_size", "embed_dim", "depth", "temperature", "top_p")
+    columns = [
+        Column("shape", shape, "{}, patch {}, {} x {}, T {:g}, p {:g}".format),
+        *(Column(f"{epoch} epochs", f"local_tpe_{epoch}", ".4f") for epoch in rungs),
+        Column(longer, "local_tpe_longer", ".4f"),
+        Column("accuracy %", "accuracy_quick", lambda share: f"{100 * share:.1f}"),
+        Column(f"{longer} %", "accuracy_longer", lambda share: f"{100 * share:.1f}"),
+    ]
+    show(Table("shapes", columns, rows))
     ranks = {}
     for title, values in (("local_tpe", scores), ("accuracy", curves)):
         ends = [curve[-1] for curve in values["longer"]]
         for epoch in rungs:
             result = spearmanr([curve[epoch - 1] for curve in values["quick"]], ends)
             ranks[title, epoch] = float(result.statistic)
-            print(f"{title} after {epoch} epochs: rank correlation {result.statistic:.3f} (p = {result.pvalue:.3f})")
+            say(f"{title} after {epoch} epochs: rank correlation {result.statistic:.3f} (p = {result.pvalue:.3f})")
     record = {
         "benchmark": "vit_search",
         "shapes": shapes,
@@ -119,4 +128,4 @@ def main() -> None:
         "ratio": ranks["local_tpe", quick.epochs],
         "machine": describe(world.device),
     }
-    write_json(record, "-")
+    print_record(record)

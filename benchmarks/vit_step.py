@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nkat.host import commandline, console
-from nkat.host.console import format_table
+from nkat.host.console import say
 from nkat.host.hardware import describe, pick_device, set_threads
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 from nkat_vit.augment import AugmentConfig, augment
 from nkat_vit.model import STEMS, NKATViT, ViTConfig
 from nkat_vit.predict import autocast
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--patch-size", type=commandline.positive_int, default=2)
     parser.add_argument("--threads", type=commandline.thread_count)
     parser.add_argument("--no-cuda", action="store_true")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     set_threads(options.threads)
     device = pick_device(not options.no_cuda)
@@ -146,13 +148,22 @@ def main() -> None:
         return median(a / b for a, b in zip(seconds[slower], seconds[faster], strict=True))
 
     rows = [
-        [name, f"{1e3 * median(times):.1f}", f"{1e3 * min(times):.1f}", f"{options.batch_size / median(times):.0f}"]
+        {
+            "step": name,
+            "median_ms": 1e3 * median(times),
+            "fastest_ms": 1e3 * min(times),
+            "images_per_second": options.batch_size / median(times),
+        }
         for name, times in seconds.items()
     ]
-    print(
-        f"{describe(device)['device_name']}, {torch.get_num_threads()} threads, amp {options.amp}, {full.tokens} tokens"
-    )
-    print(format_table(rows, ["step", "median ms", "fastest ms", "images/s"]))
+    where = f"{describe(device)['device_name']}, {torch.get_num_threads()} threads"
+    columns = [
+        Column("step", "step"),
+        Column("median ms", "median_ms", ".1f"),
+        Column("fastest ms", "fastest_ms", ".1f"),
+        Column("images/s", "images_per_second", ".0f"),
+    ]
+    show(Table("steps", columns, rows, f"{where}, amp {options.amp}, {full.tokens} tokens", {"amp": options.amp}))
     names = list(arms)
     ratios = {
         "speed against TransformerEncoderLayer": ratio(names[0], names[2]),
@@ -164,7 +175,7 @@ def main() -> None:
         "augmentation / step": ratio(names[7], names[2]),
     }
     for name, value in ratios.items():
-        print(f"{name}: {value:.3f}")
+        say(f"{name}: {value:.3f}")
     record = {
         "benchmark": "vit_step",
         "batch_size": options.batch_size,
@@ -177,4 +188,4 @@ def main() -> None:
         "ratio": ratios["speed against TransformerEncoderLayer"],
         "machine": describe(device),
     }
-    write_json(record, "-")
+    print_record(record)

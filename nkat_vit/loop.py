@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.host import console
@@ -191,7 +190,7 @@ class Trainer:
         epoch, done = divmod(self.step, self.epoch_steps)
         started, first = perf_counter(), self.step
         title = f"{self.label}epoch {epoch + 1}/{config.epochs}"
-        with console.bar(self.epoch_steps, title, "step") if self.world.first else tqdm(disable=True) as progress:
+        with console.bar(self.epoch_steps, title, "step", enabled=self.world.first) as progress:
             progress.update(done)
             for position in range(done, self.epoch_steps):
                 self.losses += self.train_step()

@@ -13,9 +13,11 @@ import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-from nkat.host.console import counted, format_table, note
+from nkat.host.commandline import own_command
+from nkat.host.console import counted, note, remark
 from nkat.host.distributed import World
 from nkat.host.hardware import pick_device
+from nkat.host.page import REPORT, write_page
 from nkat.host.programs import shell_line
 from nkat.host.record import recorded, write_json
 from nkat.host.tools import tool_command
@@ -26,9 +28,9 @@ from nkat.study.task import Task
 from nkat.study.workers import Outcome, Search
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import check_files, load_images
-from nkat_vit.evaluate import run_result, summarise, table
+from nkat_vit.evaluate import remarks, run_result, stage2_rows, summarise
 from nkat_vit.loop import measure_amp
-from nkat_vit.metrics import GLOBAL_TARGETS, LAMBDA_OF_BASELINE, TARGETS, accuracy_needed
+from nkat_vit.metrics import GLOBAL_TARGETS
 from nkat_vit.predict import judge_once
 from nkat_vit.recipe import PRESETS
 from nkat_vit.search import (
@@ -38,13 +40,13 @@ from nkat_vit.search import (
     GATE,
     Budget,
     Trials,
-    in_range,
     model_values,
     recipe_of,
     unreachable,
 )
 from nkat_vit.search_options import BUDGETS, DESCRIPTION, EXAMPLES, ShapeOptions, add_options, shape_options
 from nkat_vit.search_plots import plot_image_search
+from nkat_vit.search_report import print_report, search_page
 
 TRIALS = {"quick": 12, "full": 50}
 OPTIMAL = "optimal_vit.json"
@@ -147,6 +149,7 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
     first_scores = [(t, t.intermediate_values[rung]) for t in ranked if rung in t.intermediate_values]
     record = workers.base_record(options.study, outcome, trials.world.device) | {
         "sets": [FIRST_SET, *trials.sets],
+        "data_sha256": trials.images(FIRST_SET).sha256,
         "local_tpe": trials.gate,
         "accuracy": {name: trials.floor(name) for name in (FIRST_SET, *trials.sets)},
         "unreachable": [list(shape) for shape in unreachable()],
@@ -163,13 +166,14 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
     rows = history(study)
     write_records(folder, rows, record)
     with recorded(record, options.study.json, options.study.force):
-        print_report(record, trials)
+        print_report(record)
         most = f"{counted(budget.epochs, 'epoch')} of {budget.limit_train or 'all'} pictures"
         title = f"Round-2: {counted(len(ranked), 'trial')}, up to {most}"
         plot_image_search(folder / PICTURE, rows, record["importances"], trials.gate, trials.accuracy, title)
+        write_page(folder / REPORT, search_page(record, title, own_command(), folder / PICTURE), force=True)
         if not outcome.interrupted:
             note_earlier(folder, OPTIMAL, record["optimal"] and record["optimal"]["file"])
-        print(f"files are in {folder}")
+        remark(f"files are in {folder}")
 
 
 def write_optimal(
@@ -210,53 +214,9 @@ def judge_winner(options: ShapeOptions, trials: Trials, winner: FrozenTrial) -> 
         "global_tpe": summary["Global TPE"].record(),
         "consistency": summary["Consistency"].record(),
         "runs": [asdict(result) for result in results],
-        "table": table(summary, None),
+        "table": stage2_rows(summary, None),
+        "remarks": remarks(summary),
     }
-
-
-def print_report(record: dict[str, Any], trials: Trials) -> None:
-    """What came out, for people."""
-    gate, best, optimal = record["local_tpe"], record["best"], record["optimal"]
-    names = [FIRST_SET, *trials.sets] if record["passed"] else [FIRST_SET]
-    rows = []
-    baseline = record["baseline"]
-    for row in [*best, *([baseline] if baseline and baseline not in best else [])]:
-        s = row["setting"]
-        shape = f"{s['conv_stem']}, patch {s['patch_size']}, {s['embed_dim']} x {s['depth']}"
-        shape += "" if in_range(s["conv_stem"]) else " (outside STAGE2's range)"
-        setting = f"{shape}, temperature {s['temperature']:g}, top-p {s['top_p']:g}"
-        accuracies = [f"{100 * row['accuracies'][n]:.2f}" if n in row["accuracies"] else "" for n in names]
-        whole = f"{row['global_tpe']:.4f}" if row["global_tpe"] is not None else ""
-        title = setting + (" (baseline)" if s == BASELINE else "")
-        rows.append([title, str(row["trial"]), str(row["epochs"]), *accuracies, f"{row['local_tpe']:.4f}", whole])
-    heads = ["setting", "trial", "epochs", *(f"{name} %" for name in names), "Local TPE", "Global TPE"]
-    print("\non pictures held out of the training sets:\n")
-    print(format_table(rows, heads))
-    print(f"\n{'interrupted: ' if record['interrupted'] else ''}{workers.counts_line(record)}")
-    floors = ", ".join(f"{100 * floor:.0f} % on {name}" for name, floor in record["accuracy"].items())
-    print(f"{record['passed']} reached the gate, Local TPE {gate:g} on {FIRST_SET}, with an accuracy of {floors}")
-    takes, asked = 100 * accuracy_needed(gate, LAMBDA_OF_BASELINE), TARGETS[FIRST_SET].tpe
-    print(f"(at the baseline's size Local TPE {gate:g} takes {takes:.1f} %; STAGE2's target there is {asked:g})")
-    for row in best:
-        accuracy = row["accuracies"][FIRST_SET]
-        if row["local_tpe"] >= gate and accuracy < record["accuracy"][FIRST_SET]:
-            print(
-                f"trial {row['trial']}: Local TPE {row['local_tpe']:.4f} is bought by size alone, "
-                f"with {100 * accuracy:.2f} % on {FIRST_SET}"
-            )
-    if not record["passed"] and best:
-        top = best[0]
-        short = [f"{name} by {by:.4f}" for name, by in top["constraints"].items() if by > 0]
-        print(
-            f"the best, trial {top['trial']}, has Local TPE {top['local_tpe']:.4f} after {top['epochs']} epochs and is "
-            f"short of {', '.join(short)}; more epochs or pictures, or lower --local-tpe and --accuracy, let some pass"
-        )
-    if optimal and "test" in optimal:
-        seeds = counted(optimal["test"]["seeds"], "seed")
-        print(f"\ntrial {optimal['trial']} on the test sets, {seeds}, touched this once:\n")
-        print(optimal["test"]["table"])
-    if optimal:
-        print(f"\nits settings: {optimal['file']}; train it with\n  {optimal['command']}")
 
 
 def _ranked(study: optuna.Study) -> list[FrozenTrial]:

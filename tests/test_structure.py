@@ -17,17 +17,18 @@ TRUNK = ["errors", "host", "gguf", "theta", "kernels", "lm", "engine", "measure"
 MAY = {room: {"version", *TRUNK[:i]} for i, room in enumerate(TRUNK)} | {
     "version": set(),
     "nkat": {"api", "errors", "host", "version"},  # the package itself: only names
-    "api": {*TRUNK} - {"kernels"},
-    "models": {"errors", "host"},
+    "hub": {"errors", "host"},
+    "api": {*TRUNK, "hub"} - {"kernels"},
+    "models": {"errors", "host", "hub"},
     "commands": {"host"},
     "setup_check": {"version", "errors", "host", "gguf", "theta", "lm", "kobold"},
     "study": {"errors", "host"},
-    "kobold": {"errors", "host", "gguf", "theta"},
-    "inference": {*TRUNK} - {"sources", "kernels"},
-    "harness": {*TRUNK} - {"sources", "measure", "kernels"},
-    "serve": {*TRUNK} - {"sources", "measure", "kernels"},
-    "convert": {*TRUNK} - {"engine", "kernels"},
-    "search": {*TRUNK, "study"} - {"kernels"},
+    "kobold": {"errors", "host", "hub", "gguf", "theta"},
+    "inference": {*TRUNK, "hub"} - {"sources", "kernels"},
+    "harness": {*TRUNK, "hub"} - {"sources", "measure", "kernels"},
+    "serve": {*TRUNK, "hub"} - {"sources", "measure", "kernels"},
+    "convert": {*TRUNK, "hub"} - {"engine", "kernels"},
+    "search": {*TRUNK, "hub", "study"} - {"kernels"},
     "nkat_vit": {"nkat", "errors", "host", "study"},  # "nkat": how threads wait
 }  # which rooms a room may import
 

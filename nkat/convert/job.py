@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nkat.convert import merge, rank_search, repair, tables
+from nkat.convert import exchange, merge, rank_search, repair, tables
+from nkat.convert.card import write_model_card
 from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions, parse_arguments
 from nkat.convert.outputs import check_outputs, layout_of, size, write, write_unless_dry
@@ -20,12 +21,14 @@ from nkat.errors import NKATError
 from nkat.gguf import quantise
 from nkat.gguf.writer import MetadataValue
 from nkat.host import console, hardware
-from nkat.host.console import counted, format_bytes, note
+from nkat.host.console import counted, format_bytes, note, remark
 from nkat.host.distributed import is_first
 from nkat.host.files import check_apart, check_output
 from nkat.host.record import Recorder, check_record
 from nkat.host.start import INTERRUPTED
 from nkat.host.tools import suggest
+from nkat.hub.fetch import local_model
+from nkat.lm.adapters import open_adapter
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.texts import load_text
 from nkat.sources.fit.job import FitRequest, FitResult, check_state, run_fit
@@ -53,6 +56,7 @@ NO_EFFECT = "warning: gamma 1 couples Θ with strength 0: it will have no effect
 
 def main() -> None:
     options = parse_arguments()
+    options = replace(options, input=local_model(options.input), reference=local_model(options.reference))
     if not is_first():
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             run(options)
@@ -78,6 +82,13 @@ def _run(options: ConvertOptions) -> None:
     recorder = Recorder(
         options.json, options.force, {"machine": hardware.describe(hardware.pick_device(allow_cuda=False))}
     )
+    if options.save_imatrix is not None and is_first():
+        recorder.add({"imatrix": (gathered := exchange.save_imatrix(options, inputs))})
+        recorder.keep({})
+        exchange.print_imatrix(gathered)
+    if options.only_gathers:
+        recorder.finish({})
+        return
     if options.repair is not None:
         if not _repair(options, inputs, recorder):
             return
@@ -204,6 +215,7 @@ def convert(options: ConvertOptions, inputs: Inputs, recorder: Recorder) -> dict
         record["report"] = measure_strengths(judge, theta_set, inputs.loaded_reference)
         recorder.keep(record)
         print_strengths(record["report"])
+    write_model_card(options, model, theta_set, record)
     return record
 
 
@@ -243,6 +255,7 @@ def write_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder) 
     recorder.keep(record)
     tables.print_summary(record)
     _merge(options, model, theta_set, judge, record, recorder)
+    write_model_card(options, model, theta_set, record)
     return record
 
 
@@ -253,27 +266,34 @@ def export_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder)
         raise NKATError(f"{model.path}: holds no Θ with its model; add --output or --in-place to make one")
     check_outputs(options, model)
     judge = _merge_judge(options, inputs)
-    parts = lora_parts(model.theta, model.base, options.theta_gamma) if options.export_lora else []
+    gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
+    parts = lora_parts(model.theta, model.base, gamma) if options.export_lora else []
     if options.export_lora:
         write_unless_dry(options, options.export_lora, parts, model.files)
+    peft_bytes = exchange.write_peft(options, model, model.theta, gamma) if options.export_peft else None
     record = {
         "input": str(model.path),
         "lora": str(options.export_lora) if options.export_lora else None,
+        "peft": str(options.export_peft) if options.export_peft else None,
         "rank": model.theta.rank,
-        "gamma": model.theta.gamma if options.theta_gamma is None else options.theta_gamma,
+        "gamma": gamma,
         "bytes": size(parts),
+        "peft_bytes": peft_bytes,
         "merge": None,
         "dry_run": options.dry_run,
     }
     recorder.keep(record)
-    if options.export_lora:
-        print(
-            f"{'would write' if options.dry_run else 'wrote'} {options.export_lora} ({record['bytes']:,} bytes): Θ of "
-            f"rank {record['rank']} at gamma {record['gamma']:g} as a LoRA adapter"
-        )
-        if record["gamma"] == 1.0:
-            note(NO_EFFECT)
+    exported = ((options.export_lora, "bytes", "a LoRA adapter"), (options.export_peft, "peft_bytes", "a PEFT LoRA"))
+    for path, key, what in exported:
+        if path is not None:
+            remark(
+                f"{'would write' if options.dry_run else 'wrote'} {path} ({record[key]:,} bytes): Θ of rank "
+                f"{record['rank']} at gamma {gamma:g} as {what}"
+            )
+    if gamma == 1.0 and options.exports:
+        note(NO_EFFECT)
     _merge(options, model, model.theta, judge, record, recorder)
+    write_model_card(options, model, model.theta, record)
     return record
 
 
@@ -302,7 +322,7 @@ def remove_theta(options: ConvertOptions, model: ModelFile, recorder: Recorder) 
         "dry_run": options.dry_run,
     }
     recorder.keep(record)
-    print(
+    remark(
         f"{'would restore' if options.dry_run else 'restored'} {target}: {model.base_size:,} bytes, "
         f"sha256 {base_sha256}"
     )
@@ -350,9 +370,11 @@ def _fit(
         ignore=fit.ignore,
         start=fit.start,
         precision=fit.precision,
+        fast=fit.fast,
         state=options.fit_state,
         resume=fit.resume,
         allow_cuda=fit.allow_cuda,
+        start_from=None if options.start_from is None else open_adapter(options.start_from, inputs.model),
         space=choice_space(ranks, options.theta_gamma, guarded=fit.guard is not None),
         guard=None if fit.guard is None else [load_text(path) for path in fit.guard],
     )
@@ -373,7 +395,9 @@ def _theta_options(options: ConvertOptions, inputs: Inputs, names: Sequence[str]
     if options.theta_source == "residual" and inputs.reference is not None:
         reference = inputs.reference.require_base().file
         check_reference_is_better(inputs.model.require_base().file, reference, names)
-        if options.calibrate:
+        if options.imatrix:
+            input_weights, notes = exchange.moments_of_file(options.imatrix, inputs.model, names)
+        elif options.calibrate:
             input_weights, notes = input_second_moments(inputs.loaded, load_text(options.calibrate), names=names)
     # with --optimize-rank the lower ranks are the first columns of the highest
     rank = max(rank_search.RANKS) if options.optimize_rank else options.theta_rank or DEFAULT_RANK
@@ -457,11 +481,11 @@ def _announce(options: ConvertOptions, model: ModelFile, theta: str) -> None:
     architecture = architecture_of(model.require_base().file)
     of = f" and {counted(len(model.files) - 1, 'more file')}" if model.is_split else ""
     nbytes = sum(path.stat().st_size for path in model.files)
-    print(f"input   {model.path}{of} ({format_bytes(nbytes)}, {architecture})")
-    print(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
-    print(f"Θ       {theta}")
+    remark(f"input   {model.path}{of} ({format_bytes(nbytes)}, {architecture})")
+    remark(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
+    remark(f"Θ       {theta}")
     if model.theta is not None:
-        print(f"        replaces the Θ of rank {model.theta.rank} that the input has")
+        remark(f"        replaces the Θ of rank {model.theta.rank} that the input has")
 
 
 def _describe(
@@ -475,6 +499,7 @@ def _describe(
         "output": None if written is None else str(options.output or model.path),
         "layout": None if written is None else layout_of(options, model),
         "lora": str(options.export_lora) if options.export_lora else None,
+        "peft": str(options.export_peft) if options.export_peft else None,
         "dry_run": options.dry_run,
         "metadata": theta_set.metadata(),
         "coupling": coupling(theta_set.gamma),
@@ -485,5 +510,6 @@ def _describe(
         "base_bytes": model.base_size,
         "output_bytes": written,
         "lora_bytes": sizes.get("lora"),
+        "peft_bytes": sizes.get("peft"),
         "seconds": seconds,
     }

@@ -30,11 +30,13 @@ from nkat.gguf.writer import (
     replaced_parts,
     write_parts,
 )
-from nkat.host.console import bar, counted, format_table
+from nkat.host.console import bar, counted, say
 from nkat.host.files import atomic_output
+from nkat.host.tables import Column, Table, show
 from nkat.lm.load import load_model
+from nkat.measure.columns import CHANGE, PERPLEXITY
 from nkat.measure.judge import Judge
-from nkat.measure.perplexity import Perplexity, change_text, paired, perplexity_text
+from nkat.measure.perplexity import Perplexity, change_text, paired
 from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
@@ -210,35 +212,33 @@ def describe_losses(losses: Mapping[str, MergeLoss], tensors: Mapping[str, Tenso
 
 def print_merge(record: Mapping[str, Any]) -> None:
     """The table of types, and the perplexities where they were measured."""
-    rows = [
-        [
-            row["type"],
-            str(row["tensors"]),
-            f"{row['theta_in_steps']:.3f}",
-            f"{100 * row['weights_moved']:.1f} %",
-            "" if row["theta_kept"] is None else f"{100 * row['theta_kept']:.1f} %",
-            "" if row["error_over_theta"] is None else f"{row['error_over_theta']:.3f}",
-        ]
-        for row in record["types"]
+    columns = [
+        Column("type", "type"),
+        Column("tensors", "tensors"),
+        Column("κΘ in steps", "theta_in_steps", ".3f"),
+        Column("weights moved", "weights_moved", _share_text),
+        Column("κΘ kept", "theta_kept", _share_text),
+        Column("rounding / κΘ", "error_over_theta", ".3f"),
     ]
-    header = ["type", "tensors", "κΘ in steps", "weights moved", "κΘ kept", "rounding / κΘ"]
-    print(f"\nκΘ (gamma {record['gamma']:g}) in the weights, re-quantised:\n\n{format_table(rows, header)}")
+    caption = f"\nκΘ (gamma {record['gamma']:g}) in the weights, re-quantised:"
+    show(Table("merge losses", columns, record["types"], caption, {"gamma": record["gamma"]}))
     measured = record["perplexity"]
     if measured is None:
-        print("\ndry run: nothing was written, so that perplexity was not measured")
+        say("\ndry run: nothing was written, so that perplexity was not measured")
         return
     arms = [("without Θ", "base"), ("with Θ", "theta"), ("merged", "merged")]
-    rows = [_row(label, measured[arm]) for label, arm in arms]
-    print(
-        f"\non {measured['text']}: {counted(measured['chunks'], 'chunk')} of {counted(measured['context'], 'token')}\n"
+    where = f"{counted(measured['chunks'], 'chunk')} of {counted(measured['context'], 'token')}"
+    rows = [{"arm": label, **measured[arm]} for label, arm in arms]
+    conditions = {key: measured[key] for key in ("text", "chunks", "context")}
+    show(
+        Table("merged", [Column("", "arm"), PERPLEXITY, CHANGE], rows, f"\non {measured['text']}: {where}", conditions)
     )
-    print(format_table(rows, ["", "perplexity", "change"]))
-    print(f"\nmerged against with Θ: {_percent(measured['merged_against_theta'])}")
+    say(f"\nmerged against with Θ: {_percent(measured['merged_against_theta'])}")
     if measured["gain_kept"] is None:
-        print("Θ makes this model no better on this text beyond two standard errors, so there is no gain to keep.")
+        say("Θ makes this model no better on this text beyond two standard errors, so there is no gain to keep.")
     else:
-        print(gain_text(measured["gain_kept"], measured["gain_kept_stderr"], record["all"]["theta_kept"]))
-    print(f"wrote {record['output']} ({record['bytes']:,} bytes)")
+        say(gain_text(measured["gain_kept"], measured["gain_kept_stderr"], record["all"]["theta_kept"]))
+    say(f"wrote {record['output']} ({record['bytes']:,} bytes)")
 
 
 def gain_text(share: float, stderr: float, theta_kept: float | None) -> str:
@@ -256,9 +256,8 @@ def gain_text(share: float, stderr: float, theta_kept: float | None) -> str:
     )
 
 
-def _row(label: str, figures: Mapping[str, float]) -> list[str]:
-    change = _percent(figures) if "change_percent" in figures else ""
-    return [label, perplexity_text(figures["perplexity"], figures["perplexity_stderr"]), change]
+def _share_text(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _percent(figures: Mapping[str, float]) -> str:

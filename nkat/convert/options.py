@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.host import commandline
+from nkat.hub.fetch import is_name
 from nkat.sources.fit.options import FitOptions, add_fit_arguments, fit_options
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, SOURCES
 from nkat.sources.repair.options import SHARED_FLAGS, add_repair_arguments
+from nkat.theta.card import CARD
 from nkat.theta.combine import WeightedFile
 from nkat.theta.options import add_theta_arguments
 
 EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output model.nkat
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-rank 4 --theta-gamma 0.97
+  python nkat_gguf_converter.py --input hf:OWNER/REPO:Q4_K_M --output model.nkat
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --selective-layers 'blk.*.attn_q.weight'
   python nkat_gguf_converter.py --input model.gguf --output best.nkat --optimize-rank
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-source fit --calibrate text.txt
@@ -23,6 +26,8 @@ EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output both.nkat --theta style.bin --theta facts.bin:0.5
   python nkat_gguf_converter.py --input model.gguf --in-place
   python nkat_gguf_converter.py --input model.nkat --export-lora theta-lora.gguf
+  python nkat_gguf_converter.py --input model.nkat --export-peft theta-peft
+  python nkat_gguf_converter.py --input model.gguf --save-imatrix model.imatrix.gguf --calibrate text.txt
   python nkat_gguf_converter.py --input model.nkat --merge merged.gguf --text text.txt
   python nkat_gguf_converter.py --input model.nkat --output model.gguf --remove
 """
@@ -38,7 +43,11 @@ class ConvertOptions:
     layout: str | None
     theta_only: bool
     export_lora: Path | None
+    export_peft: Path | None
+    model_card: bool
     merge: Path | None
+    save_imatrix: Path | None
+    imatrix_chunks: int | None
     repair: Path | None
     repair_steps: int | None
     repair_learning_rate: float | None
@@ -54,6 +63,8 @@ class ConvertOptions:
     theta_source: str
     reference: Path | None
     calibrate: Path | None
+    imatrix: Path | None
+    start_from: Path | None
     keep: Path | None
     thetas: tuple[WeightedFile, ...]
     truncate_rank: int | None
@@ -90,12 +101,25 @@ class ConvertOptions:
     def inputs(self) -> list[Path | None]:
         """What is read, and never to be replaced by what is written."""
         thetas = [file.path for file in self.thetas]
-        return [self.input, self.reference, self.text, self.calibrate, self.keep, *thetas, *(self.fit.guard or ())]
+        texts = (self.text, self.calibrate, self.keep, *(self.fit.guard or ()))
+        return [self.input, self.reference, self.imatrix, self.start_from, *thetas, *texts]
+
+    @property
+    def inputs_there(self) -> list[Path]:
+        """Those of the inputs that were given."""
+        return [path for path in self.inputs if path is not None]
+
+    @property
+    def card_path(self) -> Path | None:
+        """The page beside the adapter, else beside --output or the input that is changed in place."""
+        return (self.export_lora or self.output or self.input).with_name(CARD) if self.model_card else None
 
     @property
     def outputs(self) -> dict[str, Path | str | None]:
         """The files to write, by the flags that name them."""
         named = {"--output": self.output, "--export-lora": self.export_lora, "--merge": self.merge}
+        named |= {"--export-peft": self.export_peft, "--save-imatrix": self.save_imatrix}
+        named["--model-card"] = self.card_path
         return {**named, "--repair": self.repair, "--json": self.json}
 
     @property
@@ -116,6 +140,17 @@ class ConvertOptions:
         return self.repair is not None and not self.writes_model and self.merge is None
 
     @property
+    def exports(self) -> bool:
+        """Whether an adapter for other programs is asked for."""
+        return self.export_lora is not None or self.export_peft is not None
+
+    @property
+    def only_gathers(self) -> bool:
+        """Whether an importance matrix is all that is asked for."""
+        others = self.writes_model or self.exports or self.remove
+        return self.save_imatrix is not None and not others and self.merge is None and self.repair is None
+
+    @property
     def flags_of_a_fit(self) -> list[str]:
         """Those given that only a fit of Θ understands."""
         return [flag for flag in self.fit.given if self.repair is None or flag not in SHARED_FLAGS]
@@ -123,6 +158,10 @@ class ConvertOptions:
 
 CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
     (lambda o: o.output is not None and o.in_place, "--output and --in-place exclude each other"),
+    (
+        lambda o: o.in_place and is_name(o.input),
+        "--in-place would change the copy of {o.input} in the cache: give --output",
+    ),
     (
         lambda o: o.repair is None and (o.repair_steps or o.repair_learning_rate is not None),
         "--repair-steps and --repair-learning-rate are for --repair",
@@ -139,7 +178,7 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
         lambda o: (
             o.only_repairs
             and (
-                o.export_lora
+                o.exports
                 or o.theta_only
                 or o.layout
                 or o.theta_source != "weight"
@@ -157,8 +196,17 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
         "--dry-run writes no repaired model that a Θ could be made for: give --repair alone, or leave --dry-run out",
     ),
     (
-        lambda o: not o.writes_model and (o.remove or (o.export_lora is None and o.merge is None and o.repair is None)),
-        "say where the result goes: --output FILE or --in-place (or --export-lora FILE, --merge FILE, --repair FILE)",
+        lambda o: o.save_imatrix and o.calibrate is None,
+        "--save-imatrix needs --calibrate, the text to gather the importance matrix on",
+    ),
+    (lambda o: o.imatrix_chunks and o.save_imatrix is None, "--imatrix-chunks is for --save-imatrix"),
+    (
+        lambda o: (
+            not (o.writes_model or o.only_gathers)
+            and (o.remove or not (o.exports or o.merge is not None or o.repair is not None))
+        ),
+        "say where the result goes: --output FILE or --in-place (or --export-lora FILE, --export-peft DIR, --merge "
+        "FILE, --repair FILE, --save-imatrix FILE)",
     ),
     (
         lambda o: o.merge and o.output is None and (o.theta_only or o.layout),
@@ -167,6 +215,10 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
     (
         lambda o: o.in_place and (o.theta_only or o.layout == "tensors"),
         "--in-place always uses layout 'appended'; --theta-only and --layout tensors need --output",
+    ),
+    (
+        lambda o: o.model_card and (o.remove or (o.export_lora is None and not o.writes_model)),
+        "--model-card describes a Θ that is written: it goes with --export-lora, --output or --in-place",
     ),
     (lambda o: o.theta_only and o.layout, "--theta-only writes no model, so --layout has no meaning with it"),
     (
@@ -178,8 +230,26 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
         "--theta-source residual needs --reference, the same model at a higher precision",
     ),
     (
-        lambda o: o.theta_source == "weight" and o.repair is None and (o.reference or o.calibrate),
+        lambda o: (
+            o.theta_source == "weight"
+            and o.repair is None
+            and (o.reference or (o.calibrate and o.save_imatrix is None))
+        ),
         "--reference and --calibrate are for --theta-source residual or fit, and for --repair",
+    ),
+    (
+        lambda o: o.imatrix and o.theta_source != "residual" and (o.repair is None or o.reference is None),
+        "--imatrix is for --theta-source residual, and for --repair with --reference",
+    ),
+    (
+        lambda o: (
+            o.imatrix and o.calibrate and o.theta_source == "residual" and o.repair is None and o.save_imatrix is None
+        ),
+        "--imatrix says what --calibrate would be run for: give one of them",
+    ),
+    (
+        lambda o: o.start_from and (o.theta_source != "fit" or o.fit.start != "auto"),
+        "--start-from is where --theta-source fit begins, in place of --fit-start",
     ),
     (lambda o: o.theta_source != "fit" and o.flags_of_a_fit, "{o.flags_of_a_fit[0]} is for --theta-source fit"),
     (lambda o: o.theta_source != "fit" and o.keep is not None, "--keep is for --theta-source fit"),
@@ -214,9 +284,7 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
     (
         lambda o: (
             o.remove
-            and (
-                o.export_lora or o.merge or o.theta_gamma is not None or o.makes_theta or o.theta_only or o.keeps_theta
-            )
+            and (o.exports or o.merge or o.theta_gamma is not None or o.makes_theta or o.theta_only or o.keeps_theta)
         ),
         "--remove only takes Θ off: it goes with --input, --output or --in-place, --force, --dry-run, --json",
     ),
@@ -227,7 +295,7 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
             and o.repair is None
             and (o.makes_theta or o.theta_only or o.keeps_theta)
         ),
-        "--export-lora alone exports the Θ the input has; to make a new one give --output or --in-place too",
+        "without --output or --in-place no new Θ is made: --export-lora and --export-peft take the one the input has",
     ),
     (
         lambda o: o.strengths and (o.keeps_theta or o.remove or (not o.writes_model and not o.merge)),
@@ -242,7 +310,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         "Add Θ (small antisymmetric INT8 tensors) to a GGUF language model, or take it off.", EXAMPLES
     )
     add = parser.add_argument
-    add("--input", type=Path, required=True, metavar="FILE", help="a .gguf, or a .nkat whose Θ is to be replaced")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .gguf, a .nkat whose Θ is to be replaced, or hf:OWNER/REPO[:QUANT]",
+    )
     add("--output", type=Path, metavar="FILE", help="the file to write")
     add("--in-place", action="store_true", help="append Θ to the input itself; its own bytes stay as they are")
     add(
@@ -258,6 +332,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         metavar="FILE",
         help="also write Θ as a LoRA adapter for llama.cpp and KoboldCpp; "
         "with neither --output nor --in-place, of the Θ the input has",
+    )
+    add(
+        "--export-peft",
+        type=Path,
+        metavar="DIR",
+        help="the same as a LoRA for PEFT and transformers: a folder with adapter_config.json and "
+        "adapter_model.safetensors (needs the package safetensors)",
+    )
+    add(
+        "--model-card",
+        action="store_true",
+        help="also write README.md beside the adapter (or --output): what Θ was made from, what it gains and costs",
     )
     add(
         "--merge",
@@ -312,6 +398,32 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
         help="residual: text whose activations weight the error; fit and --repair: text to learn from, or chats: a "
         ".jsonl of rows with messages, or with prompt and completion, of which the assistant's words are learned",
     )
+    add(
+        "--imatrix",
+        type=Path,
+        metavar="FILE",
+        help="residual, and --repair with --reference: weight the error by this importance matrix of llama-imatrix's "
+        "(GGUF or .dat) instead of running a text",
+    )
+    add(
+        "--save-imatrix",
+        type=Path,
+        metavar="FILE",
+        help="write the importance matrix that the input has on --calibrate, for llama-quantize; .dat: the old form",
+    )
+    add(
+        "--imatrix-chunks",
+        type=commandline.positive_int,
+        metavar="N",
+        help="chunks of 512 tokens of --calibrate for --save-imatrix, at most (default: all, as llama-imatrix)",
+    )
+    add(
+        "--start-from",
+        type=Path,
+        metavar="LORA",
+        help="fit: begin at the Θ that comes nearest to this LoRA, a folder of PEFT's or a GGUF of llama.cpp's; "
+        "how near that is, is said",
+    )
     add("--keep", type=Path, metavar="FILE", help="fit: another text, on which the model is to stay as it is")
     add_theta_arguments(
         parser,
@@ -334,6 +446,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
     add("--dry-run", action="store_true", help="do everything but write")
     add("--force", action="store_true", help="replace an existing output, or an existing Θ with --in-place")
     add("--json", metavar="FILE", help='write a machine-readable record; "-" for stdout')
+    commandline.add_output_format(parser)
     add_repair_arguments(parser)
     add_fit_arguments(parser)
     parsed = parser.parse_args(argv)

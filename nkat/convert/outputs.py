@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nkat.convert.exchange import check_peft, write_peft
 from nkat.convert.options import ConvertOptions
 from nkat.errors import NKATError
 from nkat.gguf.writer import Part, part_size, write_gguf
@@ -18,8 +19,9 @@ from nkat.theta.set import ThetaSet
 
 def check_outputs(options: ConvertOptions, model: ModelFile) -> None:
     """Everything about the outputs that can be known before time is spent on Θ."""
-    inputs = [*(path for path in options.inputs if path is not None), *model.files]
-    for path in (options.output, options.export_lora, options.merge):
+    inputs = [*options.inputs_there, *model.files]
+    check_peft(options)
+    for path in (options.output, options.export_lora, options.merge, options.card_path):
         if path is not None:
             check_output(path, options.force, inputs)
     if model.is_split and options.in_place:
@@ -67,6 +69,8 @@ def write(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet) -> dic
         parts = lora_parts(theta_set, base)
         write_unless_dry(options, options.export_lora, parts, model.files)
         sizes["lora"] = size(parts)
+    if options.export_peft:
+        sizes["peft"] = write_peft(options, model, theta_set, theta_set.gamma)
     return sizes
 
 

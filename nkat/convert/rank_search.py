@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nkat.host.console import counted, format_table
+from nkat.host.console import counted, say
+from nkat.host.tables import Column, Table, show
+from nkat.measure.columns import CHANGE_PERCENT, PERPLEXITY_3, TPE
 from nkat.measure.judge import Judge, Score
-from nkat.measure.perplexity import change_text, perplexity_text
 from nkat.theta.set import ThetaSet, truncate_rank
 
 RANKS = (2, 4, 6, 8)
@@ -29,27 +30,37 @@ def search_rank(judge: Judge, theta_set: ThetaSet, ranks: Sequence[int] = RANKS)
     return candidates[best["rank"]], {**record, "rows": rows, "rank": best["rank"]}
 
 
+_NOTHING = {"change_percent": None, "change_percent_stderr": None}  # the model without Θ changes nothing
+
+
+def _rank_text(rank: int) -> str:
+    return f"rank {rank}" if rank else "without Θ"
+
+
 def _row(rank: int | None, score: Score) -> dict[str, Any]:
     return {"rank": rank, **score.record()}
+
+
+def decision_table(record: Mapping[str, Any]) -> Table:
+    """The record as a table: every rank beside the model without Θ."""
+    where = f"{counted(record['chunks'], 'chunk')} of {counted(record['context'], 'token')} of {record['text']}"
+    columns = [
+        Column("", "rank", _rank_text),
+        PERPLEXITY_3,
+        CHANGE_PERCENT,
+        Column("bytes ratio", "byte_ratio", ".4f"),
+        TPE,
+    ]
+    rows = [{**row, "rank": row["rank"] or 0} | ({} if row["rank"] else _NOTHING) for row in record["rows"]]
+    conditions = {key: record[key] for key in ("text", "text_sha256", "chunks", "context")}
+    return Table("ranks", columns, rows, f"\nmeasured on {where}:", conditions)
 
 
 def print_decision(record: Mapping[str, Any]) -> None:
     """The record as a table, and the rank that is kept."""
     rows = record["rows"]
     best = next(row for row in rows if row["rank"] == record["rank"])
-    where = f"{counted(record['chunks'], 'chunk')} of {counted(record['context'], 'token')} of {record['text']}"
-    cells = [
-        [
-            "without Θ" if row["rank"] is None else f"rank {row['rank']}",
-            perplexity_text(row["perplexity"], row["perplexity_stderr"], 3),
-            "" if row["rank"] is None else change_text(row["change_percent"], row["change_percent_stderr"], ""),
-            f"{row['byte_ratio']:.4f}",
-            f"{row['tpe']:.6f}",
-        ]
-        for row in rows
-    ]
-    print(f"\nmeasured on {where}:\n")
-    print(format_table(cells, ["", "perplexity", "change %", "bytes ratio", "TPE"]))
-    print(f"\nkeeping rank {best['rank']}, the highest TPE of the ranks tried")
+    show(decision_table(record))
+    say(f"\nkeeping rank {best['rank']}, the highest TPE of the ranks tried")
     if best["tpe"] <= rows[0]["tpe"]:
-        print("note: no rank scores better than the model without Θ")
+        say("note: no rank scores better than the model without Θ")

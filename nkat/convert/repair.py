@@ -15,9 +15,10 @@ from nkat.gguf.file import GGUFFile
 from nkat.gguf.scales import differ_in_scales_only
 from nkat.gguf.writer import replaced_parts
 from nkat.host import console
-from nkat.host.console import counted, note
+from nkat.host.console import counted, note, remark, say
 from nkat.host.files import check_output
-from nkat.measure.perplexity import change_text, perplexity_text
+from nkat.host.tables import Column, Table, show
+from nkat.measure.columns import CHANGE, PERPLEXITY_3
 from nkat.measure.texts import load_text
 from nkat.sources.fit.job import check_state
 from nkat.sources.repair.job import RepairRequest, RepairResult, repairable, run_repair
@@ -67,37 +68,30 @@ def print_repair(record: Mapping[str, Any]) -> None:
     if record.get("resumed"):
         return
     kept = f"the scales of step {record['kept_step']} of {record['steps']}"
-    print(
-        f"repair: {counted(record['scales'], 'scale')} of {record['types']}; {kept} on the part that was kept back:\n"
-    )
-    base, repaired = record["base"], record["repaired"]
     rows = [
-        _row("input", base, record["before"]),
-        _row("repaired", repaired, record["after"]),
+        {"model": "input", **record["base"], **record["before"]},
+        {"model": "repaired", **record["repaired"], **record["after"]},
     ]
     if "reference" in record:
-        rows.append(_row("reference", record["reference"], {}))
-    print(console.format_table(rows, ["", "perplexity", "change", "KL to the reference, nats"]))
+        rows.append({"model": "reference", **record["reference"]})
+    columns = [
+        Column("", "model"),
+        PERPLEXITY_3,
+        CHANGE,
+        Column("KL to the reference", "validation_kl", ".4f", "nats"),
+    ]
+    scales = f"{counted(record['scales'], 'scale')} of {record['types']}"
+    show(Table("repair", columns, rows, f"repair: {scales}; {kept} on the part that was kept back:"))
     if record.get("won_back_percent") is not None:
-        print(
+        say(
             f"\nwon back: {record['won_back_percent']:.0f} % of the perplexity that the input has above the reference's"
         )
     if record["dry_run"]:
-        print("dry run: nothing was written")
+        say("dry run: nothing was written")
         return
-    print(f"wrote {record['output']} ({record['bytes']:,} bytes, as many as the input)")
+    remark(f"wrote {record['output']} ({record['bytes']:,} bytes, as many as the input)")
     if not record["finished"]:
-        print(
-            "the repair was interrupted: these are the best scales so far, and the same command with --resume goes on"
-        )
-
-
-def _row(label: str, figures: Mapping[str, float], validated: Mapping[str, float]) -> list[str]:
-    change = ""
-    if "change_percent" in figures:
-        change = change_text(figures["change_percent"], figures["change_percent_stderr"])
-    divergence = f"{validated['validation_kl']:.4f}" if "validation_kl" in validated else ""
-    return [label, perplexity_text(figures["perplexity"], figures["perplexity_stderr"], 3), change, divergence]
+        say("the repair was interrupted: these are the best scales so far, and the same command with --resume goes on")
 
 
 def _request(options: ConvertOptions, inputs: Inputs, base_sha256: str, names: list[str]) -> RepairRequest:
@@ -116,8 +110,10 @@ def _request(options: ConvertOptions, inputs: Inputs, base_sha256: str, names: l
         ),
         calibrate=load_text(options.calibrate),
         reference=inputs.loaded_reference,
+        imatrix=options.imatrix,
         ignore=fit.ignore,
         precision=fit.precision,
+        fast=fit.fast,
         state=options.repair_state,
         resume=fit.resume,
         allow_cuda=fit.allow_cuda,
@@ -135,9 +131,9 @@ def _announce(options: ConvertOptions, inputs: Inputs, count: int) -> None:
     model = inputs.model
     architecture = architecture_of(model.require_base().file)
     learned = "its predictions are learned" if options.reference is not None else "the text is learned"
-    print(f"input   {model.path} ({console.format_bytes(model.base_size)}, {architecture})")
-    print(f"repair  {options.repair}{' — dry run, nothing will be written' if options.dry_run else ''}")
-    print(f"scales  of {counted(count, 'weight')}; {learned}, seed {options.seed}")
+    remark(f"input   {model.path} ({console.format_bytes(model.base_size)}, {architecture})")
+    remark(f"repair  {options.repair}{' — dry run, nothing will be written' if options.dry_run else ''}")
+    remark(f"scales  of {counted(count, 'weight')}; {learned}, seed {options.seed}")
 
 
 def _types(inputs: Inputs, names: list[str]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nkat.host.console import counted, format_bytes, format_table
+from nkat.host.console import counted, format_bytes, say
+from nkat.host.tables import Column, Table, show
 from nkat.lm.load import LoadedModel
+from nkat.measure.columns import CHANGE_PERCENT
 from nkat.measure.judge import Judge
-from nkat.measure.perplexity import change_text
 from nkat.theta.set import ThetaSet
 
 GAMMAS = (0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)
@@ -40,19 +41,22 @@ def measure_strengths(judge: Judge, theta_set: ThetaSet, reference: LoadedModel 
     return record
 
 
+def strengths_table(record: Mapping[str, Any]) -> Table:
+    """The record as a table: perplexity over γ."""
+    where = f"{counted(record['chunks'], 'chunk')} of {counted(record['context'], 'token')} of {record['text']}"
+    made_for = record["made_for"]
+
+    def gamma_text(gamma: float) -> str:
+        return f"{gamma:g}" + (" (made for)" if gamma == made_for else "")
+
+    columns = [Column("gamma", "gamma", gamma_text), Column("perplexity", "perplexity", ".3f"), CHANGE_PERCENT]
+    conditions = {key: record[key] for key in ("text", "chunks", "context", "made_for")}
+    return Table("strengths", columns, record["gammas"], f"\nperplexity by gamma, {where}:", conditions)
+
+
 def print_strengths(record: Mapping[str, Any]) -> None:
     """The record as a table, and what the reference's bytes buy."""
-    where = f"{counted(record['chunks'], 'chunk')} of {counted(record['context'], 'token')} of {record['text']}"
-    print(f"\nperplexity by gamma, {where}:\n")
-    cells = [
-        [
-            f"{row['gamma']:g}" + (" (made for)" if row["gamma"] == record["made_for"] else ""),
-            f"{row['perplexity']:.3f}",
-            change_text(row["change_percent"], row["change_percent_stderr"], ""),
-        ]
-        for row in record["gammas"]
-    ]
-    print(format_table(cells, ["gamma", "perplexity", "change %"]))
+    show(strengths_table(record))
     if "reference" not in record:
         return
     found, base = record["reference"], record["gammas"][-1]["perplexity"]
@@ -61,7 +65,7 @@ def print_strengths(record: Mapping[str, Any]) -> None:
     verdict = (
         "Θ gives more for less" if fitted <= better and more > 0 else f"{format_bytes(more)} more buy {better:.3f}"
     )
-    print(
+    say(
         f"\nper byte: {format_bytes(found['base_bytes'])} give {base:.3f}, {format_bytes(found['bytes_with_theta'])} "
         f"with Θ {fitted:.3f}, the reference's {format_bytes(found['bytes'])} {better:.3f}: {verdict}"
     )

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
-from nkat.host.console import format_table
-from nkat.measure.divergence import divergence_cells
+from nkat.host.console import remark, say
+from nkat.host.tables import Column, Table, show
+from nkat.measure.columns import KL, SAME_TOP
+from nkat.measure.divergence import divergence_row
 from nkat.measure.perplexity import change_text
 from nkat.sources.fit.choice import print_choice
+from nkat.sources.lora import missed_table
 from nkat.sources.residual import ErrorsLeft
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
@@ -37,47 +40,61 @@ def print_summary(record: Mapping[str, Any]) -> None:
     for layer in record["layers"]:
         groups.setdefault(layer["name"].removesuffix(".weight").rpartition(".")[2], []).append(layer)
     rows = [
-        [
-            kind,
-            str(len(layers)),
-            "x".join(str(n) for n in layers[0]["shape"]),
-            layers[0]["type"],
-            str(layers[0]["rank"]),
-            f"{sum(layer['bytes'] for layer in layers):,}",
-        ]
+        {
+            "layer": kind,
+            "count": len(layers),
+            "shape": layers[0]["shape"],
+            "type": layers[0]["type"],
+            "rank": layers[0]["rank"],
+            "theta_bytes": sum(layer["bytes"] for layer in layers),
+        }
         for kind, layers in groups.items()
     ]
-    rows.append(["all", str(len(record["layers"])), "", "", "", f"{record['theta_bytes']:,}"])
-    print()
-    print(format_table(rows, ["layer", "count", "shape", "type", "rank", "Θ bytes"]))
+    rows.append({"layer": "all", "count": len(record["layers"]), "theta_bytes": record["theta_bytes"]})
+    columns = [
+        Column("layer", "layer"),
+        Column("count", "count"),
+        Column("shape", "shape", lambda shape: "x".join(str(n) for n in shape)),
+        Column("type", "type"),
+        Column("rank", "rank"),
+        Column("Θ bytes", "theta_bytes", ","),
+    ]
+    say()
+    show(Table("layers", columns, rows))
     if record["output"]:
-        print(
+        say(
             f"\nadded {record['bytes_added']:,} bytes ({record['bytes_added_percent']:.2f} % of the base) "
             f"in {sum(record['seconds'].values()):.1f} s"
         )
     if record["dry_run"]:
-        print("dry run: nothing was written")
+        say("dry run: nothing was written")
         return
     if record["output"]:
-        print(f"wrote {record['output']} ({record['output_bytes']:,} bytes)")
+        remark(f"wrote {record['output']} ({record['output_bytes']:,} bytes)")
     if record["lora"]:
-        print(f"wrote {record['lora']} ({record['lora_bytes']:,} bytes)")
+        remark(f"wrote {record['lora']} ({record['lora_bytes']:,} bytes)")
+    if record["peft"]:
+        remark(f"wrote {record['peft']} ({record['peft_bytes']:,} bytes)")
 
 
 def print_fit(record: Mapping[str, Any]) -> None:
     """What a fit gained where it did not learn."""
+    if "errors" in record.get("start_from", {}):
+        print("\nof the LoRA that the fit began with, the nearest Θ left (1: nothing of it was kept):\n")
+        print(missed_table(record["start_from"]["errors"]))
     if record["choice"] is not None:
-        print("\nrank, gamma and step were chosen from (first looked at on some chunks, then judged on all):\n")
-        print_choice(record["choice"])
-        print()
+        chosen_from = "\nrank, gamma and step were chosen from (first looked at on some chunks, then judged on all):"
+        print_choice(record["choice"], chosen_from)
+        say()
     change = change_text(record["heldout_change_percent"], record["heldout_change_percent_stderr"])
     kept = f"of step {record['kept_step']} of {record['steps']}"
-    print(f"fit: the Θ {kept} changes perplexity by {change} on the part of the text that was kept back")
+    say(f"fit: the Θ {kept} changes perplexity by {change} on the part of the text that was kept back")
     if divergence := record["heldout_divergence"]:
-        kl, same = divergence_cells(divergence)
-        print(f"     KL divergence from the model without Θ {kl}; the same token is likeliest for {same} % of the text")
+        row = divergence_row(divergence)
+        kl, same = KL.cell(row), SAME_TOP.cell(row)
+        say(f"     KL divergence from the model without Θ {kl}; the same token is likeliest for {same} % of the text")
     if not record["finished"]:
-        print("the fit was interrupted: this is the best Θ so far, and the same command with --resume goes on")
+        say("the fit was interrupted: this is the best Θ so far, and the same command with --resume goes on")
 
 
 def describe_errors(errors: Mapping[str, ErrorsLeft], moments: Mapping[str, torch.Tensor] | None) -> dict[str, Any]:
@@ -98,15 +115,12 @@ def describe_errors(errors: Mapping[str, ErrorsLeft], moments: Mapping[str, torc
 
 def print_errors(record: Mapping[str, Any]) -> None:
     """The record as a table."""
-    rows = [
-        [
-            row.get("kind", "all"),
-            str(row["layers"]),
-            _percent(row["theta_left"]),
-            f"{_percent(row['unrestricted_left'])} (rank {row['unrestricted_rank']:g})",
-            _percent(row["diagonal_left"]),
-        ]
-        for row in [*record["kinds"], record["all"]]
+    columns = [
+        Column("layer", "kind"),
+        Column("count", "layers"),
+        Column("Θ", "theta_left", _percent),
+        Column("unrestricted, same bytes", ("unrestricted_left", "unrestricted_rank"), _percent_of_rank),
+        Column("Θ, diagonal only", "diagonal_left", _percent),
     ]
     known = {
         "full": "inputs weighted with their full second moments",
@@ -114,8 +128,9 @@ def print_errors(record: Mapping[str, Any]) -> None:
         "mixed": "inputs weighted with their second moments, some with the diagonal alone",
         "none": "all inputs weighted alike; --calibrate TEXT weights them as a text does",
     }[record["moments"]]
-    print(f"\nsquared error of the layers' outputs that is left of what the input lost ({known}):\n")
-    print(format_table(rows, ["layer", "count", "Θ", "unrestricted, same bytes", "Θ, diagonal only"]))
+    caption = f"\nsquared error of the layers' outputs that is left of what the input lost ({known}):"
+    rows = [*record["kinds"], {"kind": "all", **record["all"]}]
+    show(Table("errors left", columns, rows, caption, {"moments": record["moments"]}))
 
 
 def _known(moments: Mapping[str, torch.Tensor] | None) -> str:
@@ -141,5 +156,9 @@ def _share(left: float, lost: float) -> float | None:
     return left / lost if lost > 0 else None
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f} %"
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _percent_of_rank(share: float, rank: float) -> str:
+    return f"{_percent(share)} (rank {rank:g})"

@@ -109,11 +109,14 @@ class EagerScorer:
         return self.score_from(chunks, chunks.shape[1] // 2, 2)
 
     def score_from(self, tokens: torch.Tensor, first: int, arms: int) -> torch.Tensor:
+        tokens = tokens.to(self.model.device)
+        if arms == 1:  # a model that is being fitted has layers that take no γ
+            return self._score(tokens, first)[None]
         gamma = self.model.gamma
         found = []
-        for strength in (None, gamma)[-arms:]:
+        for strength in (None, gamma):
             self.model.set_gamma(strength)
-            found.append(self._score(tokens.to(self.model.device), first))
+            found.append(self._score(tokens, first))
         return torch.stack(found)
 
     @torch.inference_mode()

@@ -26,7 +26,7 @@ from nkat.host.files import atomic_output
 GGUF_VERSION = 3
 _COPY_BYTES = 8 << 20
 
-MetadataValue = bool | int | float | np.float32 | str
+MetadataValue = bool | int | float | np.float32 | str | tuple[str, ...]
 Progress = Callable[[int], object]  # called with the number of bytes just done
 
 
@@ -68,7 +68,7 @@ def part_size(part: Part) -> int:
 
 
 def encode_metadata(values: Mapping[str, MetadataValue]) -> bytes:
-    """Metadata entries in the file's form: bool, uint32 or uint64 (int), float64 (float), float32, or string."""
+    """Metadata entries in the file's form: bool, uint32 or uint64 (int), float64 (float), float32, string, strings."""
     return b"".join(_string(key) + _value(key, value) for key, value in values.items())
 
 
@@ -234,6 +234,9 @@ def _value(key: str, value: MetadataValue) -> bytes:
         return struct.pack("<If", GGUFValueType.FLOAT32, value)
     if isinstance(value, float):  # 64 bits: gamma = 0.97 reads back as 0.97
         return struct.pack("<Id", GGUFValueType.FLOAT64, value)
+    if isinstance(value, tuple):
+        head = struct.pack("<IIQ", GGUFValueType.ARRAY, GGUFValueType.STRING, len(value))
+        return head + b"".join(_string(one) for one in value)
     return struct.pack("<I", GGUFValueType.STRING) + _string(value)
 
 

@@ -18,6 +18,7 @@ from nkat.harness.arguments import ModelArguments
 from nkat.harness.generation import GenerationSettings
 from nkat.host.console import counted, note
 from nkat.host.hardware import set_threads
+from nkat.hub.fetch import local_model
 from nkat.lm.chat import TEMPLATE_KEY, chat_template, render_chats
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
@@ -34,6 +35,7 @@ class EvaluatedModel:
     """Opened and ready. Raises NKATError for all that is wrong with what was asked for."""
 
     def __init__(self, arguments: ModelArguments) -> None:
+        arguments = replace(arguments, path=local_model(arguments.path))
         self.arguments = arguments
         self.threads = set_threads(arguments.threads)
         thetas = () if arguments.theta is None else (WeightedFile(arguments.theta),)

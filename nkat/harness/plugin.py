@@ -14,12 +14,12 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.harness.arguments import ModelArguments
 from nkat.harness.generation import GenerationSettings
 from nkat.harness.model import EvaluatedModel
+from nkat.host.console import bar
 
 _Found = TypeVar("_Found")
 
@@ -99,7 +99,7 @@ class NkatLM(LM):
 
 
 def _shown(found: Iterable[_Found], total: int, what: str, hidden: bool) -> Iterator[_Found]:
-    with tqdm(total=total, desc=f"Running {what} requests", disable=hidden) as progress:
+    with bar(total, f"Running {what} requests", "request", enabled=not hidden) as progress:
         for each in found:
             yield each
             progress.update()

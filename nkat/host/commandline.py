@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from nkat.errors import NKATError
-from nkat.host import streams
+from nkat.host import output, streams, tables
 from nkat.host.files import taken_outputs
 from nkat.host.interrupts import Terminated, termination
 from nkat.host.programs import shell_line
@@ -70,8 +70,12 @@ def _status(main: Callable[[], None]) -> str | int | None:
 
 def _ending(main: Callable[[], None]) -> str | int | None:
     taken_outputs()  # of a command before this one in the same process
+    output.reset()
     try:
-        main()
+        try:
+            main()
+        finally:
+            tables.finish()
     except NKATError as error:
         return _fail(str(error))
     except (MemoryError, RuntimeError, OSError) as error:
@@ -138,9 +142,12 @@ def system_limit(error: BaseException) -> str | None:
     return f"out of memory{wanted}: give {smaller}a smaller model or input, or end other programs"
 
 
+_AS_IT_IS = "\0"  # which no argument of a command can hold, before the one text that argparse drops even as a value: --
+
+
 def any_text(text: str) -> str:
     """For argparse: text of the user's, which may begin with a dash unless the whole of it is one of the flags."""
-    return text
+    return text.removeprefix(_AS_IT_IS)
 
 
 EXIT_STATUS = """\
@@ -169,10 +176,14 @@ class Parser(argparse.ArgumentParser):
         texts = {flag for action in self._actions if action.type is any_text for flag in action.option_strings}
         joined: list[str] = []
         for word in words:
-            if joined and joined[-1] in texts and word.startswith("-") and word not in flags:
+            if joined and joined[-1] in texts and word in flags:
+                flag = joined[-1]
+                self.error(f"{flag} needs a text, and {word} is a flag; for a text of that name give {flag}={word}")
+            if joined and joined[-1] in texts and word.startswith("-"):
                 joined[-1] += f"={word}"
             else:
-                joined.append(word)
+                flag, _, value = word.partition("=")
+                joined.append(f"{flag}={_AS_IT_IS}--" if flag in texts and value == "--" else word)
         return super().parse_known_args(joined, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -222,7 +233,35 @@ def parser(
         allow_abbrev=False,
     )
     made.add_argument("--version", action=ShowVersion, nargs=0, help="show the toolkit's version and exit")
+    made.add_argument(
+        "--quiet", action=_BeQuiet, nargs=0, help="results, warnings and errors only: no progress, no hints"
+    )
     return made
+
+
+def add_output_format(parser: argparse.ArgumentParser) -> None:
+    """`--output-format`, for a command that measures: how its tables are printed."""
+    parser.add_argument(
+        "--output-format",
+        choices=output.FORMS,
+        action=_SetForm,
+        help="of the tables on stdout (default table); with md, csv or jsonl all other words go to stderr",
+    )
+
+
+class _BeQuiet(argparse.Action):
+    """`--quiet`, of which whoever prints asks `nkat.host.output`."""
+
+    def __call__(self, *_: Any) -> None:
+        output.be_quiet()
+
+
+class _SetForm(argparse.Action):
+    """`--output-format`, likewise; the options have it too."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: Any) -> None:
+        output.set_form(value)
+        setattr(namespace, self.dest, value)
 
 
 def _as_called(examples: str) -> str:

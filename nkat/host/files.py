@@ -11,12 +11,15 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from nkat.errors import NKATError
-from nkat.host.console import format_bytes, note
+from nkat.host.console import bar, format_bytes, note
 from nkat.host.locks import try_lock
 from nkat.host.processes import identity, is_alive
+
+if TYPE_CHECKING:
+    from hashlib import _Hash as Hash
 
 _SUFFIX = ".tmp"
 _LEFTOVER = re.compile(r"\.nkat-(\d+-\d+)-[^.]*\.tmp$")
@@ -214,6 +217,15 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def file_digest(path: Path, digest: Hash, what: str) -> str:
+    """The digest over a whole file, in hexadecimal. what: for the progress bar"""
+    with path.open("rb") as file, bar(path.stat().st_size, what, "B") as progress:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            progress.update(len(block))
+    return digest.hexdigest()
 
 
 def _umask() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host import streams
+from nkat.host import output, streams
 from nkat.host.files import atomic_output, check_output
 from nkat.host.programs import find_program
 from nkat.version import __version__
@@ -19,6 +19,8 @@ from nkat.version import __version__
 
 def check_record(target: str | None, force: bool, inputs: Iterable[Path | None] = ()) -> None:
     """Raises NKATError when `write_json` could not write there, or would replace an input: before hours are spent."""
+    if target == "-" and not output.is_for_people():
+        raise NKATError(f"--json -: stdout is for the {output.form()} alone; give --json a file")
     if target not in (None, "-"):
         check_output(Path(target), force, [path for path in inputs if path is not None])
 
@@ -26,14 +28,20 @@ def check_record(target: str | None, force: bool, inputs: Iterable[Path | None] 
 def write_json(record: Mapping[str, Any], target: str, force: bool = False) -> None:
     """Writes the record to a file, atomically, or to stdout as one line when `target` is "-"."""
     if target == "-":
-        print(json.dumps(_plain(record), ensure_ascii=not streams.is_unicode()), flush=True)
+        print(json.dumps(plain(record), ensure_ascii=not streams.is_unicode()), flush=True)
         if lost := streams.lost_output():
             raise NKATError(f"stdout: the record could not be written: {lost.strerror or lost}")
         return
     # A file name that is not UTF-8 has characters that only an escape can write.
-    data = (json.dumps(_plain(record), indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    data = (json.dumps(plain(record), indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     with atomic_output(Path(target), len(data), force) as file:
         file.write(data)
+
+
+def print_record(record: Mapping[str, Any]) -> None:
+    """A record as stdout's last line; nowhere, where stdout is for tables alone, which have its figures."""
+    if output.is_for_people():
+        write_json(record, "-")
 
 
 @contextlib.contextmanager
@@ -97,12 +105,12 @@ def git_commit() -> str | None:
     return out.stdout.strip()
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NaN and infinity are no JSON: they become null."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

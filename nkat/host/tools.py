@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from nkat.host import output
 from nkat.host.programs import shell_line
 from nkat.host.streams import printable
 
@@ -56,6 +57,8 @@ def tool_words(tool: str) -> list[str]:
 
 
 def suggest(tool: str, *arguments: object, why: str = "") -> None:
-    """The command that a user may want next, as the last line on stderr: stdout is for results."""
+    """The command that a user may want next, as the last line on stderr: stdout is for results. Not with --quiet."""
+    if output.is_quiet():
+        return
     line = shell_line([*tool_words(tool), *arguments])
     print(f"\nnext{', ' if why else ''}{why}: {printable(line)}", file=sys.stderr, flush=True)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
-from nkat.host.console import counted, format_table, note
+from nkat.host.console import counted, note
 from nkat.host.files import check_apart, check_output
+from nkat.host.tables import Column, Table
 from nkat.inference.options import EngineOptions
 from nkat.lm.load import LoadedModel
 from nkat.measure.base_file import BaseFile
+from nkat.measure.columns import CHANGE, PERPLEXITY, TPE
 from nkat.measure.compare import Base, save_base
 from nkat.measure.divergence import divergence_table
 from nkat.measure.judge import Beside, Judge, Passages, Score
-from nkat.measure.perplexity import PairedChange, change_text, paired, perplexity_text
+from nkat.measure.perplexity import PairedChange, paired
 from nkat.measure.task_scores import Solved, solve
 from nkat.measure.tasks import Blank, Choice
 from nkat.measure.tpe import tpe
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import TermSet
 
 Record = dict[str, Any]
 ARMS = ("baseline", "nkat")  # as records name them
@@ -43,10 +46,12 @@ def base_passages(base: BaseFile, loaded: LoadedModel, chunks: int) -> Passages:
     return Passages(tokens, None, base.path.name)
 
 
-def measure_perplexity(judge: Judge, theta: ThetaSet | None, base: Base | None, label: str) -> tuple[Record, str]:
+def measure_perplexity(
+    judge: Judge, theta: TermSet | None, base: Base | None, label: str
+) -> tuple[Record, list[Table], str]:
     """The same chunks without Θ and, where there is one, with it; beside another base where one is given.
 
-    label: of the arm with Θ, for people
+    label: of the arm with Θ, for people. Returns the record, its tables, and what they say.
     """
     started = perf_counter()
     gamma = judge.loaded.gamma
@@ -83,34 +88,35 @@ def measure_perplexity(judge: Judge, theta: ThetaSet | None, base: Base | None, 
         path = base.path if isinstance(base, BaseFile) else base.file.path
         arms = {f"{name}_beside_reference": arm.record() for name, arm in zip(ARMS, beside, strict=False)}
         record |= {"reference": {"file": str(path), **reference.record()}, **arms}
-    verdict = "" if score is None else f"\n\n{what_it_says(score.change)}"
-    return record, f"{_perplexity_tables(record, label)}{verdict}"
+    return record, _perplexity_tables(record, label), "" if score is None else what_it_says(score.change)
 
 
-def _perplexity_tables(record: Mapping[str, Any], label: str) -> str:
+def _perplexity_tables(record: Mapping[str, Any], label: str) -> list[Table]:
     """The perplexities, and below them the divergence where there is something to diverge from."""
     labels = dict(zip(ARMS, ("without Θ", label), strict=True))
     names = [name for name in ARMS if f"{name}_perplexity" in record]
     reference = record.get("reference")
     beside = {name: record.get(f"{name}_beside_reference") for name in names}
-    rows = []
+    rows: list[dict[str, Any]] = []
     if reference is not None:
-        rows.append(["reference", perplexity_text(reference["perplexity"], reference["perplexity_stderr"]), "", ""])
+        rows.append({"arm": "reference", **{key: reference[key] for key in PERPLEXITY.names}})
     for name in names:
-        change = ""
+        row = {"arm": labels[name], "tpe": record[f"{name}_tpe"]}
+        row |= {key: record[f"{name}_{key}"] for key in PERPLEXITY.names}
         if found := beside[name]:
-            change = change_text(found["change_percent"], found["change_percent_stderr"])
+            row |= {key: found[key] for key in CHANGE.names}
         elif name == "nkat":
-            change = change_text(record["perplexity_change_percent"], record["perplexity_change_stderr"])
-        figure = perplexity_text(record[f"{name}_perplexity"], record[f"{name}_perplexity_stderr"])
-        rows.append([labels[name], figure, change, f"{record[f'{name}_tpe']:.6f}"])
-    text = format_table(rows, ["", "perplexity", "change" if reference is None else "from the reference", "TPE"])
+            own = ("perplexity_change_percent", "perplexity_change_stderr")
+            row |= {key: record[of] for key, of in zip(CHANGE.names, own, strict=True)}
+        rows.append(row)
+    change = CHANGE if reference is None else replace(CHANGE, title="from the reference")
+    tables = [Table("perplexity", [Column("", "arm"), PERPLEXITY, change, TPE], rows)]
     if reference is not None:
         columns = {labels[name]: found["divergence"] for name, found in beside.items() if found}
-        return f"{text}\n\nfrom {reference['file']}:\n\n{divergence_table(columns)}"
-    if divergence := record.get("divergence"):
-        text += f"\n\nfrom the model without Θ:\n\n{divergence_table({label: divergence})}"
-    return text
+        tables.append(divergence_table(columns, f"\nfrom {reference['file']}:"))
+    elif divergence := record.get("divergence"):
+        tables.append(divergence_table({label: divergence}, "\nfrom the model without Θ:"))
+    return tables
 
 
 def what_it_says(change: PairedChange) -> str:
@@ -139,7 +145,7 @@ def write_base(options: EngineOptions, judge: Judge, base: Base | None) -> None:
 
 def measure_tasks(
     options: EngineOptions, loaded: LoadedModel, tasks: Sequence[Choice | Blank], label: str
-) -> tuple[Record, str]:
+) -> tuple[Record, Table, str]:
     """How many tasks of a file each arm solves. label: of the arm with Θ, None where there is none"""
     started = perf_counter()
     arms = 1 if loaded.gamma is None else 2
@@ -155,17 +161,26 @@ def measure_tasks(
     }
     if len(found) == 2:
         record |= _changes(*found)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, arm_label in zip(ARMS[:arms], ("without Θ", label), strict=False):
         arm = record[name]
         low, high = arm["interval_percent"]
-        score = f"{arm['score_percent']:.4f} ± {arm['score_percent_stderr']:.4f}"
-        rows.append([arm_label, score, f"{low:.2f} to {high:.2f}", f"{arm['solved']} of {len(tasks)}"])
-    rows.append(["chance", f"{record['chance_percent']:.4f}", "", ""])
-    text = f"{counted(len(tasks), f'{title} task')}\n\n" + format_table(rows, ["", "score, %", "95 % sure", "solved"])
+        rows.append({**arm, "arm": arm_label, "low_percent": low, "high_percent": high, "tasks": len(tasks)})
+    rows.append({"arm": "chance", "score_percent": record["chance_percent"]})
+    columns = [
+        Column("", "arm"),
+        Column("score, %", ("score_percent", "score_percent_stderr"), _score_text),
+        Column("95 % sure", ("low_percent", "high_percent"), "{:.2f} to {:.2f}".format),
+        Column("solved", ("solved", "tasks"), "{} of {}".format),
+    ]
+    words = ""
     if "gained" in record:
-        text += f"\n\nΘ solves {record['gained']} more, and fails at {record['lost']} that the model solves without it."
-    return record, text
+        words = f"Θ solves {record['gained']} more, and fails at {record['lost']} that the model solves without it."
+    return record, Table(options.command, columns, rows, counted(len(tasks), f"{title} task")), words
+
+
+def _score_text(percent: float, stderr: float | None) -> str:
+    return f"{percent:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
 
 
 def _changes(without: Solved, with_theta: Solved) -> Record:

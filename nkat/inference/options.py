@@ -9,10 +9,11 @@ from typing import Any
 
 from nkat.engine.generate import Sampling
 from nkat.host import commandline
+from nkat.inference.prompts import template_argument
 from nkat.lm.load import DTYPES
 from nkat.measure.perplexity import DEFAULT_BATCH
 from nkat.theta.combine import WeightedFile
-from nkat.theta.options import add_theta_arguments
+from nkat.theta.options import add_lora_arguments, add_theta_arguments
 
 EXAMPLES = """\
   python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --benchmark --seq-len 512 --iterations 100
@@ -25,12 +26,18 @@ EXAMPLES = """\
   python nkat_inference_engine.py --model model.nkat --hellaswag hellaswag_val_full.txt --tasks 400
   python nkat_inference_engine.py --model model.nkat --generate "Once upon a time" --max-tokens 100 --seed 1
   python nkat_inference_engine.py --model model.nkat --generate "Name three rivers." --chat --temperature 0
+  python nkat_inference_engine.py --model model.gguf --lora peft-folder --perplexity
+  python nkat_inference_engine.py --model model.nkat --generate=--- --max-tokens 20     a prompt that begins with a dash
+  python nkat_inference_engine.py --model model.nkat --prompt-file letter.txt --context-shift --max-tokens 5000
+  python nkat_inference_engine.py --model model.nkat --chat                             a conversation
   python nkat_inference_engine.py --model model.nkat --gemm
 """
 
 
 TASKS = ("hellaswag", "winogrande", "multiple_choice")
 COMMANDS = ("benchmark", "compare", "perplexity", *TASKS, "generate", "gemm")
+CHAT = "chat"  # --chat alone
+WRITING = ("generate", CHAT)
 
 
 # Flags that only some commands take, and what they default to there.
@@ -38,8 +45,9 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "text": dict.fromkeys(("benchmark", "compare", "perplexity")),
     "seq_len": dict.fromkeys(("benchmark", "compare")),
     "iterations": dict.fromkeys(("benchmark", "compare")),
-    "context": {"perplexity": None},
-    "beyond_context": dict.fromkeys(("benchmark", "compare", "perplexity", *TASKS, "generate"), False),
+    "context": dict.fromkeys(("perplexity", *WRITING)),
+    "context_shift": {"generate": None},
+    "beyond_context": dict.fromkeys(("benchmark", "compare", "perplexity", *TASKS, *WRITING), False),
     "repetitions": {"benchmark": 6, "compare": 6, "gemm": 20},
     "chunks": {"compare": 4, "perplexity": 16},
     "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH) | dict.fromkeys(TASKS, 4 * DEFAULT_BATCH),
@@ -48,18 +56,21 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "save_kl_base": {"perplexity": None},
     "tasks": dict.fromkeys(TASKS, 0) | {"hellaswag": 400},
     "output_dir": dict.fromkeys(("benchmark", "compare")),
-    "max_tokens": {"generate": 256},
-    "temperature": {"generate": Sampling().temperature},
-    "top_k": {"generate": Sampling().top_k},
-    "top_p": {"generate": Sampling().top_p},
-    "min_p": {"generate": Sampling().min_p},
-    "seed": {"generate": None},
-    "chat": {"generate": False},
-    "system": {"generate": None},
+    "output_format": dict.fromkeys(("benchmark", "compare", "perplexity", *TASKS, "gemm")),
+    "max_tokens": {"generate": 256, CHAT: 1024},
+    "temperature": dict.fromkeys(WRITING, Sampling().temperature),
+    "top_k": dict.fromkeys(WRITING, Sampling().top_k),
+    "top_p": dict.fromkeys(WRITING, Sampling().top_p),
+    "min_p": dict.fromkeys(WRITING, Sampling().min_p),
+    "seed": dict.fromkeys(WRITING),
+    "chat": dict.fromkeys(WRITING, False),
+    "system": dict.fromkeys(WRITING),
+    "template_file": dict.fromkeys(WRITING),
+    "template_arg": dict.fromkeys(WRITING),
 }
 _OPTIONAL = (
-    *("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "seed", "chat", "system"),
-    *("reference", "kl_base", "save_kl_base"),
+    *("text", "seq_len", "iterations", "context", "beyond_context", "output_dir", "output_format", "seed", "chat"),
+    *("system", "reference", "kl_base", "save_kl_base", "context_shift", "template_file", "template_arg"),
 )
 _NUMBERS = TAKEN_BY.keys() - set(_OPTIONAL)
 _ALL = 1 << 31  # chunks that no base file has
@@ -68,24 +79,30 @@ USUAL_LENGTHS = 512, 100  # of --seq-len and --iterations, where the model was m
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What is asked of the engine: `command`, one of COMMANDS, and the flags of their names.
+    """What is asked of the engine: `command`, one of COMMANDS or CHAT, and the flags of their names.
 
-    generate: the prompt, "" for another command. Numbers that the command does not take are 0.
+    generate: the prompt, "" for another command, and where it is in prompt_file. Numbers that the command does not take
+    are 0.
     task_file: of a command in TASKS;  tasks: at most so many, 0: all
     seq_len, iterations, context: None where the user named none
+    context_shift: tokens of the beginning that stay when a text goes on beyond the context; None: it ends there
+    template_arg: names and values, in the order of the flags
     """
 
     command: str
     model: Path
     thetas: tuple[WeightedFile, ...]
     theta_gamma: float | None
+    loras: tuple[WeightedFile, ...]
     generate: str
+    prompt_file: Path | None
     text: Path | None
     seq_len: int | None
     iterations: int | None
     repetitions: int
     chunks: int
     context: int | None
+    context_shift: int | None
     beyond_context: bool | None
     batch: int
     reference: Path | None
@@ -101,18 +118,33 @@ class EngineOptions:
     seed: int | None
     chat: bool
     system: str | None
+    template_file: Path | None
+    template_arg: list[tuple[str, Any]] | None
     dtype: str | None
     activations: str | None
     no_cuda: bool
     threads: int | None
     json: str | None
     output_dir: Path | None
+    output_format: str | None
     force: bool
 
 
 CONFLICTS: tuple[tuple[Callable[[EngineOptions], object], str], ...] = (
+    (
+        lambda o: o.loras and (o.thetas or o.theta_gamma is not None),
+        "--lora runs in place of a Θ: --theta and --theta-gamma have no meaning with it (--lora-scaled FILE:SCALE)",
+    ),
     (lambda o: o.command == "perplexity" and o.chunks == 0, "--perplexity needs at least one chunk"),
     (lambda o: o.system is not None and not o.chat, "--system goes with --chat"),
+    (
+        lambda o: not o.chat and (o.template_file or o.template_arg),
+        "--template-file and --template-arg go with --chat",
+    ),
+    (
+        lambda o: o.context_shift is not None and o.beyond_context,
+        "--context-shift keeps a text within the context, --beyond-context lets it out: only one of them",
+    ),
     (lambda o: o.kl_base and o.reference, "--kl-base and --reference are both what is compared with; give one"),
     (lambda o: o.kl_base and (o.text or o.context), "--kl-base has its own text and context"),
     (lambda o: o.kl_base and o.save_kl_base, "--save-kl-base writes what --kl-base would read; give one"),
@@ -124,13 +156,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "Run a language model with and without its Θ, and measure what Θ costs and buys.", EXAMPLES
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf")
+    add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf, or hf:OWNER/REPO[:QUANT]")
     add_theta_arguments(
         parser,
         "a Θ made for this model (--theta-only of the converter), in place of the model's own; again: several, added "
         "up, each times its weight (default 1); the model's own file among them stands for its own",
     )
     add("--theta-gamma", type=float, metavar="G", help="strength of Θ in place of the recorded one: lower is stronger")
+    add_lora_arguments(parser)
     what = parser.add_argument_group("what to do, one of")
     what.add_argument("--benchmark", action="store_true", help="speed of prefill and decoding, and what Θ costs")
     what.add_argument("--compare", action="store_true", help="without Θ against with Θ: speed, memory, perplexity, TPE")
@@ -143,7 +176,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
     what.add_argument("--winogrande", type=Path, metavar="FILE", help="the same, of its .csv")
     what.add_argument("--multiple-choice", type=Path, metavar="FILE", help="the same, of its .bin (ARC, MMLU, ...)")
     what.add_argument(
-        "--generate", type=commandline.any_text, metavar="PROMPT", help="continue a text, streaming; Ctrl-C stops"
+        "--generate",
+        type=commandline.any_text,
+        metavar="PROMPT",
+        help="continue a text, streaming; Ctrl-C stops (one that is the name of a flag: --generate=--model)",
+    )
+    what.add_argument(
+        "--prompt-file", type=Path, metavar="FILE", help='the same with the text of a file; "-" for stdin'
     )
     what.add_argument("--gemm", action="store_true", help="each shape of layer alone, with and without the star term")
     measure = parser.add_argument_group("measuring").add_argument
@@ -158,7 +197,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         help="chunks for perplexity, at most (default 16, of --kl-base all; --compare 4, and 0 leaves perplexity out)",
     )
     measure(
-        "--context", type=commandline.positive_int, metavar="N", help="tokens of a chunk of --perplexity (default 512)"
+        "--context",
+        type=commandline.positive_int,
+        metavar="N",
+        help="tokens of a chunk of --perplexity (default 512), or of a prompt and its text together (default: as many "
+        "as the model was made for; a conversation: 8192 at most)",
     )
     measure(
         "--beyond-context",
@@ -215,8 +258,31 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         metavar="N",
         help="the same seed gives the same text (default: a new one)",
     )
-    text("--chat", action="store_true", default=None, help="put the prompt into the model's own chat template")
+    text(
+        "--context-shift",
+        nargs="?",
+        type=commandline.non_negative_int,
+        const=0,
+        metavar="KEEP",
+        help="go on when the context is full, without the older half of what is behind the first KEEP tokens "
+        "(default 0; without this flag the text ends there)",
+    )
+    text(
+        "--chat",
+        action="store_true",
+        default=None,
+        help="put the prompt into the model's own chat template; without a prompt: a conversation, line by line from "
+        "the terminal or stdin",
+    )
     text("--system", type=commandline.any_text, metavar="TEXT", help="instructions for the model, with --chat")
+    text("--template-file", type=Path, metavar="FILE", help="a chat template (Jinja) in place of the model's own")
+    text(
+        "--template-arg",
+        type=template_argument,
+        action="append",
+        metavar="NAME=VALUE",
+        help="a variable for the chat template, such as enable_thinking=false: JSON, or else text; may be repeated",
+    )
     add("--dtype", choices=DTYPES, help="of the computation (default: float32 on the processor, bfloat16 on CUDA)")
     add(
         "--activations",
@@ -234,13 +300,17 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         help="where --benchmark and --compare leave their records (default: a new folder in output/benchmark or "
         "output/compare; none for --benchmark with --json)",
     )
+    commandline.add_output_format(parser)
     add("--force", action="store_true", help="replace existing files")
     parsed = parser.parse_args(argv)
-    chosen = [name for name in COMMANDS if getattr(parsed, name) not in (None, False)]
+    chosen = [name for name in (*COMMANDS, "prompt_file") if getattr(parsed, name) not in (None, False)]
+    if not chosen and parsed.chat:
+        chosen = [CHAT]
     if len(chosen) != 1:
         problem = "say what to do, one of" if not chosen else "one thing at a time, give only one of"
-        parser.error(f"{problem} {', '.join(_flag(name) for name in COMMANDS)}")
-    command = chosen[0]
+        flags = (*COMMANDS, "prompt_file", *([] if chosen else [CHAT]))
+        parser.error(f"{problem} {', '.join(_flag(name) for name in flags)}")
+    command = "generate" if chosen[0] == "prompt_file" else chosen[0]
     values = {}
     for name, defaults in TAKEN_BY.items():
         values[name] = getattr(parsed, name)

@@ -3,47 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nkat.host.figures import BASE, TRIAL, new_figure, save_figure
+from nkat.host.figures import BASE, BEST, TRIAL, new_figure, save_figure
 from nkat.measure.perplexity import change_text
 
 _LATENCIES = "p90_latency_ms", "p10_latency_ms"
 
 
+@dataclass(frozen=True, slots=True)
+class _Measure:
+    """One thing that both arms were measured by.
+
+    values, spread: of the arms; spread below and above, or a ± for both;  form: of a value
+    change: per cent, and between which it lies;  said: the same for people;  sure: what the interval is
+    """
+
+    name: str
+    label: str
+    values: list[float]
+    spread: Any
+    form: str
+    change: tuple[float, float, float]
+    said: str
+    sure: str
+
+
 def plot_comparison(path: Path, record: Mapping[str, Any], title: str, force: bool) -> None:
     """Decoding, prefill and perplexity without and with Θ as PNG, from the record of `nkat.inference.tables`.
 
-    Bars are medians with the 10th to 90th percentile of single runs, perplexity with its standard error; the heading of
-    a panel has the paired change, which is surer than the bars. Without perplexity there are two panels.
+    Each as bars from zero, and beside them the paired difference with its interval, which is what decides (Gardner and
+    Altman, BMJ 292, 1986): two bars may overlap where the difference is sure. Without perplexity there are two pairs.
     """
-    arms = record["baseline"], record["nkat"]
-    figure = new_figure(title, (12 if record["chunks"] else 8, 4.5))
-    panels = figure.subplots(1, 3 if record["chunks"] else 2)
-    for axes, part, overhead in zip(panels, ("decode", "prefill"), ("overhead", "prefill_overhead"), strict=False):
-        speeds = [arm[part]["tokens_per_second"] for arm in arms]
-        # a percentile of the latency is the opposite one of the speed
-        relative = [[arm[part]["median_latency_ms"] / arm[part][key] for arm in arms] for key in _LATENCIES]
-        low = [v * (1 - r) for v, r in zip(speeds, relative[0], strict=True)]
-        high = [v * (r - 1) for v, r in zip(speeds, relative[1], strict=True)]
-        bottom, top = record[overhead]["interval"]
-        axes.set_title(
-            f"{part}: time {record[overhead]['percentage']:+.2f} % ({bottom:+.2f} to {top:+.2f})", fontsize=10
-        )
-        _bars(axes, "tokens per second", speeds, [low, high], "{:.1f}")
-    if record["chunks"]:
-        change, error = record["estimated_perplexity_improvement"], record["perplexity_change_stderr"]
-        panels[2].set_title(f"perplexity: {change_text(change, error)}", fontsize=10)
-        errors = [arm["perplexity_stderr"] for arm in arms]
-        _bars(panels[2], "perplexity (lower is better)", [arm["perplexity"] for arm in arms], errors, "{:.3f}")
-    bars = "bars: median; lines on them: 10th to 90th percentile of single runs"
-    figure.supxlabel(bars + (", of perplexity ± its standard error" if record["chunks"] else ""), fontsize=9)
+    measures = [_speed(record, "decode", "overhead"), _speed(record, "prefill", "prefill_overhead")]
+    measures += [_perplexity(record)] if record["chunks"] else []
+    figure = new_figure(title, (4.6 * len(measures), 4.6))
+    panels = figure.subplots(1, 2 * len(measures), width_ratios=[1.6, 1] * len(measures))
+    for measure, bars, difference in zip(measures, panels[::2], panels[1::2], strict=True):
+        _bars(bars, measure)
+        _difference(difference, measure)
+    bars = "bars: median, lines: 10th to 90th percentile of single runs"
+    figure.supxlabel(bars + ("; of perplexity ± its standard error" if record["chunks"] else ""), fontsize=9)
     save_figure(figure, path, force)
 
 
-def _bars(axes: Any, label: str, values: list[float], errors: Any, form: str) -> None:
-    axes.set(ylabel=label)
-    axes.bar(["without Θ", "with Θ"], values, yerr=errors, color=[BASE, TRIAL], width=0.6, capsize=8)
-    for at, value in enumerate(values):  # at the foot, out of the error bar's way
-        axes.annotate(form.format(value), (at, 0), (0, 6), textcoords="offset points", ha="center", color="white")
+def _speed(record: Mapping[str, Any], part: str, overhead: str) -> _Measure:
+    arms, cost = (record["baseline"], record["nkat"]), record[overhead]
+    speeds = [arm[part]["tokens_per_second"] for arm in arms]
+    # a percentile of the latency is the opposite one of the speed
+    relative = [[arm[part]["median_latency_ms"] / arm[part][key] for arm in arms] for key in _LATENCIES]
+    low = [v * (1 - r) for v, r in zip(speeds, relative[0], strict=True)]
+    high = [v * (r - 1) for v, r in zip(speeds, relative[1], strict=True)]
+    percent, (bottom, top) = cost["percentage"], cost["interval"]
+    said, sure = f"{percent:+.2f} %\n({bottom:+.2f} to {top:+.2f})", f"{cost['interval_coverage']:.0%} sure"
+    return _Measure(part, "tokens per second", speeds, [low, high], "{:.1f}", (percent, bottom, top), said, sure)
+
+
+def _perplexity(record: Mapping[str, Any]) -> _Measure:
+    arms = record["baseline"], record["nkat"]
+    change, error = record["estimated_perplexity_improvement"], record["perplexity_change_stderr"]
+    values, errors = [arm["perplexity"] for arm in arms], [arm["perplexity_stderr"] for arm in arms]
+    interval = change, change - 2 * error, change + 2 * error
+    said = change_text(change, error)
+    return _Measure(
+        "perplexity", "perplexity (lower is better)", values, errors, "{:.3f}", interval, said, "± 2 errors"
+    )
+
+
+def _bars(axes: Any, measure: _Measure) -> None:
+    axes.set_title(measure.name)
+    axes.set(ylabel=measure.label)
+    axes.bar(["without Θ", "with Θ"], measure.values, yerr=measure.spread, color=[BASE, TRIAL], width=0.6, capsize=6)
+    axes.set_ylim(bottom=0)
+    for at, value in enumerate(measure.values):  # at the foot, out of the error bar's way
+        text = measure.form.format(value)
+        axes.annotate(text, (at, 0), (0, 6), textcoords="offset points", ha="center", color="white", fontsize=9)
+
+
+def _difference(axes: Any, measure: _Measure) -> None:
+    """A point with its interval, and where there is no difference."""
+    value, low, high = measure.change
+    what = "perplexity" if measure.name == "perplexity" else "time"
+    axes.set_title("paired", fontsize=10)
+    axes.set(ylabel=f"change of {what}, % (lower is better; {measure.sure})", xlim=(-1, 1), xticks=[])
+    axes.axhline(0, color=BASE, linestyle="--", lw=1)
+    axes.errorbar([0], [value], yerr=[[value - low], [high - value]], fmt="o", color=BEST, capsize=6)
+    reach = 1.25 * max(abs(value), abs(low), abs(high), 1e-9)
+    axes.set_ylim(-reach, reach)  # no difference is in the middle, whichever way the point lies
+    axes.set_xlabel(measure.said, fontsize=9)

@@ -7,14 +7,17 @@ the change of perplexity in per cent; here it is measured, and null when it was 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nkat.host.console import format_bytes, format_table
-from nkat.measure.divergence import divergence_cells
+from nkat.host.console import format_bytes
+from nkat.host.tables import Column, Table
+from nkat.measure.columns import CHANGE, KL, PERPLEXITY, SAME_TOP, TPE
+from nkat.measure.divergence import divergence_row
 from nkat.measure.judge import Score
-from nkat.measure.perplexity import PairedChange, Perplexity, change_text, perplexity_text
+from nkat.measure.perplexity import PairedChange, Perplexity, change_text
+from nkat.measure.provenance import conditions_of
 from nkat.measure.speed import Arms, Timings
 from nkat.measure.startup import Startup
 from nkat.measure.tpe import tpe
@@ -98,14 +101,19 @@ def comparison_record(result: Comparison) -> dict[str, Any]:
     }
 
 
-def benchmark_text(record: Mapping[str, Any]) -> str:
-    """The table, loading and memory."""
+def benchmark_table(record: Mapping[str, Any], caption: str) -> Table:
+    """Speed of both arms, or of the one there is."""
     arms = [record["baseline"]] if record["nkat"] is None else [record["baseline"], record["nkat"]]
-    costs = [] if record["nkat"] is None else [record["prefill_overhead"], record["overhead"]]
-    header = ["", "without Θ", "with Θ", "what Θ costs"] if costs else ["", "without Θ"]
+    rows = [_speed_row(name, arm) for name, arm in zip(("without", "with"), arms, strict=False)]
+    if len(rows) == 2:
+        rows[1] |= _cost_row(record)
+    columns = [ARM, *_speed_columns(len(rows) == 2)]
+    return Table("benchmark", columns, rows, caption, conditions_of(record), sideways=True, beside="what Θ costs")
+
+
+def benchmark_words(record: Mapping[str, Any]) -> str:
+    """Loading and memory, below the table."""
     lines = [
-        format_table(_speed_rows(arms, costs), header),
-        "",
         f"loaded in {record['load_seconds']:.3f} s, first token after {record['first_token_seconds']:.3f} s"
         f" (and {record['compile_seconds']:.3f} s once in each process)",
     ]
@@ -123,53 +131,85 @@ def benchmark_text(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def comparison_text(record: Mapping[str, Any]) -> str:
-    """The table, and below it what rounding activations does."""
-    arms = base, nkat = record["baseline"], record["nkat"]
-    rows = _speed_rows(arms, (record["prefill_overhead"], record["overhead"]))
-
-    def startup(label: str, key: str) -> list[str]:
-        return [label, *[f"{arm['startup'][key]:.3f}" for arm in arms], ""]
-
-    rows += [
-        startup("load, s", "load_seconds"),
-        startup("first token, s", "first_token_seconds"),
-        startup("  once in a process, s", "compile_seconds"),
-        ["memory of the model", *[format_bytes(arm["startup"]["model_memory_bytes"]) for arm in arms], ""],
+def comparison_table(record: Mapping[str, Any], caption: str) -> Table:
+    """Both arms: speed, loading, memory, and perplexity where it was measured."""
+    base, nkat = record["baseline"], record["nkat"]
+    rows = [
+        {
+            **_speed_row(name, arm),
+            **{key: arm["startup"][key] for key in _STARTUP},
+            **{key: arm[key] for key in ("perplexity", "perplexity_stderr", "tpe")},
+        }
+        for name, arm in (("without", base), ("with", nkat))
     ]
+    rows[1] |= _cost_row(record)
+    columns = [ARM, *_speed_columns(True), *(Column(title, key, *form) for key, (title, *form) in _STARTUP.items())]
     if record["chunks"]:
         change, error = record["estimated_perplexity_improvement"], record["perplexity_change_stderr"]
-        figures = [perplexity_text(arm["perplexity"], arm["perplexity_stderr"]) for arm in arms]
-        rows += [
-            ["perplexity", *figures, change_text(change, error)],
-            ["TPE", *[f"{arm['tpe']:.6f}" for arm in arms], f"{100 * (nkat['tpe'] / base['tpe'] - 1):+.2f} %"],
+        rows[1] |= {"change_percent": change, "change_percent_stderr": error}
+        rows[1]["tpe_change_percent"] = 100 * (nkat["tpe"] / base["tpe"] - 1)
+        columns += [
+            replace(PERPLEXITY, beside=CHANGE),
+            replace(TPE, beside=Column("", "tpe_change_percent", "{:+.2f} %".format)),
         ]
     if divergence := record["divergence"]:
-        kl, same = divergence_cells(divergence)
-        rows += [
-            ["KL divergence", "", kl, f"99 %: {divergence['kl']['quantiles']['99']:.5f}"],
-            ["same top token, %", "", same, ""],
+        rows[1] |= divergence_row(divergence)
+        columns += [
+            replace(KL, beside=Column("", "kl_p99", "99 %: {:.5f}".format)),
+            replace(SAME_TOP, title="same top token, %"),
         ]
-    text = format_table(rows, ["", "without Θ", "with Θ", "change"])
-    if record["rounding_perplexity_change"] is not None:
-        change = change_text(record["rounding_perplexity_change"], record["rounding_perplexity_change_stderr"])
-        text += f"\n\nActivations are rounded to 8 bits; that changes the perplexity without Θ by {change}."
-    return text
+    return Table("compare", columns, rows, caption, conditions_of(record), sideways=True, beside="change")
 
 
-def _speed_rows(arms: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Lines of a table: each arm's speed, and, where there are two, what Θ costs in prefill and in decoding."""
+def comparison_words(record: Mapping[str, Any]) -> str:
+    """What rounding activations does, where they are."""
+    if record["rounding_perplexity_change"] is None:
+        return ""
+    change = change_text(record["rounding_perplexity_change"], record["rounding_perplexity_change_stderr"])
+    return f"Activations are rounded to 8 bits; that changes the perplexity without Θ by {change}."
 
-    def line(label: str, part: str, key: str, form: str, cost: str = "") -> list[str]:
-        return [label, *[format(arm[part][key], form) for arm in arms], *([cost] if costs else [])]
+
+ARM = Column("", "arm", "{} Θ".format)  # "without" or "with"
+_STARTUP: dict[str, tuple[str, Any, str] | tuple[str, Any]] = {
+    "load_seconds": ("load", ".3f", "s"),
+    "first_token_seconds": ("first token", ".3f", "s"),
+    "compile_seconds": ("  once in a process", ".3f", "s"),
+    "model_memory_bytes": ("memory of the model", format_bytes),
+}
+_LATENCIES = {"median": "  median step", "p10": "  fastest 10 %", "p90": "  slowest 10 %"}
+_COST = "percentage", "low", "high", "coverage", "pairs"
+
+
+def _speed_columns(costs: bool) -> list[Column]:
+    """costs: whether there are two arms, so that Θ costs something in prefill and in decoding"""
+
+    def cost(part: str) -> Column | None:
+        return Column("", tuple(f"{part}_cost_{name}" for name in _COST), _cost_text) if costs else None
 
     return [
-        line("prefill, tok/s", "prefill", "tokens_per_second", ".1f", _cost(costs[0]) if costs else ""),
-        line("decode, tok/s", "decode", "tokens_per_second", ".2f", _cost(costs[1]) if costs else ""),
-        line("  median step, ms", "decode", "median_latency_ms", ".3f"),
-        line("  fastest 10 %, ms", "decode", "p10_latency_ms", ".3f"),
-        line("  slowest 10 %, ms", "decode", "p90_latency_ms", ".3f"),
+        Column("prefill", "prefill_tokens_per_second", ".1f", "tok/s", cost("prefill")),
+        Column("decode", "decode_tokens_per_second", ".2f", "tok/s", cost("decode")),
+        *(Column(title, f"decode_{name}_ms", ".3f", "ms") for name, title in _LATENCIES.items()),
     ]
+
+
+def _speed_row(arm: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    speeds = {f"{part}_tokens_per_second": record[part]["tokens_per_second"] for part in ("prefill", "decode")}
+    steps = {f"decode_{name}_ms": record["decode"][f"{name}_latency_ms"] for name in _LATENCIES}
+    return {"arm": arm, **speeds, **steps}
+
+
+def _cost_row(record: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part, cost in (("prefill", record["prefill_overhead"]), ("decode", record["overhead"])):
+        values = cost["percentage"], *cost["interval"], cost["interval_coverage"], cost["pairs"]
+        found |= {f"{part}_cost_{name}": value for name, value in zip(_COST, values, strict=True)}
+    return found
+
+
+def _cost_text(percent: float, low: float, high: float, coverage: float, pairs: int) -> str:
+    text = f"time {percent:+.2f} %"
+    return text if pairs < 2 else f"{text} ({coverage:.0%} sure: {low:+.2f} to {high:+.2f})"
 
 
 def _arm_record(
@@ -183,11 +223,3 @@ def _arm_record(
         "perplexity_stderr": None if quality is None else quality.stderr,
         "tpe": None if quality is None else tpe(quality.ppl, ratio),
     }
-
-
-def _cost(overhead: Mapping[str, Any]) -> str:
-    low, high = overhead["interval"]
-    text = f"time {overhead['percentage']:+.2f} %"
-    if overhead["pairs"] < 2:
-        return text
-    return f"{text} ({overhead['interval_coverage']:.0%} sure: {low:+.2f} to {high:+.2f})"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host.console import counted, format_table, note
+from nkat.host.console import counted, note
+from nkat.host.tables import Column, Table
 from nkat.kobold.benchmark import Speed, layer_splits
 from nkat.kobold.choose import Choice
 from nkat.kobold.command import Settings, command_of
@@ -64,13 +65,16 @@ def as_run(measured: Sequence[Measured]) -> list[tuple[Choice, Speed]]:
     return [(item.choice, item.speed) for item in measured if item.arm != "without"]
 
 
-def speed_table(measured: Sequence[Measured]) -> str:
-    """For people: a row a run."""
-    rows = [
-        [_label(item.choice), item.arm, f"{item.speed.processing:.1f}", f"{item.speed.generation:.1f}"]
-        for item in measured
+def speed_table(measured: Sequence[Measured], conditions: Mapping[str, Any] | None = None) -> Table:
+    """A row a run."""
+    rows = [{**item.record(), "label": _label(item.choice)} for item in measured]
+    columns = [
+        Column("backend", ("label", "backend", "layers"), lambda label, *_: label),
+        Column("Θ", "arm"),
+        Column("processing tok/s", "processing", ".1f"),
+        Column("generation tok/s", ("generation", "seconds", "context", "generated"), lambda speed, *_: f"{speed:.1f}"),
     ]
-    return format_table(rows, ["backend", "Θ", "processing tok/s", "generation tok/s"])
+    return Table("koboldcpp", columns, rows, conditions=conditions or {})
 
 
 def _label(choice: Choice) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nkat.host.console import counted, format_bytes, format_table, note
+from nkat.host.console import counted, format_bytes, format_table, note, remark
 from nkat.kobold.api import is_private
 from nkat.kobold.choose import Choice
 from nkat.kobold.command import given
@@ -20,25 +20,25 @@ def print_findings(findings: Findings) -> None:
     """KoboldCpp, the machine and the model, a line each, and the table of choices."""
     program, machine = findings.program, findings.machine
     carried = program.libraries
-    print(f"{program.title:<9}  {program.version or 'of unknown version'}, {program.path}")
+    remark(f"{program.title:<9}  {program.version or 'of unknown version'}, {program.path}")
     if findings.runtime.watch.library is not None:
-        print(f"libraries  {'cannot be told' if carried is None else ', '.join(sorted(carried)) or 'none'}")
+        remark(f"libraries  {'cannot be told' if carried is None else ', '.join(sorted(carried)) or 'none'}")
     else:
-        print(f"devices    {', '.join(gpu.name for gpu in program.devices) or 'the processor only'}")
+        remark(f"devices    {', '.join(gpu.name for gpu in program.devices) or 'the processor only'}")
     for gpu in machine.gpus:
-        print(f"GPU        {gpu.name} ({gpu.kind}, by {gpu.source}), {_memory_text(gpu.total, gpu.free)}")
-    print(f"memory     {_memory_text(machine.memory, machine.available)}")
+        remark(f"GPU        {gpu.name} ({gpu.kind}, by {gpu.source}), {_memory_text(gpu.total, gpu.free)}")
+    remark(f"memory     {_memory_text(machine.memory, machine.available)}")
     if findings.model is not None:
         files = findings.model.files
-        print(f"model      {files.model} ({files.how})")
+        remark(f"model      {files.model} ({files.how})")
         if not files.adapters:
-            print("Θ          none: this is a plain model")
+            remark("Θ          none: this is a plain model")
         for adapter in files.adapters:
             size = format_bytes(adapter.path.stat().st_size)
-            print(f"Θ          {adapter.path} ({size}, {adapter.about})")
-    print()
-    print(choice_table(findings.choices))
-    print()
+            remark(f"Θ          {adapter.path} ({size}, {adapter.about})")
+    remark("")
+    remark(choice_table(findings.choices))
+    remark("")
 
 
 def print_layers(choice: Choice, memory: ModelMemory, machine: Machine, options: KoboldOptions) -> None:
@@ -47,8 +47,8 @@ def print_layers(choice: Choice, memory: ModelMemory, machine: Machine, options:
         note(f"note: --autofit: {options.runtime.title} itself decides what goes onto the GPU")
     elif choice.backend.on_gpu and choice.device is not None and choice.layers is not None:
         free = free_bytes(choice.device)
-        print(layer_table(memory, choice.layers, choice.device.name, free))
-        print()
+        remark(layer_table(memory, choice.layers, choice.device.name, free))
+        remark("")
         if choice.layers and gpu_bytes(memory, choice.layers) > free:
             note(f"warning: {counted(choice.layers, 'layer')} need more than is free on {choice.device.name}")
     elif memory.total > machine.available:
@@ -67,8 +67,8 @@ def print_served(served: Sequence[Served]) -> None:
     for one in served:
         theta = "; ".join(adapter.about for adapter in one.files.adapters) or "none"
         rows.append([one.name, one.choice.backend.name, theta, str(one.files.model)])
-    print(format_table(rows, ["name", "backend", "Θ", "model"]))
-    print()
+    remark(format_table(rows, ["name", "backend", "Θ", "model"]))
+    remark("")
 
 
 def warn_of_strangers(options: KoboldOptions) -> None:

@@ -119,9 +119,9 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
     if asked.layout in _LOADABLE or theta_set is None:
         if named is not None:
             note(f"note: {asked.path} is a model that is loaded as it is, so --base is not needed")
-        return asked.path.resolve(), _how_itself(asked)
+        return asked.path.absolute(), _how_itself(asked)
     if asked.layout == "beside":
-        return asked.require_base().file.path.resolve(), "the model beside it"
+        return asked.require_base().file.path.absolute(), "the model beside it"
     if named is not None:
         _check_base(named, theta_set)
         return named.absolute(), "named by --base"

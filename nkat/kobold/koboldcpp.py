@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.host.console import note
 from nkat.host.environment import users_environment
 from nkat.host.files import atomic_output, make_folder
@@ -181,7 +180,7 @@ def measure_speed(
     started = time.monotonic()
     with (
         running([*command, "--benchmark"], WATCH) as process,
-        tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar,
+        console.bar(None, what, at_once=True, form="{desc}: {elapsed}") as bar,
     ):
         while (status := process.poll()) is None and not any(line.startswith(_END) for line in list(process.lines)):
             check(process.loaded)

@@ -17,9 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.host.console import note
 from nkat.host.files import atomic_output, make_folder
 from nkat.host.hardware import Gpu
@@ -336,7 +335,7 @@ def _answer(process: ServerProcess, url: str, request: Mapping[str, Any], what: 
             answers.put(error)
 
     threading.Thread(target=fetch, daemon=True).start()
-    with tqdm(desc=what, bar_format="{desc}: {elapsed}", leave=False, disable=None) as bar:
+    with console.bar(None, what, at_once=True, form="{desc}: {elapsed}") as bar:
         while answers.empty():
             status = process.poll()
             if process.signalled is not None:

@@ -157,7 +157,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     backends = dict.fromkeys(backend.name for runtime in RUNTIMES.values() for backend in runtime.backends)
-    add("--model", type=Path, metavar="FILE", help="a .nkat, or a .gguf (default in the menu: the newest .nkat here)")
+    add(
+        "--model",
+        type=Path,
+        metavar="FILE",
+        help="a .nkat, a .gguf, or hf:OWNER/REPO[:QUANT] (default in the menu: the newest .nkat here)",
+    )
     add_theta_arguments(
         parser, "Θ in a file of its own, for --model; again: several, added up, each times its weight (default 1)"
     )
@@ -205,6 +210,7 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="for loading, or one benchmark (default 900)",
     )
+    commandline.add_output_format(parser)
     add("--force", action="store_true", help="replace --save-config's and --json's files")
     add("--json", nargs="?", const="-", metavar="FILE", help="a machine-readable record, to stdout's last line")
     return parser

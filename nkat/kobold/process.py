@@ -19,9 +19,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.host.console import note
 from nkat.host.environment import users_environment
 from nkat.kobold.guard import Guard, kill_group, signal_group
@@ -200,7 +199,7 @@ def wait_until_ready(process: ServerProcess, url: str, seconds: float, check: Ca
     Raises NKATError when it ends, says that it cannot go on, or is not ready in time. Returns "" after a signal.
     """
     started, watch = time.monotonic(), process.watch
-    with tqdm(desc=f"{watch.title} loads", bar_format="{desc}: {elapsed} {postfix}", leave=False, disable=None) as bar:
+    with console.bar(None, f"{watch.title} loads", at_once=True, form="{desc}: {elapsed} {postfix}") as bar:
         while True:
             status = process.poll()
             check(process.loaded)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nkat.host.console import note
+from nkat.host.console import note, say
 from nkat.host.files import check_apart, check_output
 from nkat.host.programs import shell_line
 from nkat.host.record import Recorder, check_record
+from nkat.host.tables import show
 from nkat.host.tools import suggest
+from nkat.hub.fetch import local_model
 from nkat.kobold.benchmark import fastest
 from nkat.kobold.choose import Choice
 from nkat.kobold.command import check_extra, command_of
@@ -51,6 +53,8 @@ def main() -> None:
     if options.save_config is not None:
         check_output(options.save_config, options.force)  # before a benchmark of minutes
     program = runtime.probe(find_program(runtime.sought, options.program), True)
+    model, base, draft = (local_model(path) for path in (options.model, options.base, options.draftmodel))
+    options = replace(options, model=model, base=base, draftmodel=draft)
     recorder = Recorder(options.json, options.force)
     if options.folder is not None:
         outcome = run_several(options, program, look_at_machine(), recorder)
@@ -177,14 +181,22 @@ def run_benchmark(options: KoboldOptions, findings: Findings, model: Model, reco
     records = [item.record() for item in measured]
     found = {"benchmark": records, "fastest": choice.record(), "default_config": path and str(path)}
     recorder.keep(findings.record() | found)
-    print(speed_table(measured))
+    show(speed_table(measured, conditions_of(findings, model)))
     kept = "" if path is None else f", now this model's default at --contextsize {speed.context}"
-    print(f"\nfastest: {choice.backend.name}{kept}")
+    say(f"\nfastest: {choice.backend.name}{kept}")
     if path is not None:
-        print(f"load it with: {shell_line(runtime.loading(program, path, settings, ()))}")
+        say(f"load it with: {shell_line(runtime.loading(program, path, settings, ()))}")
     if options.save_config is not None:
         save_config(options, findings, options.save_config, values)
     return findings.record() | found
+
+
+def conditions_of(findings: Findings, model: Model) -> dict[str, Any]:
+    """What holds of all the runs of a benchmark, for programs."""
+    files, program = model.files, findings.program
+    thetas = "; ".join(adapter.about for adapter in files.adapters) or None
+    where = {"program": program.title, "version": program.version, "threads": findings.settings.threads}
+    return {"model": str(files.model), "theta": thetas, **where}
 
 
 def save_config(options: KoboldOptions, findings: Findings, path: Path, values: Mapping[str, Any]) -> None:

@@ -65,6 +65,7 @@ class Architecture:
     biases: linear layers that may have a bias: of BLOCK_LINEARS, ROUTER or STACKS in any block, or "output"; llama.cpp
     takes those of q, k and v wherever it finds them (`create_tensor_qkv`)
     interleaved_rope: RoPE turns the elements (2i, 2i+1) of a head ("norm"), else (i, i + dimensions/2) ("neox")
+    permuted_qk: in Hugging Face's files q and k have their rows in another order (`nkat.lm.huggingface`)
     rope_factors: `rope_freqs.weight` may divide the frequencies, one factor a pair
     qk_norm: RMS norms of every head's q and k, before RoPE
     wide_qk_norm: RMS norms of q and of k, all heads together, before RoPE
@@ -94,6 +95,7 @@ class Architecture:
     name: str
     biases: tuple[str, ...] = QKV
     interleaved_rope: bool = False
+    permuted_qk: bool = False
     rope_factors: bool = False
     qk_norm: bool = False
     wide_qk_norm: bool = False
@@ -162,7 +164,14 @@ YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope
 _ROWS = (
     # src/models/llama.cpp: every bias is optional (models converted from other families have some), and Llama 3.1 and
     # later bring RoPE factors
-    Architecture("llama", biases=BLOCK_LINEARS, interleaved_rope=True, rope_factors=True, long_rope=True),
+    Architecture(
+        "llama",
+        biases=BLOCK_LINEARS,
+        interleaved_rope=True,
+        permuted_qk=True,
+        rope_factors=True,
+        long_rope=True,
+    ),
     # src/models/qwen2.cpp
     Architecture("qwen2", biases=(*QKV, "output")),
     # src/models/qwen3.cpp
@@ -214,19 +223,21 @@ _ROWS = (
         "mistral3",
         biases=BLOCK_LINEARS,
         interleaved_rope=True,
+        permuted_qk=True,
         rope_factors=True,
         long_rope=True,
         reads=(TEMPERATURE, *YARN_KEYS),
     ),
     # src/models/smollm3.cpp
-    Architecture("smollm3", interleaved_rope=True, unturned_period=4),
-    # src/models/glm4.cpp: also GLM-Z1; RoPE turns a half of each head
+    Architecture("smollm3", interleaved_rope=True, permuted_qk=True, unturned_period=4),
+    # src/models/glm4.cpp: also GLM-Z1; RoPE turns a half of each head, and transformers turns the same pairs
     Architecture("glm4", interleaved_rope=True, post_norm=True, fused_gate_up=True),
     # src/models/granite.cpp: dense Granite 3 and 4
     Architecture(
         "granite",
         biases=BLOCK_LINEARS,
         interleaved_rope=True,
+        permuted_qk=True,
         rope_factors=True,
         long_rope=True,
         reads=(*SCALES, ROPE_SWITCH),

@@ -3,12 +3,15 @@
 Templates are programs in Jinja that come with a model from anywhere: they run in Jinja's sandbox and in a process of
 their own with little memory and time (`nkat.lm.template`). What transformers gives them is here: `raise_exception`,
 `strftime_now`, `tojson` without HTML escapes, `break` and `continue`, the `generation` tag (which only marks the
-assistant's part and changes no text). Tools and documents are not offered to the template.
+assistant's part and changes no text). Tools and documents are not offered to the template, unless the user gives them
+among its arguments: further variables, which most templates call what transformers' `apply_chat_template` does
+(`enable_thinking`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -25,6 +28,7 @@ _SECONDS = 20  # by the clock: `nkat.lm.template` has half of it on the processo
 _SIGKILL, _SIGXCPU = 9, 24  # what Linux sends for too much time
 
 Message = Mapping[str, str]  # role ("system", "user", "assistant") and content
+OURS = ("messages", "add_generation_prompt")  # variables that no argument may replace
 
 
 def chat_messages(prompt: str, system: str | None = None) -> list[Message]:
@@ -33,25 +37,34 @@ def chat_messages(prompt: str, system: str | None = None) -> list[Message]:
     return [*first, {"role": "user", "content": prompt}]
 
 
-def render_chat(metadata: Mapping[str, Any], tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    """The text of a conversation, up to where the assistant answers.
+def render_chat(
+    metadata: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    arguments: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of a conversation, up to where the assistant answers. arguments: further variables, as JSON has them
 
     Raises NKATError when the file has no template, or the template fails or refuses the messages.
     """
-    (text,) = _render(chat_template(metadata), [_variables(tokenizer, messages, True)])
+    (text,) = _render(chat_template(metadata), [_variables(tokenizer, messages, True, arguments)])
     if isinstance(text, NKATError):
         raise text
     return text
 
 
 def render_chats(
-    metadata: Mapping[str, Any], tokenizer: Tokenizer, chats: Sequence[tuple[Sequence[Message], bool]]
+    metadata: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    chats: Sequence[tuple[Sequence[Message], bool]],
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[str | NKATError]:
     """The text of each conversation, or why the template gave none; True: up to where the assistant answers.
 
     All of them in one process. Raises NKATError when the file has no template, and for what ends the process.
     """
-    return _render(chat_template(metadata), [_variables(tokenizer, messages, asks) for messages, asks in chats])
+    renders = [_variables(tokenizer, messages, asks, arguments) for messages, asks in chats]
+    return _render(chat_template(metadata), renders)
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
@@ -62,7 +75,13 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
     return ids
 
 
-def chat_template(metadata: Mapping[str, Any], instead: str = "leave --chat out") -> str:
+def unused_arguments(metadata: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Those names that the template does not contain, so that giving them a value changes nothing."""
+    template = chat_template(metadata)
+    return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
+
+
+def chat_template(metadata: Mapping[str, Any], instead: str = "leave --chat out, or give one: --template-file") -> str:
     """The template of a file. Raises NKATError where there is none, or several of which none is the usual one.
 
     instead: what the user can do then
@@ -98,15 +117,18 @@ def chat_template(metadata: Mapping[str, Any], instead: str = "leave --chat out"
     raise NKATError(f"the model's chat template ({TEMPLATE_KEY}) is {value!r:.80}, which is no text: {instead}")
 
 
-def _variables(tokenizer: Tokenizer, messages: Sequence[Message], asks: bool) -> dict[str, Any]:
+def _variables(
+    tokenizer: Tokenizer, messages: Sequence[Message], asks: bool, arguments: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """What transformers gives a template."""
     return {
-        "messages": [dict(message) for message in messages],
         "tools": None,
         "documents": None,
-        "add_generation_prompt": asks,
         "bos_token": _text(tokenizer, tokenizer.bos_id),
         "eos_token": _text(tokenizer, tokenizer.eos_id),
+        **(arguments or {}),
+        "messages": [dict(message) for message in messages],
+        "add_generation_prompt": asks,
     }
 
 

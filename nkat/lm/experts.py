@@ -17,7 +17,7 @@ from nkat.kernels.registry import kernel_types
 from nkat.lm.activation import activate
 from nkat.lm.architectures import STACKS, Architecture
 from nkat.lm.linear import StarLinear
-from nkat.theta.algebra import Theta, ThetaError, coupling
+from nkat.theta.algebra import Term, Theta, ThetaError, coupling
 
 if TYPE_CHECKING:
     from nkat.kernels.cpu.experts import CpuExperts
@@ -71,8 +71,10 @@ class ExpertStack(nn.Module):
         layer.int8_activations, layer.kappa = self.int8_activations, self.kappa
         return layer
 
-    def check_theta(self, theta: Theta) -> None:
-        """Raises ThetaError when it is for other experts, or larger than they are."""
+    def check_theta(self, theta: Term) -> None:
+        """Raises ThetaError when it is for other experts, larger than they are, or no Θ."""
+        if not isinstance(theta, Theta):
+            raise ThetaError("a mixture's experts take a Θ and no other low-rank term")
         if theta.experts != self.shape[0] or theta.size > max(self.shape[1:]):
             raise ThetaError(f"Θ of size {theta.size} for {theta.experts} experts does not fit weights {self.shape}")
 
@@ -80,11 +82,16 @@ class ExpertStack(nn.Module):
         """As of StarLinear: tells `nkat.engine.decoder` that there will be a Θ."""
         self.room = max(self.room, room)
 
-    def set_theta(self, theta: Theta | None) -> None:
+    def set_theta(self, theta: Term | None) -> None:
         """As of StarLinear: that of every expert."""
         if theta is not None:
             self.check_theta(theta)
-        self.theta = None if theta is None or theta.is_zero() else theta
+        self.theta = theta if isinstance(theta, Theta) and not theta.is_zero() else None
+        self._layers.clear()
+
+    def keep_weight(self) -> None:
+        """As of StarLinear: each expert's, when a token first needs it."""
+        self.keep_dense = True
         self._layers.clear()
 
     def set_gamma(self, gamma: float | None) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from nkat.gguf.formats import dequantise
 from nkat.kernels import reference
 from nkat.kernels.registry import kernel_types
-from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
+from nkat.theta.algebra import Term, ThetaError, coupling
 
 if TYPE_CHECKING:
     from nkat.kernels.cpu.linear import CpuLinear
@@ -74,7 +74,7 @@ class StarLinear(PackedModule):
         *,
         dtype: torch.dtype = torch.float32,
         bias: torch.Tensor | None = None,
-        theta: Theta | None = None,
+        theta: Term | None = None,
         keep_dense: bool = False,
     ) -> None:
         super().__init__(packed, qtype, shape)
@@ -91,17 +91,16 @@ class StarLinear(PackedModule):
         self.room = 0  # columns of Θ that a decoder has room for, whatever the present one has
         self.set_theta(theta)
 
-    def check_theta(self, theta: Theta) -> None:
-        """Raises ThetaError when it is larger than the layer."""
+    def check_theta(self, theta: Term) -> None:
+        """Raises ThetaError when it does not fit the layer."""
         if theta.experts is not None:
             raise ThetaError(
                 f"Θ of {theta.experts} experts does not fit a single {self.shape[0]}x{self.shape[1]} weight"
             )
-        if theta.size > max(self.shape):
-            raise ThetaError(f"Θ of size {theta.size} does not fit a {self.shape[0]}x{self.shape[1]} weight")
+        theta.check(*self.shape)
 
-    def set_theta(self, theta: Theta | None) -> None:
-        """Replaces Θ; its strength stays. Raises ThetaError when it is larger than the layer."""
+    def set_theta(self, theta: Term | None) -> None:
+        """Replaces Θ, or the low-rank term in its place; its strength stays. Raises as `check_theta` does."""
         if theta is not None:
             self.check_theta(theta)
         self.down = self.up = None
@@ -110,16 +109,12 @@ class StarLinear(PackedModule):
             self.compiled.set_theta(self.theta, self.room)  # has it as INT8, in its own order
         if self.theta is None or self.compiled is not None:
             return
-        # INT8 times its scale is rounded once, to the layer's dtype
-        precise = torch.float64 if self.dtype == torch.float64 else torch.float32
-        down, up = low_rank_form(*self.theta.factors(precise), *self.shape)
-        if self.device.type == "cuda" and self.room > self.theta.rank:
-            missing = 2 * (
-                self.room - self.theta.rank
-            )  # Triton compiles a kernel for each number of terms: one is enough
+        down, up = self.theta.form(*self.shape, self.dtype)
+        missing = 2 * self.room - len(down)
+        if self.device.type == "cuda" and missing > 0:
+            # Triton compiles a kernel for each number of terms: one is enough
             down, up = F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing))
-        self.down = down.to(self.device, self.dtype)
-        self.up = up.to(self.device, self.dtype)
+        self.down, self.up = down.to(self.device), up.to(self.device)
 
     def reserve(self, room: int) -> None:
         """Room for a Θ of so many columns in what is made for decoding from now on."""
@@ -158,6 +153,11 @@ class StarLinear(PackedModule):
         if self.compiled is None:
             raise RuntimeError("this layer was not repacked for the CPU's kernels")
         return self.compiled
+
+    def keep_weight(self) -> None:
+        """As `keep_dense`, of a layer that is there already."""
+        if self.dense is None:
+            self.dense = self.weight()
 
     def weight(self) -> torch.Tensor:
         """W [m, n] in the layer's dtype: the one that is kept, or dequantised anew from the file's bytes."""

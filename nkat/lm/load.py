@@ -24,7 +24,7 @@ from nkat.lm.linear import StarLinear
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer
 from nkat.lm.vocabulary import TokenizerError
-from nkat.theta.algebra import Theta
+from nkat.theta.algebra import Term
 from nkat.theta.modelfile import ModelFile, open_model_file
 
 DTYPES = {
@@ -55,7 +55,7 @@ class LoadedModel:
 def load_model(
     source: str | Path | ModelFile | LoadedModel,
     *,
-    thetas: Mapping[str, Theta] | None = None,
+    thetas: Mapping[str, Term] | None = None,
     gamma: float | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
@@ -66,7 +66,7 @@ def load_model(
     """Loads a GGUF or `.nkat`, from a path or already opened. Raises NKATError for everything that is wrong with it.
 
     source: a LoadedModel gives another one over the same open file and vocabulary, in another precision or place
-    thetas: Θ by weight name, in place of those in the file; `gamma` is required with them
+    thetas: Θ, or other low-rank terms, by weight name, in place of those in the file; `gamma` is required with them
     gamma: strength of Θ, 1 turns it off; None: the one recorded with the Θ in the file
     dtype: of multiplications and the KV cache; None: float32 on CPU, bfloat16 on CUDA
     keep_dense: keep the weights dequantised in `dtype` as well: several times the memory, faster decoding

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nkat.errors import NKATError
+from nkat.lm.adapters import lora_set, open_adapter
 from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.theta.combine import WeightedFile, combined_for
 from nkat.theta.modelfile import ModelFile, open_model_file
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import TermSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Request:
     gamma: strength of Θ in place of the recorded one, or of each one's
     repack: use the compiled CPU kernels, see `load_model`
     with_theta: False leaves Θ out altogether
+    loras: adapters that run together in place of any Θ
     """
 
     model: Path
@@ -30,16 +32,23 @@ class Request:
     int8_activations: bool = False
     repack: bool = False
     with_theta: bool = True
+    loras: tuple[WeightedFile, ...] = ()
 
-    def open(self) -> tuple[ModelFile, ThetaSet | None]:
-        """The file and its Θ. Raises NKATError when Θ is for another model, or γ is given without any Θ."""
+    def open(self) -> tuple[ModelFile, TermSet | None]:
+        """The file and its Θ, or the adapters in its place.
+
+        Raises NKATError when Θ or an adapter is for another model, or γ is given without any Θ.
+        """
         model_file = open_model_file(self.model)
+        if self.loras:
+            adapters = [(open_adapter(file.path, model_file), file.weight) for file in self.loras]
+            return model_file, lora_set(adapters) if self.with_theta else None
         theta_set = combined_for(model_file, self.thetas, self.gamma) if self.thetas else model_file.theta
         if theta_set is None and not self.thetas and self.gamma is not None:
             raise NKATError(f"{self.model}: has no Θ, so --theta-gamma has no meaning")
         return model_file, theta_set if self.with_theta else None
 
-    def load(self, source: ModelFile | LoadedModel, theta_set: ThetaSet | None) -> LoadedModel:
+    def load(self, source: ModelFile | LoadedModel, theta_set: TermSet | None) -> LoadedModel:
         """The model that `open` found, ready to run; or another one like a loaded one, see `load_model`."""
         gamma = self.gamma
         if gamma is None:

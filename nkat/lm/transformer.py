@@ -26,7 +26,7 @@ from nkat.lm.attention import View, attend, capped, make_view, query_scales, rop
 from nkat.lm.config import ModelConfig, Turning
 from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.linear import PackedModule, StarLinear
-from nkat.theta.algebra import Theta
+from nkat.theta.algebra import Term
 
 if TYPE_CHECKING:
     from nkat.kernels.cuda.planes import PackedWeight
@@ -369,10 +369,11 @@ class Transformer(nn.Module):
         }
         return {**self.star_linears(), **stacks}
 
-    def set_thetas(self, thetas: Mapping[str, Theta]) -> None:
-        """Puts these Θ, by weight name, in place of all that are there. Raises NKATError for a name of no layer.
+    def set_thetas(self, thetas: Mapping[str, Term]) -> None:
+        """Puts these Θ or other terms, by weight name, in place of all that are there.
 
-        The very same ones leave all as it is, so that what was made for them is not stale.
+        The very same ones leave all as it is, so that what was made for them is not stale. Raises NKATError for a name
+        of no layer.
         """
         layers = self._carriers()
         self.check_thetas(thetas)
@@ -382,7 +383,7 @@ class Transformer(nn.Module):
         for name, layer in layers.items():
             layer.set_theta(thetas.get(name))
 
-    def check_thetas(self, thetas: Mapping[str, Theta]) -> None:
+    def check_thetas(self, thetas: Mapping[str, Term]) -> None:
         """Raises NKATError for a Θ of a name that no layer has, or that is larger than the layer."""
         layers = self._carriers()
         for name, theta in thetas.items():
@@ -403,7 +404,7 @@ class Transformer(nn.Module):
         rooms: columns that there is room for, by `id` of the layer; none for the others
         """
         layers = self._carriers().values()
-        return all(layer.theta is None or layer.theta.rank <= rooms.get(id(layer), 0) for layer in layers)
+        return all(layer.theta is None or layer.theta.columns <= rooms.get(id(layer), 0) for layer in layers)
 
     def new_cache(self, batch: int, capacity: int, growing: bool = False) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `capacity` tokens, on the model's device.

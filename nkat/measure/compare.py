@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nkat.engine.compared import Compared
 from nkat.engine.comparing import make_comparer
 from nkat.engine.log_probs import row_words
 from nkat.errors import NKATError
+from nkat.host.console import bar
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
 from nkat.lm.vocabulary import strings
@@ -116,11 +116,11 @@ def _parts(
     """Chunks that go together, with the number of the first."""
     check_ids(chunks, model.config.vocab_size)
     start = 0
-    with tqdm(total=len(chunks), desc=progress, unit="chunk", disable=progress is None, delay=1, leave=False) as bar:
+    with bar(len(chunks), progress, "chunk", enabled=progress is not None) as shown:
         for part in chunks.split(max(1, together)):
             yield start, part
             start += len(part)
-            bar.update(len(part))
+            shown.update(len(part))
 
 
 def _joined(parts: list[Compared]) -> Compared:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nkat.host.console import format_table
+from nkat.host.tables import Column, Table
 from nkat.measure.perplexity import standard_error
 
 KL_QUANTILES = (0.1, 1.0, 5.0, 10.0, 50.0, 90.0, 95.0, 99.0, 99.9)  # per cent
@@ -108,42 +108,31 @@ def quantile(ordered: torch.Tensor, share: float) -> float:
     return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
 
 
-def divergence_table(records: Mapping[str, Mapping[str, Any]]) -> str:
-    """What `Divergence.record` gave, for people: a column for each model by its name."""
-    found = list(records.values())
-
-    def line(label: str, form: str, *path: str, error: Sequence[str] = ()) -> list[str]:
-        cells = []
-        for record in found:
-            cell = format(_at(record, path), form)
-            cells.append(f"{cell} ± {format(_at(record, error), form.lstrip('+'))}" if error else cell)
-        return [label, *cells]
-
-    rows = [line("KL divergence", ".6f", "kl", "mean", error=("kl", "stderr"))]
-    for name in ("50", "90", "95", "99"):
-        label = "median" if name == "50" else f"{name} %"
-        rows.append(line(f"  {label}", ".6f", "kl", "quantiles", name))
-    rows.append(line("  maximum", ".6f", "kl", "max"))
-    rows.append(line("same top token, %", ".3f", "same_top_percent", error=("same_top_percent_stderr",)))
-    rows.append(line("Δp, %", "+.3f", "delta_p_percent", "mean", error=("delta_p_percent", "stderr")))
-    rows.append(line("  RMS", ".3f", "delta_p_percent", "rms", error=("delta_p_percent", "rms_stderr")))
-    for name in ("1", "5", "50", "95", "99"):
-        label = "median" if name == "50" else f"{name} %"
-        rows.append(line(f"  {label}", "+.3f", "delta_p_percent", "quantiles", name))
-    return format_table(rows, ["", *records])
+def divergence_row(record: Mapping[str, Any]) -> dict[str, float]:
+    """What `Divergence.record` gave, as one row of a table: quantiles are `kl_p99` and `delta_p_p99`."""
+    kl, change = record["kl"], record["delta_p_percent"]
+    row = {f"kl_{name}": kl[name] for name in ("mean", "stderr", "min", "max")}
+    row |= {f"kl_p{name}": value for name, value in kl["quantiles"].items()}
+    row |= {name: record[name] for name in ("same_top_percent", "same_top_percent_stderr")}
+    row |= {f"delta_p_{name}": change[name] for name in ("mean", "stderr", "rms", "rms_stderr", "min", "max")}
+    return row | {f"delta_p_p{name}": value for name, value in change["quantiles"].items()}
 
 
-def divergence_cells(record: Mapping[str, Any] | None) -> list[str]:
-    """The two figures that stand for all: the mean KL divergence ± and the same top token, per cent."""
-    if record is None:
-        return ["", ""]
-    kl = record["kl"]
-    same = f"{record['same_top_percent']:.2f} ± {record['same_top_percent_stderr']:.2f}"
-    return [f"{kl['mean']:.5f} ± {kl['stderr']:.5f}", same]
+def divergence_table(records: Mapping[str, Mapping[str, Any]], caption: str = "") -> Table:
+    """What `Divergence.record` gave: a row, and for people a column, for each model by its name."""
 
+    def percentile(name: str) -> str:
+        return "  median" if name == "50" else f"  {name} %"
 
-def _at(record: Mapping[str, Any], path: Sequence[str]) -> float:
-    value: Any = record
-    for key in path:
-        value = value[key]
-    return float(value)
+    columns = [
+        Column("", "arm"),
+        Column("KL divergence", ("kl_mean", "kl_stderr"), "{:.6f} ± {:.6f}".format),
+        *(Column(percentile(name), f"kl_p{name}", ".6f") for name in ("50", "90", "95", "99")),
+        Column("  maximum", "kl_max", ".6f"),
+        Column("same top token, %", ("same_top_percent", "same_top_percent_stderr"), "{:.3f} ± {:.3f}".format),
+        Column("Δp, %", ("delta_p_mean", "delta_p_stderr"), "{:+.3f} ± {:.3f}".format),
+        Column("  RMS", ("delta_p_rms", "delta_p_rms_stderr"), "{:.3f} ± {:.3f}".format),
+        *(Column(percentile(name), f"delta_p_p{name}", "+.3f") for name in ("1", "5", "50", "95", "99")),
+    ]
+    rows = [{"arm": arm, **divergence_row(record)} for arm, record in records.items()]
+    return Table("divergence", columns, rows, caption, sideways=True)

@@ -28,15 +28,15 @@ import torch
 
 from nkat.engine.scoring import MakeScorer, make_scorer
 from nkat.errors import NKATError
-from nkat.host.console import format_table
+from nkat.host.tables import Column, Table
 from nkat.lm.load import LoadedModel
 from nkat.lm.tokenizer import Tokenizer
+from nkat.measure.columns import CHANGE_PERCENT
 from nkat.measure.judge import Judge, Passages, evenly
 from nkat.measure.perplexity import (
     DEFAULT_BATCH,
     PairedChange,
     Perplexity,
-    change_text,
     chunk_context,
     paired,
     scored_tokens,
@@ -198,18 +198,15 @@ def kind_spread(differences: torch.Tensor, kinds: torch.Tensor) -> float:
     return math.sqrt(max(0.0, float(means.var() - errors.mean())))
 
 
-def print_verdict(record: Mapping[str, Any]) -> None:
-    """A verdict's record as a table."""
-    rows = [
-        [
-            row["text"],
-            change_text(row["change_percent"], row["change_percent_stderr"], ""),
-            f"{row['spread_percent']:.3f}" if row["spread_percent"] else "",
-            f"{row['bound_percent']:+.3f}",
-        ]
-        for row in record["prices"]
+def prices_table(record: Mapping[str, Any], caption: str = "") -> Table:
+    """A verdict's record as a table: what a Θ costs on each of the guard's texts."""
+    columns = [
+        Column("guard text", "text"),
+        CHANGE_PERCENT,
+        Column("between kinds", "spread_percent", lambda spread: f"{spread:.3f}" if spread else ""),
+        Column(f"bound (≤ {record['limit_percent']:g})", "bound_percent", "+.3f"),
     ]
-    print(format_table(rows, ["guard text", "change %", "between kinds", f"bound (≤ {record['limit_percent']:g})"]))
+    return Table("guard", columns, record["prices"], caption, {"limit_percent": record["limit_percent"]})
 
 
 def _text(tokenizer: Tokenizer, text: Text, context: int, most: int) -> GuardText:

@@ -32,7 +32,7 @@ from nkat.measure.perplexity import (
 )
 from nkat.measure.texts import Text, load_text
 from nkat.measure.tpe import byte_ratio, tpe
-from nkat.theta.set import ThetaSet, check_judging_text
+from nkat.theta.set import TermSet, check_judging_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +179,7 @@ class Judge:
         """The model without Θ as a Score: its change is nothing."""
         return Score(self.without(), paired(self.without(), self.without()))
 
-    def score(self, theta: ThetaSet, gamma: float | None = None, *, progress: str | None = "with Θ") -> Score:
+    def score(self, theta: TermSet, gamma: float | None = None, *, progress: str | None = "with Θ") -> Score:
         """The model with a Θ, at its own strength or at `gamma`. Raises as `put_on` does."""
         self.put_on(theta, gamma)
         model = self.loaded.model
@@ -193,7 +193,7 @@ class Judge:
             measured = self._perplexity(self.passages.score(model, progress, batch=self.batch, make=self.make))
         return Score(measured, paired(self._without, measured), self.ratio(theta))
 
-    def _diverging(self, theta: ThetaSet, progress: str | None) -> Score:
+    def _diverging(self, theta: TermSet, progress: str | None) -> Score:
         model, chunks = self.loaded.model, self.passages.chunks
         label = None if progress is None else f"without Θ and {progress}"
         found = compare_arms(model, chunks, self._hidden, batch=self.batch, progress=label)
@@ -204,7 +204,7 @@ class Judge:
     def beside(
         self,
         base: Base,
-        theta: ThetaSet | None = None,
+        theta: TermSet | None = None,
         gamma: float | None = None,
         *,
         progress: str | None = "comparing",
@@ -237,18 +237,18 @@ class Judge:
         """What `rows` gave of all chunks, in order."""
         return self._perplexity(torch.stack([*rows]) if self.passages.counted is None else torch.cat([*rows]))
 
-    def check(self, theta: ThetaSet) -> None:
+    def check(self, theta: TermSet) -> None:
         """Raises NKATError for a Θ that was made from the very text."""
         if self.passages.sha256 is not None:
             check_judging_text(theta, self.passages.sha256, self.loaded.file.path)
 
-    def put_on(self, theta: ThetaSet, gamma: float | None = None) -> None:
+    def put_on(self, theta: TermSet, gamma: float | None = None) -> None:
         """Puts a Θ on the model, without measuring. Raises as `check` does."""
         self.check(theta)
         self.loaded.model.set_thetas(theta.layers)
         self.loaded.model.set_gamma(theta.gamma if gamma is None else gamma)
 
-    def ratio(self, theta: ThetaSet) -> float:
+    def ratio(self, theta: TermSet) -> float:
         """c: bytes read per token with this Θ over without."""
         return byte_ratio(
             self.loaded.tensors,

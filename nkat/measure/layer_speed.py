@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from gguf.constants import GGMLQuantizationType
 
-from nkat.host.console import bar, format_table
+from nkat.host.console import bar
+from nkat.host.tables import Column, Table
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 from nkat.measure.speed import PairedOverhead, Timings
@@ -104,27 +105,31 @@ def layer_kinds(model: Transformer) -> list[LayerKind]:
     return [LayerKind(tuple(names), tuple(layers), key[2]) for key, (names, layers) in groups.items()]
 
 
-def gemm_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Records of rows as a table for people."""
-    header = ["layers", "count", "shape", "type", "batch", "µs", "GB/s", "of copy", "µs with Θ", "what Θ costs"]
-    lines = []
+def gemm_table(
+    rows: Sequence[Mapping[str, Any]], caption: str = "", conditions: Mapping[str, Any] | None = None
+) -> Table:
+    """Records of rows as a table."""
+    parts = {"without": "", "with_theta": "with_theta_"}
+    flat = []
     for row in rows:
-        plain, star, cost = row["without"], row["with_theta"], row["overhead"]
-        lines.append(
-            [
-                " ".join(row["layers"]),
-                str(row["count"]),
-                f"{row['outputs']}x{row['inputs']}",
-                row["type"],
-                str(row["batch"]),
-                f"{plain['microseconds']:,.0f}",
-                f"{plain['gb_per_second']:.2f}",
-                f"{plain['bandwidth_share']:.0%}",
-                "" if star is None else f"{star['microseconds']:,.0f}",
-                "" if cost is None else f"{cost['percentage']:+.1f} % ({cost['p10']:+.0f} to {cost['p90']:+.0f})",
-            ]
-        )
-    return format_table(lines, header)
+        line = {key: value for key, value in row.items() if key not in (*parts, "overhead")}
+        for part, prefix in parts.items():
+            line |= {f"{prefix}{key}": value for key, value in (row[part] or {}).items()}
+        flat.append(line | {f"cost_{key}": value for key, value in (row["overhead"] or {}).items()})
+    times = "microseconds", "p10_microseconds", "p90_microseconds"
+    columns = [
+        Column("layers", "layers", " ".join),
+        Column("count", "count"),
+        Column("shape", ("outputs", "inputs"), "{}x{}".format),
+        Column("type", ("type", "theta_rank"), lambda name, _: name),
+        Column("batch", "batch"),
+        Column("µs", (*times, "runs"), "{:,.0f}".format),
+        Column("GB/s", "gb_per_second", ".2f"),
+        Column("of copy", "bandwidth_share", ".0%"),
+        Column("µs with Θ", tuple(f"with_theta_{name}" for name in times), "{:,.0f}".format),
+        Column("what Θ costs", ("cost_percentage", "cost_p10", "cost_p90"), "{:+.1f} % ({:+.0f} to {:+.0f})".format),
+    ]
+    return Table("gemm", columns, flat, caption, conditions or {})
 
 
 @torch.inference_mode()
@@ -210,7 +215,8 @@ def _compiled_layers(kind: LayerKind, x: torch.Tensor) -> Prepare:
     panels = Panels(first.rounding, kind.shape[1], len(x), tokens, token_state(len(x)))
     y = aligned((len(panels.q) * tokens, first.padded_rows), np.float32)
     scratch = make_scratch(threads.count, tokens)
-    u = aligned((len(panels.q), max(1, 2 * kind.rank), tokens), np.float32)
+    terms = 1 if first.star is None else first.star.terms
+    u = aligned((len(panels.q), terms, tokens), np.float32)
 
     def prepare(layers: Sequence[StarLinear]) -> Callable[[], object]:
         program = Program()

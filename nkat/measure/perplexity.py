@@ -18,11 +18,10 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from nkat.engine.scoring import MakeScorer, make_scorer
 from nkat.errors import NKATError
-from nkat.host.console import counted
+from nkat.host.console import bar, counted
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer
 
@@ -214,10 +213,10 @@ def _score(
     together = min(max(1, batch // arms), count)
     scorer = make(model, together * arms, context)
     results = []
-    with tqdm(total=count, desc=progress, unit="chunk", disable=progress is None, delay=1, leave=False) as bar:
+    with bar(count, progress, "chunk", enabled=progress is not None) as shown:
         for part in chunks.split(together):
             results.append(scorer.score(part)[None] if arms == 1 else scorer.score_arms(part))
-            bar.update(len(part))
+            shown.update(len(part))
     nll = torch.cat(results, dim=1)
     for arm in nll:
         check_finite(arm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from nkat.lm.load import LoadedModel
 from nkat.measure.texts import Text
 from nkat.theta.combine import WeightedFile
 from nkat.theta.modelfile import ModelFile
-from nkat.theta.set import ThetaSet
+from nkat.theta.set import LoraSet, TermSet
 
 PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")
 
@@ -26,7 +26,7 @@ def provenance(
     model: Path,
     loaded: LoadedModel,
     *,
-    theta: ThetaSet | None = None,
+    theta: TermSet | None = None,
     theta_files: Sequence[WeightedFile] = (),
     text: Text | None = None,
     decoder: Decoder | None = None,
@@ -62,15 +62,34 @@ def provenance(
             "theta_layers": len(theta.layers),
             "theta_bytes": theta.nbytes,
         }
+    if isinstance(theta, LoraSet):
+        record |= {"theta_file": None, "lora": list(theta.adapters)}
+    elif theta is not None:
+        record |= {"base_name": theta.base_name, "base_sha256": theta.base_sha256}
     if decoder is not None:
         record |= {"decoder": decoder.name, "kv_cache_bytes": decoder.cache_nbytes}
     return record
 
 
-def file_hash(model: ModelFile) -> str:
-    """SHA-256 of a model's file, in hexadecimal, with a progress bar; of one in several files that of their whole."""
-    parts: list[Part] = [FileRange(model.path, 0, model.path.stat().st_size)]
-    if model.layout == "plain" and model.is_split:
+_CONDITIONS = (
+    "model", "model_sha256", "theta_file", "theta_source", "theta_rank", "theta_gamma", "theta_bytes",
+    "base_sha256",
+    "text", "text_sha256", "chunks", "context", "scored_tokens", "seq_len", "iterations", "repetitions",
+    "device", "threads", "dtype", "activations", "decoder", "nkat_version", "git_commit",
+)  # fmt: skip
+
+
+def conditions_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record holds of all its figures, for the rows of a table that programs read."""
+    found = {name: record[name] for name in _CONDITIONS if name in record}
+    return {**found, "device_name": record["machine"]["device_name"]}
+
+
+def file_hash(model: ModelFile | Path) -> str:
+    """SHA-256 of a file, in hexadecimal, with a progress bar; of a model in several files that of their whole."""
+    path = model if isinstance(model, Path) else model.path
+    parts: list[Part] = [FileRange(path, 0, path.stat().st_size)]
+    if isinstance(model, ModelFile) and model.layout == "plain" and model.is_split:
         parts = model.base_parts()
     with bar(sum(part_size(part) for part in parts), "hashing the model", "B") as progress:
         return sha256_of_parts(parts, progress.update)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from nkat.engine.scoring import make_scorer
 from nkat.errors import NKATError
+from nkat.host.console import bar
 from nkat.lm.load import LoadedModel
 from nkat.lm.tokenizer import Tokenizer
 from nkat.measure.perplexity import check_ids
@@ -155,7 +155,7 @@ def _mean_log_probs(
     together = max(1, min(batch // arms, len(wanted)))
     scorer = make_scorer(loaded.model, together * arms, len(wanted[0][1]), every=True)
     sums = torch.zeros(arms, len(endings), dtype=torch.float64)
-    with tqdm(total=len(wanted), desc=progress, unit="text", disable=progress is None, delay=1, leave=False) as bar:
+    with bar(len(wanted), progress, "text", enabled=progress is not None) as shown:
         for start in range(0, len(wanted), together):
             part = wanted[start : start + together]
             length, first = len(part[0][1]), min(item[2] for item in part) - 1
@@ -163,7 +163,7 @@ def _mean_log_probs(
             nll = scorer.score_from(ids, first, arms)
             for row, (number, _, begin, stop) in enumerate(part):
                 sums[:, number] -= nll[:, row, begin - 1 - first : stop - 1 - first].sum(dim=1)
-            bar.update(len(part))
+            shown.update(len(part))
     if not bool(torch.isfinite(sums).all()):
         raise NKATError("the model's predictions are not finite numbers (damaged weights?)")
     counts = torch.tensor([max(0, ending.stop - ending.first) for ending in endings])

@@ -16,7 +16,9 @@ import torch
 from optuna.trial import TrialState
 
 from nkat.host import console
-from nkat.host.console import counted
+from nkat.host.commandline import own_command
+from nkat.host.console import counted, remark
+from nkat.host.page import REPORT, write_page
 from nkat.host.record import recorded
 from nkat.lm.load import load_model
 from nkat.search import report
@@ -37,6 +39,7 @@ from nkat.search.objective import (
 )
 from nkat.search.optimal import write_none, write_optimal
 from nkat.search.options import DESCRIPTION, EXAMPLES, SearchOptions, add_options, search_options
+from nkat.search.page import search_page
 from nkat.search.plots import plot_search
 from nkat.search.prepare import Prepared, prepare
 from nkat.sources.make import describe_theta_set, make_thetas
@@ -68,7 +71,7 @@ def run(options: SearchOptions) -> None:
         objective = make_objective(judge, space, limit, prepared.guard)
         outcome = workers.run(options.study, search, study, objective)
         if not options.study.join:
-            workers.report(outcome, partial(judge_best, prepared), partial(write_report, options, prepared))
+            workers.report(outcome, partial(judge_best, prepared), partial(write_report, options, space, prepared))
 
 
 def describe_search(options: SearchOptions, space: Space, prepared: Prepared) -> Search:
@@ -129,7 +132,9 @@ def judge_best(prepared: Prepared, study: optuna.Study) -> Judged:
     return Judged(base, rows, chosen)
 
 
-def write_report(options: SearchOptions, prepared: Prepared, outcome: Outcome, judged: Judged | None) -> None:
+def write_report(
+    options: SearchOptions, space: Space, prepared: Prepared, outcome: Outcome, judged: Judged | None
+) -> None:
     """Writes every file of the output folder and prints what came out. judged: None after an interruption"""
     study, folder = outcome.study, options.study.output_dir
     trials = history(study)
@@ -144,6 +149,8 @@ def write_report(options: SearchOptions, prepared: Prepared, outcome: Outcome, j
         ),
         "fit": prepared.fit,
         "turned_away": sum(not row[GUARD]["admitted"] for row in trials if GUARD in row),
+        "gamma_range": None if space.gamma is not None else list(space.gammas[:2]),
+        "gamma_edge": space.edge(judged.best[0]["setting"]["gamma"]) if judged and judged.best else None,
         "held_out": judged and {"base": judged.base, "best": judged.best},
         "optimal": None,
     }
@@ -158,18 +165,21 @@ def write_report(options: SearchOptions, prepared: Prepared, outcome: Outcome, j
         else:
             write_none(options, prepared, report.why_none(record, tried))
     write_records(folder, trials, record)
+    words = report.what_came_out(record, won, tried) if judged else [f"interrupted: {workers.counts_line(record)}"]
     with recorded(record, options.study.json, options.study.force):
         if judged:
             if prepared.fit is not None:
                 report.print_fit(prepared.fit)
-            report.print_report(record, won, tried)
+            report.print_report(record, words)
             note_earlier(folder, "optimal_*.nkat", record["optimal"] and record["optimal"]["file"])
         else:
             report.print_interrupted(record, base, first)
         on = f"{counted(prepared.chunks, 'chunk')} of {prepared.seen.passages.name}"
         title = f"{options.model.name}: {counted(len(trials), 'trial')} on {on}"
-        plot_search(folder / PICTURE, trials, record["importances"], title, prepared.fit)
-        print(f"files are in {folder}")
+        plot_search(folder / PICTURE, trials, record, title)
+        page = search_page(record, trials, words, own_command(), folder / PICTURE)
+        write_page(folder / REPORT, page, force=True)
+        remark(f"files are in {folder}")
     report.suggest_next(options, record, won)
 
 

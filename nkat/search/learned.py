@@ -142,6 +142,7 @@ class Learner:
             ignore=fit.ignore,
             start=start,
             precision=fit.precision,
+            fast=fit.fast,
             state=state,
             resume=resume,
             allow_cuda=fit.allow_cuda,

@@ -91,6 +91,12 @@ class Space:
         for rank, gamma, layers, decay in itertools.product(self.ranks, gammas, GROUPS, (False, True)):
             yield Setting(rank, gamma, layers, decay).parameters()
 
+    def edge(self, gamma: float) -> str | None:
+        """Which end of γ's range this is, "lowest" or "highest", where γ is searched."""
+        if self.gamma is not None:
+            return None
+        return {self.gammas[0]: "lowest", self.gammas[1]: "highest"}.get(gamma)
+
     def guide_default(self) -> dict[str, Any]:
         """The guide's default, as far as the fixed values allow it."""
         return self._allowed(GUIDE_DEFAULT)

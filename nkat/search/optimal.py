@@ -9,15 +9,22 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nkat.gguf.writer import FileRange, write_gguf
-from nkat.host import console
+import torch
+
+from nkat.gguf.writer import FileRange, sha256_of_parts, write_gguf
+from nkat.host import console, hardware
+from nkat.host.console import note
 from nkat.host.files import note_output, sync_folder
+from nkat.host.page import machine_facts
 from nkat.host.programs import shell_line
-from nkat.host.record import write_json
+from nkat.host.record import toolkit_version, write_json
 from nkat.host.tools import tool_command
-from nkat.search.objective import GROUPS, Setting
+from nkat.measure.gains import gain_table
+from nkat.measure.guard import prices_table
+from nkat.search.objective import GROUPS, GUARD, Setting
 from nkat.search.options import SearchOptions
 from nkat.search.prepare import Prepared
+from nkat.theta.card import CARD, Card, may_write, write_card
 from nkat.theta.modelfile import embedded_parts
 from nkat.theta.optimal import MODEL, RECORD, optimal_name
 from nkat.theta.set import ThetaSet
@@ -34,6 +41,7 @@ def write_optimal(
     write_gguf(path, embedded_parts(chosen, model.require_base()), force=True, inputs=model.files)
     record = {
         "file": str(path),
+        "sha256": sha256_of_parts([FileRange(path, 0, path.stat().st_size)]),
         "same_file": str(folder / MODEL),
         "beats_base": won,
         "trial": judged["trial"],
@@ -48,13 +56,42 @@ def write_optimal(
     write_json(record, str(path.with_suffix(".json")), force=True)
     write_same(path, folder / MODEL, model.files)
     write_json(record, str(folder / RECORD), force=True)
+    _write_card(options, prepared, chosen, record)
     return record
+
+
+def _write_card(options: SearchOptions, prepared: Prepared, chosen: ThetaSet, record: Mapping[str, Any]) -> None:
+    """The page beside the best, where no other one of that name is in the folder."""
+    page = options.study.output_dir / CARD
+    if not may_write(page):
+        note(f"note: {page} is not a page of this toolkit's, so it stays, and none is written about {record['file']}")
+        return
+    held_out = record["held_out"]
+    commands = {"It is made again by:": record["command"]}
+    machine = {"machine": hardware.describe(torch.device("cpu")), "versions": {}, **toolkit_version()}
+    card = Card(
+        theta=chosen,
+        base=prepared.loaded.file.require_base().file.metadata,
+        gamma=chosen.gamma,
+        files={
+            MODEL: "the base model with Θ in it",
+            Path(record["file"]).name: "the same under a name that says which",
+        },
+        text=None if options.calibrate is None else options.calibrate.name,
+        gains=[gain_table(held_out, record["text"])],
+        prices=[prices_table(held_out[GUARD])] if GUARD in held_out else [],
+        commands=commands,
+        facts=machine_facts(machine),
+    )
+    write_card(page, card, force=True)
 
 
 def write_none(options: SearchOptions, prepared: Prepared, why: str) -> None:
     """The record that there is no best: `optimal.nkat` of an earlier report is not the best any more, so it goes."""
     folder = options.study.output_dir
     (folder / MODEL).unlink(missing_ok=True)
+    if may_write(folder / CARD):  # of an earlier best
+        (folder / CARD).unlink(missing_ok=True)
     record = {"file": None, "why_none": why, "model": str(options.model), **prepared.described, "fit": prepared.fit}
     write_json(record, str(folder / RECORD), force=True)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nkat.host import commandline
+from nkat.hub.fetch import local_model
 from nkat.sources.fit.options import FitOptions, add_fit_arguments, fit_options
 from nkat.sources.options import SOURCES
 from nkat.study.options import StudyOptions
@@ -77,7 +78,13 @@ CONFLICTS: tuple[tuple[Callable[[SearchOptions], object], str], ...] = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags of this task alone."""
     add = parser.add_argument_group("language model").add_argument
-    add("--model", type=Path, required=True, metavar="FILE", help="a .gguf (or .nkat, whose Θ is left out)")
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a .gguf (or .nkat, whose Θ is left out), or hf:OWNER/REPO[:QUANT]",
+    )
     add("--target-rank", type=commandline.positive_int, metavar="R", help="fix the rank, search the rest")
     add("--target-gamma", type=float, metavar="G", help="fix gamma, search the rest")
     add(
@@ -115,4 +122,4 @@ def search_options(parser: argparse.ArgumentParser, parsed: argparse.Namespace, 
     source = parsed.theta_source or ("fit" if parsed.calibrate else "weight")
     options = commandline.taken(SearchOptions, parsed, theta_source=source, fit=fit_options(parsed), study=study)
     commandline.check_conflicts(parser, options, CONFLICTS)
-    return options
+    return replace(options, model=local_model(options.model), reference=local_model(options.reference))

@@ -14,16 +14,16 @@ from nkat.study.plots import draw_importances, pareto_front
 def plot_search(
     path: Path,
     rows: Sequence[Mapping[str, Any]],
-    importances: Mapping[str, float],
+    record: Mapping[str, Any],
     title: str,
-    fit: Mapping[str, Any] | None = None,
 ) -> None:
     """Four panels as PNG: score by trial, rank–γ map, parameter importances, perplexity against bytes of Θ.
 
     Where a guard judged, two more: what trials cost elsewhere, and how the fit went. Replaces an earlier picture.
     rows: `nkat.study.study.history` of a language-model search; the trial without parameters is the model without Θ
-    fit: the record of a learned Θ
+    record: the search's, of which "importances", "fit" (of a learned Θ, or None) and "gamma_range" are drawn
     """
+    fit, edges = record["fit"], record["gamma_range"]
     columns = 2 if fit is None else 3
     figure = new_figure(title, (6.5 * columns, 9))
     panels = figure.subplots(2, columns)
@@ -32,8 +32,8 @@ def plot_search(
     searched = [row for row in complete if row["parameters"]]
     best = max((row for row in searched if row["feasible"]), key=lambda row: row["value"], default=None)
     _history(panels[0][0], rows, base, searched, best)
-    _rank_gamma(panels[0][1], figure, searched, best)
-    draw_importances(panels[1][0], importances)
+    _rank_gamma(panels[0][1], figure, searched, best, edges)
+    draw_importances(panels[1][0], record["importances"])
     _front(panels[1][1], base, searched, best)
     if fit is not None:
         _prices(panels[0][2], searched, best)
@@ -62,7 +62,10 @@ def _history(axes: Any, rows: Sequence[Mapping], base: Any, searched: list[Mappi
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)  # below, where it covers no trial
 
 
-def _rank_gamma(axes: Any, figure: Any, searched: list[Mapping], best: Any) -> None:
+def _rank_gamma(
+    axes: Any, figure: Any, searched: list[Mapping], best: Any, edges: Sequence[float] | None = None
+) -> None:
+    """edges: between which γ was searched; None: it was fixed"""
     axes.set(title="perplexity change by rank and γ, %", xlabel="γ (lower is stronger)", ylabel="rank")
     if not searched:
         axes.text(0.5, 0.5, "no finished trial", ha="center", transform=axes.transAxes)
@@ -90,6 +93,11 @@ def _rank_gamma(axes: Any, figure: Any, searched: list[Mapping], best: Any) -> N
     if best is None:
         return
     at = searched.index(best)
+    if edges is not None:
+        for edge in edges:
+            axes.axvline(edge, color=PRUNED, linestyle=":", lw=1)
+        if x[at] in edges:
+            axes.set_title(f"{axes.get_title()}; the best γ is the edge of what was searched", fontsize=10)
     axes.scatter([x[at]], [y[at]], s=240, facecolors="none", edgecolors=BEST, lw=2, label=f"trial {best['number']}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)  # below, where it covers no trial
 

@@ -27,10 +27,14 @@ def server_event(value: Any) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What all parts of one answer have in common. seed: what its tokens were drawn with."""
+    """What all parts of one answer have in common.
+
+    gamma: the strength of Θ; None: without; seed: what its tokens were drawn with
+    """
 
     chat: bool
     arm: Arm
+    gamma: float | None
     seed: int
     include_usage: bool = False
     created: int = field(default_factory=lambda: int(time()))
@@ -76,7 +80,7 @@ class Answer:
             "object": kind,
             "created": self.created,
             "model": self.arm.name,
-            "nkat": {"gamma": self.arm.gamma, "seed": self.seed},
+            "nkat": {"theta": dict(self.arm.weights), "gamma": self.gamma, "seed": self.seed},
         }
 
     def _logprobs(self, tokens: Sequence[Scored]) -> Json:

@@ -66,7 +66,7 @@ class Api:
         self.worker.enter()
         try:
             ask = await self._ask(question, arm)
-            answer = Answer(chat, arm, question.seed, question.include_usage)
+            answer = Answer(chat, arm, self.arms.strength(arm), question.seed, question.include_usage)
             async with contextlib.aclosing(self._events(ask)) as events:
                 if question.stream:
                     await _stream(events, answer, question, reply)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from nkat.engine.decoder import make_decoder
 from nkat.engine.generate import PREFILL_PIECE, Sampler, Sampling
+from nkat.engine.session import Session
 from nkat.lm.load import LoadedModel
+from nkat.lm.mix import ThetaMix
 from nkat.serve.arms import Arm
 from nkat.serve.stops import Stops
+from nkat.theta.set import ThetaSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +71,30 @@ class End:
 class Served:
     """A loaded model and its decoder. For one thread at a time."""
 
-    def __init__(self, loaded: LoadedModel, context: int) -> None:
-        """context: tokens of a prompt and its answer together, at most"""
+    def __init__(self, loaded: LoadedModel, thetas: Mapping[str, ThetaSet], context: int) -> None:
+        """loaded: without Θ; thetas: those that an answer may have on, by name
+
+        context: tokens of a prompt and its answer together, at most
+        """
         self.tokenizer = loaded.tokenizer
-        self.decoder = make_decoder(loaded.model, context)
-        self._gamma = loaded.gamma
-        self._held: list[int] = []  # what is in the cache, computed at this strength of Θ
+        self._mix = ThetaMix(loaded.model, thetas)
+        self._session = Session(loaded.model, context)
+        self._on: tuple[object, ...] = ((), None)  # which Θ, how much of each, at which strength
 
     def answer(self, ask: Ask, go_on: Callable[[], bool]) -> Iterator[Piece | End]:
         """The answer's pieces, then its end; nothing more once `go_on` says no.
 
         Raises NKATError when the model's predictions are no numbers.
         """
-        cached = self._reuse(ask)
+        wanted = (ask.arm.weights, ask.arm.gamma)
+        if self._on != wanted:
+            self._mix.set_weights(dict(ask.arm.weights), ask.arm.gamma)
+            self._on = wanted
+        cached = self._session.reuse(ask.prompt)
         for start in range(cached, len(ask.prompt), PREFILL_PIECE):
             if not go_on():
                 return
-            logits = self._feed(ask.prompt[start : start + PREFILL_PIECE])
+            logits = self._session.prefill(ask.prompt[start : start + PREFILL_PIECE])
         sampler, text = Sampler(ask.sampling, ask.seed), _Text(ask.stop)
         generated, reason = 0, "length"
         while generated < ask.max_tokens:
@@ -100,24 +109,9 @@ class Served:
                 break  # nobody needs the logits behind the last token
             if not go_on():
                 return
-            logits = self._feed([token])
+            logits = self._session.step(token)
         yield from text.finish()
         yield End("stop" if text.stopped or reason == "stop" else "length", len(ask.prompt), cached, generated)
-
-    def _reuse(self, ask: Ask) -> int:
-        """Keeps what the cache has of this prompt, and says how much: all but one token at most, whose logits are
-        needed."""
-        if self._gamma != ask.arm.gamma:
-            self.decoder.set_gamma(ask.arm.gamma)
-            self._gamma, self._held = ask.arm.gamma, []
-        common = common_prefix(self._held, ask.prompt[:-1])
-        self._held, self.decoder.length = self._held[:common], common
-        return common
-
-    def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
-        logits = self.decoder.prefill(tokens)
-        self._held += tokens
-        return logits
 
     def _scored(self, logits: torch.Tensor, token: int, count: int) -> Scored:
         known = logits.detach().cpu().double().log_softmax(dim=0)
@@ -163,9 +157,3 @@ class _Text:
         told = [one for one, at in self._waiting if at <= end]
         self._waiting = self._waiting[len(told) :]
         return Piece(text, tuple(told))
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -11,10 +11,12 @@ from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.lm.load import DTYPES
 from nkat.serve.web import is_this_machine
+from nkat.theta.combine import WeightedFile
+from nkat.theta.options import add_theta_arguments
 
 EXAMPLES = """\
   python nkat_server.py --model models/smollm2.nkat                       then open http://127.0.0.1:8080 in a browser
-  python nkat_server.py --model model.gguf --theta theta_rank4.bin --port 9000
+  python nkat_server.py --model model.gguf --theta style.bin --theta-scaled facts.bin:0 --port 9000
   python nkat_server.py --model model.nkat --gammas 0.95 0.9              also as models of these strengths
   python nkat_server.py --model model.nkat --host 0.0.0.0 --api-key-file keys.txt
 """
@@ -39,7 +41,7 @@ class ServeOptions:
     """
 
     model: Path
-    theta: Path | None
+    thetas: tuple[WeightedFile, ...]
     theta_gamma: float | None
     alias: str | None
     gammas: list[float]
@@ -81,8 +83,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ServeOptions:
         ending=ENDING,
     )
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf")
-    add("--theta", type=Path, metavar="FILE", help="a Θ file made for this model (--theta-only of the converter)")
+    add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf, or hf:OWNER/REPO[:QUANT]")
+    add_theta_arguments(
+        parser,
+        "a Θ made for this model (--theta-only of the converter), in place of the model's own; of several, to which "
+        "the model's own file may belong, the sum answers where a request names none",
+    )
     add("--theta-gamma", type=float, metavar="G", help="strength of Θ where a request names none: lower is stronger")
     add("--alias", metavar="NAME", help="the model's name for clients (default: its file's)")
     add("--gammas", type=float, nargs="+", default=[], metavar="G", help="list these strengths of Θ as models too")

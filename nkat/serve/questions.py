@@ -1,12 +1,13 @@
 """What a request's JSON asks for: each field checked, and none ignored that would change the answer.
 
 The fields are OpenAI's, those of llama.cpp's samplers (`top_k`, `min_p`), and two of this server's own: `nkat_gamma`,
-the strength of Θ, and `nkat_theta`, false for the model without it. Sampling that a request does not name is the
-toolkit's, which is llama.cpp's, and not OpenAI's (temperature 1, no top-k and min-p).
+the strength of Θ, and `nkat_theta`: false, the name of one, or weights of several by name. Sampling that a request
+does not name is the toolkit's, which is llama.cpp's, and not OpenAI's (temperature 1, no top-k and min-p).
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from nkat.engine.generate import Sampling
 from nkat.errors import NKATError
 from nkat.host.record import parse_json
 from nkat.lm.chat import Message
+from nkat.serve.arms import Theta
 from nkat.serve.refusal import bad
 
 COMPLETION_TOKENS = 16  # of /v1/completions where the request names none, as in OpenAI's API
@@ -67,7 +69,7 @@ class Question:
 
     model: str | None
     gamma: float | None
-    theta: bool | None
+    theta: Theta | None
     prompt: str | list[int] | Chat
     max_tokens: int | None
     sampling: Sampling
@@ -112,7 +114,7 @@ def _question(fields: Fields, **rest: Any) -> Question:
     question = Question(
         model=fields.text("model"),
         gamma=fields.number("nkat_gamma", None),
-        theta=fields.flag("nkat_theta", None),
+        theta=_theta(fields.take("nkat_theta")),
         sampling=_sampling(fields),
         seed=fields.whole("seed", random.SystemRandom().getrandbits(32)),
         stop=_stop(fields.take("stop")),
@@ -198,6 +200,14 @@ def _sampling(fields: Fields) -> Sampling:
     except NKATError as error:
         name = next(name for name in values if str(error).startswith((f"the {name}", name.replace("_", "-"))))
         raise bad(str(error), name) from None
+
+
+def _theta(value: Any) -> Theta | None:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, dict) and all(isinstance(w, int | float) and not isinstance(w, bool) for w in value.values()):
+        return {name: float(weight) if abs(weight) < 1e300 else math.inf for name, weight in value.items()}
+    raise bad("nkat_theta must be false, the name of a Θ, or an object of names and weights", "nkat_theta")
 
 
 def _stop(value: Any) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from nkat.serve.answers import encoded
 from nkat.serve.api import Api
+from nkat.serve.arms import Arm
 from nkat.serve.refusal import Refusal, failed
 
 Message = MutableMapping[str, Any]
@@ -58,7 +59,7 @@ def make_app(api: Api, settings: Settings) -> App:
     from starlette.routing import Route
 
     page, policy = read_page()
-    models = [_model(api, arm.name, arm.gamma, settings.created) for arm in api.arms.all()]
+    models = [_model(api, arm, settings.created) for arm in api.arms.all()]
 
     def answer(status: int, value: Any, headers: dict[str, str] | None = None) -> Response:
         return Response(encoded(value), status, headers, _JSON)
@@ -74,8 +75,7 @@ def make_app(api: Api, settings: Settings) -> App:
         return answer(200, {"object": "list", "data": models})
 
     async def one_model(request: Request) -> Response:
-        arm = api.arms.named(request.path_params["name"])
-        return answer(200, _model(api, arm.name, arm.gamma, settings.created))
+        return answer(200, _model(api, api.arms.named(request.path_params["name"]), settings.created))
 
     async def refused(_: Request, error: Exception) -> Response:
         if isinstance(error, Refusal):
@@ -121,9 +121,14 @@ def read_page() -> tuple[bytes, dict[str, str]]:
     }
 
 
-def _model(api: Api, name: str, gamma: float | None, created: int) -> dict[str, Any]:
-    own = {"gamma": gamma, "context_length": api.context, "chat": api.chat_problem is None}
-    return {"id": name, "object": "model", "created": created, "owned_by": "nkat", "nkat": own}
+def _model(api: Api, arm: Arm, created: int) -> dict[str, Any]:
+    own = {
+        "theta": dict(arm.weights),
+        "gamma": api.arms.strength(arm),
+        "context_length": api.context,
+        "chat": api.chat_problem is None,
+    }
+    return {"id": arm.name, "object": "model", "created": created, "owned_by": "nkat", "nkat": own}
 
 
 class Generating:

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from tqdm import tqdm
 
 from nkat.gguf.writer import MetadataValue
-from nkat.host.console import format_bytes, note
+from nkat.host.console import bar, format_bytes, note
 from nkat.lm.load import LoadedModel
 from nkat.lm.transformer import Transformer
 from nkat.measure.judge import text_passages
@@ -68,8 +67,11 @@ def gather_moments(
     sums = {owner: _Sum(n <= largest) for owner, n in sizes.items()}
     handles = [watched[owner].register_forward_pre_hook(total.add) for owner, total in sums.items()]
     try:
-        for part in tqdm(chunks.split(DEFAULT_BATCH), desc="calibrating", unit="batch", delay=1, leave=False):
-            model.hidden(part)  # the logits are not needed
+        parts = chunks.split(DEFAULT_BATCH)
+        with bar(len(parts), "calibrating", "batch") as progress:
+            for part in parts:
+                model.hidden(part)  # the logits are not needed
+                progress.update()
     finally:
         for handle in handles:
             handle.remove()

@@ -11,6 +11,7 @@ import optuna
 from nkat.errors import NKATError
 from nkat.host.console import note
 from nkat.host.files import check_apart
+from nkat.host.page import REPORT
 from nkat.host.record import parse_json, write_json
 from nkat.study.options import StudyOptions
 from nkat.study.study import exists_already, find_study, open_storage, study_id, without_password
@@ -24,7 +25,9 @@ def check_place(options: StudyOptions, name: str, has_begun: bool = False) -> No
 
     name: of the study, where the user gives none;  has_begun: there is something else to be continued
     """
-    check_apart({"--json": options.json, **{file: options.output_dir / file for file in (HISTORY, SUMMARY, PICTURE)}})
+    check_apart(
+        {"--json": options.json, **{file: options.output_dir / file for file in (HISTORY, SUMMARY, PICTURE, REPORT)}}
+    )
     name = options.study_name or name
     where, folder = options.storage_url, options.output_dir
     names, study = [], None

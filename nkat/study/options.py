@@ -77,6 +77,7 @@ def add_options(parser: argparse.ArgumentParser, trials: Mapping[str, int]) -> N
         "reports in --output-dir",
     )
     add("--json", metavar="FILE", help='write the summary; "-" for stdout')
+    commandline.add_output_format(parser)
     add("--join", action="store_true", help=argparse.SUPPRESS)  # a worker that --workers starts: trials, no report
 
 

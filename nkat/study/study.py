@@ -19,9 +19,9 @@ from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from tqdm import tqdm
 
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.host.console import counted, note
 from nkat.host.interrupts import Gate
 from nkat.host.processes import identity, is_alive
@@ -234,15 +234,15 @@ def run_trials(
     propose: the parameters of the next trial. A KeyboardInterrupt ends the running trial at once; then
     `retry_unfinished`, on a study that is opened anew, puts it back.
     """
-    bar = tqdm(total=target, desc=label, unit="trial", leave=False, smoothing=0.1)
+    bar = console.bar(target, label, "trial", at_once=True)
     with bar, Gate().closed() as gate:  # outside the objective an interruption could leave a trial that is nobody's
 
         def update(*_: object) -> None:
             finished = study.get_trials(deepcopy=False, states=FINISHED)
-            bar.update(len(finished) - bar.n)
             best = best_trials(study, 1)
             if best:
-                bar.set_postfix_str(f"best {best[0].value:.6f} (trial {best[0].number})")
+                bar.set_postfix_str(f"best {best[0].value:.6f} (trial {best[0].number})", refresh=False)
+            bar.update(len(finished) - bar.n)
 
         def marked(trial: optuna.Trial) -> float:
             if _comes_second(study, trial):

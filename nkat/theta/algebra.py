@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,6 +24,49 @@ _INT8_MAX = 127
 
 class ThetaError(NKATError):
     """A Θ that cannot be made: impossible rank, γ out of range, or a weight with NaN or infinity."""
+
+
+class Term(Protocol):
+    """What can stand beside a weight's product, in two thin factors: a Θ, or a plain low-rank term (`LowRank`)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def experts(self) -> int | None: ...
+
+    def is_zero(self) -> bool:
+        """True when it has no effect at all."""
+        ...
+
+    def check(self, m: int, n: int) -> None:
+        """Raises ThetaError where it cannot stand beside a weight [m, n]."""
+        ...
+
+    def form(self, m: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """(down [k, n], up [m, k]) of the term up @ down."""
+        ...
+
+    @property
+    def columns(self) -> int:
+        """Half of the products that its INT8 form has, rounded up: the room that kernels need for it."""
+        ...
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `int8_form` is made of: of another term with the very same two it is the same."""
+        ...
+
+    def int8_form(self, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(down int8 [k, n], up int8 [m, k]) of the term up @ diag(int8_scales) @ down."""
+        ...
+
+    def int8_scales(self) -> torch.Tensor:
+        """float32 [k]: a factor for each product of `int8_form`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +123,33 @@ class Theta:
         """One expert's."""
         return Theta(self.p[index], self.q[index], self.scale[index])
 
+    def check(self, m: int, n: int) -> None:
+        """Raises ThetaError where it cannot stand beside a weight [m, n]."""
+        if self.size > max(m, n):
+            raise ThetaError(f"Θ of size {self.size} does not fit a {m}x{n} weight")
+
+    def form(self, m: int, n: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+        """`low_rank_form` of the dequantised factors, in `dtype`; rounded once."""
+        precise = torch.float64 if dtype == torch.float64 else torch.float32
+        down, up = low_rank_form(*self.factors(precise), m, n)
+        return down.to(dtype), up.to(dtype)
+
+    @property
+    def columns(self) -> int:
+        return self.rank
+
+    @property
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.p, self.q
+
+    def int8_form(self, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`low_rank_form` of the factors as they are stored."""
+        return low_rank_form(self.p, self.q, m, n)
+
+    def int8_scales(self) -> torch.Tensor:
+        """All scales in one factor for each product."""
+        return (self.scale[0] * self.scale[1]).repeat(2)
+
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
         """Dequantised P and Q, each as they are stored."""
         p_scale, q_scale = self.scale.to(dtype).unsqueeze(-2).unbind(dim=-3)
@@ -102,7 +173,7 @@ def quantise_factors(p: torch.Tensor, q: torch.Tensor) -> Theta:
     """Rounds float factors [t, r] to INT8, symmetric, one scale per column (absmax / 127)."""
     if not bool(torch.isfinite(p).all() and torch.isfinite(q).all()):
         raise ThetaError("the Θ factors hold NaN or infinity")
-    (p8, p_scale), (q8, q_scale) = _quantise_columns(p), _quantise_columns(q)
+    (p8, p_scale), (q8, q_scale) = quantise_columns(p), quantise_columns(q)
     return Theta(p8, q8, torch.stack([p_scale, q_scale]))
 
 
@@ -116,7 +187,8 @@ def low_rank_form(p: torch.Tensor, q: torch.Tensor, m: int, n: int) -> tuple[tor
     return down, up
 
 
-def _quantise_columns(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_columns(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 [t, r] and float32 [r]: a column's largest magnitude becomes 127."""
     scale = factor.abs().amax(dim=0).float() / _INT8_MAX
     divisor = torch.where(scale > 0, scale, torch.ones_like(scale))  # a zero column stays zero
     rounded = torch.round(factor / divisor).clamp_(-_INT8_MAX, _INT8_MAX)

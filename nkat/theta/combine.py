@@ -20,7 +20,7 @@ from nkat.errors import NKATError
 from nkat.gguf.writer import MetadataValue, Progress
 from nkat.theta.algebra import Theta, ThetaError, coupling, pad_rows
 from nkat.theta.modelfile import ModelFile, thetas_for
-from nkat.theta.set import COMBINED, DECAY_KEY, HELDOUT_PREFIX, KEY_PREFIX, ThetaSet
+from nkat.theta.set import COMBINED, DECAY_KEY, GUARD_PREFIX, HELDOUT_PREFIX, KEY_PREFIX, ThetaSet
 
 _PART_PREFIX = f"{KEY_PREFIX}part."  # of what is noted about the parts of a sum
 _SCALED = re.compile(r"(.+?):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?:,(?=.)|$)")
@@ -191,7 +191,7 @@ def _notes(parts: Sequence[Weighted]) -> dict[str, MetadataValue]:
         theirs = {
             key.removeprefix(KEY_PREFIX): value
             for key, value in part.theta.notes.items()
-            if not key.startswith(HELDOUT_PREFIX)
+            if not key.startswith((HELDOUT_PREFIX, GUARD_PREFIX))
         }
         notes |= {f"{_PART_PREFIX}{i}.{key}": value for key, value in (own | theirs).items()}
         if DECAY_KEY in part.theta.notes:

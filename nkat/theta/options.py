@@ -1,4 +1,4 @@
-"""The flags that name Θ, one or several with weights, for every program that takes them."""
+"""The flags that name Θ or LoRA, one or several with weights, for every program that takes them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,37 @@ def add_theta_arguments(parser: argparse.ArgumentParser, about: str) -> None:
     )
 
 
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--lora PATH` and `--lora-scaled PATH:SCALE`, each as often as wanted, into `loras`, in the order given."""
+    about = "run this LoRA in place of Θ: a folder of PEFT's, or a GGUF of llama.cpp's; several are added up"
+    parser.add_argument(
+        "--lora", dest="loras", action=_Append, type=_one, default=(), metavar="PATH[:SCALE]", help=about
+    )
+    parser.add_argument(
+        "--lora-scaled",
+        dest="loras",
+        action=_Append,
+        type=_scaled,
+        default=(),
+        metavar="PATH:SCALE,...",
+        help="several in one flag, as llama.cpp has them",
+    )
+
+
 def theta_words(files: Sequence[WeightedFile]) -> list[object]:
     """The flags that name these files again."""
+    return _words("theta", files)
+
+
+def lora_words(files: Sequence[WeightedFile]) -> list[object]:
+    """The same of LoRA adapters."""
+    return _words("lora", files)
+
+
+def _words(flag: str, files: Sequence[WeightedFile]) -> list[object]:
     words: list[object] = []
     for file in files:
-        words += ["--theta", file.path if file.weight == 1.0 else f"{file.path}:{file.weight!r}"]
+        words += [f"--{flag}", file.path if file.weight == 1.0 else f"{file.path}:{file.weight!r}"]
     return words
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from gguf.constants import GGMLQuantizationType
 
@@ -15,7 +16,8 @@ from nkat.gguf.writer import (
     MetadataValue,
     NewTensor,
 )
-from nkat.theta.algebra import Theta
+from nkat.theta.algebra import Theta, coupling
+from nkat.theta.lowrank import LowRank
 
 FORMAT_VERSION = 1
 SUFFIXES = (".theta_p", ".theta_q", ".theta_scale")
@@ -24,8 +26,12 @@ CALIBRATION_KEY = "nkat.calibration.sha256"
 KEEP_KEY = "nkat.keep.sha256"
 DECAY_KEY = "nkat.theta.depth_decay"
 UNFINISHED_KEY = "nkat.fit.unfinished"
+# Of what was measured with this very Θ at this very γ: on the text it was learned from, where that was kept back, and
+# on the guard's text on which it costs most.
+HELDOUT_PREFIX = "nkat.heldout."
+GUARD_PREFIX = "nkat.guard."
 COMBINED = "combined"  # source of what is the sum of several
-HELDOUT_PREFIX = "nkat.heldout."  # of what was measured with this very Θ at this very γ
+FULL_STRENGTH = 0.5  # the γ at which a LoRA is on: κ is 1/8 there, by which floats are divided without rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,42 @@ class ThetaSet:
         return out
 
 
+@dataclass(frozen=True, slots=True)
+class LoraSet:
+    """Low-rank terms of a model, to be run as Θ is: at γ = `gamma` they act as their adapters say.
+
+    layers: by weight name; their `up` is divided by κ(γ), which the layers multiply by
+    adapters: what a record says of those that they come of
+    """
+
+    layers: Mapping[str, LowRank]
+    source: str = "lora"
+    gamma: float = FULL_STRENGTH
+    adapters: tuple[Mapping[str, Any], ...] = ()
+    notes: Mapping[str, MetadataValue] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, terms: Mapping[str, LowRank], adapters: tuple[Mapping[str, Any], ...] = ()) -> LoraSet:
+        kappa = coupling(FULL_STRENGTH)
+        layers = {name: LowRank(term.up / kappa, term.down) for name, term in terms.items()}
+        return cls(layers, adapters=adapters)
+
+    @property
+    def rank(self) -> int:
+        return max(term.rank for term in self.layers.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(term.nbytes for term in self.layers.values())
+
+    def bytes_per_token(self, active_experts: float) -> int:
+        """All of them: there are none of experts."""
+        return self.nbytes
+
+
+TermSet = ThetaSet | LoraSet
+
+
 def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Path) -> None:
     """Raises GGUFError unless every Θ belongs to a weight of the base and fits its shape, in size and in rank."""
     for name, theta in theta_set.layers.items():
@@ -101,7 +143,7 @@ def check_fits(theta_set: ThetaSet, tensors: Mapping[str, TensorInfo], path: Pat
             raise GGUFError(f"{path}: Θ of rank {theta.rank} for {name!r}: it must be from 1 to {limit}")
 
 
-def check_judging_text(theta_set: ThetaSet, text_sha256: str, path: Path) -> None:
+def check_judging_text(theta_set: TermSet, text_sha256: str, path: Path) -> None:
     """Raises GGUFError when the text a Θ is to be judged on is the one it was made from."""
     texts = tuple(key.removeprefix(KEY_PREFIX) for key in (CALIBRATION_KEY, KEEP_KEY))  # of a sum of Θ each part's
     if any(value == text_sha256 for key, value in theta_set.notes.items() if key.endswith(texts)):
@@ -117,7 +159,7 @@ def truncate_rank(theta_set: ThetaSet, rank: int) -> ThetaSet:
         name: Theta(t.p[..., :rank].contiguous(), t.q[..., :rank].contiguous(), t.scale[..., :rank].contiguous())
         for name, t in theta_set.layers.items()
     }
-    notes = {key: value for key, value in theta_set.notes.items() if not key.startswith(HELDOUT_PREFIX)}
+    notes = {key: value for key, value in theta_set.notes.items() if not key.startswith((HELDOUT_PREFIX, GUARD_PREFIX))}
     return replace(theta_set, layers=thetas, notes=notes)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import forms
 from benchmarks.low_rank import apply_terms
+from nkat.host.tables import as_text
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.texts import default_text
 from nkat.sources.fit.descent import FitSettings
@@ -126,4 +127,4 @@ def test_a_case_is_fitted_and_judged_on_other_texts(tmp_path: Path, monkeypatch:
     rows = forms.summaries([first, other])
     mean = (home["change_percent"] + other["texts"][forms.HOME]["change_percent"]) / 2
     assert rows[0]["home"]["mean"] == pytest.approx(mean)
-    assert forms.table(rows).count("±") == 7
+    assert as_text(forms.table(rows)).count("±") == 7

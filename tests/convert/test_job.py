@@ -16,6 +16,7 @@ import torch
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.weights import read_weight
 from nkat.host.console import format_bytes
+from nkat.measure.texts import default_text
 from nkat.theta import inplace
 from nkat.theta.modelfile import open_model_file
 from tests.gguf.test_file import build
@@ -248,6 +249,33 @@ def test_an_adapter_alone_is_reported(script, tmp_path: Path, base: Path) -> Non
     done = script(CONVERTER, *asked, "--theta-gamma", 1, "--dry-run", "--force")
     assert done.stdout.startswith("would write ")
     assert "no effect" in done.stderr
+
+
+def test_a_card_lies_beside_the_adapter(script, fails, tmp_path: Path, base: Path) -> None:
+    made, folder = tmp_path / "m.nkat", tmp_path / "adapter"
+    convert(script, "--input", base, "--output", made)
+    folder.mkdir()
+    asked = ("--input", made, "--export-lora", folder / "a.gguf", "--model-card")
+    convert(script, *asked)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n")
+    assert open_model_file(made).theta.base_sha256 in card
+    assert "--lora a.gguf" in card
+    assert card.count("Not measured") == 2  # nothing was
+    assert "README.md: exists already" in fails(CONVERTER, *asked[:-2], folder / "b.gguf", "--model-card")
+    assert not (folder / "b.gguf").exists()
+    assert "goes with --export-lora" in fails(CONVERTER, "--input", base, "--merge", folder / "c", "--model-card")
+
+
+def test_a_card_has_what_was_measured(script, tmp_path: Path, base: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(default_text().content[:3000], encoding="utf-8")
+    judged = ("--optimize-rank", "--text", text, "--chunks", 1, "--model-card")
+    record = convert(script, "--input", base, "--output", tmp_path / "m.nkat", *judged)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    kept = next(row for row in record["rank_search"]["rows"] if row["rank"] == record["rank_search"]["rank"])
+    assert f"{kept['change_percent']:+.3f} ± {kept['change_percent_stderr']:.3f}" in card
+    assert card.count("Not measured") == 1  # of other texts
 
 
 def test_theta_only_and_lora(script, fails, tmp_path: Path, base: Path) -> None:

@@ -120,12 +120,29 @@ def test_an_answer_is_kept_for_the_next_prompt(loaded: LoadedModel) -> None:
     assert gap(session.step(7), fresh(loaded, [*longer, *second.tokens[:-1], 7])) < CLOSE
 
 
-def theta(loaded: LoadedModel, seed: int) -> dict[str, Theta]:
+def theta(loaded: LoadedModel, seed: int, rank: int = 3) -> dict[str, Theta]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: quantise_factors(*torch.randn(2, max(layer.shape), 3, generator=generator))
+        name: quantise_factors(*torch.randn(2, max(layer.shape), rank, generator=generator))
         for name, layer in loaded.model.star_linears().items()
     }
+
+
+@pytest.mark.parametrize("repack", [True, False])
+def test_a_decoder_stays_as_long_as_it_has_room_for_what_is_on(tmp_path: Path, repack: bool) -> None:
+    """Making one takes longer than a short answer; a Θ of more columns than any before needs one all the same."""
+    loaded = load_model(write_tiny_model(tmp_path / "t.gguf", "llama"), repack=repack)
+    small, wide = theta(loaded, 0), theta(loaded, 1, rank=5)
+    loaded.model.reserve_thetas(dict.fromkeys(small, 3))
+    session, first = Session(loaded.model, CAPACITY), IDS[:20]
+    decoder = session.decoder
+    for thetas in (small, {}, theta(loaded, 2), wide, small):
+        loaded.model.set_thetas(thetas)
+        loaded.model.set_gamma(0.5)
+        assert session.reuse(first) == 0
+        assert gap(session.prefill(first), fresh(loaded, first)) < CLOSE
+        assert (session.decoder is decoder) == (thetas is not wide or not repack)  # the model's own pass has no room
+        decoder = session.decoder
 
 
 @pytest.mark.parametrize("repack", [True, False])

@@ -69,7 +69,8 @@ def test_text_may_begin_with_a_dash():
     for text in ("---", "-one", "---\nfoo", "-1", "--no-such-flag", "- a"):
         parsed = parser.parse_args(["--generate", text, "--seed", "3"])
         assert (parsed.generate, parsed.seed) == (text, 3)
-    assert parser.parse_args(["--generate=--model"]).generate == "--model"
+    for text in ("--model", "--", "a=--", "", "--=--"):
+        assert parser.parse_args([f"--generate={text}"]).generate == text
     for wrong in (["--generate", "--model", "x"], ["--model", "---"], ["--generate"], ["--generate", "--"]):
         with pytest.raises(SystemExit):
             parser.parse_args(wrong)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import hashlib
+import html
+import io
 import json
 import math
 import re
@@ -28,6 +32,7 @@ from nkat.measure.startup import measure_startup
 from nkat.measure.texts import default_text, load_text
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
+from tests.support.endless import without_an_end
 from tests.support.perplexity import measure
 from tests.support.tiny_models import write_tiny_model
 
@@ -293,7 +298,7 @@ def test_no_more_tokens_than_the_model_was_made_for(script, fails, tmp_path: Pat
     done = script(ENGINE, *generate, "the", "--json", "-")
     record_of_text = json.loads(done.stdout.splitlines()[-1])
     assert record_of_text["prompt_tokens"] + record_of_text["generated_tokens"] <= 64
-    assert "warning: the model was made for 64 tokens: the text has at most" in done.stderr
+    assert "the context of 64 tokens is full" in done.stderr or record_of_text["stopped"] == "end of generation"
     assert "the prompt: " in fails(ENGINE, *generate, "the " * 80)
 
 
@@ -318,10 +323,45 @@ def test_what_is_measured_is_recorded_before_it_is_printed(script, tiny: Path, t
     def fail(*_: object) -> str:
         raise NKATError("the table cannot be made")
 
-    monkeypatch.setattr("nkat.inference.job.print", fail, raising=False)
+    monkeypatch.setattr("nkat.inference.job.show", fail)
     done = script(ENGINE, "--model", tiny, "--perplexity", "--text", text, "--chunks", 1, "--json", record)
     assert (done.returncode, done.stdout) == (2, "")
     assert json.loads(record.read_text())["nkat_perplexity"] > 0
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(default_text().content[:3000], encoding="utf-8")
+    return path
+
+
+def test_tables_are_for_programs_where_they_are_wanted(script, fails, tiny: Path, short: Path, tmp_path: Path) -> None:
+    command = ("--model", tiny, "--perplexity", "--text", short, "--chunks", 1, "--no-cuda")
+    record = tmp_path / "r.json"
+    done = script(ENGINE, *command, "--json", record, "--output-format", "csv")
+    without, with_theta, divergence = csv.DictReader(io.StringIO(done.stdout))
+    assert [row["table"] for row in (without, with_theta, divergence)] == ["perplexity", "perplexity", "divergence"]
+    found = json.loads(record.read_text())
+    assert float(without["perplexity"]) == found["baseline_perplexity"]
+    assert float(with_theta["perplexity"]) == found["nkat_perplexity"]
+    assert float(with_theta["change_percent_stderr"]) == found["perplexity_change_stderr"]
+    assert without["text_sha256"] == with_theta["text_sha256"] == found["text_sha256"]
+    assert float(divergence["kl_p99"]) == found["divergence"]["kl"]["quantiles"]["99"]
+    assert "1 chunk" in done.stderr
+    lines = script(ENGINE, *command, "--output-format", "jsonl", "--quiet")
+    records = [json.loads(line) for line in lines.stdout.splitlines()]
+    assert [record["perplexity"] for record in records[:2]] == [found["baseline_perplexity"], found["nkat_perplexity"]]
+    assert records[2]["kl_mean"] == found["divergence"]["kl"]["mean"]
+    assert lines.stderr == ""
+    page = script(ENGINE, *command, "--output-format", "md").stdout
+    assert f"| {found['baseline_perplexity']:.4f} ± " in " ".join(page.split())
+    usual = script(ENGINE, *command, "--quiet")
+    assert f"{found['nkat_perplexity']:.4f} ± " in usual.stdout
+    assert usual.stderr == ""
+    assert "csv alone" in fails(ENGINE, *command, "--json", "-", "--output-format", "csv")
+    said = fails(ENGINE, "--model", tiny, "--generate", "x", "--output-format", "csv")
+    assert "--output-format has no meaning with --generate" in said
 
 
 def test_an_interrupted_comparison_leaves_no_folder(script, tiny: Path, tmp_path: Path, monkeypatch) -> None:
@@ -340,6 +380,12 @@ def test_compare_measures_both_arms(script, fails, tiny: Path, tmp_path: Path) -
     record = record_of(script, *command)
     assert json.loads((folder / "comparison.json").read_text()) == record
     assert (folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert base64.b64encode((folder / "comparison.png").read_bytes()).decode() in page
+    hashes = (record["model_sha256"], record["base_sha256"], record["text_sha256"])
+    assert all(sha256 in page for sha256 in hashes)
+    assert html.escape(record["command"]) in page
+    assert f"{record['baseline']['perplexity']:.4f} ± " in page
     guide = ("nkat_tokens_per_second", "baseline_tokens_per_second", "overhead_percentage")
     assert all(math.isfinite(record[key]) for key in guide)
     assert record["nkat_tokens_per_second"] == record["nkat"]["decode"]["tokens_per_second"]
@@ -384,7 +430,7 @@ def test_compare_makes_a_new_folder_when_none_is_given(script, tiny: Path, tmp_p
     assert script(ENGINE, "--model", tiny, "--compare", *QUICK, "--chunks", 0).returncode == 0
     (folder,) = (tmp_path / "output" / "compare").iterdir()
     assert re.fullmatch(r"tiny_\d{8}-\d{6}", folder.name)
-    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.png"}
+    assert {path.name for path in folder.iterdir()} == {"comparison.json", "comparison.png", "report.html"}
 
 
 @pytest.mark.usefixtures("one_process")
@@ -482,18 +528,6 @@ def test_chat_wraps_the_prompt_in_the_models_template(script, tiny: Path) -> Non
     assert with_system == tokens("--generate", "<|im_start|>rain<|im_end|><|im_start|>the<|im_end|><|im_start|>")
 
 
-def without_an_end(model: Path, path: Path) -> Path:
-    """The model with logits of 0 for the tokens that end a text, which some other logit always exceeds."""
-    output = open_model_file(model).base.file.tensors["output.weight"]
-    row = output.nbytes // output.shape[0]
-    data = bytearray(model.read_bytes())
-    for token in load_model(model).tokenizer.eog_ids:
-        start = output.offset + token * row
-        data[start : start + row] = bytes(row)
-    path.write_bytes(data)
-    return path
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_ends_generation_and_keeps_the_text(base: Path, tmp_path: Path) -> None:
     record, endless = tmp_path / "r.json", without_an_end(base, tmp_path / "endless.gguf")
@@ -554,5 +588,5 @@ def test_too_little_gpu_memory_is_one_line(fails, tiny: Path, monkeypatch) -> No
     def full(model, capacity):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("nkat.inference.job.make_decoder", full)
+    monkeypatch.setattr("nkat.engine.session.make_decoder", full)
     assert "--no-cuda runs it on the processor" in fails(ENGINE, "--model", tiny, "--generate", "a")

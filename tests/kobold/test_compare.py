@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nkat.host.tables import as_text
 from nkat.kobold.backends import CPU, VULKAN, Place
 from nkat.kobold.choose import Choice
 from nkat.kobold.command import Settings
@@ -32,7 +33,7 @@ def files(tmp_path: Path) -> RunFiles:
 def test_both_arms_of_every_split(tmp_path: Path, files: RunFiles) -> None:
     kobold = probe_kobold(install(tmp_path / "kobold", NEW, ("default", "vulkan")))
     measured = measure_choices(KOBOLDCPP, [ON_GPU, ON_CPU], files, kobold, Settings(512, 1, "127.0.0.1", 5001), (), 60)
-    lines = [line.split()[:-2] for line in speed_table(measured).splitlines()[2:]]
+    lines = [line.split()[:-2] for line in as_text(speed_table(measured)).splitlines()[2:]]
     assert lines == [
         [*name, *arm]
         for name in (["vulkan,", "4", "layers"], ["vulkan,", "2", "layers"], ["vulkan,", "0", "layers"], ["cpu"])

@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 
+from nkat.host.tables import as_text
 from nkat.lm.linear import StarLinear
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure import layer_speed
@@ -128,7 +129,7 @@ def test_shares_and_speeds_are_of_the_median(loaded: LoadedModel) -> None:
     assert record["without"]["bandwidth_share"] == pytest.approx(0.25)
     assert record["with_theta"]["gb_per_second"] == pytest.approx(3.0)
     assert record["overhead"]["percentage"] == pytest.approx(0.0)
-    line = gemm_table([record]).splitlines()[2]
+    line = as_text(gemm_table([record])).splitlines()[2]
     assert "2,000" in line
     assert "25%" in line
 

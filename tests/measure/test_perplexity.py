@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from tqdm import tqdm
 
 from nkat.errors import NKATError
+from nkat.host import console
 from nkat.lm.load import LoadedModel, load_model
-from nkat.measure import perplexity
 from nkat.measure.perplexity import Perplexity, paired, score_chunks, scored_tokens, text_chunks
 from nkat.theta.algebra import quantise_factors
 from tests.support.golden import read_golden
@@ -95,8 +94,7 @@ def test_batches_do_not_change_the_result(llama):
 
 
 def test_progress_goes_to_stderr_only_when_asked_for(llama, capsys, monkeypatch):
-    # without the wait of a second before a bar shows
-    monkeypatch.setattr(perplexity, "tqdm", lambda **options: tqdm(**{**options, "delay": 0}))
+    monkeypatch.setattr(console, "FIRST_LINE_SECONDS", 0.0)  # no wait before the first line
     cut = text_chunks(llama.tokenizer, TEXT, chunks=2, context=64)
     score_chunks(llama.model, cut)
     assert capsys.readouterr() == ("", "")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
 import os
 import signal
@@ -167,6 +170,18 @@ def test_quick_writes_the_guides_files(script, tmp_path: Path, stories: Path) ->
             assert row["seconds"] > 0
     assert json.loads((out / "optuna_study.json").read_text())["held_out"] == record["held_out"]
     assert (out / "optimization_results.png").read_bytes().startswith(b"\x89PNG")
+    page, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
+    assert base64.b64encode((out / "optimization_results.png").read_bytes()).decode() in page
+    assert html.escape(record["optimal"]["command"]) in page
+    assert record["model_sha256"] in page
+    assert record["optimal"]["sha256"] == hashlib.sha256(Path(record["optimal"]["file"]).read_bytes()).hexdigest()
+    held = record["optimal"]["held_out"]
+    gain = f"{held['change_percent']:+.3f} % ± {held['change_percent_stderr']:.3f}"
+    assert gain in card
+    assert "no text was learned" in card
+    assert card.count("Not measured") == 1  # without a text to learn from there is no guard
+    assert record["gamma_range"] == [0.9, 0.99]
+    assert ("was searched (0.90 to 0.99)" in stdout) == (record["optimal"]["setting"]["gamma"] in (0.9, 0.99))
     assert record["held_out_chunks"] == 4
     assert stdout.index("held-out:") < stdout.index("trials completed")
 
@@ -241,6 +256,12 @@ def test_a_small_space_is_used_up_and_the_search_says_so(script, tmp_path: Path,
     rows = json.loads((tmp_path / "optimization_history.json").read_text())["trials"]
     assert [row["state"] for row in rows].count("REPEATED") == 0
     assert len({tuple(row["parameters"].items()) for row in rows}) == len(rows) == 1 + 3 * 2  # layers and decay
+
+
+def test_an_end_of_the_range_is_known_where_there_is_one() -> None:
+    assert [Space().edge(gamma) for gamma in (0.90, 0.91, 0.99)] == ["lowest", None, "highest"]
+    assert Space(gamma=0.9).edge(0.9) is None  # the user's choice, and no end
+    assert Space.of_learned((8,), None).edge(0.995) == "highest"
 
 
 def test_the_list_of_settings_is_what_trials_draw_from() -> None:

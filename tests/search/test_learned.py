@@ -92,6 +92,11 @@ def test_a_search_learns_and_its_commands_make_the_same_files(
     assert len(prices) == 3
     assert all(f"({letter}) {price['text']}" in done.stdout for letter, price in zip("abc", prices, strict=True))
 
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"{text.name}, sha256 `{record['fit']['calibration_sha256']}`" in card
+    assert all(f"{row['change_percent']:+.3f} ± {row['change_percent_stderr']:.3f}" in card for row in prices)
+    assert "Not measured" not in card
+
     whole, fit = path.read_bytes(), (out / "fit_rank8.bin").read_bytes()
     (out / "fit_rank8.bin").unlink()
     path.write_bytes(b"")

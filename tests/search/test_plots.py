@@ -26,6 +26,15 @@ def test_repeats_stay_in_their_ranks_band() -> None:
     assert heights[40] == 1.0  # one alone is where its rank is
 
 
+def test_the_edge_of_what_was_searched_is_said_where_the_best_lies_on_it() -> None:
+    for best, said in ((0.9, True), (0.94, False)):
+        figure = new_figure("x", (5, 5))
+        axes = figure.subplots()
+        rows = [_trial(0, 2, 0.9), _trial(1, 2, 0.94)]
+        _rank_gamma(axes, figure, rows, next(r for r in rows if r["parameters"]["gamma"] == best), [0.9, 0.99])
+        assert ("edge" in axes.get_title()) == said
+
+
 def test_stopped_trials_are_below_all_others_and_the_legend_names_what_is_there() -> None:
     axes = new_figure("x", (5, 5)).subplots()
     rows = [_trial(0, 2, 0.9), {"number": 1, "state": "PRUNED"}]

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from nkat.engine.generate import Sampling
-from nkat.serve.arms import Arm, Arms
+from nkat.serve.arms import Arm, Arms, theta_names
 from nkat.serve.questions import COMPLETION_TOKENS, read_chat, read_completion
 from nkat.serve.refusal import Refusal
 
 HELLO = [{"role": "user", "content": "Hello"}]
-ARMS = Arms("tiny", 0.97, (0.9, 0.97, 1.0))
+ON = (("theta", 1.0),)
+ARMS = Arms("tiny", {"theta": 0.97}, {"theta": 1.0}, None, (0.9, 0.97, 1.0))
+TWO = Arms("tiny", {"style": 0.97, "facts": 0.9}, {"style": 1.0, "facts": 0.5})
+PLAIN = Arms("plain")
 
 
 def chat(**fields: Any):
@@ -43,6 +46,8 @@ def test_fields_are_taken_as_they_are_meant() -> None:
     assert asked.sampling == Sampling(0.0, 3, 0.5, 0.1)
     assert (asked.seed, asked.stop, asked.max_tokens, asked.logprobs) == (7, ("x",), 3, 2)
     assert (asked.model, asked.gamma, asked.theta) == ("tiny", 0.9, True)
+    assert chat(nkat_theta="style").theta == "style"
+    assert chat(nkat_theta={"style": 1, "facts": 0.5}).theta == {"style": 1.0, "facts": 0.5}
     assert (asked.stream, asked.include_usage) == (True, True)
     assert completion(prompt=["one"]).prompt == "one"
     assert completion(prompt=[5, 6]).prompt == completion(prompt=[[5, 6]]).prompt == [5, 6]
@@ -84,7 +89,10 @@ def test_fields_are_taken_as_they_are_meant() -> None:
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options"),
         ({"model": 5}, "model"),
         ({"nkat_gamma": "0.9"}, "nkat_gamma"),
-        ({"nkat_theta": "yes"}, "nkat_theta"),
+        ({"nkat_theta": 1}, "nkat_theta"),
+        ({"nkat_theta": ["style"]}, "nkat_theta"),
+        ({"nkat_theta": {"style": "much"}}, "nkat_theta"),
+        ({"nkat_theta": {"style": True}}, "nkat_theta"),
         ({"nkat_gama": 0.9}, "nkat_gama"),  # a slip of the pen is not another answer in silence
     ],
 )
@@ -151,24 +159,65 @@ def test_names_choose_the_strength() -> None:
     assert [arm.name for arm in ARMS.all()] == ["tiny", "tiny:base", "tiny:gamma=0.9"]
     for arm in ARMS.all():
         assert ARMS.named(arm.name) == arm
-    assert ARMS.named("tiny:gamma=0.95") == Arm("tiny:gamma=0.95", 0.95)  # whether or not it is listed
-    assert ARMS.named("tiny:gamma=1") == ARMS.named("tiny:base") == Arm("tiny:base", None)
+    assert ARMS.named("tiny:gamma=0.95") == Arm("tiny:gamma=0.95", ON, 0.95)  # whether or not it is listed
+    assert ARMS.named("tiny:gamma=1") == ARMS.named("tiny:base") == Arm("tiny:base", (), None)
+    assert ARMS.named("tiny:theta") == ARMS.default == Arm("tiny", ON, None)
+    assert [ARMS.strength(arm) for arm in ARMS.all()] == [0.97, None, 0.9]
 
 
 def test_fields_choose_it_too() -> None:
-    assert ARMS.choose(None, None, None) == ARMS.choose("tiny", None, True) == Arm("tiny", 0.97)
-    assert ARMS.choose("tiny", 0.9, None) == ARMS.choose(None, 0.9, True) == Arm("tiny:gamma=0.9", 0.9)
-    assert ARMS.choose("tiny", None, False) == ARMS.choose(None, 1.0, None) == Arm("tiny:base", None)
-    recorded = Arms("tiny", 0.9700000286102295)  # 0.97 as a float32
-    assert recorded.choose(None, 0.97, None) == Arm("tiny", recorded.gamma)
+    assert ARMS.choose(None, None, None) == ARMS.choose("tiny", None, True) == Arm("tiny", ON, None)
+    assert ARMS.choose("tiny", 0.9, None) == ARMS.choose(None, 0.9, True) == Arm("tiny:gamma=0.9", ON, 0.9)
+    assert ARMS.choose("tiny", None, False) == ARMS.choose(None, 1.0, None) == Arm("tiny:base", (), None)
+    recorded = Arms("tiny", {"theta": 0.9700000286102295}, {"theta": 1.0})  # 0.97 as a float32
+    assert recorded.choose(None, 0.97, None) == recorded.default
 
 
-@pytest.mark.parametrize("name", ["gpt-4", "tiny2", "tiny:", "tiny:other", "TINY", "\x1b[31m"])
+def test_several_are_chosen_by_name_and_weight() -> None:
+    assert [arm.name for arm in TWO.all()] == ["tiny", "tiny:base", "tiny:style", "tiny:facts"]
+    for asked, name, weights in (
+        (True, "tiny", {"style": 1.0, "facts": 0.5}),
+        ("facts", "tiny:facts", {"facts": 1.0}),
+        ({"facts": 2, "style": -0.5}, "tiny:style=-0.5,facts=2", {"style": -0.5, "facts": 2.0}),
+        ({"facts": 0.5, "style": 1}, "tiny", {"style": 1.0, "facts": 0.5}),
+        ({"facts": 0}, "tiny:base", {}),
+        ({}, "tiny:base", {}),
+    ):
+        arm = TWO.choose("tiny", None, asked)
+        assert (arm.name, dict(arm.weights), arm.gamma) == (name, weights, None)
+        assert TWO.named(arm.name) == arm  # so that whoever can only choose a model can choose it
+    both = TWO.choose(None, 0.8, {"style": 1, "facts": 1})
+    assert both == TWO.named("tiny:style,facts,gamma=0.8") == Arm("tiny:style,facts,gamma=0.8", both.weights, 0.8)
+    assert TWO.strength(TWO.default) == 0.9  # of the stronger one
+
+
+def test_a_strength_of_the_command_line_is_the_usual_one() -> None:
+    started = Arms("tiny", {"theta": 0.97}, {"theta": 1.0}, gamma=0.9)
+    assert started.default == started.choose(None, 0.9, None) == Arm("tiny", ON, 0.9)
+    assert started.choose(None, 0.97, None) == started.named("tiny:gamma=0.97") == Arm("tiny:gamma=0.97", ON, 0.97)
+    waiting = Arms("tiny", {"style": 0.9}, {"style": 0.0})  # there, and off until it is asked for
+    assert waiting.default == Arm("tiny", (), None)
+    assert (
+        waiting.choose(None, None, True)
+        == waiting.choose(None, 0.9, None)
+        == Arm("tiny:style", (("style", 1.0),), None)
+    )
+
+
+def test_names_of_files_become_names_that_can_be_told_apart() -> None:
+    names = theta_names(["a b", "a:b", "gamma", "base", "x=1,y", "", "文"])
+    assert names == ["a-b", "a-b-2", "gamma-2", "base-2", "x-1-y", "theta", "文"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt-4", "tiny2", "tiny:", "tiny:other", "TINY", "\x1b[31m", "tiny:base,theta", "tiny:base=1", "tiny:gamma"],
+)
 def test_another_model_is_not_there(name: str) -> None:
     with pytest.raises(Refusal) as refused:
         ARMS.choose(name, None, None)
     assert (refused.value.status, refused.value.code) == (404, "model_not_found")
-    assert "tiny:base" in refused.value.message
+    assert refused.value.message.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -179,19 +228,23 @@ def test_another_model_is_not_there(name: str) -> None:
         (ARMS, (None, float("nan"), None), "nkat_gamma"),
         (ARMS, ("tiny:gamma=0", None, None), "model"),
         (ARMS, ("tiny:gamma=x", None, None), "model"),
+        (ARMS, ("tiny:theta=nan", None, None), "model"),
         (ARMS, (None, 0.9, False), "nkat_gamma"),
         (ARMS, ("tiny:base", 0.9, None), "model"),
         (ARMS, ("tiny:base", None, True), "model"),
-        (Arms("plain", None), (None, 0.9, None), "nkat_gamma"),
-        (Arms("plain", None), (None, None, True), "nkat_theta"),
+        (ARMS, (None, None, "facts"), "nkat_theta"),
+        (TWO, (None, None, {"facts": float("inf")}), "nkat_theta"),
+        (TWO, (None, None, {"facts": 1e30}), "nkat_theta"),
+        (PLAIN, (None, 0.9, None), "nkat_gamma"),
+        (PLAIN, (None, None, True), "nkat_theta"),
+        (PLAIN, ("plain:gamma=0.9", None, None), "model"),
     ],
 )
-def test_a_strength_that_cannot_be(arms: Arms, asked: tuple[Any, Any, Any], param: str) -> None:
+def test_what_cannot_be_chosen(arms: Arms, asked: tuple[Any, Any, Any], param: str) -> None:
     with pytest.raises(Refusal) as refused:
         arms.choose(*asked)
     assert (refused.value.status, refused.value.param) == (400, param)
 
 
 def test_a_model_without_theta_has_one_name() -> None:
-    plain = Arms("plain", None)
-    assert plain.all() == [plain.choose(None, None, False)] == [Arm("plain", None)]
+    assert PLAIN.all() == [PLAIN.choose(None, None, False)] == [PLAIN.named("plain:base")] == [Arm("plain", (), None)]

@@ -14,12 +14,14 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import nkat
 from nkat.engine.decoder import make_decoder
 from nkat.engine.generate import Sampler, Sampling, generate
 from nkat.lm.chat import encode_chat, render_chat
-from nkat.lm.load import LoadedModel
+from nkat.lm.load import LoadedModel, load_model
 from nkat.serve import api
 from nkat.serve.answers import encoded
+from nkat.theta.combine import Weighted, combined
 from tests.support.serving import CONTEXT, Paced, Running, load_served, running, wait_until, write_model
 
 pytest.importorskip("uvicorn", reason="the server needs starlette and uvicorn: pip install nkat[serve]")
@@ -27,6 +29,7 @@ openai = pytest.importorskip("openai", reason="its client is tried: pip install 
 
 PROMPT = "the rain in a tin"
 HELLO = [{"role": "user", "content": "the hen and the inn"}]
+LAYERS = {"style": "blk.*.attn_*.weight", "facts": "blk.*.ffn_*.weight"}
 ARMS = ["tiny", "tiny:base", "tiny:gamma=0.7", "tiny"]
 
 
@@ -52,8 +55,9 @@ def client_of(server: Running, key: str = "none") -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory):
-    """The engine's own greedy text, by a model of its own."""
-    loaded = load_served(write_model(tmp_path_factory.mktemp("oracle")))
+    """The engine's own greedy text, by a model of its own that is loaded with its Θ."""
+    path = write_model(tmp_path_factory.mktemp("oracle"))
+    loaded = load_model(path, int8_activations=True, repack=True)
 
     def text(prompt: str | list[dict[str, str]], gamma: float | None, count: int = 24) -> str:
         tokenizer = loaded.tokenizer
@@ -134,6 +138,37 @@ def test_a_chat_is_the_engines(client: openai.OpenAI, oracle) -> None:
         usage = answer.usage
         assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
         assert answer.choices[0].finish_reason == ("length" if usage.completion_tokens == 24 else "stop")
+
+
+def test_several_theta_are_switched_while_it_runs(loaded: LoadedModel) -> None:
+    """Each answer is that of a model loaded with just what the request names, whatever was on before."""
+    model = nkat.open_model(loaded.file.path)
+    thetas = {name: nkat.make_theta(model, 4, 0.5, layers=[layers]) for name, layers in LAYERS.items()}
+    prompt = loaded.tokenizer.encode(PROMPT, add_special=True)
+
+    def engine(weights: dict[str, float]) -> str:
+        theta = combined([Weighted(thetas[name], weight) for name, weight in weights.items()])
+        layers, gamma = ({}, 1.0) if theta is None else (theta.layers, theta.gamma)
+        one = load_model(loaded.file.path, thetas=layers, gamma=gamma, int8_activations=True, repack=True)
+        greedy = Sampler(Sampling(temperature=0.0), 0)
+        decoder = make_decoder(one.model, CONTEXT)
+        return generate(decoder, one.tokenizer, prompt, greedy, max_tokens=24, on_text=lambda _: None).text
+
+    fresh = load_served(loaded.file.path)  # a mix reserves its own room
+    with running(fresh, thetas=thetas) as server:
+        client, texts = client_of(server), []
+        for theta in ({"style": 1, "facts": 1}, "style", "facts", False, {"facts": -2.5}, {"style": 1, "facts": 1}):
+            answer: Any = client.completions.create(
+                model="tiny", prompt=PROMPT, max_tokens=24, temperature=0, extra_body={"nkat_theta": theta}
+            )
+            weights = {} if theta is False else {theta: 1.0} if isinstance(theta, str) else theta
+            assert answer.nkat["theta"] == weights
+            assert answer.choices[0].text == engine(weights)
+            by_name: Any = client.completions.create(model=answer.model, prompt=PROMPT, max_tokens=24, temperature=0)
+            assert by_name.choices[0].text == answer.choices[0].text
+            texts.append(answer.choices[0].text)
+        assert texts[0] == texts[-1]
+        assert len(set(texts)) == 5
 
 
 def test_a_stream_begins_with_the_role_and_ends_with_the_usage(client: openai.OpenAI, oracle) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-_FOLDER = Path(__file__).resolve().parent.parent / "golden"
+GOLDEN_FOLDER = Path(__file__).resolve().parent.parent / "golden"
 
 
 def read_golden(name: str) -> Any:
     """The content of tests/golden/{name}.json."""
-    return json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((GOLDEN_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def kept(variant: Mapping[str, Any], logits: torch.Tensor) -> torch.Tensor:

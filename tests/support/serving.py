@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from nkat.serve.model import Ask, End, Piece, Served
 from nkat.serve.server import address, bind, make_server
 from nkat.serve.web import Settings, make_app
 from nkat.serve.worker import Worker
+from nkat.theta.set import ThetaSet
 from tests.support.tiny_models import write_tiny_model
 
 CONTEXT = 256
@@ -35,8 +36,8 @@ def write_model(folder: Path, **options: Any) -> Path:
 
 
 def load_served(path: Path) -> LoadedModel:
-    """As the server loads it on a processor."""
-    return load_model(path, int8_activations=True, repack=True)
+    """As the server loads it on a processor, without Θ."""
+    return load_model(path, thetas={}, gamma=1.0, int8_activations=True, repack=True)
 
 
 @dataclass
@@ -50,11 +51,20 @@ class Running:
 
 @contextmanager
 def running(
-    loaded: LoadedModel, served: Any = None, *, places: int = 40, listed: tuple[float, ...] = (), **settings: Any
+    loaded: LoadedModel,
+    served: Any = None,
+    *,
+    thetas: Mapping[str, ThetaSet] | None = None,
+    places: int = 40,
+    listed: tuple[float, ...] = (),
+    **settings: Any,
 ) -> Iterator[Running]:
-    """served: in place of the model itself"""
-    worker = Worker(Served(loaded, CONTEXT) if served is None else served, places)
-    api = Api(worker, loaded, Arms("tiny", loaded.gamma, listed), CONTEXT)
+    """served: in place of the model itself; thetas: None: the one in its file"""
+    if thetas is None:
+        thetas = {} if loaded.file.theta is None else {"theta": loaded.file.theta}
+    worker = Worker(Served(loaded, thetas, CONTEXT) if served is None else served, places)
+    arms = Arms("tiny", {name: one.gamma for name, one in thetas.items()}, dict.fromkeys(thetas, 1.0), None, listed)
+    api = Api(worker, loaded, arms, CONTEXT)
     bound = bind("127.0.0.1", 0)
     found = Running(address(bound), worker)
     usual: dict[str, Any] = {"keys": (), "hosts": ("127.0.0.1",), "origins": (), "created": 1, "say": found.log.append}

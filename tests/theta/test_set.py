@@ -11,6 +11,7 @@ import torch
 from nkat.gguf.file import GGUFError, GGUFFile
 from nkat.theta.set import (
     CALIBRATION_KEY,
+    GUARD_PREFIX,
     HELDOUT_PREFIX,
     KEEP_KEY,
     ThetaSet,
@@ -42,7 +43,8 @@ def test_truncated_rank_keeps_the_first_columns(base: Path) -> None:
 
 
 def test_a_cut_forgets_what_all_columns_measured(theta: ThetaSet) -> None:
-    noted = replace(theta, notes={**theta.notes, f"{HELDOUT_PREFIX}change_percent": -1.0})
+    measured = {f"{prefix}change_percent": -1.0 for prefix in (HELDOUT_PREFIX, GUARD_PREFIX)}
+    noted = replace(theta, notes={**theta.notes, **measured})
     assert truncate_rank(noted, 2).notes == theta.notes
     assert noted.notes != theta.notes  # control
 

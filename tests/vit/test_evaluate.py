@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from nkat.errors import NKATError
+from nkat.host.tables import as_text
 from nkat_vit import checkpoint, data
-from nkat_vit.evaluate import RunResult, Spread, remarks, summarise, table, verdicts
+from nkat_vit.evaluate import RunResult, Spread, remarks, stage2_rows, stage2_table, summarise, verdicts
 from nkat_vit.metrics import lambda_theory
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import make_recipe
@@ -26,12 +27,17 @@ def result(dataset: str, seed: int, accuracy: float, lam: float = 20.0) -> RunRe
     return RunResult(dataset, seed, accuracy, 100, lam, "")
 
 
+def shown(summary: dict, robustness: Spread | None) -> str:
+    rows = stage2_rows(summary, robustness)
+    return as_text(stage2_table(rows, summary["lambda"])) + "\n\n" + "\n".join(remarks(summary))
+
+
 def test_the_plans_table_comes_out_of_the_plans_accuracies() -> None:
     runs = [result("mnist", 0, 0.91), result("fashion", 0, 0.87), result("emnist", 0, 0.75), result("cifar10", 0, 0.60)]
     summary = summarise(runs)
     assert summary["Global TPE"].mean == pytest.approx((0.91 + 0.87 + 0.75 + 0.60) / 4 / math.log10(21))
     assert summary["Consistency"].mean > 0.8
-    text = table(summary, Spread.of([0.8]))
+    text = shown(summary, Spread.of([0.8]))
     lines = {line.split("  ")[0].strip(): line for line in text.splitlines()}
     assert lines["Global TPE"].endswith("no")
     assert lines["Robustness"].endswith("yes")
@@ -49,7 +55,7 @@ def test_no_target_is_met_by_size_alone() -> None:
     met = verdicts(chance, sure)
     assert met["cifar10"] == {"accuracy": "no", "tpe": "not with this accuracy"}
     assert set(met["all"].values()) == {"not with this accuracy"}
-    text = table(chance, sure)
+    text = shown(chance, sure)
     assert not [line for line in text.splitlines() if line.endswith(" yes")]
     assert re.search(r"cifar10: TPE 2\.5\d+ is bought by size alone: the accuracy, 0\.1050, is below 0\.60", text)
     # One set below its accuracy takes its own TPE along, and the figures over all sets.
@@ -87,7 +93,7 @@ def test_spread_over_common_seeds_only() -> None:
     assert summary["Global TPE"].mean == pytest.approx(0.7 / math.log10(41))
     assert summary["sets"]["mnist"]["accuracy"].n == 3
     assert summary["sets"]["mnist"]["accuracy"].sd == pytest.approx(torch.tensor([0.9, 0.8, 0.1]).std().item())
-    assert "without fashion, emnist" in table(summary, None)
+    assert "without fashion, emnist" in shown(summary, None)
     apart = summarise([result("mnist", 0, 0.9), result("cifar10", 1, 0.5)])
     assert apart["Global TPE"] == Spread(pytest.approx(0.7 / math.log10(21)), None, 1)
     with pytest.raises(NKATError, match="same seed"):

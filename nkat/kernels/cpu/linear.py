@@ -22,7 +22,7 @@ from nkat.kernels.cpu.matmul import (
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.kernels.cpu.repack import repack, repack_float
-from nkat.theta.algebra import Theta
+from nkat.theta.algebra import Term
 
 
 def token_state(count: int) -> np.ndarray:
@@ -69,36 +69,36 @@ class CpuStar:
         self.up = np.zeros(padded_rows(shape[0]) * 2 * room, np.int8)
         self.down = np.zeros(-(-2 * room // self.rows) * self.rows * shape[1], np.int8)
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._theta: Theta | None = None
+        self._theta: Term | None = None
 
-    def put(self, theta: Theta | None) -> None:
+    def put(self, theta: Term | None) -> None:
         """Puts another Θ in place, of at most `room` columns; of one with the same factors only the scales."""
         if theta is self._theta:
             return
         if theta is None:
             self.terms = 0
         else:
-            if self._factors is None or self._factors[0] is not theta.p or self._factors[1] is not theta.q:
+            if self._factors is None or any(a is not b for a, b in zip(self._factors, theta.stored, strict=True)):
                 self._lay_out(theta)
-            self.terms = 2 * theta.rank
-            # up·down of nkat.theta.algebra.low_rank_form, with all scales in one factor a term
-            self.product[: self.terms] = np.concatenate([theta.scale[0] * theta.scale[1]] * 2)
+            scales = theta.int8_scales()
+            self.terms = len(scales)
+            self.product[: self.terms] = scales.numpy()
         self._theta = theta
 
-    def _lay_out(self, theta: Theta) -> None:
-        (m, n), terms = self.shape, 2 * theta.rank
-        p, q = theta.p.numpy(), theta.q.numpy()
+    def _lay_out(self, theta: Term) -> None:
+        (m, n), (some_down, some_up) = self.shape, (factor.numpy() for factor in theta.int8_form(*self.shape))
+        terms = len(some_down)
         up = np.zeros((padded_rows(m), terms), np.int8)
-        up[: min(m, len(p))] = np.concatenate([p, -q], axis=1)[:m]
+        up[:m] = some_up
         self.up[: up.size] = up.reshape(-1, ROWS, terms).transpose(0, 2, 1).reshape(-1)
         down = np.zeros((-(-terms // self.rows) * self.rows, n), np.int8)
-        down[:terms, : min(n, len(p))] = np.concatenate([q, p], axis=1)[:n].T
+        down[:terms] = some_down
         if self.float_inputs:
             self.down[: down.size] = down.reshape(-1, self.rows, n).transpose(0, 2, 1).reshape(-1)
         else:
             tiles = down.reshape(-1, self.rows, n // 8, 8).transpose(0, 2, 1, 3).reshape(-1)
             self.down[: down.size] = tiles ^ np.int8(-128)  # plus 128, as unsigned bytes
-        self._factors = theta.p, theta.q
+        self._factors = theta.stored
 
     def set_kappa(self, kappa: float) -> None:
         self.strength[:] = self.product * np.float32(kappa)
@@ -170,9 +170,9 @@ class CpuLinear:
         """Bytes of the repacked weight and Θ."""
         return self.tiles.nbytes + (0 if self.star is None else self.star.nbytes)
 
-    def set_theta(self, theta: Theta | None, room: int = 0) -> None:
+    def set_theta(self, theta: Term | None, room: int = 0) -> None:
         """Puts another Θ in place. room: columns that there is to be room for, whatever this one has."""
-        room = max(room, 0 if theta is None else theta.rank)
+        room = max(room, 0 if theta is None else theta.columns)
         if self.star is None or self.star.room < room or (theta is None and room == 0):
             self.star = CpuStar(self.shape, self.rounding == EXACT, room) if room else None
         if self.star is not None:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from nkat.host import console
-from nkat.host.console import format_table
+from nkat.host.tables import Column, Table, show
+from nkat.measure.columns import CHANGE_PERCENT
 from nkat.measure.guard import Guard, Price, Verdict
 from nkat.measure.judge import Judge, Score, evenly
 from nkat.measure.perplexity import PairedChange, change_text
@@ -234,22 +235,30 @@ def _price(row: Judged) -> float:
     return -math.inf if row.verdict is None else row.verdict.worst.bound
 
 
-def print_choice(record: Mapping[str, Any]) -> None:
+def print_choice(record: Mapping[str, Any], caption: str = "") -> None:
     """A choice's record as a table."""
     rows = [*record["looks"], *record["judged"]]
     kept = None if record["kept"] is None else len(record["looks"]) + record["kept"]
-    cells = []
+    flat = []
     for number, row in enumerate(rows):
         guard = row["guard"]
-        worst = None if guard is None else max(guard["prices"], key=lambda price: price["bound_percent"])
-        price = ["", "", ""]
-        if guard is not None and worst is not None:
-            change = change_text(worst["change_percent"], worst["change_percent_stderr"], "")
-            price = [worst["text"], change, f"{worst['bound_percent']:+.2f}"]
-        verdict = "kept" if number == kept else "" if guard is None else "yes" if guard["admitted"] else "no"
-        settings = [f"{row['step']}", str(row["rank"]), f"{row['gamma']:g}", str(row["chunks"])]
-        home = change_text(row["change_percent"], row["change_percent_stderr"], "")
-        cells.append([*settings, home, f"{row['tpe_gain_percent']:+.2f}", *price, verdict])
-    header = ["step", "rank", "gamma", "chunks", "change at home, %", "TPE, %"]
-    header += ["dearest guard text", "change there, %", "at most, %", "admitted"]
-    print(format_table(cells, header))
+        dearest = {} if guard is None else max(guard["prices"], key=lambda price: price["bound_percent"])
+        verdict = "kept" if number == kept else None if guard is None else "yes" if guard["admitted"] else "no"
+        flat.append({**row, **{f"guard_{key}": value for key, value in dearest.items()}, "admitted": verdict})
+    columns = [
+        Column("step", "step"),
+        Column("rank", "rank"),
+        Column("gamma", "gamma", "g"),
+        Column("chunks", "chunks"),
+        replace(CHANGE_PERCENT, title="change at home, %"),
+        Column("TPE, %", "tpe_gain_percent", "+.2f"),
+        Column("dearest guard text", "guard_text"),
+        Column(
+            "change there, %",
+            ("guard_change_percent", "guard_change_percent_stderr"),
+            lambda percent, error: change_text(percent, error, ""),
+        ),
+        Column("at most, %", "guard_bound_percent", "+.2f"),
+        Column("admitted", "admitted"),
+    ]
+    show(Table("choice", columns, flat, caption))

@@ -49,7 +49,6 @@ class FitSettings:
     keep_weight: of the divergence from the unmodified model on the second text; keep_batch: sequences of it in a step
     scaled: `run_fit` scales the learning rate to the model's weights, see `nkat.sources.fit.rate`
     start_steps: with several starts, after how many steps the validation slice chooses the one that goes on
-    fast: keep activations instead of computing them again for the backward pass
     patience: validations without a better one before the fit ends; 0: never
     """
 
@@ -70,7 +69,6 @@ class FitSettings:
     keep_weight: float = 4.0
     keep_batch: int = 2
     start_steps: int = 20
-    fast: bool = False
     validate_every: int = 20
     patience: int = 0
 
@@ -158,6 +156,7 @@ def fit(
     state: FitState | None = None,
     world: World | None = None,
     kind: MakeLayer = FittedLinear,
+    keep_activations: bool = False,
 ) -> FitState:
     """Learns factors for the named weights from one of `starts`, or goes on from `state`, which then needs none.
 
@@ -165,6 +164,7 @@ def fit(
     validator: the same model once more, which gets the INT8 Θ where it is to be validated: on the CPU its kernels are
     several times faster than the model that is fitted, and exact; None: the model that is fitted validates itself
     kind: what is learned; benchmarks compare Θ with other low-rank terms
+    keep_activations: for the backward pass, instead of computing them again (`nkat.sources.fit.room`)
     Returns the state after the last step; its best_* are the result. Raises NKATError when the loss is not finite.
     """
     teacher = None if reference is None else HeadedModel.of(reference)
@@ -178,6 +178,7 @@ def fit(
         world or World(0, 1, model.device),
         kind,
         validator,
+        keep_activations,
     )
     if state is None:
         states = [FitState(name, 0, [f for pair in pairs for f in pair]) for name, pairs in starts.items()]
@@ -244,6 +245,7 @@ class _Run:
     world: World
     kind: MakeLayer
     validator: Transformer | None
+    keep_activations: bool
 
     def choose(self, states: Sequence[FitState]) -> FitState:
         """The state with the lowest validation loss after the first steps, which each of them takes."""
@@ -328,7 +330,7 @@ class _Run:
     ) -> torch.Tensor:
         count = batch.counted.sum(dtype=torch.float64)
         self.world.sum_([count])  # of all processes: the mean is over every token that counts
-        hidden = self.student.model.hidden(batch.tokens, recompute=not self.settings.fast)[:, :-1][batch.counted]
+        hidden = self.student.model.hidden(batch.tokens, recompute=not self.keep_activations)[:, :-1][batch.counted]
         loss = factor * vocabulary_loss(hidden, self.student.output, targets, teacher) / count
         loss.backward()
         return loss.detach()

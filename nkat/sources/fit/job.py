@@ -18,6 +18,7 @@ from nkat.host import console, hardware, interrupts
 from nkat.host.console import counted, note
 from nkat.host.distributed import World, join_world
 from nkat.host.memory import memory
+from nkat.lm.adapters import Adapter
 from nkat.lm.load import DTYPES, LoadedModel, load_model
 from nkat.measure.chats import conversations, is_chats
 from nkat.measure.guard import Guard, GuardText, guard_texts
@@ -25,16 +26,26 @@ from nkat.measure.judge import Judge, Passages, Score, evenly
 from nkat.measure.perplexity import PairedChange, text_bos
 from nkat.measure.texts import Text
 from nkat.sources.fit.choice import Choice, Judged, Panel, Space, choose
-from nkat.sources.fit.data import Parts, calibration_parts, chat_text, fit_text
+from nkat.sources.fit.data import Parts, batch_at, calibration_parts, chat_text, fit_text
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, theta_start, to_thetas, zero_start
-from nkat.sources.fit.layers import Factors
+from nkat.sources.fit.layers import Factors, fitted_layers
 from nkat.sources.fit.rate import rate_scale
+from nkat.sources.fit.room import Kept, keep
 from nkat.sources.fit.state import FitState, check_place, load_state, run_identity, save_state
+from nkat.sources.lora import lora_starts, missed_record
 from nkat.sources.make import check_reference_is_better, check_source, describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.theta.algebra import Theta, coupling
 from nkat.theta.modelfile import base_hash
-from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, UNFINISHED_KEY, ThetaSet, truncate_rank
+from nkat.theta.set import (
+    CALIBRATION_KEY,
+    GUARD_PREFIX,
+    HELDOUT_PREFIX,
+    KEEP_KEY,
+    UNFINISHED_KEY,
+    ThetaSet,
+    truncate_rank,
+)
 
 _SAVE_SECONDS = 60.0
 _LEARNING_CHUNKS = 6  # of the validation slice, looked at while learning: a twentieth of a fit's time
@@ -46,8 +57,10 @@ class FitRequest:
 
     model: as the engine runs it, exact;  names: the weights that get a Θ
     reference: the same model at a higher precision;  keep: where to change nothing
+    start_from: a LoRA whose nearest Θ is where the fit begins, in place of `start`
     start: "auto" or one of the starts;  precision: "auto", "float32" or "bfloat16"
     state: the file of a fit that is not yet written, None to keep none; `resume` goes on with it; see check_state
+    fast: keep activations and unpacked weights in memory; None: what fits (`nkat.sources.fit.room`)
     space: from what rank, γ and step are chosen; None: the step is the best on validation, the rest as learned
     guard: texts beside the default ones on which the choice may cost little; None: no guard
     """
@@ -62,11 +75,13 @@ class FitRequest:
     ignore: Sequence[str]
     start: str
     precision: str
+    fast: bool | None
     state: Path | None
     resume: bool
     allow_cuda: bool
     space: Space | None = None
     guard: Sequence[Text] | None = None
+    start_from: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +122,10 @@ def run_fit(request: FitRequest) -> FitResult:
         guard = _guard(request, parts.own)  # what cannot guard is known before time is spent
         identity, hashes = _identity(request, text, keep, dtype)
         state = _interrupted_state(request, loaded, identity)
-        starts = _starts(request, loaded, scale) if state is None else {}
+        starts, began = _starts(request, loaded, scale) if state is None else ({}, {})
         exact = _without_theta(request, world.device) if world.device.type == "cpu" else None
-        state, finished = _run(request, loaded, reference, exact, data, starts, state, identity, world)
+        kept = _keep(request, loaded, data, starts, state, world)
+        state, finished = _run(request, loaded, reference, exact, data, starts, state, identity, world, kept)
     outcome = _best_at_home(request, state)
     if world.first:
         exact = exact or _without_theta(request, world.device)
@@ -125,6 +141,7 @@ def run_fit(request: FitRequest) -> FitResult:
         "finished": finished,
         "precision": str(dtype).removeprefix("torch."),
         "processes": world.size,
+        "kept_in_memory": asdict(kept),
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / max(1, state.step),
         "peak_memory_bytes": memory().peak,
@@ -132,6 +149,7 @@ def run_fit(request: FitRequest) -> FitResult:
         "history": state.history,
         "choice": outcome.choice,
         **hashes,
+        **began,
     }
     notes: dict[str, MetadataValue] = {
         CALIBRATION_KEY: text.sha256,
@@ -144,8 +162,9 @@ def run_fit(request: FitRequest) -> FitResult:
     }
     if keep is not None:
         notes[KEEP_KEY] = keep.sha256
-    if "reference_sha256" in hashes:
-        notes["nkat.reference.sha256"] = hashes["reference_sha256"]
+    for what in ("reference", "start_from"):
+        if f"{what}_sha256" in hashes:
+            notes[f"nkat.{what}.sha256"] = hashes[f"{what}_sha256"]
     if outcome.score is not None:
         change, divergence = outcome.score.change, outcome.score.divergence
         assert divergence is not None
@@ -207,7 +226,7 @@ def _choose(
     notes: dict[str, MetadataValue] = {}
     if kept.verdict is not None:
         worst = kept.verdict.worst
-        notes = {"nkat.guard.text": worst.name, **worst.change.record("nkat.guard.")}
+        notes = {f"{GUARD_PREFIX}text": worst.name, **worst.change.record(GUARD_PREFIX)}
     return _Outcome(kept.candidate.step, theta.layers, kept.candidate.gamma, score, choice.record(), notes)
 
 
@@ -281,11 +300,11 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def _working_copy(request: FitRequest, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     """The model that is fitted, without Θ: the exact one itself where it computes as the fit does."""
-    exact, fast = request.model, request.settings.fast
-    if device.type == "cpu" and dtype == exact.model.output.dtype and not fast:
+    exact = request.model
+    if device.type == "cpu" and dtype == exact.model.output.dtype and request.fast is False:
         exact.model.set_gamma(None)
         return exact
-    return load_model(exact, thetas={}, gamma=1.0, device=device, dtype=dtype, keep_dense=fast)
+    return load_model(exact, thetas={}, gamma=1.0, device=device, dtype=dtype)
 
 
 def load_reference(exact: LoadedModel, loaded: LoadedModel) -> LoadedModel:
@@ -334,6 +353,8 @@ def _identity(
     if request.reference is not None:
         with console.bar(request.reference.file.base_size, "hashing the reference", "B") as bar:
             hashes["reference_sha256"] = base_hash(request.reference.file, bar.update)
+    if request.start_from is not None:
+        hashes["start_from_sha256"] = request.start_from.sha256
     settings = {**asdict(request.settings), "names": list(request.names), "ignore": list(request.ignore)}
     settings |= {"start": request.start, "precision": str(dtype)}
     return run_identity({**hashes, **settings, "base_sha256": request.base_sha256}), hashes
@@ -352,10 +373,19 @@ def _interrupted_state(request: FitRequest, loaded: LoadedModel, identity: str) 
     return state
 
 
-def _starts(request: FitRequest, loaded: LoadedModel, scale: float) -> dict[str, list[Factors]]:
+def _starts(request: FitRequest, loaded: LoadedModel, scale: float) -> tuple[dict[str, list[Factors]], dict[str, Any]]:
+    """Where to begin, by name; and what of it is for the record."""
     settings = request.settings
     layers = loaded.model.star_linears()
     shapes = [layers[name].shape for name in request.names]
+    if request.start_from is not None:
+        zero = zero_start(shapes, settings.rank, settings.seed, scale)
+        with console.bar(len(request.names), "start from the LoRA", "layer") as bar:
+            terms = request.start_from.terms
+            found, missed = lora_starts(terms, request.names, zero, settings.rank, settings.seed, bar.update)
+        errors = missed_record(missed)
+        note(f"the Θ nearest to {request.start_from.path} misses {100 * errors['all']:.2f} % of it (Frobenius norm)")
+        return {"lora": found}, {"start_from": {**request.start_from.record(), "errors": errors}}
     wanted = [request.start]
     if request.start == "auto":
         wanted = ["zero"] + ["residual"] * (request.reference is not None)
@@ -369,7 +399,28 @@ def _starts(request: FitRequest, loaded: LoadedModel, scale: float) -> dict[str,
         with console.bar(len(request.names), f"start {source}", "layer") as bar:
             thetas = make_thetas(loaded.gguf, request.names, options, bar.update)
         starts[source] = theta_start([thetas[name] for name in request.names], shapes, settings.gamma)
-    return starts
+    return starts, {}
+
+
+def _keep(
+    request: FitRequest,
+    loaded: LoadedModel,
+    data: FitData,
+    starts: Mapping[str, Sequence[Factors]],
+    state: FitState | None,
+    world: World,
+) -> Kept:
+    """What there is room to keep in memory, found with the layers as they will be fitted."""
+    settings = request.settings
+    tokens = batch_at(data.text, 0, 1, settings.context, settings.seed).tokens.to(world.device)
+    sequences = settings.batch if data.keep is None else max(settings.batch, settings.keep_batch)
+    if state is None:
+        factors = dict(zip(request.names, next(iter(starts.values())), strict=True))
+    else:
+        factors = by_name(request.names, state.factors)
+    frozen = [*loaded.model.multipliers().values()]
+    with fitted_layers(loaded.model, factors):
+        return keep(loaded.model, frozen, tokens, sequences, request.fast, processes=world.size)
 
 
 def _run(
@@ -382,14 +433,14 @@ def _run(
     state: FitState | None,
     identity: str,
     world: World,
+    kept: Kept,
 ) -> tuple[FitState, bool]:
     """The fit with its bar, its saved states and Ctrl-C; returns the last state and whether it came to its end."""
     settings = request.settings
     unmodified = float(data.validation.score((validator or loaded).model, "without Θ").mean())
     trials = max(0, len(starts) - 1) * min(settings.start_steps, settings.steps)
     saved = time.monotonic()
-    bar = console.bar(trials + settings.steps, "fitting", "step")
-    bar.disable = bar.disable or not world.first
+    bar = console.bar(trials + settings.steps, "fitting", "step", enabled=world.first)
     with bar, interrupts.interrupts("the running step, and the trials of the starts") as interrupted:
         bar.update(0 if state is None else state.step)
 
@@ -414,6 +465,7 @@ def _run(
             validator=None if validator is None else validator.model,
             state=state,
             world=world,
+            keep_activations=kept.activations,
         )
         stopped = bool(interrupted) and state.step < settings.steps
         if world.first and request.state:  # what is chosen from it takes time, too

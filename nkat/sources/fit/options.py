@@ -65,8 +65,9 @@ def add_fit_arguments(parser: argparse.ArgumentParser, resume: bool = True) -> N
     )
     group.add_argument(
         "--fit-fast",
-        action="store_true",
-        help="keep activations and unpacked weights in memory, instead of making them again for the backward pass",
+        action=argparse.BooleanOptionalAction,
+        help="keep activations and unpacked weights in memory, instead of making them again for the backward pass "
+        "(default: what half of the free memory holds); the result is the same",
     )
     group.add_argument(
         "--no-nested", action="store_true", help="learn this rank only, not the lower ones in its first columns"
@@ -102,6 +103,7 @@ class FitOptions:
     given: the flags of the group that were given, as the user writes them
     settings: fields of FitSettings that were given, each of its field's type;  reference_share: None where it was not
     start: one of STARTS;  precision: "auto", "float32" or "bfloat16";  nested: learn lower ranks in the first columns
+    fast: keep activations and unpacked weights; None: what fits
     ignore: parts of the text that are not to be learned
     beyond_context: sequences may be longer than what the model was made for
     guard: a user's texts beside the default ones; None: no guard
@@ -112,7 +114,7 @@ class FitOptions:
     reference_share: float | None
     start: str
     precision: str
-    fast: bool
+    fast: bool | None
     nested: bool
     resume: bool
     allow_cuda: bool
@@ -135,7 +137,6 @@ class FitOptions:
             gamma=gamma,
             seed=seed,
             nested=self.nested and rank > 1,
-            fast=self.fast,
             reference_share=share,
             scaled="learning_rate" not in self.settings,
             **{"context": min(_DEFAULTS["context"], config.context_length), **self.settings},
@@ -158,15 +159,13 @@ def fit_options(parsed: argparse.Namespace) -> FitOptions:
     """The group's flags out of a parsed command line."""
     settings = {name: getattr(parsed, f"fit_{name}") for name in _FLAGS}
     names = [
-        *(f"fit_{name}" for name in (*_FLAGS, "reference_share", "start", "precision")),
+        *(f"fit_{name}" for name in (*_FLAGS, "reference_share", "start", "precision", "fast")),
         "calibrate_ignore",
         "guard",
     ]
     given = [name for name in names if getattr(parsed, name) is not None]
     given += [
-        name
-        for name in ("fit_fast", "no_nested", "no_guard", "resume", "no_cuda", "beyond_context")
-        if getattr(parsed, name)
+        name for name in ("no_nested", "no_guard", "resume", "no_cuda", "beyond_context") if getattr(parsed, name)
     ]
     return FitOptions(
         given=tuple("--" + name.replace("_", "-") for name in given),
@@ -193,7 +192,8 @@ def fit_flags(options: FitOptions) -> list[object]:
         words += ["--fit-reference-share", options.reference_share]
     words += ["--fit-start", options.start, "--fit-precision", options.precision]
     given = {
-        "--fit-fast": options.fast,
+        "--fit-fast": options.fast is True,
+        "--no-fit-fast": options.fast is False,
         "--no-nested": not options.nested,
         "--no-cuda": not options.allow_cuda,
         "--beyond-context": options.beyond_context,

@@ -39,7 +39,6 @@ class RepairSettings:
     learning_rate: highest change of a scale in a step, relative to it
     batch: sequences of `context` tokens in a step, per process;  warmup: steps until the learning rate is reached
     reference_share: of the better copy's prediction in what is learned, 0 to 1; the rest is the text's own next token
-    fast: keep activations instead of computing them again for the backward pass
     patience: validations without a better one before the repair ends; 0: never
     """
 
@@ -51,7 +50,6 @@ class RepairSettings:
     warmup: int = 5
     clip: float = 1.0
     reference_share: float = 0.0
-    fast: bool = False
     validate_every: int = 20
     patience: int = 0
 
@@ -94,9 +92,11 @@ def repair(
     starts: Mapping[str, Sequence[torch.Tensor]] | None = None,
     state: FitState | None = None,
     world: World | None = None,
+    keep_activations: bool = False,
 ) -> tuple[Validation, FitState]:
     """Learns the scales of the named weights, from the best start or from where `state` is.
 
+    keep_activations: for the backward pass, instead of computing them again (`nkat.sources.fit.room`)
     starts: other places to begin at than the file's own scales: c of each weight's stored scales (`RepairedLinear`)
     Returns what the validation says of the file as it is, and the state after the last step: its factors are c as
     above, its best_* those of the step with the lowest validation, 0 for the start; its history has a row for each
@@ -104,7 +104,7 @@ def repair(
     """
     world = world or World(0, 1, model.device)
     teacher = None if reference is None else HeadedModel.of(reference)
-    run = _Run(names, HeadedModel.of(model), teacher, text, validation, settings, progress, world)
+    run = _Run(names, HeadedModel.of(model), teacher, text, validation, settings, progress, world, keep_activations)
     before = run.validate()
     return before, run.advance(run.begin(before, starts or {}) if state is None else state)
 
@@ -119,6 +119,7 @@ class _Run:
     settings: RepairSettings
     progress: Progress
     world: World
+    keep_activations: bool
     taught: list[torch.Tensor] = field(default_factory=list)  # the reference's hidden states on the validation slice
 
     def begin(self, before: Validation, starts: Mapping[str, Sequence[torch.Tensor]]) -> FitState:
@@ -194,7 +195,7 @@ class _Run:
             teacher = self.reference.teach(tokens, counted, settings.reference_share)
         count = counted.sum(dtype=torch.float64)
         self.world.sum_([count])  # of all processes: the mean is over every token that counts
-        hidden = self.student.model.hidden(tokens, recompute=not settings.fast)[:, :-1][counted]
+        hidden = self.student.model.hidden(tokens, recompute=not self.keep_activations)[:, :-1][counted]
         loss = vocabulary_loss(hidden, self.student.output, tokens[:, 1:][counted], teacher) / count
         loss.backward()
         return loss.detach()

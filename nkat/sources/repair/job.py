@@ -15,6 +15,7 @@ import torch
 from nkat.errors import NKATError
 from nkat.gguf.scales import has_scales, put_scales, stored_scales
 from nkat.gguf.weights import read_weight
+from nkat.gguf.writer import FileRange, sha256_of_parts
 from nkat.host import console, interrupts
 from nkat.host.console import note
 from nkat.host.distributed import World, join_world
@@ -23,14 +24,17 @@ from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.judge import Judge, Passages
 from nkat.measure.perplexity import Perplexity, paired
 from nkat.measure.texts import Text
-from nkat.sources.fit.data import FitText, calibration_parts
+from nkat.sources.fit.data import FitText, batch_at, calibration_parts
 from nkat.sources.fit.descent import Progress
 from nkat.sources.fit.job import compute_dtype, load_reference
+from nkat.sources.fit.layers import stand_ins
+from nkat.sources.fit.room import Kept, keep
 from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
+from nkat.sources.importance import moments_from_file
 from nkat.sources.make import check_reference_is_better
 from nkat.sources.moments import input_second_moments
 from nkat.sources.repair.descent import RepairSettings, Validation, repair
-from nkat.sources.repair.layers import no_change
+from nkat.sources.repair.layers import RepairedLinear, no_change
 from nkat.sources.repair.start import closed_form
 from nkat.sources.residual import regularised_moments
 from nkat.theta.modelfile import base_hash
@@ -45,6 +49,8 @@ class RepairRequest:
     model: as the engine runs it, exact;  names: the weights whose scales are learned, see `repairable`
     reference: the same model at a higher precision;  ignore: parts of the text that are not to be learned
     precision: "auto", "float32" or "bfloat16"
+    fast: keep activations and the other layers' unpacked weights in memory; None: what fits
+    imatrix: a file that says how the inputs weigh for the start, in place of the text
     state: the file of an interrupted repair, None to keep none; `resume` goes on with it
     """
 
@@ -56,9 +62,11 @@ class RepairRequest:
     reference: LoadedModel | None
     ignore: Sequence[str]
     precision: str
+    fast: bool | None
     state: Path | None
     resume: bool
     allow_cuda: bool
+    imatrix: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +107,12 @@ def run_repair(request: RepairRequest) -> RepairResult:
         identity, hashes = _identity(request, dtype)
         state = _interrupted_state(request, loaded, identity)
         starts = _starts(request, loaded) if state is None else {}
-        before, state, finished = _run(request, loaded, reference, learned, validation, starts, state, identity, world)
-    kept = Validation.of(next(row for row in state.history if row["step"] == state.best_step))
-    if kept.objective >= before.objective:
+        kept = _keep(request, loaded, learned, world)
+        before, state, finished = _run(
+            request, loaded, reference, learned, validation, starts, state, identity, world, kept
+        )
+    found = Validation.of(next(row for row in state.history if row["step"] == state.best_step))
+    if found.objective >= before.objective:
         raise NKATError(
             "no step of the repair beats the file as it is on the part of the text that was kept back; nothing was "
             "written"
@@ -117,12 +128,13 @@ def run_repair(request: RepairRequest) -> RepairResult:
         "finished": finished,
         "precision": str(dtype).removeprefix("torch."),
         "processes": world.size,
+        "kept_in_memory": asdict(kept),
         "seconds": state.seconds,
         "seconds_per_step": state.seconds / max(1, state.step),
         "peak_memory_bytes": memory().peak,
         "validation_tokens": validation.tokens,
         "before": before.row(),
-        "after": kept.row(),
+        "after": found.row(),
         "history": state.history,
         **hashes,
     }
@@ -137,6 +149,8 @@ def _identity(request: RepairRequest, dtype: torch.dtype) -> tuple[str, dict[str
     if request.reference is not None:
         with console.bar(request.reference.file.base_size, "hashing the reference", "B") as bar:
             hashes["reference_sha256"] = base_hash(request.reference.file, bar.update)
+    if request.imatrix is not None:
+        hashes["imatrix_sha256"] = sha256_of_parts([FileRange(request.imatrix, 0, request.imatrix.stat().st_size)])
     settings = {**asdict(request.settings), "names": list(request.names), "ignore": list(request.ignore)}
     return run_identity({"kind": "repair", **hashes, **settings, "precision": str(dtype)}), hashes
 
@@ -159,8 +173,11 @@ def _starts(request: RepairRequest, loaded: LoadedModel) -> dict[str, list[torch
     if request.reference is None:
         return {}
     names = request.names
-    model = loaded if loaded.model.device.type == "cpu" else request.model  # moments are gathered on the processor
-    moments, _ = input_second_moments(model, request.calibrate, names=names)
+    if request.imatrix is not None:
+        moments, _ = moments_from_file(request.imatrix, request.model.tensors, names)
+    else:
+        model = loaded if loaded.model.device.type == "cpu" else request.model  # they are gathered on the processor
+        moments, _ = input_second_moments(model, request.calibrate, names=names)
     layers, changes = request.model.model.star_linears(), []
     with console.bar(len(names), "scales in closed form", "weight") as bar:
         for name in names:
@@ -170,6 +187,17 @@ def _starts(request: RepairRequest, loaded: LoadedModel) -> dict[str, list[torch
             request.reference.gguf.release(name)
             bar.update()
     return {"closed form": changes}
+
+
+def _keep(request: RepairRequest, loaded: LoadedModel, text: FitText, world: World) -> Kept:
+    """What there is room to keep in memory, found with the layers as they will be learned."""
+    settings, layers = request.settings, loaded.model.star_linears()
+    tokens = batch_at(text, 0, 1, settings.context, settings.seed).tokens.to(world.device)
+    changes = no_change(layers, request.names)
+    learned = {name: RepairedLinear(layers[name], c) for name, c in zip(request.names, changes, strict=True)}
+    frozen = [layer for name, layer in loaded.model.multipliers().items() if name not in learned]
+    with stand_ins(loaded.model, learned):
+        return keep(loaded.model, frozen, tokens, settings.batch, request.fast, processes=world.size)
 
 
 def _run(
@@ -182,11 +210,11 @@ def _run(
     state: FitState | None,
     identity: str,
     world: World,
+    kept: Kept,
 ) -> tuple[Validation, FitState, bool]:
     """The repair with its bar, its saved states and Ctrl-C; whether it came to its end is returned last."""
     saved = time.monotonic()
-    bar = console.bar(request.settings.steps, "repairing", "step")
-    bar.disable = bar.disable or not world.first
+    bar = console.bar(request.settings.steps, "repairing", "step", enabled=world.first)
     with bar, interrupts.interrupts("the running step") as interrupted:
         bar.update(0 if state is None else state.step)
 
@@ -210,6 +238,7 @@ def _run(
             starts=starts,
             state=state,
             world=world,
+            keep_activations=kept.activations,
         )
         stopped = bool(interrupted) and state.step < request.settings.steps
         if world.first and stopped and request.state:

@@ -17,7 +17,7 @@ _OWN = ("steps", "learning_rate")
 _SHARED = tuple(field.name for field in fields(RepairSettings) if field.name not in (*_OWN, "seed"))
 SHARED_FLAGS = frozenset(
     {f"--fit-{name.replace('_', '-')}" for name in _SHARED}
-    | {"--fit-precision", "--beyond-context", "--resume", "--no-cuda", "--calibrate-ignore"}
+    | {"--fit-precision", "--fit-fast", "--beyond-context", "--resume", "--no-cuda", "--calibrate-ignore"}
 )
 
 

@@ -1,0 +1,41 @@
+"""The report of a comparison, as one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nkat.host.page import Page, machine_facts
+from nkat.host.tables import Table
+
+_FILES = {
+    "model": ("model", "model_sha256"),
+    "base model": ("base_name", "base_sha256"),
+    "text": ("text", "text_sha256"),
+}
+_HOW = (
+    "theta_source", "theta_rank", "theta_gamma", "theta_layers", "theta_bytes", "seq_len", "iterations", "repetitions",
+    "chunks", "scored_tokens", "dtype", "activations", "decoder", "device",
+)  # fmt: skip
+
+
+def comparison_page(record: Mapping[str, Any], tables: Sequence[Table], words: Sequence[str], picture: Path) -> Page:
+    """record, tables, words: of a comparison;  picture: of it, as PNG"""
+    files = {what: f"{record[name]}, sha256 {record[sha256]}" for what, (name, sha256) in _FILES.items()}
+    for number, file in enumerate(record["theta_files"], 1):
+        files[f"Θ {number}"] = f"{file['file']}, weight {file['weight']:g}, sha256 {file['sha256']}"
+    if not record["theta_files"]:
+        files["Θ"] = "in the model file"
+    return Page(
+        title=f"{Path(record['model']).name} without and with Θ",
+        summary=words,
+        tables=tables,
+        pictures={"Both arms as bars from zero, and beside them the paired differences with their intervals": picture},
+        commands={"This report, measured anew:": record["command"]},
+        facts={
+            "What was measured": files,
+            "How": {name.replace("_", " "): record[name] for name in _HOW if record.get(name) is not None},
+            "Machine and versions": machine_facts(record),
+        },
+    )
