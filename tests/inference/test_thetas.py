@@ -43,7 +43,7 @@ def test_the_engine_uses_the_sum_and_the_converter_writes_it(
     style, facts = files
     flags = ("--theta", style, "--theta-scaled", f"{facts}:-1.5")
     record = measure(script, base, *flags)
-    assert record["theta_files"] == [{"file": str(style), "weight": 1.0}, {"file": str(facts), "weight": -1.5}]
+    assert [(one["file"], one["weight"]) for one in record["theta_files"]] == [(str(style), 1.0), (str(facts), -1.5)]
     assert record["theta_rank"] == 6
     both = tmp_path / "both.nkat"
     done = script(CONVERTER, "--input", base, "--output", both, *flags)

@@ -231,7 +231,7 @@ def test_what_is_off_is_not_read_and_memory_is_counted(tmp_path: Path) -> None:
     def terms() -> list[int]:
         made.length = 0
         made.step(1)
-        return [int(step.terms[0]) for layer, step in made._one.stars]
+        return [int(step.terms[0]) for layer, step in made.stars]
 
     def tiles() -> dict[str, int]:
         return {name: layer.compiled.tiles.ctypes.data for name, layer in loaded.model.star_linears().items()}
