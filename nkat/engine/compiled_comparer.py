@@ -113,7 +113,7 @@ class CompiledComparer:
     def _point_to(self, chunks: torch.Tensor) -> None:
         """Which tokens are scored."""
         self.state[0] = count = len(chunks) * self.scored
-        self.targets[:count] = chunks.numpy()[:, -self.scored :].reshape(-1)
+        self.targets[:count] = self.own.targets_of(chunks)
 
     @cached_property
     def rows(self) -> np.ndarray:

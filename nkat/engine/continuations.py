@@ -80,8 +80,7 @@ def _compiled(
 ) -> Iterator[tuple[int, Prediction]]:
     from nkat.engine.tree_scorer import TreeScorer  # LLVM is loaded only where it is used
 
-    longest = max(map(len, sequences))
-    scorer = TreeScorer(model, longest, longest, torch.get_num_threads())
+    scorer = TreeScorer(model, max(map(len, sequences)), torch.get_num_threads())
     for low, high in batches(sequences, scorer.most_tokens, scorer.most_blocks, most):
         part = sequences[low:high]
         asked = [(at, number, each) for at, sequence in enumerate(part) for number, each in wanted[tuple(sequence)]]

@@ -17,7 +17,10 @@ _BLOCK_TILES = 128  # of the vocabulary: the logits of 2048 ids at a time
 
 
 class Likelihoods(ForwardPass):
-    """A pass with an output layer for up to `rows_at_once` rows of what its blocks have left in `x`."""
+    """A pass with an output layer for up to `rows_at_once` rows of what its blocks have left in `x`.
+
+    Its memory is taken when it is first needed, or never where somebody adds other steps behind `vocabulary`.
+    """
 
     rows_at_once: int
 

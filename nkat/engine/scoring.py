@@ -32,22 +32,16 @@ class Scorer(Protocol):
         """The same without Θ, then with it, [2, B, ...]: bit by bit what `score` gives for each."""
         ...
 
-    def score_from(self, tokens: torch.Tensor, first: int, arms: int) -> torch.Tensor:
-        """Sequences of up to as many tokens as there is room for, int64 [B, T] → −ln p of all behind number `first`:
-        float64 [arms, B, T − 1 − first]. arms: 1, the model as it is; 2, without Θ, then with it
-        """
-        ...
 
-
-def make_scorer(model: Transformer, batch: int, context: int, *, every: bool = False) -> Scorer:
+def make_scorer(model: Transformer, batch: int, context: int) -> Scorer:
     """The fastest scorer of up to `batch` sequences of `context` tokens together, for this model as it was loaded.
 
-    A sequence is a chunk in one arm. every: there is room to score every token, and not the last half alone
+    A sequence is a chunk in one arm.
     """
     if has_kernels(model):
         from nkat.engine.compiled_scorer import CompiledScorer  # LLVM is loaded only where it is used
 
-        return CompiledScorer(model, batch, context, torch.get_num_threads(), every=every)
+        return CompiledScorer(model, batch, context, torch.get_num_threads())
     return EagerScorer(model)
 
 
@@ -102,25 +96,17 @@ class EagerScorer:
     def __init__(self, model: Transformer) -> None:
         self.model = model
 
+    @torch.inference_mode()
     def score(self, chunks: torch.Tensor) -> torch.Tensor:
-        return self.score_from(chunks, chunks.shape[1] // 2, 1)[0]
+        first = chunks.shape[1] // 2
+        chunks = chunks.to(self.model.device)
+        hidden = self.model.hidden(chunks)[:, first:-1]
+        targets = chunks[:, first + 1 :]
+        return self.model.nll(hidden.flatten(0, 1), targets.flatten()).view(targets.shape).double().cpu()
 
     def score_arms(self, chunks: torch.Tensor) -> torch.Tensor:
-        return self.score_from(chunks, chunks.shape[1] // 2, 2)
-
-    def score_from(self, tokens: torch.Tensor, first: int, arms: int) -> torch.Tensor:
-        tokens = tokens.to(self.model.device)
-        if arms == 1:  # a model that is being fitted has layers that take no γ
-            return self._score(tokens, first)[None]
         gamma = self.model.gamma
-        found = []
-        for strength in (None, gamma):
-            self.model.set_gamma(strength)
-            found.append(self._score(tokens, first))
-        return torch.stack(found)
-
-    @torch.inference_mode()
-    def _score(self, tokens: torch.Tensor, first: int) -> torch.Tensor:
-        hidden = self.model.hidden(tokens)[:, first:-1]
-        targets = tokens[:, first + 1 :]
-        return self.model.nll(hidden.flatten(0, 1), targets.flatten()).view(targets.shape).double().cpu()
+        self.model.set_gamma(None)
+        without = self.score(chunks)
+        self.model.set_gamma(gamma)
+        return torch.stack((without, self.score(chunks)))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nkat.engine.compiled_scorer import _EXPERT_TOKENS, _experts, _linear
+from nkat.engine.compiled_scorer import experts_of, linear_of, tokens_together
 from nkat.engine.forward import Cache
 from nkat.engine.likelihoods import Likelihoods
 from nkat.engine.tree import Tokens, token_tree
@@ -21,18 +21,17 @@ _SHORT = 4  # tokens of a segment at least, on average, before a pass is full of
 
 
 class TreeScorer(Likelihoods):
-    """Passes over trees of up to `tokens` tokens and `blocks` blocks of keys, of sequences of up to `reach` tokens.
+    """Passes over trees of up to `most_tokens` tokens and `most_blocks` blocks of keys.
 
-    longest: of the sequences, which may by itself be longer than a tree of several
+    longest: tokens of a sequence at most, which may by itself be more than those of a tree of several
     """
 
-    def __init__(self, model: Transformer, longest: int, reach: int, threads: int) -> None:
-        together = TREE_TOKENS if model.config.mixture is None else min(TREE_TOKENS, _EXPERT_TOKENS)
-        self.most_tokens = max(together, longest)
+    def __init__(self, model: Transformer, longest: int, threads: int) -> None:
+        self.most_tokens = max(tokens_together(model, TREE_TOKENS), longest)
         self.most_blocks = max(self.most_tokens // _SHORT, longest // KEYS + 2)
         cache = Cache(model, self.most_blocks * KEYS, kept=False, half=False)
-        size = self.most_tokens, batch_tokens(), reach
-        super().__init__(model, _linear, _experts, pool(threads), cache, *size, tree=True)
+        size = self.most_tokens, batch_tokens(), longest
+        super().__init__(model, linear_of, experts_of, pool(threads), cache, *size, tree=True)
         self.rows_at_once = _HEAD_ROWS
 
     def predict(

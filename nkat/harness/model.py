@@ -10,9 +10,8 @@ from functools import cached_property
 from typing import Any
 
 from nkat.engine.continuations import Continuation, predict
-from nkat.engine.decoder import make_decoder
-from nkat.engine.generate import Sampler, generate
-from nkat.engine.tree import in_common
+from nkat.engine.generate import Sampler
+from nkat.engine.session import Session
 from nkat.errors import NKATError
 from nkat.harness.arguments import ModelArguments
 from nkat.harness.generation import GenerationSettings
@@ -22,6 +21,7 @@ from nkat.hub.fetch import local_model
 from nkat.lm.chat import TEMPLATE_KEY, chat_template, render_chats
 from nkat.lm.load import LoadedModel
 from nkat.lm.request import Request
+from nkat.lm.template_process import TemplateProcess
 from nkat.theta.combine import WeightedFile
 
 _log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class EvaluatedModel:
         if self.max_length > made_for:
             raise NKATError(f"max_length: {self.max_length} tokens are more than the {made_for} the model was made for")
         self.template: str | None = None
+        self._templates = TemplateProcess()  # ends with this process, whose pipe it reads
 
     @cached_property
     def writing(self) -> LoadedModel:
@@ -110,7 +111,7 @@ class EvaluatedModel:
     def chat(self, messages: Sequence[Mapping[str, str]], answer: bool = True) -> str:
         """A conversation by the template, up to where the assistant answers, or goes on with the last message."""
         template = self.template or chat_template(self.loaded.gguf.metadata, "leave --apply_chat_template out")
-        (text,) = render_chats({TEMPLATE_KEY: template}, self.tokenizer, [(messages, answer)])
+        (text,) = render_chats({TEMPLATE_KEY: template}, self.tokenizer, [(messages, answer)], process=self._templates)
         if isinstance(text, NKATError):
             raise text
         if answer or not messages:
@@ -185,15 +186,11 @@ class EvaluatedModel:
             part = [number for number, length in enumerate(lengths) if (length > turning) == beyond]
             if not part:
                 continue
-            decoder = make_decoder(self.writing.model, max(lengths[number] for number in part))
-            held: list[int] = []
-            for number in sorted(part, key=lambda number: prompts[number]):
-                prompt, settings = prompts[number], asked[number][1]
-                decoder.length = min(in_common(held, prompt), len(prompt) - 1)  # the last one's logits are needed
-                held = prompt
-                yield number, self._answer(decoder, prompt[decoder.length :], settings, seed + number)
+            session = Session(self.writing.model, max(lengths[number] for number in part))
+            for number in sorted(part, key=lambda number: prompts[number]):  # what begins alike, one after the other
+                yield number, self._answer(session, prompts[number], asked[number][1], seed + number)
 
-    def _answer(self, decoder: Any, prompt: Sequence[int], settings: GenerationSettings, seed: int) -> str:
+    def _answer(self, session: Session, prompt: Sequence[int], settings: GenerationSettings, seed: int) -> str:
         text = ""
 
         def add(piece: str) -> None:
@@ -202,15 +199,14 @@ class EvaluatedModel:
             if any(word in text for word in settings.until):
                 raise _Ended
 
-        sampler = Sampler(settings.sampling, seed % 2**32)
+        sampler, most = Sampler(settings.sampling, seed % 2**32), settings.max_tokens
         try:
-            found = generate(decoder, self.tokenizer, prompt, sampler, max_tokens=settings.max_tokens, on_text=add)
-            if found.stopped == "interrupted":
-                raise KeyboardInterrupt
+            found = session.generate(self.tokenizer, prompt, sampler, max_tokens=most, on_text=add)
         except _Ended:
-            pass  # the text says where
-        ends = [at for word in settings.until if (at := text.find(word)) >= 0]
-        return text[: min(ends)] if ends else text
+            return text[: min(at for word in settings.until if (at := text.find(word)) >= 0)]
+        if found.stopped in ("interrupted", "terminated"):
+            raise KeyboardInterrupt
+        return text
 
     def _say_cut(self, cut: int, count: int) -> None:
         if cut:

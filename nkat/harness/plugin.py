@@ -5,6 +5,7 @@ The only module that needs lm-eval, which alone imports it.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -21,7 +22,9 @@ from nkat.harness.generation import GenerationSettings
 from nkat.harness.model import EvaluatedModel
 from nkat.host.console import bar
 
+_log = logging.getLogger(__name__)
 _Found = TypeVar("_Found")
+_USUAL_DEVICE = "cuda:0"  # what lm-eval says where nobody has said anything
 
 
 class NkatLM(LM):
@@ -31,8 +34,10 @@ class NkatLM(LM):
         """device: must be the processor;  max_batch_size: lm-eval's, for models that try out how much fits"""
         super().__init__()
         _show_in_one_line()
-        if device not in (None, "cpu"):
+        if device not in (None, "cpu", _USUAL_DEVICE):
             raise NKATError(f"--device {device}: the model nkat runs on the processor")
+        if device == _USUAL_DEVICE and torch.cuda.is_available():
+            _log.warning("the model nkat runs on the processor, whatever --device says")
         self.model = EvaluatedModel(ModelArguments.of(arguments))
 
     # --- requests

@@ -150,7 +150,9 @@ def measure_tasks(
     started = perf_counter()
     arms = 1 if loaded.gamma is None else 2
     title = _TITLES[options.command]
-    found = solve(loaded, tasks, arms=arms, batch=options.batch, progress=title, beyond=bool(options.beyond_context))
+    found = solve(
+        loaded, tasks, arms=arms, batch=options.batch or None, progress=title, beyond=bool(options.beyond_context)
+    )
     record: Record = {
         "seconds": perf_counter() - started,
         "task": options.command,

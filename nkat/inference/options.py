@@ -50,7 +50,7 @@ TAKEN_BY: dict[str, dict[str, Any]] = {
     "beyond_context": dict.fromkeys(("benchmark", "compare", "perplexity", *TASKS, *WRITING), False),
     "repetitions": {"benchmark": 6, "compare": 6, "gemm": 20},
     "chunks": {"compare": 4, "perplexity": 16},
-    "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH) | dict.fromkeys(TASKS, 4 * DEFAULT_BATCH),
+    "batch": dict.fromkeys(("compare", "perplexity"), DEFAULT_BATCH) | dict.fromkeys(TASKS, 0),
     "reference": {"perplexity": None},
     "kl_base": {"perplexity": None},
     "save_kl_base": {"perplexity": None},
@@ -213,7 +213,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
         "--batch",
         type=commandline.positive_int,
         metavar="N",
-        help="chunks in one forward pass (default 4); of tasks, texts (default 16)",
+        help="chunks in one forward pass (default 4); of tasks, texts (default: as many as are worth it)",
     )
     measure(
         "--reference",

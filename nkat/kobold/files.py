@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nkat.errors import NKATError
@@ -69,32 +69,39 @@ def prepare_files(
     Raises NKATError when the base is not to be had, or is not the one a Θ was made for.
     """
     asked = open_model_file(model_path)
-    weighted = [] if asked.theta is None else [(asked.theta, 1.0)]
-    if named:
-        with _hashing(asked) as progress:
-            sets = thetas_for(asked, [one.path for one in named], progress)
-        weighted = [(theta_set, one.weight) for theta_set, one in zip(sets, named, strict=True) if one.weight]
+    parts = _parts(asked, named)
     model, how = _base_for(asked, base_path)
-    if not weighted:
-        return RunFiles(model_path, model, how, (), {})
-    groups = [[one] for one in weighted] if separate else [weighted]
+    groups = [[part] for part in parts] if separate else [parts]
+    # Names with a colon, as Windows has them, cannot be told from a weight behind one: there it goes into the file.
+    outside = separate and parts and ":" not in str(kobold_cache())
     sizes: dict[str, int] = {}
     adapters = []
     for group in groups:
-        # Names with a colon, as Windows has them, cannot be told from a weight behind one.
-        outside = separate and ":" not in str(kobold_cache())
-        inside = [(theta_set, 1.0 if outside else weight) for theta_set, weight in group]
-        path, own = _adapter(inside, model)
+        weight = group[0].weight if outside else 1.0
+        one = combined([replace(part, weight=1.0) for part in group] if outside else group)
+        if one is None:  # all of it is off
+            continue
+        path, own = _adapter(one, model)
         for name, size in own.items():
             sizes[name] = sizes.get(name, 0) + size
-        adapters.append(Adapter(path, group[0][1] if outside else 1.0, "; ".join(_about(*one) for one in group)))
-    only = weighted[0][0] if len(weighted) == 1 else None
+        adapters.append(Adapter(path, weight, "; ".join(_about(part) for part in group)))
+    only = parts[0].theta if len(parts) == 1 else None
     rank, gamma = (only.rank, only.gamma) if only is not None else (None, None)
     return RunFiles(model_path, model, how, tuple(adapters), sizes, rank, gamma)
 
 
-def _about(theta_set: ThetaSet, weight: float) -> str:
-    return f"rank {theta_set.rank}, gamma {theta_set.gamma:g}" + ("" if weight == 1 else f", weight {weight:g}")
+def _parts(asked: ModelFile, named: Sequence[WeightedFile]) -> list[Weighted]:
+    """The Θ in these files, or else the model's own."""
+    if not named:
+        return [] if asked.theta is None else [Weighted(asked.theta, name=asked.path.name)]
+    with _hashing(asked) as progress:
+        found = thetas_for(asked, [file.path for file in named], progress)
+    return [Weighted(theta, file.weight, file.path.name) for theta, file in zip(found, named, strict=True)]
+
+
+def _about(part: Weighted) -> str:
+    strength = "" if part.weight == 1 else f", weight {part.weight:g}"
+    return f"rank {part.theta.rank}, gamma {part.theta.gamma:g}{strength}"
 
 
 def kobold_cache() -> Path:
@@ -197,12 +204,10 @@ def _extract(asked: ModelFile, theta_set: ThetaSet) -> Path:
     return target
 
 
-def _adapter(weighted: Sequence[tuple[ThetaSet, float]], model: Path) -> tuple[Path, dict[str, int]]:
+def _adapter(thetas: ThetaSet, model: Path) -> tuple[Path, dict[str, int]]:
     """The adapter in the cache, written when it is not there or not as it was written, and its bytes by weight."""
-    whole = combined([Weighted(theta_set, weight) for theta_set, weight in weighted])
-    assert whole is not None  # no weight here is 0
-    target = kobold_cache() / f"theta-{_theta_key(whole)}.gguf"
-    parts = lora_parts(whole, open_model_file(model).require_base())
+    target = kobold_cache() / f"theta-{_theta_key(thetas)}.gguf"
+    parts = lora_parts(thetas, open_model_file(model).require_base())
     size = sum(part_size(part) for part in parts)
     there = target.is_file() and target.stat().st_size == size
     if not there or sha256_of_parts([FileRange(target, 0, size)]) != sha256_of_parts(parts):
@@ -210,8 +215,8 @@ def _adapter(weighted: Sequence[tuple[ThetaSet, float]], model: Path) -> tuple[P
     sizes: dict[str, int] = {}
     with GGUFFile.open(target) as file:
         for name, info in file.tensors.items():
-            adapted = name.removesuffix(".lora_a").removesuffix(".lora_b")
-            sizes[adapted] = sizes.get(adapted, 0) + info.nbytes
+            weight = name.removesuffix(".lora_a").removesuffix(".lora_b")
+            sizes[weight] = sizes.get(weight, 0) + info.nbytes
     return target, sizes
 
 

@@ -150,11 +150,8 @@ WATCH = Watch(
             re.compile(r"IPv4 Socket Failed to Bind|Address already in use|cannot bind"),
             "KoboldCpp could not listen at {url}",
         ),
-        (
-            re.compile(r"^Error: .*(?:draft model|Draft model|Speculative decoding)"),
-            "KoboldCpp would run without the draft model",
-        ),
     ),
+    undrafted=re.compile(r"^Error: .*(?:[Dd]raft model|[Ss]peculative)"),
     name_of=model_name,
 )
 

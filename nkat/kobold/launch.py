@@ -47,6 +47,10 @@ def launch(
         if name:
             _check_devices(choice, adapters, options.autofit, process)
             process.check_log(url)
+            if options.draftmodel is not None and any(
+                runtime.watch.undrafted.search(line) for line in list(process.lines)
+            ):
+                raise process.failure(f"{runtime.title} would run without the draft model")
             _print_ready(choice, process, name, url)
             on_ready({"url": url, "name": name, "pid": process.child.pid, "loaded": asdict(process.loaded)})
             process.on_line = note
@@ -82,6 +86,12 @@ def _check_devices(choice: Choice, adapters: int, autofit: bool, process: Server
             f"asked for {counted(choice.layers, 'layer')} by {choice.backend.name}, but {title} put all weights "
             "into main memory: it found no device it can use; update the graphics driver, or take --backend cpu"
         )
+
+
+def _check_draft(options: KoboldOptions, process: ServerProcess) -> None:
+    watch = process.watch
+    if options.draftmodel is not None and any(watch.undrafted.search(line) for line in list(process.lines)):
+        raise process.failure(f"{watch.title} would run without the draft model")
 
 
 def _print_ready(choice: Choice, process: ServerProcess, name: str, url: str) -> None:

@@ -157,6 +157,8 @@ def settings_of(program: Program, choice: Choice, files: RunFiles, settings: Set
     """Its settings, by its long flags without dashes."""
     on_gpu = choice.backend.on_gpu
     values: dict[str, Any] = {"model": str(files.model)}
+    if "--alias" in program.flags:  # else its name is the path
+        values["alias"] = files.asked.stem.replace(",", "_")  # several names have commas between them
     values |= adapter_settings(files.adapters)
     values |= choice.backend.settings_of(program, choice.device.index if choice.device else 0, choice.old_cpu)
     if settings.autofit and on_gpu:
@@ -222,7 +224,7 @@ def presets_text(sections: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _write_presets(path: Path, served: Mapping[str, Mapping[str, Any]], force: bool) -> None:
     """Host, port and what is logged are the router's; the first model is loaded when that starts."""
-    own = ("host", "port", "verbosity")
+    own = ("alias", "host", "port", "verbosity")
     sections = {}
     for number, (name, values) in enumerate(served.items()):
         kept = {key: value for key, value in values.items() if key not in own}
@@ -234,7 +236,7 @@ def _write_presets(path: Path, served: Mapping[str, Mapping[str, Any]], force: b
 
 def _write(program: Program, path: Path, values: Mapping[str, Any], extra: Sequence[str], force: bool) -> None:
     program.require_flag("--models-preset")
-    _write_presets(path, {Path(str(values["model"])).stem: values}, force)
+    _write_presets(path, {str(values.get("alias", Path(str(values["model"])).stem)): values}, force)
 
 
 def _loading(program: Program, path: Path, settings: Settings, extra: Sequence[str]) -> list[str]:
@@ -283,6 +285,7 @@ WATCH = Watch(
         (re.compile(r"instance name=.* exited with status [^0]"), "llama-server could not load the model"),
         (re.compile(r"failed to load draft model"), "llama-server could not load the draft model"),
     ),
+    undrafted=re.compile(r"no implementations specified for speculative decoding"),
     name_of=model_name,
 )
 
@@ -359,10 +362,11 @@ LLAMA_SERVER = Runtime(
     probe=probe,
     backends=BACKENDS,
     own_flags=(
-        *("--model", "-m", "--lora", "--lora-scaled", "--host", "--port", "--ctx-size", "-c", "--threads", "-t"),
-        *("--gpu-layers", "--n-gpu-layers", "-ngl", "--device", "-dev", "--fit", "-fit", "--cache-type-k", "-ctk"),
-        *("--cache-type-v", "-ctv", "--spec-draft-model", "--model-draft", "-md", "--spec-draft-n-max", "--draft-max"),
-        *("--models-preset", "--models-dir", "--models-max", "--verbosity", "--log-verbosity", "-lv"),
+        *("--model", "-m", "--alias", "-a", "--lora", "--lora-scaled", "--host", "--port"),
+        *("--ctx-size", "-c", "--threads", "-t", "--gpu-layers", "--n-gpu-layers", "-ngl", "--device", "-dev"),
+        *("--fit", "-fit", "--cache-type-k", "-ctk", "--cache-type-v", "-ctv", "--spec-draft-model", "--model-draft"),
+        *("-md", "--spec-draft-n-max", "--draft-max", "--models-preset", "--models-dir", "--models-max"),
+        *("--verbosity", "--log-verbosity", "-lv"),
     ),
     password_flags=("--api-key", "--api-key-file"),
     secure_flag="--ssl-key-file",

@@ -20,7 +20,7 @@ EXAMPLES = """\
   python backend_selector.py --model model.nkat --dry-run       the command, to be pasted into a shell
   python backend_selector.py --model model.nkat --benchmark --contextsize 2048
   python backend_selector.py --model base.gguf --theta theta_rank4.bin --backend vulkan --gpulayers 20 --launch
-  python backend_selector.py --model base.gguf --theta a.bin --theta b.bin:0.5 --runtime llama-server --launch
+  python backend_selector.py --model base.gguf --theta a.bin --theta-scaled b.bin:0.5 --runtime llama-server --launch
   python backend_selector.py --model model.nkat --quantkv q8_0 --draftmodel small.gguf --launch
   python backend_selector.py --model model.nkat --save-config model.kcpps
   python backend_selector.py --runtime llama-server --router models --launch      every model there, by name
@@ -164,7 +164,9 @@ def _make_parser() -> argparse.ArgumentParser:
         help="a .nkat, a .gguf, or hf:OWNER/REPO[:QUANT] (default in the menu: the newest .nkat here)",
     )
     add_theta_arguments(
-        parser, "Θ in a file of its own, for --model; again: several, added up, each times its weight (default 1)"
+        parser,
+        "a Θ made for this model, in place of the model's own; again: several, added up, each times its weight "
+        "(default 1)",
     )
     add("--base", type=Path, metavar="FILE", help="the base model, where it is not beside the .nkat")
     add("--runtime", choices=tuple(RUNTIMES), default=next(iter(RUNTIMES)), help="what runs it (default koboldcpp)")

@@ -42,6 +42,7 @@ class Watch:
     title: what people call it
     version, library: patterns of its log, whose group is what they are named for; None: it does not say
     failures: patterns of lines after which nothing good will come, with what that means; {url}: where it should be
+    undrafted: of a line that says that a draft model is not used
     name_of: the model's name that its server at a URL gives, or None as long as it has loaded none
     """
 
@@ -49,6 +50,7 @@ class Watch:
     version: re.Pattern[str] | None
     library: re.Pattern[str] | None
     failures: tuple[tuple[re.Pattern[str], str], ...]
+    undrafted: re.Pattern[str]
     name_of: Callable[[str], str | None]
 
 

@@ -10,22 +10,17 @@ among its arguments: further variables, which most templates call what transform
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
+from nkat.lm.template_process import TemplateProcess, failed
 from nkat.lm.tokenizer import Tokenizer
 
 TEMPLATE_KEY = "tokenizer.chat_template"
 NAMES_KEY = "tokenizer.chat_templates"
-_SECONDS = 20  # by the clock: `nkat.lm.template` has half of it on the processor
-_SIGKILL, _SIGXCPU = 9, 24  # what Linux sends for too much time
 
 Message = Mapping[str, str]  # role ("system", "user", "assistant") and content
 OURS = ("messages", "add_generation_prompt")  # variables that no argument may replace
@@ -58,13 +53,15 @@ def render_chats(
     tokenizer: Tokenizer,
     chats: Sequence[tuple[Sequence[Message], bool]],
     arguments: Mapping[str, Any] | None = None,
+    process: TemplateProcess | None = None,
 ) -> list[str | NKATError]:
     """The text of each conversation, or why the template gave none; True: up to where the assistant answers.
 
-    All of them in one process. Raises NKATError when the file has no template, and for what ends the process.
+    All of them in one process: in that which is given, where more will follow. Raises NKATError when the file has no
+    template, and for what ends the process.
     """
     renders = [_variables(tokenizer, messages, asks, arguments) for messages, asks in chats]
-    return _render(chat_template(metadata), renders)
+    return _render(chat_template(metadata), renders, process)
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
@@ -132,29 +129,15 @@ def _variables(
     }
 
 
-def _render(template: str, renders: Sequence[Mapping[str, Any]]) -> list[str | NKATError]:
-    request = json.dumps({"template": template, "renders": renders}).encode()
-    program = str(Path(__file__).with_name("template.py"))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-I", program], input=request, capture_output=True, timeout=_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise _failed(f"it was not done after {_SECONDS} seconds") from None
-    except OSError as error:
-        raise NKATError(f"no process could be started for the chat template: {error.strerror or error}") from None
-    try:
-        found: list[dict[str, str]] = json.loads(done.stdout)
-    except ValueError:  # the system ended it
-        took_long = done.returncode in (-_SIGXCPU, -_SIGKILL)
-        raise _failed(
-            "it takes too long" if took_long else f"it ended its process with status {done.returncode}"
-        ) from None
-    return [_failed(one["error"]) if "error" in one else one["text"] for one in found]
-
-
-def _failed(why: str) -> NKATError:
-    return NKATError(f"the model's chat template cannot be used: {why}")
+def _render(
+    template: str, renders: Sequence[Mapping[str, Any]], process: TemplateProcess | None = None
+) -> list[str | NKATError]:
+    """process: that is kept for more; None: one for these alone"""
+    if process is None:
+        with TemplateProcess() as own:
+            return _render(template, renders, own)
+    found = process.answers(template, renders)
+    return [failed(one["error"]) if "error" in one else one["text"] for one in found]
 
 
 def _text(tokenizer: Tokenizer, token: int | None) -> str:

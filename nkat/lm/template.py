@@ -1,18 +1,19 @@
 """Renders a chat template, in a process of its own with little memory and time.
 
-    python -I nkat/lm/template.py        a request as JSON on stdin, on stdout {"text": …} or {"error": …} for each of
-                                         its `renders`
+    python -I nkat/lm/template.py        requests on stdin, each a line of JSON; on stdout a line for each, with
+                                         {"text": …} or {"error": …} for each of its `renders`
 
 A template is a program that comes with a model from anywhere. Jinja's sandbox keeps it from the system, but not from
-looping for ever, filling the memory or recursing through the stack; so `nkat.lm.chat` runs it here, where whatever it
-does ends this process alone. The limits of memory and processor time are the system's (not on Windows, where only
-the caller's clock ends it). Limits: the standard library and Jinja only, nothing of nkat.
+looping for ever, filling the memory or recursing through the stack; so `nkat.lm.template_process` runs it here, where
+whatever it does ends this process alone. The limits of memory and processor time are the system's (not on Windows,
+where only the caller's clock ends it). Limits: the standard library and Jinja only, nothing of nkat.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from datetime import datetime
 from typing import Any
@@ -84,19 +85,29 @@ def _has_surrogates(text: str) -> bool:
 
 
 def _limit() -> None:
+    """For the next request: memory in all, and so much more of the processor."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
         return
-    for kind, most in ((resource.RLIMIT_AS, MEMORY_BYTES), (resource.RLIMIT_CPU, SECONDS), (resource.RLIMIT_CORE, 0)):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    limits = (
+        (resource.RLIMIT_AS, MEMORY_BYTES),
+        (resource.RLIMIT_CPU, math.ceil(used.ru_utime + used.ru_stime) + SECONDS),
+        (resource.RLIMIT_CORE, 0),
+    )
+    for kind, most in limits:
         with contextlib.suppress(ValueError, OSError):  # macOS does not know them all
-            resource.setrlimit(kind, (most, most))
+            highest = resource.getrlimit(kind)[1]
+            resource.setrlimit(kind, (most, highest if kind == resource.RLIMIT_CPU else most))
 
 
 def main() -> None:
-    request = json.loads(sys.stdin.buffer.read())
-    _limit()
-    sys.stdout.write(json.dumps(answers(**request)))
+    for line in sys.stdin.buffer:
+        request = json.loads(line)
+        _limit()
+        sys.stdout.write(json.dumps(answers(**request)) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Blank:
-    """A sentence with a blank. right: the number of the word that belongs there"""
+    """A sentence with a blank. right: the number of the word that belongs there, alone"""
 
     before: str
     after: str
     words: tuple[str, str]
-    right: int
+    right: frozenset[int]
 
     @property
     def texts(self) -> list[str]:
@@ -113,7 +113,7 @@ def _blank(line: str) -> Blank | str:
         return "has no blank _"
     if answer.strip() not in ("1", "2"):
         return f"says that {answer[:20]!r} is right, not 1 or 2"
-    return Blank(before, after, (words[0], words[1]), int(answer) - 1)
+    return Blank(before, after, (words[0], words[1]), frozenset([int(answer) - 1]))
 
 
 def read_multiple_choice(path: Path, most: int) -> list[Choice]:

@@ -15,7 +15,7 @@ from nkat.serve.arms import Arm, Arms
 from nkat.serve.model import Ask, End, Piece
 from nkat.serve.questions import Chat, Question, read_chat, read_completion, token_ids
 from nkat.serve.refusal import Refusal, bad
-from nkat.serve.worker import Event, Job, Worker
+from nkat.serve.worker import Event, Job, Place, Worker
 
 QUIET_SECONDS = 10  # after which a stream that waits says so: whoever is between would take it for dead
 _PREPARED_AT_ONCE = 2  # prompts: a chat template runs in a process of its own
@@ -63,17 +63,17 @@ class Api:
         question = read_chat(data) if chat else read_completion(data)
         arm = self.arms.choose(question.model, question.gamma, question.theta)
         reply.remark(arm.name)
-        self.worker.enter()
+        place = self.worker.enter()
         try:
             ask = await self._ask(question, arm)
             answer = Answer(chat, arm, self.arms.strength(arm), question.seed, question.include_usage)
-            async with contextlib.aclosing(self._events(ask)) as events:
+            async with contextlib.aclosing(self._events(ask, place)) as events:
                 if question.stream:
                     await _stream(events, answer, question, reply)
                 else:
                     await _whole(events, answer, question, reply)
         finally:
-            self.worker.leave()
+            place.leave()
 
     async def _ask(self, question: Question, arm: Arm) -> Ask:
         async with self._preparing:
@@ -106,8 +106,11 @@ class Api:
             raise bad("the prompt is empty, and this vocabulary starts no text by itself", "prompt")
         return found
 
-    async def _events(self, ask: Ask) -> AsyncGenerator[Piece | End | None, None]:
-        """What comes of it, the end last; None: nothing yet for a while. Raises Refusal."""
+    async def _events(self, ask: Ask, place: Place) -> AsyncGenerator[Piece | End | None, None]:
+        """What comes of it, the end last; None: nothing yet for a while. Raises Refusal.
+
+        The place is given back at the end, however slowly the client reads.
+        """
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -124,6 +127,8 @@ class Api:
                 except asyncio.TimeoutError:
                     yield None
                     continue
+                if isinstance(event, Refusal | End):
+                    place.leave()
                 if isinstance(event, Refusal):
                     raise event
                 yield event

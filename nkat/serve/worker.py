@@ -39,11 +39,23 @@ class Job:
         return self._cancelled.is_set()
 
 
+class Place:
+    """Somebody's place in the queue, from before the question is prepared until it is answered or given up."""
+
+    def __init__(self, give_back: Callable[[], object]) -> None:
+        self._give_back: Callable[[], object] | None = give_back
+
+    def leave(self) -> None:
+        """Gives it back; a second time is as good as none."""
+        if self._give_back is not None:
+            self._give_back()
+            self._give_back = None
+
+
 class Worker:
     """Answers one question after the other, in a thread of its own.
 
-    Whoever has a question asks for a place first (`enter`), prepares it, submits it, and leaves (`leave`) when it is
-    answered or given up: so that no more are prepared than are to be answered.
+    Whoever has a question takes a place first, so that no more are prepared than are to be answered.
     """
 
     def __init__(self, served: Served, places: int) -> None:
@@ -56,7 +68,7 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="nkat-answers", daemon=True)
         self._thread.start()
 
-    def enter(self) -> None:
+    def enter(self) -> Place:
         """Takes a place. Raises Refusal when there is none, or the server is stopping."""
         with self._lock:
             if self.stopping:
@@ -65,9 +77,9 @@ class Worker:
                 usual = sum(self._times) / len(self._times) if self._times else 1.0
                 raise busy(max(1, min(_MOST_PATIENCE, math.ceil(usual))))
             self._taken += 1
+        return Place(self._leave)
 
-    def leave(self) -> None:
-        """Gives the place back."""
+    def _leave(self) -> None:
         with self._lock:
             self._taken -= 1
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
 from nkat.gguf.imatrix import Imatrix, Importance, read_imatrix
 from nkat.gguf.names import block_number
+from nkat.host.console import bar
 from nkat.lm.experts import ExpertStack
 from nkat.lm.load import LoadedModel
 from nkat.measure.judge import text_passages
@@ -46,8 +46,11 @@ def gather_imatrix(loaded: LoadedModel, text: Text, chunks: int | None = None) -
         sums[name] = [_Sum.of(each.shape[1]) for each in experts]
         handles += [each.register_forward_pre_hook(one.add) for each, one in zip(experts, sums[name], strict=True)]
     try:
-        for part in tqdm(cut.split(DEFAULT_BATCH), desc="importance matrix", unit="batch", delay=1, leave=False):
-            model.hidden(part)
+        parts = cut.split(DEFAULT_BATCH)
+        with bar(len(parts), "importance matrix", "batch") as shown:
+            for part in parts:
+                model.hidden(part)
+                shown.update()
     finally:
         for handle in handles:
             handle.remove()

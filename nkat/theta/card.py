@@ -101,7 +101,7 @@ def render(card: Card) -> str:
     if card.commands:
         parts += ["## The same again"]
         parts += [f"{what}\n\n```sh\n{line}\n```" for what, line in card.commands.items()]
-    parts += ["## Measured with", _listed({"NKAT toolkit": __version__, **(card.facts or {})})]
+    parts += ["## Made with", _listed(card.facts or {"nkat": __version__})]
     return "\n\n".join(parts) + "\n"
 
 
@@ -144,7 +144,7 @@ def _front_matter(card: Card) -> str:
         "---",
         _MARK,
         f"base_model: {json.dumps(name)}" + ("" if known else "  # as the file calls itself: no Hub id is in it"),
-        "base_model_relation: adapter",
+        *(["base_model_relation: adapter"] if card.lora else []),
         "library_name: nkat",
         f"license: unknown  # of this Θ: for its maker to say{of_base}",
         "pipeline_tag: text-generation",
@@ -188,7 +188,8 @@ def _usage(card: Card) -> str:
             lines.append(f"nkat-engine --model {name} --generate 'Once upon a time'")
         elif name != card.lora:
             lines.append(f"nkat-engine --model BASE.gguf --theta {name} --generate 'Once upon a time'")
-    return "`BASE.gguf` is the base model of the hash above.\n\n```sh\n" + "\n".join(lines) + "\n```"
+    said = "`BASE.gguf` is the base model of the hash above.\n\n" if "BASE.gguf" in "\n".join(lines) else ""
+    return said + "```sh\n" + "\n".join(lines) + "\n```"
 
 
 def _measured(tables: Sequence[Table], otherwise: str) -> str:

@@ -21,7 +21,7 @@ from nkat.gguf.writer import (
     Part,
     gguf_parts,
 )
-from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form
+from nkat.theta.algebra import ThetaError, coupling, low_rank_form
 from nkat.theta.lowrank import LowRank
 from nkat.theta.modelfile import architecture_of
 from nkat.theta.set import ThetaSet
@@ -99,13 +99,15 @@ def lora_parts(theta_set: ThetaSet, base: BaseView, gamma: float | None = None) 
     alpha / rank is 1. A layer of lower rank than the largest has that factor divided out. Those of a mixture's experts
     lie behind one another.
     """
-    used = theta_set.gamma if gamma is None else gamma
-    kappa, alpha = coupling(used), 2 * theta_set.rank
+    kappa = coupling(theta_set.gamma if gamma is None else gamma)
+    alpha = 2 * theta_set.rank
     tensors = []
     for name, theta in theta_set.layers.items():
         m, n = base.tensors[name].shape[-2:]
-        down, up = _factors(theta, m, n)
-        up = up * (kappa * (2 * theta.rank) / alpha)
+        each = [theta] if theta.experts is None else [theta.expert(i) for i in range(theta.experts)]
+        forms = [low_rank_form(*one.factors(), m, n) for one in each]
+        down, up = forms[0] if theta.experts is None else (torch.stack(parts) for parts in zip(*forms, strict=True))
+        up *= kappa * (2 * theta.rank) / alpha
         for suffix, factor in ((".lora_a", down), (".lora_b", up)):
             half = factor.to(torch.float16)
             if not bool(torch.isfinite(half).all()):
@@ -117,15 +119,7 @@ def lora_parts(theta_set: ThetaSet, base: BaseView, gamma: float | None = None) 
         "general.name": f"NKAT theta for {theta_set.base_name}",
         "adapter.type": "lora",
         "adapter.lora.alpha": np.float32(alpha),
-        "nkat.theta.gamma": used,
+        "nkat.theta.gamma": theta_set.gamma if gamma is None else gamma,
         "nkat.base.sha256": theta_set.base_sha256,
     }
     return gguf_parts(metadata, tensors)
-
-
-def _factors(theta: Theta, m: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(down [2r, n], up [m, 2r]), with the experts in front where there are some."""
-    if theta.experts is None:
-        return low_rank_form(*theta.factors(), m, n)
-    forms = [low_rank_form(*theta.expert(i).factors(), m, n) for i in range(theta.experts)]
-    return torch.stack([down for down, _ in forms]), torch.stack([up for _, up in forms])

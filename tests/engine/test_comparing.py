@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nkat.engine import compiled_scorer
+from nkat.engine import likelihoods
 from nkat.engine.compared import Compared
 from nkat.engine.comparing import EagerComparer, make_comparer
 from nkat.engine.compiled_comparer import CompiledComparer
@@ -203,5 +203,5 @@ def test_blocks_of_the_vocabulary(tmp_path, monkeypatch, tiles):
         return [comparer.beside_itself(CHUNKS)[0], *comparer.beside(CHUNKS, 2), *comparer.beside(CHUNKS, 2, rows)]
 
     whole = measured()
-    monkeypatch.setattr(compiled_scorer, "_BLOCK_TILES", tiles)
+    monkeypatch.setattr(likelihoods, "_BLOCK_TILES", tiles)
     assert all(near(a, b) for a, b in zip(measured(), whole, strict=True))

@@ -10,6 +10,7 @@ import torch
 
 from nkat.engine import tree_scorer
 from nkat.engine.continuations import Continuation, Prediction, predict
+from nkat.engine.scoring import make_scorer
 from nkat.engine.tree import batches, in_common, token_tree
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
@@ -78,6 +79,16 @@ def test_predictions_equal_the_forward_pass(tmp_path, family):
     assert found[-1].best.all()
     assert not all(each.best.all() for each in found)
     assert distance(found[1:2], expected[:1]) > 0.01  # the control: another answer to the same question
+
+
+@pytest.mark.parametrize("int8_activations", [False, True])
+def test_a_sequence_by_itself_is_scored_as_in_a_perplexity(tmp_path, int8_activations):
+    """Bit by bit."""
+    loaded = load(tmp_path, "gemma3 window", qtype=gguf.GGMLQuantizationType.Q8_0, int8_activations=int8_activations)
+    chunk = torch.tensor([BASE])
+    plain = make_scorer(loaded.model, 1, len(BASE)).score(chunk)[0].numpy()
+    (found,) = found_in(loaded, [Continuation(tuple(BASE), len(BASE) // 2 + 1)])
+    assert np.array_equal(found.nll, plain)
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float64}, {}])

@@ -134,7 +134,7 @@ def test_the_vocabulary_goes_in_blocks(tmp_path, monkeypatch):
     """Several blocks, the last of them not full, give what one does; a logit that is no number shows in the score."""
     loaded = load(tmp_path)
     whole = compiled(loaded).score(CHUNKS)
-    monkeypatch.setattr("nkat.engine.compiled_scorer._BLOCK_TILES", 2)
+    monkeypatch.setattr("nkat.engine.likelihoods._BLOCK_TILES", 2)
     blocks = compiled(loaded)
     assert distance(blocks.score(CHUNKS), whole) < 1e-5
     assert loaded.config.vocab_size % 32

@@ -12,13 +12,14 @@ import pytest
 from nkat.errors import NKATError
 from nkat.host.hardware import Gpu
 from nkat.host.programs import shell_line
-from nkat.kobold.choose import Choice, advice, choices, prefer
+from nkat.kobold.choose import Choice, advice, check_draft, choices, memory_of, prefer
 from nkat.kobold.command import Settings, check_extra, command_of
 from nkat.kobold.files import Adapter, RunFiles
 from nkat.kobold.koboldcpp import KOBOLDCPP, settings_of
 from nkat.kobold.layers import ModelMemory
 from nkat.kobold.machine import Machine, free_bytes, look_at_machine
 from nkat.kobold.program import Program
+from tests.support.tiny_models import write_tiny_model
 
 GIB = 1 << 30
 OLD = Program(
@@ -229,3 +230,24 @@ def test_this_machine() -> None:
     assert found.cores >= 1
     assert bool([gpu for gpu in found.gpus if gpu.interface == "cuda"]) == (found.no_cuda is None)
     assert order(choices(replace(NEW, libraries=None), found, None))
+
+
+def test_a_draft_model_must_have_the_models_tokens(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "m.gguf", "llama")
+    check_draft(model, write_tiny_model(tmp_path / "d.gguf", "llama", blocks=1, seed=2))
+    with pytest.raises(NKATError, match=r"d2\.gguf: cannot draft for .*tokens"):
+        check_draft(model, write_tiny_model(tmp_path / "d2.gguf", "llama", blocks=1, vocab="spm"))
+    other = write_tiny_model(tmp_path / "d3.gguf", "llama", blocks=1)
+    other.write_bytes(other.read_bytes().replace("Ġthe".encode(), "Ġthx".encode()))
+    with pytest.raises(NKATError, match=r"token \d+ is 'Ġthx' there and 'Ġthe' here"):
+        check_draft(model, other)
+
+
+def test_its_memory_counts_and_lowers_the_layers(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "m.gguf", "llama")
+    files = RunFiles(model, model, "", (), {})
+    plain = memory_of(files, SETTINGS, True)
+    drafted = memory_of(files, replace(SETTINGS, draft=model), True)
+    assert (plain.draft, drafted.draft) == (0, plain.total)
+    quantised = memory_of(files, replace(SETTINGS, cache_type="q8_0"), True)
+    assert quantised.cache < plain.cache

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from nkat.errors import NKATError
+from nkat.kobold import files as kobold_files
 from nkat.kobold.files import kobold_cache, model_key, prepare_files
 from nkat.kobold.menu import models_here
 from nkat.theta.combine import WeightedFile
@@ -209,3 +212,99 @@ def test_a_forged_file_in_the_cache_is_written_anew(script, base: Path) -> None:
         before = path.stat().st_mtime_ns  # control: what is right is left alone
         assert prepare_files(nkat, (), None) == files
         assert path.stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def two(script, base: Path, tmp_path: Path) -> list[WeightedFile]:
+    """Two Θ for one model."""
+    first = convert(script, base, tmp_path / "a.bin", "--theta-only")
+    other = convert(script, base, tmp_path / "b.bin", "--theta-only", "--theta-rank", 2, "--theta-gamma", 0.5)
+    return [WeightedFile(first), WeightedFile(other, 0.5)]
+
+
+def test_several_thetas_beside_each_other_or_as_one(base: Path, two: list[WeightedFile]) -> None:
+    apart = prepare_files(base, two, None, separate=True)
+    assert [one.weight for one in apart.adapters] == [1.0, 0.5]
+    assert [one.about for one in apart.adapters] == ["rank 4, gamma 0.97", "rank 2, gamma 0.5, weight 0.5"]
+    assert apart.adapters[0] == prepare_files(base, two[:1], None).adapters[0]  # weights are the program's to apply
+    merged = prepare_files(base, two, None)
+    (one,) = merged.adapters
+    assert (one.weight, one.about) == (1.0, "rank 4, gamma 0.97; rank 2, gamma 0.5, weight 0.5")
+    assert (merged.rank, merged.gamma) == (None, None)
+    assert {t.shape[-1] for t in gguf.GGUFReader(one.path).tensors if t.name.endswith(".lora_a")} == {12}
+    assert sum(merged.lora_bytes.values()) == sum(apart.lora_bytes.values())
+    assert prepare_files(base, two, None) == merged
+    heavier = prepare_files(base, [two[0], replace(two[1], weight=2.0)], None)
+    assert heavier.adapters[0].path != one.path
+    assert len({model_key(files) for files in (apart, merged, heavier)}) == 3
+    assert model_key(apart) != model_key(
+        prepare_files(base, [two[0], replace(two[1], weight=2.0)], None, separate=True)
+    )
+
+
+def test_a_weight_goes_into_the_file_where_a_name_has_a_colon(
+    base: Path, two: list[WeightedFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.name == "nt":
+        pytest.skip("every name has one there")
+    monkeypatch.setenv("NKAT_CACHE", str(tmp_path / "c:ache"))
+    files = prepare_files(base, two, None, separate=True)
+    assert [one.weight for one in files.adapters] == [1.0, 1.0]
+    (alone,) = prepare_files(base, two[1:], None, separate=True).adapters
+    assert (alone.path, alone.weight) == (files.adapters[1].path, 1.0)
+
+
+def test_one_of_several_for_another_model_is_refused(
+    base: Path, script, two: list[WeightedFile], tmp_path: Path
+) -> None:
+    other = write_tiny_model(tmp_path / "other.gguf", "llama", seed=1, qtype=gguf.GGMLQuantizationType.Q8_0)
+    stray = WeightedFile(convert(script, other, tmp_path / "c.bin", "--theta-only"))
+    with pytest.raises(NKATError, match="was made for another model"):
+        prepare_files(base, [*two, stray], None)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX's kinds of file")
+def test_what_cannot_be_read_is_skipped_with_a_word(
+    script, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Whatever is wrong with a neighbour: its kind, its contents, the right to it, or the disk below it."""
+    nkat = convert(script, base, base.parent / "m.nkat")
+    for name in ("damaged", "forbidden", "failing", "hidden"):
+        (base.parent / f"a-{name}.gguf").write_bytes(base.read_bytes())
+    (base.parent / "a-damaged.gguf").write_bytes(b"GGUF and then something else")
+    (base.parent / "a-lost.gguf").symlink_to("nowhere")
+    (base.parent / "a-folder.gguf").mkdir()
+    os.mkfifo(base.parent / "a-pipe.gguf")
+    stat, opened, hashed = Path.stat, kobold_files.open_model_file, kobold_files._sha256
+
+    def refuse(path: Path, *more: object, **others: object):
+        if path.name == "a-hidden.gguf":  # in a folder that may be listed and not entered
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *more, **others)
+
+    def refuse_to_open(path: Path):
+        if path.name == "a-forbidden.gguf":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path)
+
+    def fail_to_read(model):
+        if model.path.name == "a-failing.gguf":
+            raise OSError(errno.EIO, "Input/output error", str(model.path))
+        return hashed(model)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(kobold_files, "open_model_file", refuse_to_open)
+    monkeypatch.setattr(kobold_files, "_sha256", fail_to_read)
+    assert prepare_files(nkat, (), None).model == base
+    said = capsys.readouterr().err
+    for name, why in {
+        "damaged": "version",
+        "lost": "No such file",
+        "pipe": "it is no file",
+        "hidden": "Permission denied",
+        "forbidden": "Permission denied",
+        "failing": "Input/output error",
+    }.items():
+        (line,) = [line for line in said.splitlines() if f"a-{name}.gguf was skipped: " in line]
+        assert why in line
+    assert "a-folder" not in said

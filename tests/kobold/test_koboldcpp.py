@@ -185,7 +185,16 @@ def test_today_in_the_real_one(script, launch, tmp_path: Path) -> None:
         flags = ("--theta-only", "--theta-rank", rank, "--theta-gamma", 0.5)
         assert script(CONVERTER, "--input", base, "--output", tmp_path / name, *flags).returncode == 0
     port = free_port()
-    asked = ["--kobold", kobold, "--model", base, "--theta", tmp_path / "a.bin", "--theta", f"{tmp_path / 'b.bin'}:0.5"]
+    asked = [
+        "--kobold",
+        kobold,
+        "--model",
+        base,
+        "--theta",
+        tmp_path / "a.bin",
+        "--theta-scaled",
+        f"{tmp_path / 'b.bin'}:0.5",
+    ]
     asked += ["--quantkv", "q8_0", "--backend", "cpu", "--port", port, "--contextsize", 512, "--threads", 1]
     if "--draftmodel" in found.flags:
         asked += ["--draftmodel", draft, "--draftamount", 3]

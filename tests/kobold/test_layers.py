@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -124,3 +125,25 @@ def test_head_counts_may_differ_by_block(tmp_path: Path) -> None:
         plain = model_memory(file.metadata, file.tensors, 256)
         varied = {**file.metadata, "llama.attention.head_count_kv": [1, 2, 1]}
         assert model_memory(varied, file.tensors, 256) == plain
+
+
+def test_a_quantised_cache_by_its_blocks(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "m.gguf", "llama", embedding=256, heads=4, kv_heads=2)
+
+    def cache(kind: str, **options: object) -> int:
+        return memory_of(path, 1024 - 128, cache_type=kind, **options).cache
+
+    row = 2 * 64  # numbers of a token's keys in a block
+    assert cache("f16") == cache("bf16") == 1024 * 2 * row * 2
+    assert cache("q8_0") == 1024 * 2 * row // 32 * 34
+    assert cache("q5_1") == 1024 * 2 * row // 32 * 24
+    assert cache("q4_0") == 1024 * 2 * row // 32 * 18
+    assert cache("q8_0", flash_attention=False) == 1024 * (row // 32 * 34 + row * 2)  # values are not
+
+
+def test_a_draft_model_is_counted_whole(memory: ModelMemory) -> None:
+    drafting = replace(memory, draft=30)
+    assert drafting.total == memory.total + 30
+    assert [gpu_bytes(drafting, n) - gpu_bytes(memory, n) for n in range(6)] == [30] * 6
+    assert "draft model, its cache and buffers" in layer_table(drafting, 2, "card", 999)
+    assert "draft" not in layer_table(memory, 2, "card", 999)

@@ -96,6 +96,10 @@ def nkat(script, base: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def thetas(script, base: Path, tmp_path: Path) -> list[Path]:
+    return make_thetas(script, base, tmp_path)
+
+
+def make_thetas(script, base: Path, tmp_path: Path) -> list[Path]:
     """Two Θ for one model, of different ranks and strengths."""
     made = []
     for name, rank, gamma in (("a.bin", 4, 0.5), ("b.bin", 2, 0.7)):
@@ -176,6 +180,7 @@ def test_the_devices_it_lists_are_its_backends(tmp_path: Path) -> None:
     values = settings_of(asked, first, FILES, SETTINGS)
     assert values == {
         "model": str(FILES.model),
+        "alias": "m",
         "lora": str(FILES.adapters[0].path),
         "device": "Vulkan1",
         "gpu-layers": 33,
@@ -255,7 +260,7 @@ def test_list(script, server: Path) -> None:
 
 @posix
 def test_launch_serves_several_thetas_and_leaves_nothing(launch, base: Path, thetas: list[Path], port: int) -> None:
-    asked = ["--theta", thetas[0], "--theta", f"{thetas[1]}:0.5"]
+    asked = ["--theta", thetas[0], "--theta-scaled", f"{thetas[1]}:0.5"]
     launched = launch("--model", base, *asked, "--port", port, "--contextsize", 512, "--threads", 1, "--json")
     lines = launched.until_ready()
     assert lines[-1] == f"ready      base at {base_url('127.0.0.1', port)}\n"
@@ -286,11 +291,11 @@ def test_saved_presets_are_what_it_loads(script, server: Path, nkat: Path, port:
     asked = ["--model", nkat, "--save-config", target, "--port", port, "--contextsize", 512, "--threads", 1]
     record = run(script, server, *asked)
     assert record["config"]["ctx-size"] == 512
-    assert "[base]\n" in target.read_text()
+    assert "[tiny]\n" in target.read_text()
     done = script(SELECTOR, "--runtime", "llama-server", "--llama-server", server, *asked, "--force")
     line = next(line for line in done.stderr.splitlines() if line.startswith("wrote ")).partition("load it with: ")[2]
     with running(shlex.split(line), WATCH) as process:
-        assert wait_until_ready(process, base_url("127.0.0.1", port), SECONDS, lambda _: None) == "base"
+        assert wait_until_ready(process, base_url("127.0.0.1", port), SECONDS, lambda _: None) == "tiny"
         assert process.told(lambda loaded: loaded.adapters == 1)
 
 
@@ -341,14 +346,17 @@ def test_a_folder_of_models_by_name(script, launch, nkat: Path, base: Path, port
 
 
 @posix
-def test_a_draft_model_and_a_quantised_cache(launch, port: int, tmp_path: Path) -> None:
+def test_a_draft_model_and_a_quantised_cache(launch, server: Path, port: int, tmp_path: Path) -> None:
     draft = write_tiny_model(tmp_path / "draft.gguf", "llama", seed=5, blocks=1, head_dim=32)
     base = write_tiny_model(tmp_path / "large.gguf", "llama", head_dim=32)
     asked = ["--model", base, "--draftmodel", draft, "--draftamount", 3, "--quantkv", "q8_0", "--port", port]
     launched = launch(*asked, "--contextsize", 512, "--threads", 1)
     launched.until_ready()
-    answer = post(base_url("127.0.0.1", port), "/completion", {"prompt": [1, 2, 3], "n_predict": 8})
+    url = base_url("127.0.0.1", port)
+    answer = post(url, "/completion", {"prompt": [1, 2, 3], "n_predict": 8, "temperature": 0})
     assert "content" in answer
+    if server == Path(REAL or ""):
+        assert answer["timings"]["draft_n"] > 0  # it really guessed
     launched.end(signal.SIGTERM)
 
 
@@ -430,27 +438,29 @@ def test_greedy_tokens_equal_ours(script, launch, server: Path, tmp_path: Path, 
 
 @posix
 def test_adapters_beside_each_other_are_one_that_holds_both(
-    server: Path, base: Path, thetas: list[Path], port: int
+    server: Path, script, stories: Path, tmp_path: Path, port: int
 ) -> None:
     """What KoboldCpp gets, in the real llama-server against what that gets itself: the same probabilities."""
     if REAL is None or server != Path(REAL):
         pytest.skip("the stand-in computes nothing")
+    thetas = make_thetas(script, stories, tmp_path)
     named = [WeightedFile(thetas[0]), WeightedFile(thetas[1], 0.5)]
     found = probe(server / "llama-server" if server.is_dir() else server)
     choice = choices(found, MACHINE, None, None, BACKENDS)[0]
     settings = Settings(512, 1, "127.0.0.1", port)
     told = {}
     for name, files in {
-        "none": prepare_files(base, (), None),
-        "first": prepare_files(base, named[:1], None),
-        "merged": prepare_files(base, named, None),
-        "separate": prepare_files(base, named, None, separate=True),
+        "none": prepare_files(stories, (), None),
+        "first": prepare_files(stories, named[:1], None),
+        "merged": prepare_files(stories, named, None),
+        "separate": prepare_files(stories, named, None, separate=True),
     }.items():
         with running(command_of(found, settings_of(found, choice, files, settings)), WATCH) as process:
             url = base_url("127.0.0.1", port)
             assert wait_until_ready(process, url, SECONDS, lambda _: None)
-            request = {"prompt": [1, 5, 9], "n_predict": 1, "temperature": 0, "n_probs": 20}
-            probs = post(url, "/completion", request)["completion_probabilities"][0]["top_logprobs"]
+            request = {"prompt": [1, 5, 9], "n_predict": 1, "temperature": 0, "n_probs": 20, "ignore_eos": True}
+            answer = post(url, "/completion", request)
+            probs = answer["completion_probabilities"][0]["top_logprobs"]
             told[name] = {one["id"]: one["logprob"] for one in probs}
     assert told["separate"] == pytest.approx(told["merged"], abs=2e-3)
     for other in ("none", "first"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nkat.kobold.options import parse_arguments
+from nkat.theta.combine import WeightedFile
 
 MODEL = ["--model", "m.nkat"]
 
@@ -53,6 +54,23 @@ def test_the_action(flags: list[str], action: str | None) -> None:
         (["--contextsize", "262145"], "--contextsize must be from 256 to 262144, got 262145"),
         (["--port", "65536"], "--port must be at most 65535, got 65536"),
         (["--launch", "--port", "65536"], "--model FILE is needed"),  # one mistake at a time
+        ([*MODEL, "--gpulayers", "-2"], "argument --gpulayers: must be at least 0, got -2; or auto"),
+        ([*MODEL, "--quantkv", "q3_k"], "argument --quantkv: must be one of f16, bf16, q8_0, q5_1, q4_0, got 'q3_k'"),
+        (
+            [*MODEL, "--kobold", "k", "--runtime", "llama-server"],
+            "the program that was named is not the one of --runtime llama-server",
+        ),
+        ([*MODEL, "--llama-server", "k"], "the program that was named is not the one of --runtime koboldcpp"),
+        ([*MODEL, "--autofit", "--gpulayers", "3"], "--autofit and --gpulayers N exclude each other"),
+        ([*MODEL, "--autofit", "--benchmark"], "--benchmark measures splits, so --autofit has no meaning there"),
+        ([*MODEL, "--draftamount", "3"], "--draftamount needs --draftmodel"),
+        (["--router", "a", "--admin", "a"], "--router and --admin exclude each other"),
+        (["--router", "a", "--list"], "--router and --admin serve models: give --launch or --dry-run"),
+        ([*MODEL, "--router", "a", "--theta", "b"], "--router and --admin take models with their own Θ, not --theta"),
+        (
+            ["--admin", "a", "--save-config", "b"],
+            "--router and --admin write files of their own, so --save-config has no meaning",
+        ),
     ],
 )
 def test_mistakes(flags: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
@@ -66,3 +84,19 @@ def test_the_limits_themselves_are_allowed() -> None:
     for context, port in ((256, 1), (262144, 65535)):
         options = parse_arguments(["--contextsize", str(context), "--port", str(port)])
         assert (options.contextsize, options.port) == (context, port)
+
+
+def test_automatic_layers_by_each_name() -> None:
+    for flags in ([], ["--gpulayers", "auto"], ["--gpulayers", "-1"]):
+        assert parse_arguments([*MODEL, *flags]).gpulayers is None
+    assert parse_arguments([*MODEL, "--gpulayers", "0"]).gpulayers == 0
+
+
+def test_the_caches_type_by_name_and_by_koboldcpps_number() -> None:
+    found = {text: parse_arguments([*MODEL, "--quantkv", text]).quantkv for text in ("0", "1", "2", "3", "Q5_1")}
+    assert found == {"0": "f16", "1": "q8_0", "2": "q4_0", "3": "bf16", "Q5_1": "q5_1"}
+
+
+def test_several_thetas() -> None:
+    found = parse_arguments([*MODEL, "--theta", "a.bin", "--theta-scaled", "b.bin:0.5"]).thetas
+    assert found == (WeightedFile(Path("a.bin")), WeightedFile(Path("b.bin"), 0.5))

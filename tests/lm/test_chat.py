@@ -9,8 +9,9 @@ import pytest
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile
-from nkat.lm.chat import TEMPLATE_KEY, chat_messages, encode_chat, render_chat
+from nkat.lm.chat import TEMPLATE_KEY, chat_messages, encode_chat, render_chat, render_chats
 from nkat.lm.load import load_model
+from nkat.lm.template_process import TemplateProcess
 from nkat.lm.tokenizer import Tokenizer
 from tests.support.tiny_models import write_tiny_model
 
@@ -152,9 +153,40 @@ def test_templates_that_fail_are_one_line(tokenizer: Tokenizer, template: str, m
 
 def test_a_template_that_does_not_end_is_ended(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    monkeypatch.setattr("nkat.lm.chat._SECONDS", 1)
+    monkeypatch.setattr("nkat.lm.template_process.SECONDS", 1)
     with pytest.raises(NKATError, match="not done after 1 seconds"):
         render(tokenizer, loop)
+
+
+def test_one_process_for_many_conversations(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives through templates that fail, and is started anew after one that ended it."""
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+    def told(process: TemplateProcess, template: str, text: str = "Hi") -> str:
+        (found,) = render_chats({TEMPLATE_KEY: template}, tokenizer, [(chat_messages(text), True)], process)
+        return str(found)
+
+    with TemplateProcess() as process:
+        assert told(process, ONE) == "Hi!"
+        first = process._process
+        assert told(process, ONE, "two\nlines") == "two\nlines!"
+        assert "unexpected" in told(process, "{% for m in messages %}{{ m.content }")
+        assert told(process, ONE) == "Hi!"
+        assert process._process is first
+        with monkeypatch.context() as patched, pytest.raises(NKATError, match="not done after 1 seconds"):
+            patched.setattr("nkat.lm.template_process.SECONDS", 1)
+            told(process, loop)
+        assert told(process, ONE) == "Hi!"
+        second = process._process
+        assert first is not None
+        assert second is not None
+        assert second is not first
+        second.kill()
+        second.wait()
+        assert told(process, ONE) == "Hi!"
+        last = process._process
+    assert last is not None
+    assert last.poll() is not None
 
 
 # --- where a template can be

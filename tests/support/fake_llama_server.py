@@ -43,6 +43,7 @@ _FLAGS: list[tuple[list[str], str, str]] = [
     (["--lora"], "FNAME", "path to LoRA adapter (use comma-separated values to load multiple adapters)"),
     (["--lora-scaled"], "FNAME:SCALE,...", "path to LoRA adapter with user defined scaling"),
     (["-m", "--model"], "FNAME", "model path to load"),
+    (["-a", "--alias"], "STRING", "set model name aliases, comma-separated (to be used by API)"),
     (["--host"], "HOST", "ip address to listen"),
     (["--port"], "PORT", "port to listen"),
     (["--api-key"], "KEY", "API key to use for authentication"),
@@ -144,7 +145,7 @@ class Server:
                 self.log(f"srv          load: spawning server instance with name={name} on port 40000")
                 self.load(name, self.models[name])
         elif "model" in self.values:
-            self.load(Path(self.values["model"]).name.removesuffix(".gguf"), self.values)
+            self.load(self.values.get("alias", self.values["model"]), self.values)
             self.ready = True
         else:
             self.ready = True
@@ -194,6 +195,8 @@ class Server:
             if not self.behaviour.get("forgetful"):
                 count = len(re.findall(rb"\.lora_[ab]", Path(adapter["path"]).read_bytes()))
                 self.log(f"llama_adapter_lora_init_impl: loaded {count} tensors from lora file", 4)
+        drafts = draft and (self.behaviour.get("old") or values.get("spec-type") == "draft-simple")
+        self.log("" if drafts else "spec common_specu: no implementations specified for speculative decoding", 4)
         self.loaded = name
         self.log("srv  llama_server: model loaded")
 
