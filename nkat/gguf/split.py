@@ -52,6 +52,12 @@ def is_later_part(path: Path) -> bool:
     return found is not None and found[2] != "00001"
 
 
+def without_number(path: Path) -> Path:
+    """What the whole would be called: `name.gguf` for `name-00002-of-00003.gguf`; any other name as it is."""
+    found = _NAME.fullmatch(path.name)
+    return path if found is None else path.with_name(f"{found[1]}.gguf")
+
+
 def _paths(path: Path, count: int) -> list[Path]:
     found = _NAME.fullmatch(path.name)
     if found is None or int(found[3]) != count:

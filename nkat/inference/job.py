@@ -15,6 +15,7 @@ import torch
 
 from nkat.engine.decoder import Decoder, make_decoder
 from nkat.errors import NKATError
+from nkat.gguf.split import without_number
 from nkat.host import console, hardware
 from nkat.host.console import counted, note, say
 from nkat.host.files import check_apart, check_output, output_folder
@@ -115,7 +116,7 @@ class Job:
             return None
         if options.command == "benchmark" and options.json and options.output_dir is None:
             return None  # the user has said where the record is to be
-        name = f"{options.model.stem}_{datetime.now():%Y%m%d-%H%M%S}"
+        name = f"{without_number(options.model).stem}_{datetime.now():%Y%m%d-%H%M%S}"
         return options.output_dir or Path("output", options.command, name)
 
     @cached_property
@@ -256,7 +257,7 @@ def suggest_next(options: EngineOptions, named: Path, has_theta: bool, record: R
     if options.command == "gemm":
         suggest("engine", *model, "--benchmark")
     elif not has_theta:
-        target = options.model.with_suffix(".nkat")  # not in the cache, where a name was given
+        target = without_number(options.model).with_suffix(".nkat")  # not in the cache, where a name was given
         suggest("convert", "--input", named, "--output", target if named == options.model else target.name)
     elif options.command != "compare":
         suggest("engine", *model, "--compare")

@@ -14,6 +14,7 @@ from nkat.gguf.split import open_gguf
 from nkat.gguf.writer import range_parts, write_gguf
 from nkat.kobold.files import prepare_files
 from nkat.kobold.menu import models_here
+from nkat.measure.texts import default_text
 from nkat.theta.modelfile import base_hash, open_model_file, theta_only_parts
 from tests.conftest import Script
 from tests.support.split_models import split_model
@@ -165,6 +166,25 @@ def test_the_selector_loads_the_first_part_and_lists_no_other(
     assert "by its hash" in found.how
     monkeypatch.chdir(parts[0].parent)
     assert [path.name for path in models_here()] == ["one.nkat", parts[0].name]
+
+
+def test_the_optimiser_and_speeds_take_any_part(
+    script: Script, merged: Path, parts: list[Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(default_text().content * 3, encoding="utf-8")
+    common = ["--mode", "custom", "--trials", 2, "--chunks", 2, "--text", text, "--threads", 1, "--json", "-"]
+    found = []
+    for model in (merged, parts[1]):
+        done = script("nkat_auto_optimizer.py", "--model", model, *common, "--output-dir", tmp_path / model.stem)
+        assert done.returncode == 0, done.stderr
+        record = json.loads(done.stdout.splitlines()[-1])
+        found.append([record[key] for key in ("model_sha256", "held_out", "best_trial")])
+    assert found[0] == found[1]
+    quick = ["--benchmark", "--seq-len", 12, "--iterations", 4, "--repetitions", 1, "--no-cuda", "--json", "-"]
+    done = script(ENGINE, "--model", parts[1], *quick)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["model_sha256"] == found[0][0]
 
 
 def test_the_library_takes_any_part(merged: Path, parts: list[Path]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from nkat.errors import NKATError
 from nkat.gguf import split
 from nkat.gguf.file import GGUFError, GGUFFile
-from nkat.gguf.split import is_later_part, open_gguf
+from nkat.gguf.split import is_later_part, open_gguf, without_number
 from nkat.gguf.writer import range_parts, sha256_of_parts, write_gguf
 from tests.support.golden import read_golden
 from tests.support.split_models import I32, U16, entry, split_model
@@ -103,6 +103,7 @@ def test_a_whole_file_with_a_parts_name_is_whole(model: Path, tmp_path: Path) ->
     shutil.copy(model, path)
     assert open_gguf(path).files == [path]
     assert [is_later_part(Path(f"m-0000{i}-of-00002.gguf")) for i in (1, 2)] == [False, True]
+    assert [without_number(Path(name)).name for name in ("m-00002-of-00003.gguf", "m.gguf")] == ["m.gguf", "m.gguf"]
 
 
 def replaced(path: Path, old: bytes, new: bytes) -> None:
