@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from nkat.errors import NKATError
 from nkat.gguf.writer import write_gguf
 from nkat.lm.adapters import lora_set, open_adapter
+from nkat.lm.architectures import ARCHITECTURES
 from nkat.lm.huggingface import module_name, rows_for_gguf, rows_for_hf, weight_name
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.peft import CONFIG, WEIGHTS, peft_files, read_peft
@@ -71,6 +73,33 @@ def test_logits_of_an_adapter_are_pefts(tiny: Callable[[str], LoadedModel], arch
     twice = lora_set([(open_adapter(adapter(arch), loaded.file), 0.5)] * 2)
     assert furthest(logits(loaded, half), golden("adapters", arch)) > 100 * TOLERANCE
     assert furthest(logits(loaded, twice), golden("adapters", arch)) < TOLERANCE
+
+
+# Tiny models of these architectures are llama's, once what they have of their own is left out.
+LIKE_LLAMA: dict[str, dict[str, Any]] = {"mistral3": {}, "smollm3": {"epsilon": 1e-5}, "granite": {"metadata": None}}
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("arch", [*LOGITS["adapters"], *LIKE_LLAMA])
+def test_the_order_of_rows_counts_in_each_architecture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: str
+) -> None:
+    """Against PEFT's logits the row as it is agrees, and with the flag turned it does not."""
+    known = "llama" if arch in LIKE_LLAMA else arch
+    path = write_tiny_model(tmp_path / "m.gguf", arch, blocks=2, **LIKE_LLAMA.get(arch, {}))
+
+    def agrees(permuted: bool) -> bool:
+        monkeypatch.setitem(ARCHITECTURES, arch, replace(row, permuted_qk=permuted))
+        loaded = load_model(path)
+        terms = lora_set([(open_adapter(adapter(known), loaded.file), 1.0)])
+        return furthest(logits(loaded, terms), golden("adapters", known)) < TOLERANCE
+
+    row = ARCHITECTURES[arch]
+    assert [agrees(flag) for flag in (row.permuted_qk, not row.permuted_qk)] == [True, False]
+
+
+def test_every_permuted_row_is_tested() -> None:
+    assert {name for name, row in ARCHITECTURES.items() if row.permuted_qk} == {"llama", *LIKE_LLAMA}
 
 
 @pytest.mark.isa
