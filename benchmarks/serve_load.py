@@ -122,15 +122,15 @@ def ask(url: str, question: Question, most: int, stream: bool, leave: bool = Fal
 def server(arguments: Sequence[object]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its URL, once it listens. Raises NKATError where it does not."""
     command = [sys.executable, str(SERVER), *map(str, arguments), "--port", "0"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said: list[str] = []
     listening = threading.Event()
     url = ""
 
     def read() -> None:
         nonlocal url
-        assert child.stderr is not None
-        for line in child.stderr:
+        assert child.stdout is not None
+        for line in child.stdout:
             said.append(line.rstrip())
             if found := re.search(r"listening at (http://\S+) ", line):
                 url = found[1]

@@ -58,7 +58,6 @@ class ServeOptions:
     activations: str | None
     no_cuda: bool
     threads: int | None
-    quiet: bool
 
 
 CONFLICTS: tuple[tuple[Callable[[ServeOptions], object], str], ...] = (

@@ -183,6 +183,12 @@ def test_quick_writes_the_guides_files(script, tmp_path: Path, stories: Path) ->
     assert record["gamma_range"] == [0.9, 0.99]
     assert ("was searched (0.90 to 0.99)" in stdout) == (record["optimal"]["setting"]["gamma"] in (0.9, 0.99))
     assert record["held_out_chunks"] == 4
+    assert "divergence" not in record["held_out"]["base"]
+    for row in record["held_out"]["best"]:
+        kl = row["divergence"]["kl"]
+        assert kl["mean"] > 0
+        assert f"{kl['mean']:.5f} ± {kl['stderr']:.5f}" in stdout
+        assert 0 < row["divergence"]["same_top_percent"] <= 100
     assert stdout.index("held-out:") < stdout.index("trials completed")
 
     optimal = record["optimal"]
