@@ -3,11 +3,11 @@
     python -m benchmarks.harness models/smollm2.gguf --text wiki.test.raw --hf-python ~/hf/bin/python
     python -m benchmarks.harness models/smollm2.gguf --text wiki.test.raw --items 15 --shots 5
 
-A question is thirty words of a paragraph; the answers are the next ones, and those of three other paragraphs. `hf` runs
-in a Python of its own (`pip install "lm_eval[hf]" gguf`), where transformers unpacks the same GGUF to float32; its batch
-is the fastest of those that --hf-batch names. Each way is a process of its own. Speeds are requests per second of
-processor time, so that other programs on the machine count less; loading is left out. Without the other Python only this
-toolkit is measured. The last line of stdout is JSON.
+A question is thirty words of a paragraph; the answers are the next ones, and those of three other paragraphs. `hf`
+runs in a Python of its own (`pip install "lm_eval[hf]" gguf`), where transformers unpacks the same GGUF to float32;
+its batch is the fastest of those that --hf-batch names. Each way is a process of its own. Speeds are requests per
+second of processor time, so that other programs on the machine count less; loading is left out. Without the other
+Python only this toolkit is measured. The last line of stdout is JSON.
 """
 
 from __future__ import annotations

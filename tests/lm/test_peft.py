@@ -89,7 +89,7 @@ def test_peft_computes_what_theta_does(tiny: Callable[[str], LoadedModel], arch:
     """The golden numbers are PEFT's, of the very tensors that are written here."""
     loaded = tiny(arch)
     theta_set = seeded_theta_set(loaded.tensors)
-    files = peft_files(theta_set, theta_set.gamma, loaded.config, None)
+    files = peft_files(theta_set, theta_set.gamma, loaded.file)
     assert digest(files[WEIGHTS]) == LOGITS["exported_sha256"][arch]
     assert furthest(logits(loaded, theta_set), golden("exported", arch)) < TOLERANCE
     assert furthest(logits(loaded, None), golden("exported", arch)) > 1000 * TOLERANCE  # control
@@ -110,11 +110,11 @@ def digest(raw: bytes) -> str:
 def test_what_is_exported_comes_back(tiny: Callable[[str], LoadedModel], tmp_path: Path, arch: str) -> None:
     loaded = tiny(arch)
     theta_set = seeded_theta_set(loaded.tensors)
-    files = peft_files(theta_set, theta_set.gamma, loaded.config, "owner/name")
+    files = peft_files(theta_set, theta_set.gamma, loaded.file)
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     settings = json.loads(files[CONFIG])
-    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 4, "owner/name")
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 4, None)
     write_gguf(tmp_path / "lora.gguf", lora_parts(theta_set, loaded.file.require_base()), force=False)
     found = open_adapter(tmp_path, loaded.file).terms
     same = open_adapter(tmp_path / "lora.gguf", loaded.file).terms
@@ -240,14 +240,14 @@ def test_a_theta_of_experts_is_no_peft_adapter(tmp_path: Path) -> None:
 
     theta_set.layers["blk.0.ffn_down_exps.weight"] = of_experts([theta] * 6)
     with pytest.raises(NKATError, match=r"blk.0.ffn_down_exps.weight: .*experts are not"):
-        peft_files(theta_set, 0.5, loaded.config, None)
+        peft_files(theta_set, 0.5, loaded.file)
 
 
 def test_some_layers_are_named_in_full(tiny: Callable[[str], LoadedModel]) -> None:
     loaded = tiny("llama")
     theta_set = seeded_theta_set(loaded.tensors)
     del theta_set.layers["blk.0.attn_q.weight"]
-    settings = json.loads(peft_files(theta_set, 0.5, loaded.config, None)[CONFIG])
+    settings = json.loads(peft_files(theta_set, 0.5, loaded.file)[CONFIG])
     assert "q_proj" not in settings["target_modules"]
     assert "model.layers.1.self_attn.q_proj" in settings["target_modules"]
     assert "k_proj" in settings["target_modules"]
