@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from nkat.host.files import disk_errors, file_digest, make_folder
 from nkat.hub.names import HubName, choose_files, parse_name
 
 _SECONDS = 10  # for an answer of the server
-_SHA256 = 64  # digits
+_HASH, _SHA256 = re.compile("[0-9a-f]{40}|[0-9a-f]{64}"), 64  # digits, of git's or the file's own
 
 
 @overload
@@ -99,8 +100,8 @@ def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> Pat
     """Puts the bytes of a file where the cache has them, going on with what is there of them; returns where."""
     url = hub.hf_hub_url(name.repo, file, revision=revision)
     found = hub.get_hf_file_metadata(url, timeout=_SECONDS)
-    if found.etag is None or found.size is None:
-        raise NKATError(f"{name}: the server says neither size nor hash of {file}, so it cannot be checked")
+    if found.size is None or not _HASH.fullmatch(found.etag or ""):  # which is to be a file's name, too
+        raise NKATError(f"{name}: the server does not say the size and the hash of {file}, so it cannot be checked")
     if found.size > hub.constants.MAX_HTTP_DOWNLOAD_SIZE:
         raise NKATError(
             f"{name}: {file} has {format_bytes(found.size)}, which come by another protocol: "

@@ -166,6 +166,15 @@ def test_other_bytes_than_were_promised_are_refused(hub: HubServer, tmp_path: Pa
     assert fetch(NAME).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("etag", ["../../../out", "W/abc", "0" * 63, "x" * 64])
+def test_what_is_no_hash_is_no_files_name(hub: HubServer, tmp_path: Path, etag: str) -> None:
+    hub.etag = etag
+    with pytest.raises(NKATError, match="does not say the size and the hash of model-Q8_0"):
+        fetch(NAME)
+    assert not list(tmp_path.rglob("*out*"))
+    assert hub.downloads() == []
+
+
 def test_remains_of_another_file_are_no_beginning(hub: HubServer, tmp_path: Path) -> None:
     """Too many bytes, or as many of another file: the hash says so."""
     fetch(NAME).resolve().unlink()
