@@ -21,7 +21,8 @@ def check_outputs(options: ConvertOptions, model: ModelFile) -> None:
     """Everything about the outputs that can be known before time is spent on Θ."""
     inputs = [*options.inputs_there, *model.files]
     check_peft(options)
-    for path in (options.output, options.export_lora, options.merge, options.card_path):
+    card = options.card_path if options.export_peft is None or options.export_peft.exists() else None
+    for path in (options.output, options.export_lora, options.merge, card):
         if path is not None:
             check_output(path, options.force, inputs)
     if model.is_split and options.in_place:

@@ -15,6 +15,7 @@ import torch
 
 from nkat.engine.decoder import make_decoder
 from nkat.engine.generate import Generation, Sampler, generate, prefill
+from nkat.engine.tree import in_common
 from nkat.errors import NKATError
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer
@@ -87,11 +88,7 @@ class Session:
                 self.decoder = make_decoder(self.model, self._room)
             self.decoder.length = 0
         self._computed_with = self._strength
-        same = 0
-        for held, wanted in zip(self.tokens, prompt[:-1], strict=False):
-            if held != wanted:
-                break
-            same += 1
+        same = in_common(self.tokens, prompt[:-1])
         self.decoder.length = same
         return same
 

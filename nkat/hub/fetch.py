@@ -76,9 +76,12 @@ def _there(hub: ModuleType, name: HubName, file: str, revision: str) -> Path:
     known = hub.try_to_load_from_cache(name.repo, file, revision=revision)
     if isinstance(known, str):
         return Path(known)
-    _fetch_blob(hub, name, file, revision)
+    blob = _fetch_blob(hub, name, file, revision)
     # Finds the bytes where it would have put them: what is left is the name that belongs to them.
-    return Path(hub.hf_hub_download(name.repo, file))
+    path = Path(hub.hf_hub_download(name.repo, file))
+    if not path.is_symlink():  # where a system has no links the name is a copy
+        blob.unlink(missing_ok=True)
+    return path
 
 
 def _library() -> ModuleType:
@@ -92,8 +95,8 @@ def _library() -> ModuleType:
     return huggingface_hub
 
 
-def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> None:
-    """Puts the bytes of a file where the cache has them, going on with what is there of them."""
+def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> Path:
+    """Puts the bytes of a file where the cache has them, going on with what is there of them; returns where."""
     url = hub.hf_hub_url(name.repo, file, revision=revision)
     found = hub.get_hf_file_metadata(url, timeout=_SECONDS)
     if found.etag is None or found.size is None:
@@ -114,6 +117,7 @@ def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> Non
             _download(hub, name, file, url, found.size, partial)
             _check(name, file, partial, found.etag, found.size)
             partial.replace(blob)
+    return blob
 
 
 def _download(hub: ModuleType, name: HubName, file: str, url: str, size: int, partial: Path) -> None:
@@ -132,13 +136,25 @@ def _download(hub: ModuleType, name: HubName, file: str, url: str, size: int, pa
         going_on = f", of which {format_bytes(have)} are there" if have else ""
         note(f"fetching {name}: {file}, {format_bytes(size)}{going_on}")
         try:
-            with bar(size, "fetching", "B") as progress, hub.utils.disable_progress_bars():
+            with bar(size, "fetching", "B") as progress, _without_its_bars(hub):
                 counted = cast(BinaryIO, _Counted(out, progress))
                 headers = hub.utils.build_hf_headers()
                 hub.file_download.http_get(url, counted, resume_size=have, headers=headers, expected_size=size)
         except KeyboardInterrupt:
             note(f"{format_bytes(partial.stat().st_size)} are kept: the same command goes on from there")
             raise
+
+
+@contextlib.contextmanager
+def _without_its_bars(hub: ModuleType) -> Iterator[None]:
+    if hub.utils.are_progress_bars_disabled():
+        yield
+        return
+    hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.enable_progress_bars()
 
 
 class _Counted:

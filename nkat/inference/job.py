@@ -410,7 +410,10 @@ def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) ->
 def measure_perplexity(job: Job) -> Result:
     """Scores the same chunks without Θ and, where there is one, with it; beside another base where one is given."""
     options = job.options
-    base_file = None if options.kl_base is None else open_base_file(options.kl_base)
+    base_file = None
+    if options.kl_base is not None:
+        base_file = open_base_file(options.kl_base)
+        job.config.check_length(base_file.tokens.shape[1], "--kl-base", bool(options.beyond_context))
     loaded = job.load()
     base: Base | None = base_file
     if options.reference is not None:

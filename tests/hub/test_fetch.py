@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import huggingface_hub.file_download
 import pytest
+from huggingface_hub.utils import WeakFileLock
 
 import nkat
 from nkat.errors import NKATError
@@ -181,8 +184,6 @@ def test_remains_of_another_file_are_no_beginning(hub: HubServer, tmp_path: Path
 
 def test_small_files_have_gits_hash(hub: HubServer, tmp_path: Path, monkeypatch) -> None:
     """Those that are not kept as large files: checked by it as well."""
-    import hashlib
-
     right = hashlib.sha1(b"blob %d\0" % len(CONTENT) + CONTENT).hexdigest()
     real = huggingface_hub.get_hf_file_metadata
     for etag, works in ((right, True), ("0" * 40, False)):
@@ -197,6 +198,33 @@ def test_small_files_have_gits_hash(hub: HubServer, tmp_path: Path, monkeypatch)
         else:
             with pytest.raises(NKATError, match="damaged and was deleted"):
                 fetching._fetch_blob(huggingface_hub, NAME, "model-Q8_0.gguf", COMMIT)
+
+
+def test_without_links_there_are_no_two_copies(hub: HubServer, tmp_path: Path, monkeypatch) -> None:
+    """As on Windows, where links are for developers only."""
+    monkeypatch.setattr(huggingface_hub.file_download, "are_symlinks_supported", lambda *_: False)
+    path = fetch(NAME)
+    assert path.read_bytes() == CONTENT
+    assert not path.is_symlink()
+    assert blobs(tmp_path) == {}
+    assert fetch(NAME) == path
+    assert len(hub.downloads()) == 1
+
+
+def test_another_process_that_fetches_it_is_waited_for(hub: HubServer, tmp_path: Path, capsys) -> None:
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    lock = tmp_path / "hf" / "hub" / ".locks" / "models--tiny--model" / f"{digest}.lock"
+    lock.parent.mkdir(parents=True)
+    found: list[Path] = []
+    waiting = threading.Thread(target=lambda: found.append(fetch(NAME)))
+    with WeakFileLock(lock):
+        waiting.start()
+        waiting.join(3)
+        assert waiting.is_alive()
+        assert hub.downloads() == []
+    waiting.join(60)
+    assert found[0].read_bytes() == CONTENT
+    assert "another process is fetching this file" in capsys.readouterr().err
 
 
 # --- without a network

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nkat.host.tables import as_text
 from nkat.sources.lora import lora_starts, missed_record, missed_table, nearest_theta
 from nkat.theta.algebra import low_rank_form
 from nkat.theta.lowrank import LowRank
@@ -48,7 +49,7 @@ def test_the_record_counts_layers_that_get_no_theta() -> None:
     squares = {name: float(term.product().square().sum()) for name, term in terms.items()}
     left = sum(squares[name] * record["layers"][name] ** 2 for name in terms)
     assert record["all"] == pytest.approx((left / sum(squares.values())) ** 0.5, rel=1e-4)
-    assert [line.split()[:2] for line in missed_table(record).splitlines()[2:]] == [
+    assert [line.split()[:2] for line in as_text(missed_table(record)).splitlines()[2:]] == [
         ["attn_q", "2"],
         ["attn_v", "1"],
         ["all", "3"],
