@@ -12,17 +12,15 @@ from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions
 from nkat.gguf.imatrix import OLD_SUFFIX, imatrix_parts
 from nkat.gguf.writer import FileRange, MetadataValue, part_size, sha256_of_parts, write_gguf
-from nkat.host.console import counted
-from nkat.host.files import atomic_output, check_output, make_folder
-from nkat.lm.config import ModelConfig
-from nkat.lm.peft import CONFIG, WEIGHTS, check_safetensors, peft_files
+from nkat.host.console import counted, remark, say
+from nkat.host.files import check_output
+from nkat.lm.peft import CONFIG, WEIGHTS, check_safetensors, peft_files, write_files
 from nkat.measure.texts import load_text
 from nkat.sources.importance import gather_imatrix, moments_from_file
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
 
 IMATRIX_KEY = "nkat.imatrix.sha256"
-_REPOSITORIES = ("general.source.huggingface.repository", "general.repo_url", "general.source.repo_url")
 
 
 def save_imatrix(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
@@ -52,11 +50,11 @@ def save_imatrix(options: ConvertOptions, inputs: Inputs) -> dict[str, Any]:
 def print_imatrix(record: Mapping[str, Any]) -> None:
     """What was gathered, and where it is."""
     size = f"{counted(record['chunks'], 'chunk')} of {record['context']} tokens of {record['text']}"
-    print(f"imatrix {counted(record['entries'], 'weight')}, {size}")
+    say(f"imatrix {counted(record['entries'], 'weight')}, {size}")
     if record["experts_without_rows"]:
         count = sum(record["experts_without_rows"].values())
-        print(f"        no token went to {counted(count, 'expert')}: a longer text would reach more of them")
-    print(f"{'would write' if record['dry_run'] else 'wrote'} {record['output']} ({record['bytes']:,} bytes)")
+        say(f"        no token went to {counted(count, 'expert')}: a longer text would reach more of them")
+    remark(f"{'would write' if record['dry_run'] else 'wrote'} {record['output']} ({record['bytes']:,} bytes)")
 
 
 def moments_of_file(
@@ -78,17 +76,9 @@ def check_peft(options: ConvertOptions) -> None:
 
 
 def write_peft(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet, gamma: float) -> int:
-    """Writes κ(γ)Θ as a PEFT adapter, each file whole or not at all; returns the bytes of both."""
+    """Writes κ(γ)Θ as a PEFT adapter, unless it is a dry run; returns the bytes of its files."""
     assert options.export_peft is not None
-    base = model.require_base()
-    config = ModelConfig.from_gguf(base.file.metadata, base.tensors)
-    found = [base.file.metadata.get(key) for key in _REPOSITORIES]
-    named = next((name for name in found if isinstance(name, str)), None)
-    repository = None if named is None else named.removeprefix("https://huggingface.co/")
-    files = peft_files(theta_set, gamma, config, repository)
+    files = peft_files(theta_set, gamma, model)
     if not options.dry_run:
-        make_folder(options.export_peft)
-        for name, data in files.items():
-            with atomic_output(options.export_peft / name, len(data), options.force) as file:
-                file.write(data)
+        write_files(options.export_peft, files, options.force)
     return sum(len(data) for data in files.values())

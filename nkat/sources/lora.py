@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nkat.host.console import format_table
+from nkat.host.tables import Column, Table
 from nkat.sources.residual import factors_from_residual
 from nkat.theta.algebra import low_rank_form
 from nkat.theta.lowrank import LowRank
@@ -80,12 +80,14 @@ def missed_record(missed: Mapping[str, Missed]) -> dict[str, Any]:
     }
 
 
-def missed_table(record: Mapping[str, Any]) -> str:
-    """The record for people, by kind of layer."""
+def missed_table(record: Mapping[str, Any]) -> Table:
+    """The record by kind of layer."""
     count = {kind: sum(f".{kind}." in name for name in record["layers"]) for kind in record["kinds"]}
-    rows = [[kind, str(count[kind]), f"{share:.4f}"] for kind, share in record["kinds"].items()]
-    rows.append(["all", str(len(record["layers"])), f"{record['all']:.4f}"])
-    return format_table(rows, ["layer", "count", "relative error"])
+    rows = [{"layer": kind, "count": count[kind], "error": share} for kind, share in record["kinds"].items()]
+    rows.append({"layer": "all", "count": len(record["layers"]), "error": record["all"]})
+    columns = [Column("layer", "layer"), Column("count", "count"), Column("relative error", "error", ".4f")]
+    caption = "\nof the LoRA that the fit began with, the nearest Θ misses (1: nothing of it was kept):"
+    return Table("start", columns, rows, caption)
 
 
 def _total(missed: Sequence[Missed]) -> float:
