@@ -16,16 +16,19 @@ from nkat.engine.decoder import make_decoder
 from nkat.engine.generate import Sampler, Sampling
 from nkat.engine.generate import generate as generate_tokens
 from nkat.errors import NKATError
-from nkat.gguf.file import GGUFFile
+from nkat.gguf.split import open_gguf
 from nkat.gguf.writer import MetadataValue, Part, write_gguf
 from nkat.hub.fetch import local_model
+from nkat.lm.adapters import open_adapter
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.mix import ThetaMix
+from nkat.lm.peft import peft_files, write_files
 from nkat.measure.judge import Judge, Score
 from nkat.measure.texts import Text, load_text
 from nkat.sources.fit.descent import FitSettings
 from nkat.sources.fit.job import FitRequest, run_fit
 from nkat.sources.fit.options import choice_space, lower_ranks
+from nkat.sources.importance import moments_from_file
 from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.sources.moments import input_second_moments
 from nkat.sources.options import DEFAULT_GAMMA, DEFAULT_RANK, ThetaOptions
@@ -35,7 +38,7 @@ from nkat.theta.modelfile import base_hash, layout_parts, open_model_file, theta
 from nkat.theta.set import ThetaSet
 
 _FIT, _SAMPLING = FitSettings(DEFAULT_RANK, DEFAULT_GAMMA), Sampling()
-LAYOUTS = ("tensors", "appended", "theta-only", "lora")
+LAYOUTS = ("tensors", "appended", "theta-only", "lora", "peft")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,8 +87,8 @@ class Model:
 
 
 def open_model(path: str | Path) -> Model:
-    """Opens a `.gguf` or `.nkat` of any layout, or `hf:owner/repo[:quant]`, which is fetched where the cache does not
-    have it. Weights stay on disk, memory-mapped, until they are used.
+    """Opens a `.gguf` or `.nkat` of any layout, of a model in several files any one, or `hf:owner/repo[:quant]`, which
+    is fetched where the cache does not have it. Weights stay on disk, memory-mapped, until they are used.
 
     Raises NKATError for a file that is damaged, holds only Θ, or is of an architecture or type that is not supported.
     """
@@ -101,6 +104,7 @@ def make_theta(
     layers: list[str] | None = None,
     reference: str | Path | None = None,
     calibrate: str | Path | None = None,
+    imatrix: str | Path | None = None,
     seed: int = 0,
 ) -> ThetaSet:
     """Θ from the weights alone, or from what `reference` (the same model at a higher precision) has and they lost.
@@ -109,22 +113,27 @@ def make_theta(
     gamma: strength, 0 < γ <= 1: lower is stronger, 1 is none
     layers: names or globs of weights (`blk.*.attn_q.weight`); None: all linear weights inside the blocks
     calibrate: with `reference`, a text whose activations weight the error (see `perplexity` for str and Path)
+    imatrix: with `reference`, an importance matrix of llama-imatrix's that does so
 
     Raises NKATError for values that are impossible, a reference that is another model, or weights that are not finite.
     """
     if calibrate is not None and reference is None:
         raise NKATError("calibrate weights the error against a reference, and there is none; fit_theta learns a text")
+    if imatrix is not None and (reference is None or calibrate is not None):
+        raise NKATError("imatrix weights the error against a reference, in place of calibrate")
     base = model.exact.file.require_base()
     names = select_layers(base.tensors, layers)
     moments, notes = None, dict[str, MetadataValue]()
     if calibrate is not None:
         moments, notes = input_second_moments(model.exact, _text(calibrate), names=names)
+    elif imatrix is not None:
+        moments, _ = moments_from_file(Path(imatrix), base.tensors, names)
     options = ThetaOptions(
         rank=rank,
         gamma=gamma,
         seed=seed,
         source="weight" if reference is None else "residual",
-        reference=None if reference is None else GGUFFile.open(reference),
+        reference=None if reference is None else open_gguf(reference),
         input_weights=moments,
         notes=notes,
     )
@@ -147,6 +156,7 @@ def fit_theta(
     keep: str | Path | None = None,
     reference: str | Path | None = None,
     guard: Sequence[str | Path] | None = (),
+    start_from: str | Path | None = None,
     layers: list[str] | None = None,
     seed: int = 0,
 ) -> ThetaSet:
@@ -159,6 +169,7 @@ def fit_theta(
     steps: of gradient descent, 4 sequences of 256 tokens each
     learning_rate: of AdamW; None: 0.003, less for models of small weights
     reference: the same model at a higher precision, whose predictions are learned instead of the text itself
+    start_from: a LoRA, a folder of PEFT's or a GGUF of llama.cpp's, whose nearest Θ is where to begin
 
     Ctrl-C ends the fit with the best Θ so far. Raises NKATError for a text that is too short, a loss that is not a
     finite number, and where no step beats the model without Θ on the text that was kept back.
@@ -191,6 +202,7 @@ def fit_theta(
         allow_cuda=False,
         space=choice_space(lower_ranks(most) if rank is None else [most], gamma, guarded=guard is not None),
         guard=None if guard is None else [_text(one) for one in guard],
+        start_from=None if start_from is None else open_adapter(Path(start_from), model.exact.file),
     )
     fitted = run_fit(request)
     options = ThetaOptions(most, fitted.gamma, seed, source="fit", notes=fitted.notes)
@@ -249,14 +261,19 @@ def save(
     """Writes Θ, with its model where the layout has it; the file appears whole or not at all.
 
     layout: "tensors": a GGUF with Θ among the model's tensors; "appended": behind the unchanged model, which every
-        program then still loads; "theta-only": a small GGUF with Θ alone; "lora": an adapter for llama.cpp, KoboldCpp
+        program then still loads; "theta-only": a small GGUF with Θ alone; "lora": an adapter for llama.cpp, KoboldCpp;
+        "peft": a folder with an adapter for PEFT
     model: the one Θ was made for; not needed for "theta-only"
     force: replace a file that is there
 
     Raises NKATError when the file exists, the disk is full, or Θ belongs to another model.
     """
     path = Path(path)
-    write_gguf(path, _parts(theta, model, layout), force, [] if model is None else [model.path])
+    if layout == "peft" and model is not None:
+        _check_own(theta, model)
+        write_files(path, peft_files(theta, theta.gamma, model.exact.file), force)
+        return
+    write_gguf(path, _parts(theta, model, layout), force, [] if model is None else model.exact.file.files)
 
 
 def _parts(theta: ThetaSet, model: Model | None, layout: str) -> list[Part]:

@@ -12,6 +12,7 @@ import nkat
 from nkat.measure.texts import default_text
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import Script
+from tests.gguf.test_imatrix import EXCHANGE
 from tests.support.public_names import check_light, check_names
 from tests.support.tiny_models import write_tiny_model
 
@@ -78,6 +79,11 @@ def test_theta_goes_to_a_file_and_back(model: nkat.Model, path: Path, tmp_path: 
     assert nkat.open_model(tmp_path / "tiny.nkat").theta.metadata() == theta.metadata()
     nkat.save(theta, tmp_path / "lora.gguf", model, layout="lora")
     assert gguf.GGUFReader(tmp_path / "lora.gguf").get_field("adapter.type") is not None
+    nkat.save(theta, tmp_path / "peft", model, layout="peft")
+    assert sorted(file.name for file in (tmp_path / "peft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_a_residual_needs_its_reference(model: nkat.Model, text: Path, tmp_path: Path) -> None:
@@ -87,6 +93,11 @@ def test_a_residual_needs_its_reference(model: nkat.Model, text: Path, tmp_path:
     assert theta.notes["nkat.calibration.tokens"] > 0
     with pytest.raises(nkat.NKATError, match="there is none"):
         nkat.make_theta(model, calibrate=text)
+    imatrix = EXCHANGE / "llama.imatrix.gguf"
+    weighted = nkat.make_theta(model, reference=reference, imatrix=imatrix)
+    assert weighted.layers["blk.0.attn_q.weight"].p.ne(theta.layers["blk.0.attn_q.weight"].p).any()
+    with pytest.raises(nkat.NKATError, match="in place of calibrate"):
+        nkat.make_theta(model, reference=reference, calibrate=text, imatrix=imatrix)
     with pytest.raises(nkat.NKATError, match="made from that very text"):
         nkat.perplexity(model, text, theta)
 

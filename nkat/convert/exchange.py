@@ -13,12 +13,10 @@ from nkat.convert.options import ConvertOptions
 from nkat.gguf.imatrix import OLD_SUFFIX, imatrix_parts
 from nkat.gguf.writer import FileRange, MetadataValue, part_size, sha256_of_parts, write_gguf
 from nkat.host.console import counted, remark, say
-from nkat.host.files import atomic_output, check_output, make_folder
-from nkat.lm.config import ModelConfig
-from nkat.lm.peft import CONFIG, WEIGHTS, check_safetensors, peft_files
+from nkat.host.files import check_output
+from nkat.lm.peft import CONFIG, WEIGHTS, check_safetensors, peft_files, write_files
 from nkat.measure.texts import load_text
 from nkat.sources.importance import gather_imatrix, moments_from_file
-from nkat.theta.card import hub_repository
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
 
@@ -78,14 +76,9 @@ def check_peft(options: ConvertOptions) -> None:
 
 
 def write_peft(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet, gamma: float) -> int:
-    """Writes κ(γ)Θ as a PEFT adapter, each file whole or not at all; returns the bytes of both."""
+    """Writes κ(γ)Θ as a PEFT adapter, unless it is a dry run; returns the bytes of its files."""
     assert options.export_peft is not None
-    base = model.require_base()
-    config = ModelConfig.from_gguf(base.file.metadata, base.tensors)
-    files = peft_files(theta_set, gamma, config, hub_repository(base.file.metadata))
+    files = peft_files(theta_set, gamma, model)
     if not options.dry_run:
-        make_folder(options.export_peft)
-        for name, data in files.items():
-            with atomic_output(options.export_peft / name, len(data), options.force) as file:
-                file.write(data)
+        write_files(options.export_peft, files, options.force)
     return sum(len(data) for data in files.values())

@@ -23,7 +23,7 @@ EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output best.nkat --optimize-rank
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-source fit --calibrate text.txt
   python nkat_gguf_converter.py --input q3.gguf --repair q3-repaired.gguf --reference better.gguf --calibrate text.txt
-  python nkat_gguf_converter.py --input model.gguf --output both.nkat --theta style.bin --theta-scaled facts.bin:0.5
+  python nkat_gguf_converter.py --input model.gguf --output both.nkat --theta style.bin --theta facts.bin:0.5
   python nkat_gguf_converter.py --input model.gguf --in-place
   python nkat_gguf_converter.py --input model.nkat --export-lora theta-lora.gguf
   python nkat_gguf_converter.py --input model.nkat --export-peft theta-peft
@@ -431,7 +431,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
     add_theta_arguments(
         parser,
         "make no new Θ: write the one in this file, or with --selective-layers, --truncate-rank, --theta-gamma or "
-        "--depth-decay a part of it; several are written as one, their sum, to which the input itself may belong",
+        "--depth-decay a part of it; again: several, written as one, their sum, each times its weight (default 1)",
     )
     add(
         "--truncate-rank",

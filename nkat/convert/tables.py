@@ -80,8 +80,7 @@ def print_summary(record: Mapping[str, Any]) -> None:
 def print_fit(record: Mapping[str, Any]) -> None:
     """What a fit gained where it did not learn."""
     if "errors" in record.get("start_from", {}):
-        left = "\nof the LoRA that the fit began with, the nearest Θ left (1: nothing of it was kept):"
-        show(missed_table(record["start_from"]["errors"], left))
+        show(missed_table(record["start_from"]["errors"]))
     if record["choice"] is not None:
         chosen_from = "\nrank, gamma and step were chosen from (first looked at on some chunks, then judged on all):"
         print_choice(record["choice"], chosen_from)

@@ -21,7 +21,7 @@ from nkat.measure.perplexity import PairedChange, paired
 from nkat.measure.task_scores import Solved, solve
 from nkat.measure.tasks import Blank, Choice
 from nkat.measure.tpe import tpe
-from nkat.theta.set import TermSet
+from nkat.theta.set import LoraSet, TermSet
 
 Record = dict[str, Any]
 ARMS = ("baseline", "nkat")  # as records name them
@@ -88,7 +88,8 @@ def measure_perplexity(
         path = base.path if isinstance(base, BaseFile) else base.file.path
         arms = {f"{name}_beside_reference": arm.record() for name, arm in zip(ARMS, beside, strict=False)}
         record |= {"reference": {"file": str(path), **reference.record()}, **arms}
-    return record, _perplexity_tables(record, label), "" if score is None else what_it_says(score.change)
+    verdict = "" if score is None else what_it_says(score.change, _subject(theta))
+    return record, _perplexity_tables(record, label), verdict
 
 
 def _perplexity_tables(record: Mapping[str, Any], label: str) -> list[Table]:
@@ -119,12 +120,16 @@ def _perplexity_tables(record: Mapping[str, Any], label: str) -> list[Table]:
     return tables
 
 
-def what_it_says(change: PairedChange) -> str:
-    """What the paired difference says, at two standard errors."""
+def what_it_says(change: PairedChange, subject: str = "Θ") -> str:
+    """What the paired difference says, at two standard errors. subject: what makes it"""
     if not change.clear:
-        return "Θ makes no difference that this text can show (within two standard errors)."
+        return f"{subject} makes no difference that this text can show (within two standard errors)."
     better = change.percent < 0
-    return f"Θ makes this model {'better' if better else 'worse'} on this text (beyond two standard errors)."
+    return f"{subject} makes this model {'better' if better else 'worse'} on this text (beyond two standard errors)."
+
+
+def _subject(theta: TermSet | None) -> str:
+    return "The LoRA" if isinstance(theta, LoraSet) else "Θ"
 
 
 def write_base(options: EngineOptions, judge: Judge, base: Base | None) -> None:

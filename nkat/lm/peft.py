@@ -19,15 +19,19 @@ from typing import Any
 import torch
 
 from nkat.errors import NKATError
+from nkat.host.files import atomic_output, make_folder
 from nkat.host.record import parse_json
 from nkat.lm.config import ModelConfig
 from nkat.lm.huggingface import module_name, rows_for_gguf, rows_for_hf, weight_name
 from nkat.theta.algebra import ThetaError, coupling, low_rank_form
+from nkat.theta.card import hub_repository
 from nkat.theta.lowrank import LowRank
+from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Where a GGUF may say what repository it was converted from.
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
 
 # Settings of PEFT's LoraConfig that change more than W x + s · B A x, where they are set.
@@ -81,12 +85,14 @@ def read_peft(path: Path, config: ModelConfig) -> dict[str, LowRank]:
     return terms
 
 
-def peft_files(theta_set: ThetaSet, gamma: float, config: ModelConfig, base: str | None) -> dict[str, bytes]:
+def peft_files(theta_set: ThetaSet, gamma: float, model: ModelFile) -> dict[str, bytes]:
     """κ(γ)Θ as a PEFT LoRA of rank 2r, by file name: lora_A = [Qᵀ; Pᵀ], lora_B = κ [P, −Q], F32, scale 1.
 
-    base: what is to be loaded under the adapter, for `base_model_name_or_path`. Raises NKATError for a Θ of experts,
-    which are no linear modules there.
+    model: what Θ was made for. Raises NKATError for a Θ of experts, which are no linear modules there.
     """
+    metadata = model.require_base().file.metadata
+    config = ModelConfig.from_gguf(metadata, model.require_base().tensors)
+    base = hub_repository(metadata)
     kappa = coupling(gamma)
     tensors, ranks = {}, {}
     for name, theta in theta_set.layers.items():
@@ -101,6 +107,14 @@ def peft_files(theta_set: ThetaSet, gamma: float, config: ModelConfig, base: str
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = rows_for_hf(name, kappa * up, config).contiguous()
         ranks[module] = 2 * theta.rank
     return {CONFIG: _config(ranks, config, base), WEIGHTS: _packed(tensors)}
+
+
+def write_files(folder: Path, files: Mapping[str, bytes], force: bool = False) -> None:
+    """Writes files into a folder, which is made where it is not there; each appears whole or not at all."""
+    make_folder(folder)
+    for name, data in files.items():
+        with atomic_output(folder / name, len(data), force) as file:
+            file.write(data)
 
 
 def _shape(name: str, config: ModelConfig) -> tuple[int, int]:

@@ -80,12 +80,13 @@ def missed_record(missed: Mapping[str, Missed]) -> dict[str, Any]:
     }
 
 
-def missed_table(record: Mapping[str, Any], caption: str = "") -> Table:
-    """The record as a table, by kind of layer."""
+def missed_table(record: Mapping[str, Any]) -> Table:
+    """The record by kind of layer."""
     count = {kind: sum(f".{kind}." in name for name in record["layers"]) for kind in record["kinds"]}
     rows = [{"layer": kind, "count": count[kind], "error": share} for kind, share in record["kinds"].items()]
     rows.append({"layer": "all", "count": len(record["layers"]), "error": record["all"]})
     columns = [Column("layer", "layer"), Column("count", "count"), Column("relative error", "error", ".4f")]
+    caption = "\nof the LoRA that the fit began with, the nearest Θ misses (1: nothing of it was kept):"
     return Table("start", columns, rows, caption)
 
 

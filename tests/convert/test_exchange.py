@@ -54,7 +54,7 @@ def test_an_importance_matrix_is_written_in_both_forms(script, fails, tmp_path: 
 @pytest.mark.isa
 def test_a_residual_by_an_importance_matrix(script, fails, tmp_path: Path, base: Path, better: Path) -> None:
     """Weighted by a file it is the very Θ that its numbers ask for, and the file may be of either form."""
-    source = ("--theta-source", "residual", "--reference", better, "--theta-rank", 2)
+    source = ("--theta-source", "residual", "--reference", better, "--theta-rank", 2, "--selective-layers", *NAMES)
     written = []
     for form in ("gguf", "dat"):
         imatrix, out = tmp_path / f"m.{form}", tmp_path / f"{form}.nkat"
@@ -129,7 +129,7 @@ def test_a_fit_begins_at_a_lora(script, fails, tmp_path: Path) -> None:
     adapter = shutil.copytree(EXCHANGE / "peft_llama", tmp_path / "adapter")
     settings = json.loads((adapter / CONFIG).read_text())
     (adapter / CONFIG).write_text(json.dumps({**settings, "lora_alpha": 0.01, "alpha_pattern": {}}))  # a weak one
-    fit = ("--theta-source", "fit", "--calibrate", text, "--fit-steps", 30, "--no-guard", "--fit-context", 32)
+    fit = ("--theta-source", "fit", "--calibrate", text, "--fit-steps", 16, "--no-guard", "--fit-context", 32)
     out = tmp_path / "fitted.nkat"
     record = convert(script, "--input", base, "--output", out, *fit, "--start-from", adapter)
     began = record["fit"]["start_from"]

@@ -144,7 +144,7 @@ def test_a_decoder_stays_as_long_as_it_has_room_for_what_is_on(tmp_path: Path, r
         loaded.model.set_gamma(0.5)
         assert session.reuse(first) == 0
         assert gap(session.prefill(first), fresh(loaded, first)) < CLOSE
-        assert (session.decoder is decoder) == (thetas is not wide)
+        assert (session.decoder is decoder) == (thetas is not wide or not repack)  # the model's own pass has no room
         decoder = session.decoder
 
 

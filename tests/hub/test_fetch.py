@@ -19,6 +19,7 @@ from huggingface_hub.utils import WeakFileLock
 
 import nkat
 from nkat.errors import NKATError
+from nkat.gguf.split import open_gguf
 from nkat.harness.arguments import ModelArguments
 from nkat.harness.model import EvaluatedModel
 from nkat.hub import fetch as fetching
@@ -27,6 +28,7 @@ from nkat.hub.names import HubName
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, install
 from tests.support.hub_server import COMMIT, HubServer, hub_server
+from tests.support.split_models import split_model
 from tests.support.tiny_models import write_tiny_model
 
 NAME = HubName("tiny/model", "Q8_0")
@@ -78,6 +80,18 @@ def test_a_file_is_fetched_once_into_the_librarys_own_cache(hub: HubServer, caps
     assert fetch(HubName("tiny/model")) == path == local_model(Path("hf:tiny/model:model-Q8_0.gguf"))
     assert (len(hub.downloads()), hub.sent) == (1, len(CONTENT))
     assert "fetching hf:tiny/model:Q8_0: model-Q8_0.gguf, 102.4 kB" in capsys.readouterr().err
+
+
+def test_all_parts_of_a_model_are_fetched(hub: HubServer, tmp_path: Path) -> None:
+    whole = write_tiny_model(tmp_path / "m-Q4_K_M.gguf", "llama", blocks=1)
+    for part in split_model(whole, 5):
+        hub.repos["tiny/model"][part.name] = part.read_bytes()
+    path = fetch(HubName("tiny/model"))
+    assert path.name == "m-Q4_K_M-00001-of-00003.gguf"
+    assert len(hub.downloads()) == 3
+    assert len(open_gguf(path).tensors) == len(open_gguf(whole).tensors)
+    assert fetch(HubName("tiny/model")) == path
+    assert len(hub.downloads()) == 3
 
 
 def test_paths_stay_what_they_are(hub: HubServer, tmp_path: Path, monkeypatch) -> None:
@@ -150,6 +164,15 @@ def test_other_bytes_than_were_promised_are_refused(hub: HubServer, tmp_path: Pa
     assert huggingface_hub.try_to_load_from_cache("tiny/model", "model-Q8_0.gguf") is None
     hub.lies = False
     assert fetch(NAME).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("etag", ["../../../out", "W/abc", "0" * 63, "x" * 64])
+def test_what_is_no_hash_is_no_files_name(hub: HubServer, tmp_path: Path, etag: str) -> None:
+    hub.etag = etag
+    with pytest.raises(NKATError, match="does not say the size and the hash of model-Q8_0"):
+        fetch(NAME)
+    assert not list(tmp_path.rglob("*out*"))
+    assert hub.downloads() == []
 
 
 def test_remains_of_another_file_are_no_beginning(hub: HubServer, tmp_path: Path) -> None:

@@ -263,6 +263,18 @@ def test_help_and_clear(script, monkeypatch, tiny: Path, tmp_path: Path) -> None
     assert second["reused_tokens"] == first["prompt_tokens"] - 1  # even what was forgotten is still computed
 
 
+def test_a_seed_gives_the_same_conversation(script, monkeypatch, tiny: Path) -> None:
+    def messages(seed: int) -> list:
+        drawn = ("--temperature", 0.8, "--seed", seed, "--json", "-")
+        done = chat(script, monkeypatch, tiny, "the rain\nin a tin\n", *drawn)
+        record = json.loads(done.stdout.splitlines()[-1])
+        assert record["seed"] == seed
+        return record["messages"]
+
+    assert messages(3) == messages(3)
+    assert messages(3) != messages(4)
+
+
 def test_no_input_is_an_empty_conversation(script, monkeypatch, tiny: Path) -> None:
     assert chat(script, monkeypatch, tiny, "").returncode == 0
     monkeypatch.setattr(sys, "stdin", None)

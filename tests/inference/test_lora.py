@@ -15,7 +15,7 @@ from tests.gguf.test_imatrix import EXCHANGE
 from tests.support.tiny_models import write_tiny_model
 
 ENGINE, CONVERTER = "nkat_inference_engine.py", "nkat_gguf_converter.py"
-ADAPTER = EXCHANGE / "peft_llama"
+ADAPTER, TEXT = EXCHANGE / "peft_llama", EXCHANGE / "text.txt"
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def perplexity(script, model: Path, *flags: object) -> dict:
-    command = ("--perplexity", "--chunks", 1, "--context", 64, "--no-cuda", "--json", "-")
+    command = ("--perplexity", "--text", TEXT, "--chunks", 1, "--context", 64, "--no-cuda", "--json", "-")
     done = script(ENGINE, "--model", model, *flags, *command)
     assert done.returncode == 0, done.stderr
     record: dict = json.loads(done.stdout.splitlines()[-1])
@@ -60,7 +60,9 @@ def test_theta_as_an_adapter_does_what_theta_does(script, tmp_path: Path, model:
         got = perplexity(script, model, "--lora", adapter)
         assert got["nkat_perplexity"] == pytest.approx(expected["nkat_perplexity"], rel=1e-3)
     assert expected["nkat_perplexity"] != pytest.approx(expected["baseline_perplexity"], rel=0.01)  # control
-    done = script(ENGINE, "--model", theta, "--lora", peft, "--perplexity", "--chunks", 1, "--context", 64)
+    done = script(
+        ENGINE, "--model", theta, "--lora", peft, "--perplexity", "--text", TEXT, "--chunks", 1, "--context", 64
+    )
     assert "is left out: --lora runs in its place" in done.stderr
 
 

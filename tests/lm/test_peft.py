@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from nkat.errors import NKATError
 from nkat.gguf.writer import write_gguf
 from nkat.lm.adapters import lora_set, open_adapter
+from nkat.lm.architectures import ARCHITECTURES
 from nkat.lm.huggingface import module_name, rows_for_gguf, rows_for_hf, weight_name
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.peft import CONFIG, WEIGHTS, peft_files, read_peft
@@ -73,6 +75,33 @@ def test_logits_of_an_adapter_are_pefts(tiny: Callable[[str], LoadedModel], arch
     assert furthest(logits(loaded, twice), golden("adapters", arch)) < TOLERANCE
 
 
+# Tiny models of these architectures are llama's, once what they have of their own is left out.
+LIKE_LLAMA: dict[str, dict[str, Any]] = {"mistral3": {}, "smollm3": {"epsilon": 1e-5}, "granite": {"metadata": None}}
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("arch", [*LOGITS["adapters"], *LIKE_LLAMA])
+def test_the_order_of_rows_counts_in_each_architecture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, arch: str
+) -> None:
+    """Against PEFT's logits the row as it is agrees, and with the flag turned it does not."""
+    known = "llama" if arch in LIKE_LLAMA else arch
+    path = write_tiny_model(tmp_path / "m.gguf", arch, blocks=2, **LIKE_LLAMA.get(arch, {}))
+
+    def agrees(permuted: bool) -> bool:
+        monkeypatch.setitem(ARCHITECTURES, arch, replace(row, permuted_qk=permuted))
+        loaded = load_model(path)
+        terms = lora_set([(open_adapter(adapter(known), loaded.file), 1.0)])
+        return furthest(logits(loaded, terms), golden("adapters", known)) < TOLERANCE
+
+    row = ARCHITECTURES[arch]
+    assert [agrees(flag) for flag in (row.permuted_qk, not row.permuted_qk)] == [True, False]
+
+
+def test_every_permuted_row_is_tested() -> None:
+    assert {name for name, row in ARCHITECTURES.items() if row.permuted_qk} == {"llama", *LIKE_LLAMA}
+
+
 @pytest.mark.isa
 @ARCHS
 def test_the_kernels_run_an_adapter_as_the_reference_does(tiny: Callable[[str], LoadedModel], arch: str) -> None:
@@ -89,7 +118,7 @@ def test_peft_computes_what_theta_does(tiny: Callable[[str], LoadedModel], arch:
     """The golden numbers are PEFT's, of the very tensors that are written here."""
     loaded = tiny(arch)
     theta_set = seeded_theta_set(loaded.tensors)
-    files = peft_files(theta_set, theta_set.gamma, loaded.config, None)
+    files = peft_files(theta_set, theta_set.gamma, loaded.file)
     assert digest(files[WEIGHTS]) == LOGITS["exported_sha256"][arch]
     assert furthest(logits(loaded, theta_set), golden("exported", arch)) < TOLERANCE
     assert furthest(logits(loaded, None), golden("exported", arch)) > 1000 * TOLERANCE  # control
@@ -110,11 +139,11 @@ def digest(raw: bytes) -> str:
 def test_what_is_exported_comes_back(tiny: Callable[[str], LoadedModel], tmp_path: Path, arch: str) -> None:
     loaded = tiny(arch)
     theta_set = seeded_theta_set(loaded.tensors)
-    files = peft_files(theta_set, theta_set.gamma, loaded.config, "owner/name")
+    files = peft_files(theta_set, theta_set.gamma, loaded.file)
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     settings = json.loads(files[CONFIG])
-    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 4, "owner/name")
+    assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (4, 4, None)
     write_gguf(tmp_path / "lora.gguf", lora_parts(theta_set, loaded.file.require_base()), force=False)
     found = open_adapter(tmp_path, loaded.file).terms
     same = open_adapter(tmp_path / "lora.gguf", loaded.file).terms
@@ -240,14 +269,14 @@ def test_a_theta_of_experts_is_no_peft_adapter(tmp_path: Path) -> None:
 
     theta_set.layers["blk.0.ffn_down_exps.weight"] = of_experts([theta] * 6)
     with pytest.raises(NKATError, match=r"blk.0.ffn_down_exps.weight: .*experts are not"):
-        peft_files(theta_set, 0.5, loaded.config, None)
+        peft_files(theta_set, 0.5, loaded.file)
 
 
 def test_some_layers_are_named_in_full(tiny: Callable[[str], LoadedModel]) -> None:
     loaded = tiny("llama")
     theta_set = seeded_theta_set(loaded.tensors)
     del theta_set.layers["blk.0.attn_q.weight"]
-    settings = json.loads(peft_files(theta_set, 0.5, loaded.config, None)[CONFIG])
+    settings = json.loads(peft_files(theta_set, 0.5, loaded.file)[CONFIG])
     assert "q_proj" not in settings["target_modules"]
     assert "model.layers.1.self_attn.q_proj" in settings["target_modules"]
     assert "k_proj" in settings["target_modules"]
