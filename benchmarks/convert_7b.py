@@ -28,7 +28,8 @@ from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.host.console import format_bytes
 from nkat.host.hardware import describe
-from nkat.host.record import write_json
+from nkat.host.record import print_record
+from nkat.host.tables import Column, Table, show
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,14 +54,19 @@ def main() -> None:
     parser.add_argument("--rank", type=commandline.positive_int, default=4)
     parser.add_argument("--threads", type=commandline.thread_count)
     parser.add_argument("--folder", type=Path, help="where the two files of 4 GB go (default: a temporary folder)")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
         model = Path(scratch) / "synthetic-7b-q4_k.gguf"
         size = write_shaped(model, "Q4_K", options.blocks)
         result = convert(model, Path(scratch) / "synthetic-7b.nkat", options.rank, options.threads)
-    print(
-        f"{format_bytes(size)}, {options.blocks} blocks, rank {options.rank}: {result['seconds']:.1f} s, "
-        f"peak memory {format_bytes(result['peak_bytes'])}"
-    )
     record = {"benchmark": "convert_7b", "bytes": size, "blocks": options.blocks, "rank": options.rank, **result}
-    write_json({**record, "machine": describe(torch.device("cpu"))}, "-")
+    columns = [
+        Column("file", "bytes", format_bytes),
+        Column("blocks", "blocks"),
+        Column("rank", "rank"),
+        Column("seconds", "seconds", ".1f"),
+        Column("peak memory", "peak_bytes", format_bytes),
+    ]
+    show(Table("convert", columns, [record]))
+    print_record({**record, "machine": describe(torch.device("cpu"))})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from nkat.host.record import parse_json
+from nkat.host.tables import Column, Table, as_markdown, markdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def page(record: Mapping[str, Any], titles: Mapping[str, str]) -> str:
     judged = sum(figure["met"] is not None for part in record["parts"].values() for figure in part["figures"])
     lines += [f"{judged} figures have a target." if judged else "No figure with a target was taken."]
     lines += ["Nothing failed and every target was met."] if not wrong and judged else []
-    lines += [f"- {_cell(line)}" for line in wrong] + [""]
+    lines += [f"- {markdown(line)}" for line in wrong] + [""]
     for name, title in titles.items():
         part = record["parts"].get(name)
         if part is None:
@@ -124,10 +125,9 @@ def page(record: Mapping[str, Any], titles: Mapping[str, str]) -> str:
             continue
         lines += [f"## {title}", "", f"`{part['command']}`, {part['seconds']:.0f} s.", ""]
         for error in part["errors"]:
-            lines += [f"**Failed**: {_cell(error)}", ""]
+            lines += [f"**Failed**: {markdown(error)}", ""]
         if part["figures"]:
-            lines += ["| | median | least to most | n | target | |", "|---|---|---|---|---|---|"]
-            lines += [_row(figure) for figure in folded(part["figures"])] + [""]
+            lines += [as_markdown(Table(name, COLUMNS, folded(part["figures"]))), ""]
     return "\n".join(lines)
 
 
@@ -166,21 +166,18 @@ def _fold(cases: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     }
 
 
-def _row(figure: Mapping[str, Any]) -> str:
-    spread = (
-        "" if figure["n"] < 2 or figure["least"] is None else f"{number(figure['least'])} to {number(figure['most'])}"
-    )
-    said = {True: "met", False: "**missed**", None: ""}[figure["met"]]
-    cells = [figure["name"], f"{number(figure['value'])} {figure['unit']}".rstrip(), spread, str(figure["n"])]
-    return _join([*cells, figure["target"], said])
+def _spread(least: float, most: float, n: int) -> str:
+    return "" if n < 2 else f"{number(least)} to {number(most)}"
 
 
-def _join(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+COLUMNS = (
+    Column("", "name"),
+    Column("median", ("n", "value", "unit"), lambda _, value, unit: f"{number(value)} {unit}".rstrip()),
+    Column("least to most", ("least", "most", "n"), _spread),
+    Column("n", "n"),
+    Column("target", "target"),
+    Column("", "met", lambda met: "met" if met else "MISSED"),
+)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,9 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host import commandline, console, hardware
-from nkat.host.console import format_bytes, format_table, note
-from nkat.host.record import toolkit_version, write_json
+from nkat.host.console import format_bytes, note, say
+from nkat.host.record import print_record, toolkit_version
+from nkat.host.tables import Column, Table, show
 
 SERVER = Path(__file__).resolve().parents[1] / "nkat_server.py"
 PROMPTS = (
@@ -121,15 +122,15 @@ def ask(url: str, question: Question, most: int, stream: bool, leave: bool = Fal
 def server(arguments: Sequence[object]) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and its URL, once it listens. Raises NKATError where it does not."""
     command = [sys.executable, str(SERVER), *map(str, arguments), "--port", "0"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said: list[str] = []
     listening = threading.Event()
     url = ""
 
     def read() -> None:
         nonlocal url
-        assert child.stderr is not None
-        for line in child.stderr:
+        assert child.stdout is not None
+        for line in child.stdout:
             said.append(line.rstrip())
             if found := re.search(r"listening at (http://\S+) ", line):
                 url = found[1]
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=commandline.positive_int, default=16, metavar="N", help="an answer (16)")
     parser.add_argument("--gammas", type=float, nargs="+", default=[], metavar="G", help="further strengths of Θ")
     parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
+    commandline.add_output_format(parser)
     options = parser.parse_args()
     arguments: list[object] = ["--model", options.model, "--queue", options.clients, "--quiet"]
     arguments += ["--gammas", *options.gammas] if options.gammas else []
@@ -266,20 +268,39 @@ def report(
     quarter = max(1, len(resident) // 4)
     first, last = float(np.mean(resident[:quarter])), float(np.mean(resident[-quarter:]))
     waits = [float(value) for value in np.quantile([outcome.seconds for outcome in answered], (0.5, 0.9, 0.99))]
-    rows = [
-        ["requests", f"{len(outcomes)} by {options.clients} clients, {len(questions)} questions"],
-        ["answered as alone", str(counts["same"])],
-        ["another text than alone", str(counts["other text"])],
-        ["left by the client", str(counts["left"])],
-        ["lost", ", ".join(f"{count} ({kind})" for kind, count in lost.items()) or "0"],
-        ["memory, first quarter of the time", format_bytes(first)],
-        ["memory, last quarter", f"{format_bytes(last)} ({last / first - 1:+.2%})"],
-        ["memory, most", format_bytes(max(resident))],
-        ["answers a second", f"{len(answered) / seconds:.2f}"],
-        ["an answer took, s", "half {:.2f}, 90 % {:.2f}, 99 % {:.2f}".format(*waits)],
-        ["told to stop in an answer", f"status {end['status']}, the answer {end['answer']}"],
+    lost_text = ", ".join(f"{count} ({kind})" for kind, count in lost.items()) or "0"
+    columns = [
+        Column("", "model"),
+        Column("requests", ("requests", "clients", "questions"), "{} by {} clients, {} questions".format),
+        Column("answered as alone", "same"),
+        Column("another text than alone", "other_text"),
+        Column("left by the client", "left"),
+        Column("lost", "lost"),
+        Column("memory, first quarter of the time", "first_bytes", format_bytes),
+        Column("memory, last quarter", ("last_bytes", "growth"), lambda n, more: f"{format_bytes(n)} ({more:+.2%})"),
+        Column("memory, most", "most_bytes", format_bytes),
+        Column("answers a second", "answers_per_second", ".2f"),
+        Column("an answer took, s", ("p50_s", "p90_s", "p99_s"), "half {:.2f}, 90 % {:.2f}, 99 % {:.2f}".format),
+        Column("told to stop in an answer", ("stop_status", "stop_answer"), "status {}, the answer {}".format),
     ]
-    print(format_table(rows, ["", str(options.model)]) + "\n")
+    row = {
+        "model": str(options.model),
+        "requests": len(outcomes),
+        "clients": options.clients,
+        "questions": len(questions),
+        "lost": lost_text,
+        "most_bytes": max(resident),
+        **{kind.replace(" ", "_"): counts[kind] for kind in ("same", "other text", "left")},
+        "first_bytes": first,
+        "last_bytes": last,
+        "growth": last / first - 1,
+        "answers_per_second": len(answered) / seconds,
+        **dict(zip(("p50_s", "p90_s", "p99_s"), waits, strict=True)),
+        "stop_status": end["status"],
+        "stop_answer": end["answer"],
+    }
+    show(Table("serve load", columns, [row], sideways=True))
+    say()
     record = {
         "model": options.model.name,
         "clients": options.clients,
@@ -294,7 +315,7 @@ def report(
         "machine": hardware.describe(torch.device("cpu")),
         **toolkit_version(),
     }
-    write_json(record, "-")
+    print_record(record)
     if lost or end["status"] != 0:
         raise NKATError(f"lost: {lost or 'none'}; the server ended with status {end['status']}")
     note("nothing was lost")

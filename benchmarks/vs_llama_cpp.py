@@ -53,6 +53,7 @@ from nkat.kernels import reference
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.texts import load_text
 from nkat.measure.tpe import bytes_per_token
+from nkat.theta.algebra import low_rank_form
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import ModelFile, open_model_file
 
@@ -221,14 +222,15 @@ def _unfused(loaded: LoadedModel) -> Callable[[float | None], Speeds]:
     """The layers one by one, Θ as two torch products beside each: what a LoRA in torch costs."""
     layers = list(loaded.model.star_linears().values())
     x = {layer.shape[1]: torch.randn(PREFILL, layer.shape[1]) for layer in layers}
+    factors = [None if one.theta is None else low_rank_form(*one.theta.factors(), *one.shape) for one in layers]
 
     def seconds(count: int, strength: float | None) -> float:
         started = perf_counter()
-        for layer in layers:
+        for layer, theta in zip(layers, factors, strict=True):
             inputs = x[layer.shape[1]][:count]
             y = layer.require_compiled().rows(inputs, 0, layer.shape[0], 0.0, torch.get_num_threads())
-            if strength is not None and layer.down is not None:
-                y += reference.star_term(inputs, layer.down, layer.up, 0.01)
+            if strength is not None and theta is not None:
+                y += reference.star_term(inputs, *theta, 0.01)
         return perf_counter() - started
 
     def run(strength: float | None) -> Speeds:

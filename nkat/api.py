@@ -16,7 +16,7 @@ from nkat.engine.decoder import make_decoder
 from nkat.engine.generate import Sampler, Sampling
 from nkat.engine.generate import generate as generate_tokens
 from nkat.errors import NKATError
-from nkat.gguf.file import GGUFFile
+from nkat.gguf.split import open_gguf
 from nkat.gguf.writer import MetadataValue, Part, write_gguf
 from nkat.hub.fetch import local_model
 from nkat.lm.adapters import open_adapter
@@ -87,8 +87,8 @@ class Model:
 
 
 def open_model(path: str | Path) -> Model:
-    """Opens a `.gguf` or `.nkat` of any layout, or `hf:owner/repo[:quant]`, which is fetched where the cache does not
-    have it. Weights stay on disk, memory-mapped, until they are used.
+    """Opens a `.gguf` or `.nkat` of any layout, of a model in several files any one, or `hf:owner/repo[:quant]`, which
+    is fetched where the cache does not have it. Weights stay on disk, memory-mapped, until they are used.
 
     Raises NKATError for a file that is damaged, holds only Θ, or is of an architecture or type that is not supported.
     """
@@ -133,7 +133,7 @@ def make_theta(
         gamma=gamma,
         seed=seed,
         source="weight" if reference is None else "residual",
-        reference=None if reference is None else GGUFFile.open(reference),
+        reference=None if reference is None else open_gguf(reference),
         input_weights=moments,
         notes=notes,
     )
@@ -273,7 +273,7 @@ def save(
         _check_own(theta, model)
         write_files(path, peft_files(theta, theta.gamma, model.exact.file), force)
         return
-    write_gguf(path, _parts(theta, model, layout), force, [] if model is None else [model.path])
+    write_gguf(path, _parts(theta, model, layout), force, [] if model is None else model.exact.file.files)
 
 
 def _parts(theta: ThetaSet, model: Model | None, layout: str) -> list[Part]:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nkat.host import streams
+from nkat.host import output, streams
 from nkat.host.programs import shell_line
 from nkat.host.start import INTERRUPTED, MESSAGE
 from nkat.host.start import SETUP as SCRIPT
@@ -87,7 +87,10 @@ def parse_arguments() -> SetupOptions:
     )
     parser.add_argument("--force", action="store_true", help="replace --json's file")
     parser.add_argument("--version", action="version", version=f"nkat {__version__}")
+    parser.add_argument("--quiet", action="store_true", help="no hint of what to do next")
     parsed = parser.parse_args()
+    if parsed.quiet:
+        output.be_quiet()
     return SetupOptions(parsed.model, parsed.kobold, parsed.json, parsed.force)
 
 

@@ -45,6 +45,7 @@ def test_every_help_says_something_and_how_it_ends(
     assert said.startswith("usage: ")
     assert "\nexamples:\n" in said
     assert "\nexit status:\n" in said
+    assert "--quiet" in said
 
 
 def test_all_of_them_are_asked() -> None:

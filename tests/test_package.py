@@ -136,11 +136,14 @@ for name in {names!r}:
         distribution("nkat").entry_points[name].load()()
     except SystemExit as end:
         print(end.code)
+(plugin,) = distribution("nkat").entry_points.select(group="lm_eval.models", name="nkat")
+print(plugin.value)
 print(*(module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] in {PACKAGES!r}), sep="\\n")
 """
     lines = elsewhere(installed, tmp_path, "python", "-c", program).splitlines()
     assert lines[: 2 * len(names)] == [VERSION, "0"] * len(names)
-    files = lines[2 * len(names) :]
+    plugin, *files = lines[2 * len(names) :]
+    assert plugin == "nkat.harness.plugin:NkatLM"  # where lm-eval looks for it
     assert len(files) > 50
     assert all(Path(file).is_relative_to(installed.parent) for file in files)
     assert {path.stem for path in installed.glob("nkat-*")} == set(COMMANDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from nkat.convert.options import ConvertOptions
@@ -14,11 +15,14 @@ from nkat.host.console import remark
 from nkat.host.page import machine_facts
 from nkat.host.record import toolkit_version
 from nkat.host.tables import Table
+from nkat.lm.peft import WEIGHTS
 from nkat.measure.gains import found_beside
 from nkat.measure.guard import prices_table
 from nkat.theta.card import Card, write_card
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
+
+LORA = "the adapter, for llama.cpp and programs built on it (GGUF, LoRA in F16)"
 
 
 def write_model_card(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet, record: Mapping[str, Any]) -> None:
@@ -28,19 +32,15 @@ def write_model_card(options: ConvertOptions, model: ModelFile, theta_set: Theta
         return
     gains, prices = found_beside(model.path, theta_set)
     made = _measured(record)
-    files = {}
-    if options.export_lora is not None:
-        files[options.export_lora.name] = "the adapter, for llama.cpp and programs built on it (GGUF, LoRA in F16)"
-    if options.writes_model:
-        target = options.output or model.path
-        files[target.name] = "Θ alone, for this toolkit" if options.theta_only else "the base model with Θ in it"
-    of_file = options.export_lora is not None and not options.writes_model  # --output has its own strength already
+    files = _files_beside(options, model, path.parent)
+    own_strength = not options.writes_model and options.theta_gamma is not None  # --output has its own already
     card = Card(
         theta=theta_set,
         base=model.require_base().file.metadata,
-        gamma=options.theta_gamma if of_file and options.theta_gamma is not None else theta_set.gamma,
+        gamma=options.theta_gamma if own_strength and options.theta_gamma is not None else theta_set.gamma,
         files=files,
-        lora=None if options.export_lora is None else options.export_lora.name,
+        lora=next((name for name, about in files.items() if about is LORA), None),
+        peft=options.export_peft is not None,
         text=None if options.calibrate is None else options.calibrate.name,
         gains=[*gains, *made[0]],
         prices=[*prices, *made[1]],
@@ -55,6 +55,19 @@ def write_model_card(options: ConvertOptions, model: ModelFile, theta_set: Theta
     )
     write_card(path, card, options.force)
     remark(f"wrote {path}")
+
+
+def _files_beside(options: ConvertOptions, model: ModelFile, folder: Path) -> dict[str, str]:
+    """What lies in the page's folder of what was written, by name."""
+    about: dict[Path, str] = {}
+    if options.export_peft is not None:
+        about[options.export_peft / WEIGHTS] = "the adapter, for PEFT and programs built on it (safetensors)"
+    if options.export_lora is not None:
+        about[options.export_lora] = LORA
+    if options.writes_model:
+        whole = "Θ alone, for this toolkit" if options.theta_only else "the base model with Θ in it"
+        about[options.output or model.path] = whole
+    return {path.name: text for path, text in about.items() if path.parent.absolute() == folder.absolute()}
 
 
 def _measured(record: Mapping[str, Any]) -> tuple[list[Table], list[Table]]:

@@ -12,7 +12,7 @@ from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions
 from nkat.gguf.imatrix import OLD_SUFFIX, imatrix_parts
 from nkat.gguf.writer import FileRange, MetadataValue, part_size, sha256_of_parts, write_gguf
-from nkat.host.console import counted, say
+from nkat.host.console import counted, remark, say
 from nkat.host.files import check_output
 from nkat.lm.peft import CONFIG, WEIGHTS, check_safetensors, peft_files, write_files
 from nkat.measure.texts import load_text
@@ -54,7 +54,7 @@ def print_imatrix(record: Mapping[str, Any]) -> None:
     if record["experts_without_rows"]:
         count = sum(record["experts_without_rows"].values())
         say(f"        no token went to {counted(count, 'expert')}: a longer text would reach more of them")
-    say(f"{'would write' if record['dry_run'] else 'wrote'} {record['output']} ({record['bytes']:,} bytes)")
+    remark(f"{'would write' if record['dry_run'] else 'wrote'} {record['output']} ({record['bytes']:,} bytes)")
 
 
 def moments_of_file(

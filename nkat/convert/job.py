@@ -15,7 +15,7 @@ from nkat.convert import exchange, merge, rank_search, repair, tables
 from nkat.convert.card import write_model_card
 from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions, parse_arguments
-from nkat.convert.outputs import check_outputs, size, write, write_unless_dry
+from nkat.convert.outputs import check_outputs, layout_of, size, write, write_unless_dry
 from nkat.convert.strengths import CHUNKS, measure_strengths, print_strengths
 from nkat.errors import NKATError
 from nkat.gguf import quantise
@@ -227,7 +227,7 @@ def write_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder) 
         with console.bar(model.base_size, "checking the base", "B") as bar:
             summed = combined_for(model, options.thetas, options.theta_gamma, bar.update)
         if summed is None:
-            raise NKATError("every --theta-scaled is of weight 0, so there is no Θ to write")
+            raise NKATError("every --theta is of weight 0, so there is no Θ to write")
         found, whose = summed, f"{options.thetas[0].path}'s" if len(options.thetas) == 1 else "the sum's"
     elif model.theta is not None:
         found, whose = model.theta, "the input's"
@@ -269,7 +269,7 @@ def export_existing(options: ConvertOptions, inputs: Inputs, recorder: Recorder)
     gamma = model.theta.gamma if options.theta_gamma is None else options.theta_gamma
     parts = lora_parts(model.theta, model.base, gamma) if options.export_lora else []
     if options.export_lora:
-        write_unless_dry(options, options.export_lora, parts, [model.path])
+        write_unless_dry(options, options.export_lora, parts, model.files)
     peft_bytes = exchange.write_peft(options, model, model.theta, gamma) if options.export_peft else None
     record = {
         "input": str(model.path),
@@ -303,15 +303,17 @@ def remove_theta(options: ConvertOptions, model: ModelFile, recorder: Recorder) 
         raise NKATError(f"{model.path}: has no Θ to remove")
     if options.in_place and model.layout == "tensors":
         raise NKATError(f"{model.path}: Θ stands among the tensors (layout 'tensors'); give --output instead")
+    if options.in_place and model.layout == "beside":
+        raise NKATError(f"{model.path}: holds Θ alone, beside the model, which is as it was: delete this file")
     if options.output is not None:
-        check_output(options.output, options.force, [model.path])
+        check_output(options.output, options.force, model.files)
     with console.bar(model.base_size, "checking the base", "B") as bar:
         base_sha256 = base_hash(model, bar.update)
     target = options.output or model.path
     if options.in_place and not options.dry_run:
         inplace.truncate(model.path, model.base.data_end)
     elif not options.in_place:
-        write_unless_dry(options, target, model.base_parts(), [model.path])
+        write_unless_dry(options, target, model.base_parts(), model.files)
     record = {
         "input": str(model.path),
         "output": str(target),
@@ -474,9 +476,12 @@ def _strength(gamma: float) -> str:
 def _announce(options: ConvertOptions, model: ModelFile, theta: str) -> None:
     """The head: what is read, what is written, and which Θ."""
     target = options.output or (model.path if options.in_place else options.merge)
-    how = "theta-only" if options.theta_only else options.final_layout if target != options.merge else "Θ merged"
+    layout = layout_of(options, model)
+    how = layout if target != options.merge else "Θ merged"
     architecture = architecture_of(model.require_base().file)
-    remark(f"input   {model.path} ({format_bytes(model.path.stat().st_size)}, {architecture})")
+    of = f" and {counted(len(model.files) - 1, 'more file')}" if model.is_split else ""
+    nbytes = sum(path.stat().st_size for path in model.files)
+    remark(f"input   {model.path}{of} ({format_bytes(nbytes)}, {architecture})")
     remark(f"output  {target} ({how}){' — dry run, nothing will be written' if options.dry_run else ''}")
     remark(f"Θ       {theta}")
     if model.theta is not None:
@@ -487,11 +492,12 @@ def _describe(
     options: ConvertOptions, model: ModelFile, theta_set: ThetaSet, sizes: dict[str, int], seconds: dict[str, float]
 ) -> dict[str, Any]:
     written = sizes.get("output")  # None: only --merge or --export-lora writes
-    added = None if written is None else written - (0 if options.theta_only else model.base_size)
+    alone = layout_of(options, model) in ("theta-only", "beside")
+    added = None if written is None else written - (0 if alone else model.base_size)
     return {
         "input": str(model.path),
         "output": None if written is None else str(options.output or model.path),
-        "layout": None if written is None else "theta-only" if options.theta_only else options.final_layout,
+        "layout": None if written is None else layout_of(options, model),
         "lora": str(options.export_lora) if options.export_lora else None,
         "peft": str(options.export_peft) if options.export_peft else None,
         "dry_run": options.dry_run,

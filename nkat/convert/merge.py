@@ -124,7 +124,7 @@ def write_merged(
             if progress:
                 progress(part_size(part))
         return losses
-    with atomic_output(path, model.base_size, force, [model.path]) as file:
+    with atomic_output(path, model.base_size, force, model.files) as file:
         write_parts(file, parts, progress)
     return losses
 
@@ -279,7 +279,7 @@ def _merged_parts(
         base.file.release(info.name)
         return packed
 
-    return replaced_parts(model.base_parts(), [base.tensors[name] for name in thetas], merged)
+    return replaced_parts(model.base_parts(), base.file, thetas, merged)
 
 
 def _sum_of_squares(values: torch.Tensor) -> float:

@@ -23,7 +23,7 @@ EXAMPLES = """\
   python nkat_gguf_converter.py --input model.gguf --output best.nkat --optimize-rank
   python nkat_gguf_converter.py --input model.gguf --output model.nkat --theta-source fit --calibrate text.txt
   python nkat_gguf_converter.py --input q3.gguf --repair q3-repaired.gguf --reference better.gguf --calibrate text.txt
-  python nkat_gguf_converter.py --input model.gguf --output both.nkat --theta style.bin --theta-scaled facts.bin:0.5
+  python nkat_gguf_converter.py --input model.gguf --output both.nkat --theta style.bin --theta facts.bin:0.5
   python nkat_gguf_converter.py --input model.gguf --in-place
   python nkat_gguf_converter.py --input model.nkat --export-lora theta-lora.gguf
   python nkat_gguf_converter.py --input model.nkat --export-peft theta-peft
@@ -111,8 +111,11 @@ class ConvertOptions:
 
     @property
     def card_path(self) -> Path | None:
-        """The page beside the adapter, else beside --output or the input that is changed in place."""
-        return (self.export_lora or self.output or self.input).with_name(CARD) if self.model_card else None
+        """The page in PEFT's folder, else beside the adapter, --output, or the input that is changed in place."""
+        if not self.model_card:
+            return None
+        beside = (self.export_lora or self.output or self.input).with_name(CARD)
+        return beside if self.export_peft is None else self.export_peft / CARD
 
     @property
     def outputs(self) -> dict[str, Path | str | None]:
@@ -217,8 +220,8 @@ CONFLICTS: tuple[tuple[Callable[[ConvertOptions], object], str], ...] = (
         "--in-place always uses layout 'appended'; --theta-only and --layout tensors need --output",
     ),
     (
-        lambda o: o.model_card and (o.remove or (o.export_lora is None and not o.writes_model)),
-        "--model-card describes a Θ that is written: it goes with --export-lora, --output or --in-place",
+        lambda o: o.model_card and (o.remove or (not o.exports and not o.writes_model)),
+        "--model-card describes a Θ that is written: it goes with --export-lora, --export-peft, --output or --in-place",
     ),
     (lambda o: o.theta_only and o.layout, "--theta-only writes no model, so --layout has no meaning with it"),
     (
@@ -343,7 +346,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
     add(
         "--model-card",
         action="store_true",
-        help="also write README.md beside the adapter (or --output): what Θ was made from, what it gains and costs",
+        help="also write README.md in PEFT's folder, beside the adapter or --output: what Θ is from, gains and costs",
     )
     add(
         "--merge",
@@ -428,7 +431,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ConvertOptions:
     add_theta_arguments(
         parser,
         "make no new Θ: write the one in this file, or with --selective-layers, --truncate-rank, --theta-gamma or "
-        "--depth-decay a part of it; several are written as one, their sum, to which the input itself may belong",
+        "--depth-decay a part of it; again: several, written as one, their sum, each times its weight (default 1)",
     )
     add(
         "--truncate-rank",

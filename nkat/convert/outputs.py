@@ -19,11 +19,21 @@ from nkat.theta.set import ThetaSet
 
 def check_outputs(options: ConvertOptions, model: ModelFile) -> None:
     """Everything about the outputs that can be known before time is spent on Θ."""
-    inputs = options.inputs_there
+    inputs = [*options.inputs_there, *model.files]
     check_peft(options)
-    for path in (options.output, options.export_lora, options.merge, options.card_path):
+    card = options.card_path if options.export_peft is None or options.export_peft.exists() else None
+    for path in (options.output, options.export_lora, options.merge, card):
         if path is not None:
             check_output(path, options.force, inputs)
+    if model.is_split and options.in_place:
+        raise NKATError(f"{model.path}: is in several files, and Θ goes beside them: --output FILE --layout appended")
+    if model.is_split and options.output is not None and not options.theta_only and options.layout == "appended":
+        folder = model.require_base().file.path.parent
+        if not options.output.parent.resolve().samefile(folder):
+            raise NKATError(
+                f"{options.output}: --layout appended puts Θ beside a model in several files, in {folder}; "
+                "without it the model is written as one file, wherever you like"
+            )
     if options.in_place:
         if model.layout == "tensors":
             raise NKATError(f"{model.path}: Θ stands among the tensors (layout 'tensors'); give --output instead")
@@ -34,6 +44,13 @@ def check_outputs(options: ConvertOptions, model: ModelFile) -> None:
                 f"{model.path}: has bytes of unknown origin behind its last tensor, so an append that was cut short "
                 "could not be recognised; give --output instead"
             )
+
+
+def layout_of(options: ConvertOptions, model: ModelFile) -> str:
+    """Where --output or --in-place puts Θ."""
+    if options.theta_only:
+        return "theta-only"
+    return "beside" if model.is_split and options.final_layout == "appended" else options.final_layout
 
 
 def write(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet) -> dict[str, int]:
@@ -47,11 +64,11 @@ def write(options: ConvertOptions, model: ModelFile, theta_set: ThetaSet) -> dic
         sizes["output"] = base.data_end + size(parts)
     elif options.output is not None:
         parts = _output_parts(options, model, theta_set)
-        write_unless_dry(options, options.output, parts, [model.path])
+        write_unless_dry(options, options.output, parts, model.files)
         sizes["output"] = size(parts)
     if options.export_lora:
         parts = lora_parts(theta_set, base)
-        write_unless_dry(options, options.export_lora, parts, [model.path])
+        write_unless_dry(options, options.export_lora, parts, model.files)
         sizes["lora"] = size(parts)
     if options.export_peft:
         sizes["peft"] = write_peft(options, model, theta_set, theta_set.gamma)

@@ -123,9 +123,8 @@ def _request(options: ConvertOptions, inputs: Inputs, base_sha256: str, names: l
 def _write(options: ConvertOptions, model: ModelFile, result: RepairResult) -> None:
     assert options.repair is not None
     base = model.require_base()
-    changed = [base.tensors[name] for name in result.packed]
-    parts = list(replaced_parts(model.base_parts(), changed, lambda info: result.packed[info.name]))
-    write_unless_dry(options, options.repair, parts, [model.path])
+    parts = list(replaced_parts(model.base_parts(), base.file, result.packed, lambda info: result.packed[info.name]))
+    write_unless_dry(options, options.repair, parts, model.files)
 
 
 def _announce(options: ConvertOptions, inputs: Inputs, count: int) -> None:

@@ -15,7 +15,7 @@ from nkat.errors import NKATError
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.blocks import KEYS
 from nkat.kernels.cpu.formats import padded_rows
-from nkat.kernels.cpu.linear import token_state
+from nkat.kernels.cpu.linear import StarStep, token_state
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
@@ -62,6 +62,14 @@ class CompiledDecoder:
 
     def set_gamma(self, gamma: float | None) -> None:
         self.model.set_gamma(gamma)
+
+    @property
+    def stars(self) -> list[tuple[StarLinear, StarStep]]:
+        """The layers with a place for Θ, and the parts of a step that read it."""
+        return self._one.stars
+
+    def can_follow(self) -> bool:
+        return self._many.can_follow()
 
     def _check_room(self, count: int) -> None:
         if self.length + count > self.capacity:

@@ -62,6 +62,9 @@ class StaticDecoder(EagerDecoder):
         self.cache.length += 1
         return logits
 
+    def can_follow(self) -> bool:
+        return self._plan.can_follow(self.model)
+
     def _has_effect(self) -> bool:
         return self._plan.has_theta and bool((self._plan.kappas != 0).any())
 

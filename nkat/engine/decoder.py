@@ -49,6 +49,13 @@ class Decoder(Protocol):
         """Strength of Θ from the next token on; None or 1 turns it off."""
         ...
 
+    def can_follow(self) -> bool:
+        """Whether a Θ that was put on the model since has a place here; where not, the next token raises NKATError.
+
+        One has, that is no larger than what the model had, or was given room for (`nkat.lm.mix`), when this was made.
+        """
+        ...
+
 
 def make_decoder(model: Transformer, capacity: int) -> Decoder:
     """The fastest decoder for this model as it was loaded, with room for `capacity` tokens.

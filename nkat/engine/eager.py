@@ -39,5 +39,8 @@ class EagerDecoder:
     def step(self, token: int) -> torch.Tensor:
         return self.prefill([token])
 
+    def can_follow(self) -> bool:
+        return True
+
     def set_gamma(self, gamma: float | None) -> None:
         self.model.set_gamma(gamma)

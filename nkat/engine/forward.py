@@ -201,14 +201,18 @@ class ForwardPass:
         self._follow_theta()
         self.program.run(self.threads)
 
+    def can_follow(self) -> bool:
+        """Whether the Θ that the model has now has a place in the programs."""
+        return self.model.fits({id(layer): step.star.room for layer, step in self.stars})
+
     def _follow_theta(self) -> None:
         """Sets the programs to the Θ that the model has now, and to its strength. Raises NKATError for one that has no
         place in them."""
         now = self.model.theta_changes, self.model.gamma
         if self.follows == now:
             return
-        if self.follows[0] != now[0]:
-            self.model.check_room({id(layer): step.star.room for layer, step in self.stars})
+        if self.follows[0] != now[0] and not self.can_follow():
+            raise NKATError("Θ was replaced after this decoder was made; make a new one")
         for layer, step in self.stars:
             step.star.put(layer.theta)
             step.star.set_kappa(layer.kappa)

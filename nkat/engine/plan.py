@@ -107,10 +107,15 @@ class Plan:
         """Whether there is room for any."""
         return bool(self.places)
 
+    def can_follow(self, model: Transformer) -> bool:
+        """Whether the Θ that the model has now has a place here."""
+        return model.fits({id(place.layer): place.down.shape[0] // 2 for place in self.places})
+
     def follow(self, model: Transformer, replaced: bool) -> None:
         """Takes the strength that Θ has now and, where it was replaced, Θ. Raises NKATError for one without a place."""
         if replaced:
-            model.check_room({id(place.layer): place.down.shape[0] // 2 for place in self.places})
+            if not self.can_follow(model):
+                raise NKATError("Θ was replaced after this decoder was made; make a new one")
             for place in self.places:
                 place.fill()
         self.kappas.copy_(strengths(model))

@@ -15,6 +15,7 @@ import torch
 
 from nkat.engine.decoder import make_decoder
 from nkat.engine.generate import Generation, Sampler, generate, prefill
+from nkat.engine.tree import in_common
 from nkat.errors import NKATError
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer
@@ -36,7 +37,7 @@ class Session:
         if sliding is not None and not 0 <= sliding <= capacity // 2:
             raise NKATError(f"{sliding} tokens cannot stay of a context of {capacity}: at most half of it")
         self.model, self._sliding, self._room = model, sliding, capacity
-        self.decoder, self._theta_rooms = make_decoder(model, capacity), model.theta_rooms()
+        self.decoder = make_decoder(model, capacity)
         self._seen: list[int] = []  # what was given to the decoder, of which its length says what has arrived
         self._computed_with = self._strength
 
@@ -74,23 +75,20 @@ class Session:
         """From the next token on; what is in the cache stays, until `reuse` finds that it is another strength's."""
         self.decoder.set_gamma(gamma)
 
+    def can_follow(self) -> bool:
+        return self.decoder.can_follow()
+
     def reuse(self, prompt: Sequence[int]) -> int:
         """Forgets what the cache holds behind its longest common beginning with `prompt`; returns how long that is.
 
         At most all but the last token of the prompt, whose logits nobody has kept. The rest is for `prefill`.
         """
         if self._strength != self._computed_with:
+            if not self.decoder.can_follow():
+                self.decoder = make_decoder(self.model, self._room)
             self.decoder.length = 0
-            try:
-                self.model.check_room(self._theta_rooms)
-            except NKATError:  # the decoder has no place for this Θ, but a new one has
-                self.decoder, self._theta_rooms = make_decoder(self.model, self._room), self.model.theta_rooms()
         self._computed_with = self._strength
-        same = 0
-        for held, wanted in zip(self.tokens, prompt[:-1], strict=False):
-            if held != wanted:
-                break
-            same += 1
+        same = in_common(self.tokens, prompt[:-1])
         self.decoder.length = same
         return same
 

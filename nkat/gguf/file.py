@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import mmap
-import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from nkat.errors import NKATError
+from nkat.gguf.foreign import foreign_type, what_it_is
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -40,7 +40,6 @@ MAX_TENSORS = 1 << 17
 MAX_STRINGS = 1 << 24  # in all arrays of one file together; the largest vocabulary in use has 2^18
 MAX_NESTED_ARRAYS = 1 << 16
 
-_SPLIT_NAME = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 _MIN_METADATA_BYTES = 8 + 1 + 4 + 1  # key length, one character, type, a bool
 _MIN_TENSOR_INFO_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, one character, n_dims, one dimension, type, offset
 
@@ -64,6 +63,9 @@ _SCALARS: dict[GGUFValueType, tuple[struct.Struct, np.dtype]] = {
 
 class GGUFError(NKATError):
     """The file is not a GGUF this toolkit can read; the message names the field and the offset."""
+
+
+Piece = bytes | tuple[Path, int, int]  # bytes that stand in no file, or a file's bytes [start, end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +125,11 @@ class Metadata(Mapping[str, Any]):
 class GGUFFile:
     """An open GGUF file, or a GGUF that stands at bytes [start, end) of a file. Use it as a context manager."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap, start: int, end: int) -> None:
+    def __init__(self, path: Path, buffer: mmap.mmap | bytes, start: int, end: int) -> None:
         self.path = path
         self.start, self.end = start, end
-        self._buffer: mmap.mmap | None = buffer
+        self._buffer: mmap.mmap | bytes | None = buffer
+        self.part_count = 0  # of a split model, of which this is one part; below 2: it is whole
         self.version = 0
         self.alignment = DEFAULT_ALIGNMENT
         self.metadata: Metadata
@@ -136,18 +139,34 @@ class GGUFFile:
         _parse(self, _Cursor(path, buffer, start, end))
 
     @classmethod
-    def open(cls, path: str | Path, start: int = 0, end: int | None = None) -> GGUFFile:
-        """Maps and checks the file. Raises GGUFError (or NKATError where the file cannot be read at all)."""
+    def open(cls, path: str | Path, start: int = 0, end: int | None = None, *, part: bool = False) -> GGUFFile:
+        """Maps and checks the file. Raises GGUFError (or NKATError where the file cannot be read at all).
+
+        part: one part of a split model is taken as well; `nkat.gguf.split.open_gguf` gives the whole
+        """
         path = Path(path)
-        split = _SPLIT_NAME.search(path.name)
-        if split and int(split[1]) > 1:
-            raise GGUFError(f"{path}: this is one part of a split model; merge it first (llama-gguf-split --merge)")
         buffer = map_file(path)
         size = len(buffer)
         end = size if end is None else end
         if not 0 <= start <= end <= size:
             raise GGUFError(f"{path}: bytes {start}..{end} lie outside the file of {size} bytes")
-        return cls(path, buffer, start, end)
+        file = GGUFFile(path, buffer, start, end)
+        if file.part_count > 1 and not part:
+            raise GGUFError(f"{path}: split.count says that this is one part of a split model")
+        return file
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it is in."""
+        return [self.path]
+
+    def pieces(self, start: int, end: int) -> Iterator[Piece]:
+        """Where the bytes [start, end) are."""
+        yield self.path, start, end
+
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that a tensor's bytes are in, and where they begin there."""
+        return self.path, self.tensors[name].offset
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -182,7 +201,7 @@ class GGUFFile:
 
         Does nothing on systems without madvise (Windows); the pages are read again when next touched.
         """
-        if self._buffer is None or not hasattr(self._buffer, "madvise"):
+        if not isinstance(self._buffer, mmap.mmap) or not hasattr(self._buffer, "madvise"):
             return
         info = self.tensors[name]
         page = mmap.PAGESIZE
@@ -210,7 +229,7 @@ def map_file(path: Path) -> mmap.mmap:
 class _Cursor:
     """Reads forward within [pos, end); every read is checked against the bytes that are really there."""
 
-    def __init__(self, path: Path, buffer: mmap.mmap, pos: int, end: int) -> None:
+    def __init__(self, path: Path, buffer: mmap.mmap | bytes, pos: int, end: int) -> None:
         self.path, self.buffer, self.pos, self.end = path, buffer, pos, end
         self.strings_left = MAX_STRINGS
         self.nested_arrays_left = MAX_NESTED_ARRAYS
@@ -263,66 +282,12 @@ class _Cursor:
             raise self.error(f"type of {field}", f"unknown value type {code}", at) from None
 
 
-# How other files begin that lie where a model should, what they are, and what to do about it.
-_OTHER_FILES = (
-    (b"version https://git-lfs", "but a pointer of Git LFS, which stands for the model: fetch it with git lfs pull"),
-    (
-        rb"\s*<(?:!doctype|html|\?xml)",
-        "but a page of a web site, saved in place of the model: download the model again",
-    ),
-    (
-        rb"(?:ggml|ggmf|ggjt|lmgg|fmgg|tjgg|algg|ggla)",
-        "but of a format older than GGUF: convert the original model anew",
-    ),
-    (
-        rb"PK\x03\x04",
-        "but a zip archive, as PyTorch's checkpoints are: convert it with llama.cpp's convert_hf_to_gguf.py",
-    ),
-    (rb".{8}\{\s*\"", "but safetensors: convert its folder with llama.cpp's convert_hf_to_gguf.py"),
-    (rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh|7z\xbc\xaf", "but a compressed file: unpack it first"),
-    (rb"\s*[\[{]", "but JSON: it describes a model or says why a download failed"),
-    (rb"\x00{64}", "but zeros: a download that was not finished; download it again"),
-)
-
-# Types of tensors that ggml no longer has, by their numbers there; the packed ones are now made while loading.
-_REMOVED_TYPES = {
-    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
-    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
-}  # fmt: skip
-# Types of ik_llama.cpp, a fork with quantisations of its own (ggml/include/ggml.h there).
-_IK_TYPES = {
-    133: "Q6_0", 134: "IQ1_BN", 135: "IQ2_BN", 136: "Q8_K64", 137: "IQ2_K", 138: "IQ3_K", 139: "IQ4_K", 140: "IQ5_K",
-    141: "IQ6_K", 144: "IQ4_KS", 145: "IQ2_KS", 146: "IQ4_KSS", 147: "Q8_K16", 148: "Q8_K32", 149: "Q8_KR8",
-    150: "Q8_K128", 151: "Q8_KV", 152: "IQ5_KS", 153: "IQ2_KT", 154: "IQ3_KT", 155: "IQ4_KT", 156: "IQ3_KS",
-    157: "IQ2_KL", 158: "IQ1_KT", 202: "Q4_0_R8", 206: "Q5_0_R4", 208: "Q8_0_R8", 210: "Q2_K_R4", 211: "Q3_K_R4",
-    212: "Q4_K_R4", 213: "Q5_K_R4", 214: "Q6_K_R4", 216: "IQ2_XXS_R4", 217: "IQ2_XS_R4", 218: "IQ3_XXS_R4",
-    219: "IQ1_S_R4", 220: "IQ4_NL_R4", 221: "IQ3_S_R4", 222: "IQ2_S_R4", 223: "IQ4_XS_R8", 229: "IQ1_M_R4",
-    230: "BF16_R16", 233: "Q6_0_R4", 335: "IQ2_BN_R4", 337: "IQ2_K_R4", 338: "IQ3_K_R4", 339: "IQ4_K_R4",
-    340: "IQ5_K_R4", 344: "IQ4_KS_R4", 352: "IQ5_KS_R4", 398: "Q8_KV_R8", 399: "Q8_K_R8",
-}  # fmt: skip
-
-
-def _what_it_is(cursor: _Cursor, magic: bytes) -> str:
-    beginning = cursor.buffer[cursor.pos : min(cursor.end, cursor.pos + 512)]
-    for pattern, what in _OTHER_FILES:
-        if re.match(pattern, beginning, re.IGNORECASE | re.DOTALL):
-            return f", {what}"
-    return f" (found {magic!r})"
-
-
-def _foreign_type(code: int) -> str:
-    if code in _REMOVED_TYPES:
-        return f"{_REMOVED_TYPES[code]}, which ggml has removed: quantise the original model anew (Q4_0 for Q4_0_N_M)"
-    if code in _IK_TYPES:
-        return f"{_IK_TYPES[code]}, which only ik_llama.cpp has: take a file in Q4_K, Q6_K or the like"
-    return f"unknown tensor type {code} (a newer ggml's, or a damaged file)"
-
-
 def _parse(file: GGUFFile, cursor: _Cursor) -> None:
     cursor.need(4, "magic")
     magic = cursor.buffer[cursor.pos : cursor.pos + 4]
     if magic != MAGIC:
-        raise cursor.error("magic", f"not a GGUF file{_what_it_is(cursor, magic)}")
+        beginning = cursor.buffer[cursor.pos : min(cursor.end, cursor.pos + 512)]
+        raise cursor.error("magic", f"not a GGUF file{what_it_is(beginning)}")
     cursor.pos += 4
     at = cursor.pos
     file.version = cursor.number(_U32, "version")
@@ -352,11 +317,7 @@ def _parse(file: GGUFFile, cursor: _Cursor) -> None:
     if not isinstance(parts, int) or parts < 0:
         at = file.metadata.spans["split.count"][0]
         raise cursor.error("split.count", f"must be a number of parts, got {parts!r:.80}", at)
-    if parts not in (0, 1):
-        raise GGUFError(
-            f"{file.path}: split.count says this is one part of a split model; merge it first "
-            "(llama-gguf-split --merge)"
-        )
+    file.part_count = parts
 
     entries = [_parse_tensor_info(cursor) for _ in range(tensor_count)]
     header_bytes = cursor.pos - file.start
@@ -429,7 +390,7 @@ def _parse_tensor_info(
     try:
         tensor_type = GGMLQuantizationType(code)
     except ValueError:
-        raise cursor.error(f"type of {field}", _foreign_type(code), at) from None
+        raise cursor.error(f"type of {field}", foreign_type(code), at) from None
     block = GGML_QUANT_SIZES[tensor_type][0]
     if dimensions[0] % block:
         raise cursor.error(

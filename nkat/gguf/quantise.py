@@ -21,6 +21,7 @@ from gguf.constants import GGMLQuantizationType
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile, TensorInfo
+from nkat.gguf.split import open_gguf
 from nkat.gguf.weights import read_weight
 from nkat.gguf.writer import (
     BaseView,
@@ -52,13 +53,13 @@ def requantise(
     type_for gives a tensor's new type; a tensor whose type stays is copied byte for byte. Metadata stays as it is, and
     so `general.file_type` is still the base's. The re-quantised tensors are held in memory.
     """
-    with GGUFFile.open(base_path) as file:
+    with open_gguf(base_path) as file:
         tensors = [
             NewTensor(name, type_for(info), _in_type(file, info, type_for(info)), info.shape)
             for name, info in file.tensors.items()
         ]
         metadata_only = BaseView(file, file.version, len(file.metadata), file.metadata_span[1], 0, file.data_start)
-        write_gguf(out_path, gguf_parts({}, tensors, metadata_only), force, [base_path])
+        write_gguf(out_path, gguf_parts({}, tensors, metadata_only), force, file.files)
 
 
 def quantisation_steps(weight: torch.Tensor, qtype: GGMLQuantizationType) -> torch.Tensor:

@@ -55,6 +55,11 @@ class FileRange:
 Part = bytes | np.ndarray | FileRange
 
 
+def range_parts(file: GGUFFile, start: int, end: int) -> list[Part]:
+    """Bytes [start, end) of an open GGUF, wherever they are."""
+    return [piece if isinstance(piece, bytes) else FileRange(*piece) for piece in file.pieces(start, end)]
+
+
 def part_size(part: Part) -> int:
     """Bytes the part takes in the output."""
     if isinstance(part, FileRange):
@@ -94,11 +99,16 @@ class BaseView:
 
     def parts(self) -> list[Part]:
         """The base model's bytes."""
-        return [_header(self, self.version), self.data()]
+        return [_header(self, self.version), *self.data()]
 
-    def data(self) -> FileRange:
-        """The tensor data with its gaps and whatever follows the last tensor; empty when the file ends before it."""
-        return FileRange(self.file.path, min(self.file.data_start, self.data_end), self.data_end)
+    @property
+    def data_start(self) -> int:
+        """Where the tensor data begins, in the file: at `data_end` where the file ends before it."""
+        return min(self.file.data_start, self.data_end)
+
+    def data(self) -> list[Part]:
+        """The tensor data with its gaps and whatever follows the last tensor."""
+        return range_parts(self.file, self.data_start, self.data_end)
 
     def is_exact(self) -> bool:
         """Whether `parts` gives the base's own bytes: true unless the padding before the data holds non-zeros.
@@ -107,7 +117,7 @@ class BaseView:
         """
         if self.metadata_count < len(self.file.metadata):
             return True
-        header = self.file.read(self.file.start, self.data().start).tobytes()
+        header = self.file.read(self.file.start, self.data_start).tobytes()
         return _header(self, self.version)[: len(header)] == header and len(header) == self.file.data_start
 
 
@@ -120,7 +130,7 @@ def gguf_parts(
     entries stays true and the base can be cut out again exactly.
     """
     alignment = base.file.alignment if base else DEFAULT_ALIGNMENT
-    offset = part_size(base.data()) if base else 0
+    offset = base.data_end - base.data_start if base else 0
     infos: list[bytes] = []
     tail: list[Part] = []
     for tensor in tensors:
@@ -129,27 +139,29 @@ def gguf_parts(
         tail += [bytes(padding), tensor.data]
         offset += padding + tensor.data.nbytes
     new = len(metadata), encode_metadata(metadata), len(infos), b"".join(infos)
-    return [_header(base, GGUF_VERSION, new), *([base.data()] if base else []), *tail]
+    return [_header(base, GGUF_VERSION, new), *(base.data() if base else []), *tail]
 
 
 def replaced_parts(
-    parts: Iterable[Part], tensors: Iterable[TensorInfo], packed: Callable[[TensorInfo], np.ndarray]
+    parts: Iterable[Part], file: GGUFFile, names: Iterable[str], packed: Callable[[TensorInfo], np.ndarray]
 ) -> Iterator[Part]:
     """The parts of an existing model with other bytes in some of its tensors, asked for one at a time, as they come.
 
-    tensors: whose data lies in one of the parts that are ranges;  packed: as many bytes as the tensor has
+    names: of tensors of `file`, whose data lies in one of the parts that are ranges
+    packed: as many bytes as the tensor has
     """
-    waiting = sorted(tensors, key=lambda info: info.offset)
+    waiting = sorted((*file.place(name), name) for name in names)
     for part in parts:
         if not isinstance(part, FileRange):
             yield part
             continue
         position = part.start
-        for info in waiting:
-            if part.start <= info.offset and info.offset + info.nbytes <= part.end:
-                yield FileRange(part.path, position, info.offset)
+        for path, offset, name in waiting:
+            info = file.tensors[name]
+            if path == part.path and part.start <= offset and offset + info.nbytes <= part.end:
+                yield FileRange(path, position, offset)
                 yield packed(info)
-                position = info.offset + info.nbytes
+                position = offset + info.nbytes
         yield FileRange(part.path, position, part.end)
 
 

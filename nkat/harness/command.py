@@ -19,14 +19,19 @@ from nkat.host.commandline import parser
 
 _ABOUT = """\
 lm-evaluation-harness on a GGUF or .nkat, run in this process. The arguments are lm-eval's own, which
-`nkat-lm-eval run --help` lists; --model is nkat where it is left out.
+`nkat-lm-eval run --help` lists; --model is nkat where it is left out. The ones most used:
 
---model_args are path=FILE and, where wanted,
-  theta=FILE         a file with Θ alone, in place of that in the model's file
-  gamma=0.97         strength of Θ, 1 turns it off
-  threads=N          of the processor
-  activations=int8   the layers' inputs rounded as llama.cpp does: faster, no longer exact
-  max_length=N       tokens of a request at most
+  --model_args path=FILE,…    the model, and where wanted:
+      theta=FILE              a file with Θ alone, in place of that in the model's file
+      gamma=0.97              strength of Θ, 1 turns it off
+      threads=N               of the processor
+      activations=int8        the layers' inputs rounded as llama.cpp does: faster, no longer exact
+      max_length=N            tokens of a request at most
+  --tasks NAME,…              --include_path FOLDER has tasks of yours
+  --num_fewshot N, --limit N  examples before each question; questions at most
+  --apply_chat_template       the model's own
+  --output_path FOLDER        keeps the results, --log_samples each answer as well
+  --use_cache FILE            keeps what was asked, to go on after a break
 """
 _EXAMPLES = """\
   python -m nkat.harness.command --model_args path=models/smollm2.nkat --tasks arc_easy --limit 100

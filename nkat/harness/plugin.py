@@ -44,9 +44,11 @@ class NkatLM(LM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         texts = [(str(context), str(continuation)) for context, continuation in (each.args for each in requests)]
-        pairs = [self.model.encode_pair(*each) for each in texts]
+        made = (self.model.encode_pair(*each) for each in texts)
+        pairs = list(_shown(made, len(texts), "Tokenizing inputs", disable_tqdm))
         found: dict[int, tuple[float, bool]] = {}
-        for number, total, greedy in _shown(self.model.likelihoods(pairs), len(pairs), "loglikelihood", disable_tqdm):
+        what = "Running loglikelihood requests"
+        for number, total, greedy in _shown(self.model.likelihoods(pairs), len(pairs), what, disable_tqdm):
             found[number] = total, greedy
             self.cache_hook.add_partial("loglikelihood", texts[number], found[number])
         return [found[number] for number in range(len(pairs))]
@@ -56,6 +58,7 @@ class NkatLM(LM):
         texts = [str(each.args[0]) for each in requests]
         pairs: list[tuple[list[int], list[int]]] = []
         owners: list[int] = []
+        left: list[int] = []
         for number, text in enumerate(texts):
             windows = get_rolling_token_windows(
                 token_list=self.model.encode(text, alone=False),
@@ -66,21 +69,21 @@ class NkatLM(LM):
             parts = [make_disjoint_window(window) for window in windows]
             pairs += parts
             owners += [number] * len(parts)
-        sums, left = [0.0] * len(texts), [owners.count(number) for number in range(len(texts))]
-        what = "loglikelihood_rolling"
+            left.append(len(parts))
+        sums, what = [0.0] * len(texts), "Running loglikelihood_rolling requests"
         for number, total, _ in _shown(self.model.likelihoods(pairs), len(pairs), what, disable_tqdm):
             owner = owners[number]
             sums[owner] += total
             left[owner] -= 1
             if not left[owner]:
-                self.cache_hook.add_partial(what, (texts[owner],), sums[owner])
+                self.cache_hook.add_partial("loglikelihood_rolling", (texts[owner],), sums[owner])
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         asked = [(str(each.args[0]), GenerationSettings.of(each.args[1])) for each in requests]
         found: dict[int, str] = {}
         answers = self.model.answers(asked, torch.initial_seed())
-        for number, text in _shown(answers, len(asked), "generate_until", disable_tqdm):
+        for number, text in _shown(answers, len(asked), "Running generate_until requests", disable_tqdm):
             found[number] = text
             self.cache_hook.add_partial("generate_until", requests[number].args, text)
         return [found[number] for number in range(len(asked))]
@@ -104,7 +107,7 @@ class NkatLM(LM):
 
 
 def _shown(found: Iterable[_Found], total: int, what: str, hidden: bool) -> Iterator[_Found]:
-    with bar(total, f"Running {what} requests", "request", enabled=not hidden) as progress:
+    with bar(total, what, "request", enabled=not hidden) as progress:
         for each in found:
             yield each
             progress.update()

@@ -234,7 +234,11 @@ def parser(
     )
     made.add_argument("--version", action=ShowVersion, nargs=0, help="show the toolkit's version and exit")
     made.add_argument(
-        "--quiet", action=_BeQuiet, nargs=0, help="results, warnings and errors only: no progress, no hints"
+        "--quiet",
+        action=_BeQuiet,
+        nargs=0,
+        default=False,
+        help="results, warnings and errors only: no progress, no hints",
     )
     return made
 
@@ -252,8 +256,9 @@ def add_output_format(parser: argparse.ArgumentParser) -> None:
 class _BeQuiet(argparse.Action):
     """`--quiet`, of which whoever prints asks `nkat.host.output`."""
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
         output.be_quiet()
+        setattr(namespace, self.dest, True)
 
 
 class _SetForm(argparse.Action):

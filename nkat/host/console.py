@@ -122,8 +122,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def note(text: str) -> None:
-    """A remark or warning, on stderr: stdout is for results. --quiet leaves warnings: a result is not what it seems."""
-    if output.is_quiet() and not text.lstrip().startswith("warning:"):
+def note(text: str, always: bool = False) -> None:
+    """A remark or warning, on stderr: stdout is for results. --quiet leaves warnings: a result is not what it seems.
+
+    always: --quiet leaves it too, because nobody can go on without it
+    """
+    if output.is_quiet() and not always and not text.lstrip().startswith("warning:"):
         return
     print("\n".join(printable(line) for line in text.split("\n")), file=sys.stderr, flush=True)

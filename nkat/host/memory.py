@@ -6,6 +6,7 @@ and other processes share them. Linux tells them apart (/proc/self/smaps); elsew
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class Memory:
 
     resident: all of its pages in memory; peak: the most it ever had
     anonymous: its own, which no file backs
-    model_file: resident pages of one mapped file
+    model_file: resident pages of the mapped model
     gpu_peak: the most that tensors ever took on the GPU; None without CUDA
     """
 
@@ -32,15 +33,15 @@ class Memory:
     gpu_peak: int | None
 
 
-def memory(model: Path | None = None) -> Memory:
-    """The state now; `model` is the mapped file whose pages are counted apart."""
+def memory(*model: Path) -> Memory:
+    """The state now; `model`: the mapped file, or files, whose pages are counted apart."""
     resident = psutil.Process().memory_info().rss
     rollup = _PROC / "smaps_rollup"
     return Memory(
         resident=resident,
         peak=_peak(),
         anonymous=_kilobytes(rollup.read_text(), "Anonymous:") if rollup.exists() else None,
-        model_file=_mapped(model) if model is not None else None,
+        model_file=_mapped(model) if model else None,
         gpu_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
     )
 
@@ -52,12 +53,13 @@ def _peak() -> int | None:
     return getattr(psutil.Process().memory_info(), "peak_wset", None)  # Windows has it, macOS does not
 
 
-def _mapped(path: Path) -> int | None:
-    """Resident bytes of a file's mappings; None where the system does not list them."""
+def _mapped(paths: Iterable[Path]) -> int | None:
+    """Resident bytes of the files' mappings; None where the system does not list them."""
     smaps = _PROC / "smaps"
     if not smaps.exists():
         return None
-    return resident_of(smaps.read_text(), str(path.resolve()))
+    said = smaps.read_text()
+    return sum(resident_of(said, str(path.resolve())) for path in paths)
 
 
 def resident_of(smaps: str, path: str) -> int:

@@ -1,4 +1,4 @@
-"""The file behind a name: from Hugging Face's cache, into which it is fetched first.
+"""The file behind a name, of a model in several the first: from Hugging Face's cache, into which they are fetched.
 
 `huggingface_hub` speaks to the server and keeps the cache, which it shares with whatever else uses it (HF_HOME,
 HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean there). It no longer goes on with a download that was
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,10 +25,10 @@ from typing import Any, BinaryIO, NoReturn, cast, overload
 from nkat.errors import NKATError
 from nkat.host.console import bar, format_bytes, note
 from nkat.host.files import disk_errors, file_digest, make_folder
-from nkat.hub.names import HubName, choose_file, parse_name
+from nkat.hub.names import HubName, choose_files, parse_name
 
 _SECONDS = 10  # for an answer of the server
-_SHA256 = 64  # digits
+_HASH, _SHA256 = re.compile("[0-9a-f]{40}|[0-9a-f]{64}"), 64  # digits, of git's or the file's own
 
 
 @overload
@@ -63,16 +64,25 @@ def fetch(name: HubName) -> Path:
         found = _cached(hub, name, why)
         note(f"note: {name}: no answer from {hub.constants.ENDPOINT} ({why}); the copy in the cache is used")
         return found
-    file = choose_file(name, [sibling.rfilename for sibling in listed.siblings or ()])
-    known = hub.try_to_load_from_cache(name.repo, file, revision=listed.sha)
-    if isinstance(known, str):
-        return Path(known)
+    files = choose_files(name, [sibling.rfilename for sibling in listed.siblings or ()])
     try:
-        _fetch_blob(hub, name, file, listed.sha)
-        # Finds the bytes where it would have put them: what is left is the name that belongs to them.
-        return Path(hub.hf_hub_download(name.repo, file))
+        paths = [_there(hub, name, file, listed.sha) for file in files]
     except (hub.errors.HTTPError, OSError, ValueError) as error:
         _refuse(hub, name, error)
+    return paths[0]
+
+
+def _there(hub: ModuleType, name: HubName, file: str, revision: str) -> Path:
+    """Where the cache has a file, into which it is fetched first."""
+    known = hub.try_to_load_from_cache(name.repo, file, revision=revision)
+    if isinstance(known, str):
+        return Path(known)
+    blob = _fetch_blob(hub, name, file, revision)
+    # Finds the bytes where it would have put them: what is left is the name that belongs to them.
+    path = Path(hub.hf_hub_download(name.repo, file))
+    if not path.is_symlink():  # where a system has no links the name is a copy
+        blob.unlink(missing_ok=True)
+    return path
 
 
 def _library() -> ModuleType:
@@ -86,12 +96,12 @@ def _library() -> ModuleType:
     return huggingface_hub
 
 
-def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> None:
-    """Puts the bytes of a file where the cache has them, going on with what is there of them."""
+def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> Path:
+    """Puts the bytes of a file where the cache has them, going on with what is there of them; returns where."""
     url = hub.hf_hub_url(name.repo, file, revision=revision)
     found = hub.get_hf_file_metadata(url, timeout=_SECONDS)
-    if found.etag is None or found.size is None:
-        raise NKATError(f"{name}: the server says neither size nor hash of {file}, so it cannot be checked")
+    if found.size is None or not _HASH.fullmatch(found.etag or ""):  # which is to be a file's name, too
+        raise NKATError(f"{name}: the server does not say the size and the hash of {file}, so it cannot be checked")
     if found.size > hub.constants.MAX_HTTP_DOWNLOAD_SIZE:
         raise NKATError(
             f"{name}: {file} has {format_bytes(found.size)}, which come by another protocol: "
@@ -108,6 +118,7 @@ def _fetch_blob(hub: ModuleType, name: HubName, file: str, revision: str) -> Non
             _download(hub, name, file, url, found.size, partial)
             _check(name, file, partial, found.etag, found.size)
             partial.replace(blob)
+    return blob
 
 
 def _download(hub: ModuleType, name: HubName, file: str, url: str, size: int, partial: Path) -> None:
@@ -126,13 +137,25 @@ def _download(hub: ModuleType, name: HubName, file: str, url: str, size: int, pa
         going_on = f", of which {format_bytes(have)} are there" if have else ""
         note(f"fetching {name}: {file}, {format_bytes(size)}{going_on}")
         try:
-            with bar(size, "fetching", "B") as progress, hub.utils.disable_progress_bars():
+            with bar(size, "fetching", "B") as progress, _without_its_bars(hub):
                 counted = cast(BinaryIO, _Counted(out, progress))
                 headers = hub.utils.build_hf_headers()
                 hub.file_download.http_get(url, counted, resume_size=have, headers=headers, expected_size=size)
         except KeyboardInterrupt:
             note(f"{format_bytes(partial.stat().st_size)} are kept: the same command goes on from there")
             raise
+
+
+@contextlib.contextmanager
+def _without_its_bars(hub: ModuleType) -> Iterator[None]:
+    if hub.utils.are_progress_bars_disabled():
+        yield
+        return
+    hub.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        hub.utils.enable_progress_bars()
 
 
 class _Counted:
@@ -193,7 +216,7 @@ def _cached(hub: ModuleType, name: HubName, why: str) -> Path:
     snapshot = folder / "snapshots" / reference.read_text(encoding="utf-8").strip()
     files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.gguf") if path.is_file()]
     try:
-        return snapshot / choose_file(name, files)
+        return snapshot / choose_files(name, files)[0]
     except NKATError as error:
         raise NKATError(f"{error} (in the cache; no others can be fetched: {why})") from None
 

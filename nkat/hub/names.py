@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from nkat.errors import NKATError
@@ -37,8 +37,9 @@ def parse_name(text: str) -> HubName | None:
     return HubName(repo, wanted or None)
 
 
-def choose_file(name: HubName, files: Iterable[str]) -> str:
-    """The file that is meant. Raises NKATError, with what there is, for none and for several.
+def choose_files(name: HubName, files: Iterable[str]) -> list[str]:
+    """The file that is meant, of a model in several files all of them. Raises NKATError, with what there is, for none
+    and for several.
 
     files: paths in the repository. Without a quantisation it is the one of USUAL that there is, else the only file;
     llama.cpp takes the first one then, which may be ten times as large as anybody wants.
@@ -56,12 +57,20 @@ def choose_file(name: HubName, files: Iterable[str]) -> str:
         raise NKATError(f"{name}: there is no such file; there are {_listed(models)}")
     if len({_PART.sub("", file) for file in found}) > 1:
         raise NKATError(f"{name}: several files match, give one as {PREFIX}{name.repo}:FILE: {', '.join(found)}")
-    if _PART.search(found[0]):
-        raise NKATError(
-            f"{name}: the model is in {len(found)} parts, which cannot be read as they are: {', '.join(found)}; "
-            "llama.cpp's llama-gguf-split --merge makes one file of them"
-        )
-    return found[0]
+    return _with_other_parts(name, found[0], models)
+
+
+def _with_other_parts(name: HubName, file: str, models: Collection[str]) -> list[str]:
+    """The parts of the model that a file is one of, in order; the file alone where it is all of it."""
+    part = _PART.search(file)
+    if part is None:
+        return [file]
+    count = int(part[0][-5:])
+    parts = [f"{file[: part.start()]}-{i:05d}-of-{count:05d}{file[part.end() :]}" for i in range(1, count + 1)]
+    missing = next((one for one in parts if one not in models), None)
+    if missing is not None:
+        raise NKATError(f"{name}: the model is in {count} parts, and there is no {missing}")
+    return parts
 
 
 def _is_model(file: str) -> bool:

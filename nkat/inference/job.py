@@ -15,6 +15,7 @@ import torch
 
 from nkat.engine.decoder import Decoder, make_decoder
 from nkat.errors import NKATError
+from nkat.gguf.split import without_number
 from nkat.host import console, hardware
 from nkat.host.console import counted, note, say
 from nkat.host.files import check_apart, check_output, output_folder
@@ -115,7 +116,7 @@ class Job:
             return None
         if options.command == "benchmark" and options.json and options.output_dir is None:
             return None  # the user has said where the record is to be
-        name = f"{options.model.stem}_{datetime.now():%Y%m%d-%H%M%S}"
+        name = f"{without_number(options.model).stem}_{datetime.now():%Y%m%d-%H%M%S}"
         return options.output_dir or Path("output", options.command, name)
 
     @cached_property
@@ -256,7 +257,7 @@ def suggest_next(options: EngineOptions, named: Path, has_theta: bool, record: R
     if options.command == "gemm":
         suggest("engine", *model, "--benchmark")
     elif not has_theta:
-        target = options.model.with_suffix(".nkat")  # not in the cache, where a name was given
+        target = without_number(options.model).with_suffix(".nkat")  # not in the cache, where a name was given
         suggest("convert", "--input", named, "--output", target if named == options.model else target.name)
     elif options.command != "compare":
         suggest("engine", *model, "--compare")
@@ -268,12 +269,11 @@ def suggest_next(options: EngineOptions, named: Path, has_theta: bool, record: R
 
 def benchmark(job: Job) -> Result:
     """Prefill and decoding, with and without Θ where there is one; loading and memory in a fresh process."""
-    options = job.options
     with console.bar(1, "loading in a fresh process", "start"):
         start = fresh_startup(job.request, job.text.content, job.threads)
     loaded = job.load()
     prefill, decode, decoder = measure_speed(job, loaded)
-    held = memory(options.model)
+    held = memory(*job.model_file.files)
     record = {
         **benchmark_record(prefill, decode, start),
         **conditions(job, loaded, decoder),
@@ -310,7 +310,7 @@ def compare(job: Job) -> Result:
             progress.update()
     loaded = job.load()
     prefill, decode, decoder = measure_speed(job, loaded)
-    held = memory(options.model)
+    held = memory(*job.model_file.files)
     quality = None
     if options.chunks:
         quality = measure_quality(job, loaded, job.theta)
@@ -401,7 +401,7 @@ def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) ->
     if options.repetitions:
         record["repetitions"] = options.repetitions
     if options.json or job.folder is not None:
-        record["model_sha256"] = file_hash(options.model)
+        record["model_sha256"] = file_hash(job.model_file)
         for file in record["theta_files"]:
             file["sha256"] = file_hash(Path(file["file"]))
     return record
@@ -410,7 +410,10 @@ def conditions(job: Job, loaded: LoadedModel, decoder: Decoder | None = None) ->
 def measure_perplexity(job: Job) -> Result:
     """Scores the same chunks without Θ and, where there is one, with it; beside another base where one is given."""
     options = job.options
-    base_file = None if options.kl_base is None else open_base_file(options.kl_base)
+    base_file = None
+    if options.kl_base is not None:
+        base_file = open_base_file(options.kl_base)
+        job.config.check_length(base_file.tokens.shape[1], "--kl-base", bool(options.beyond_context))
     loaded = job.load()
     base: Base | None = base_file
     if options.reference is not None:

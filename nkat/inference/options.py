@@ -21,7 +21,7 @@ EXAMPLES = """\
   python nkat_inference_engine.py --model models/llama-7b-q4_k_m.nkat --compare --seq-len 512
   python nkat_inference_engine.py --model model.nkat --perplexity --text wiki.test.raw --chunks 40
   python nkat_inference_engine.py --model model.gguf --theta theta_rank4.bin --perplexity --json result.json
-  python nkat_inference_engine.py --model model.gguf --theta style.bin --theta-scaled facts.bin:0.5 --perplexity
+  python nkat_inference_engine.py --model model.gguf --theta style.bin --theta facts.bin:0.5 --perplexity
   python nkat_inference_engine.py --model model-Q4_K_M.gguf --perplexity --reference model-F16.gguf
   python nkat_inference_engine.py --model model.nkat --hellaswag hellaswag_val_full.txt --tasks 400
   python nkat_inference_engine.py --model model.nkat --generate "Once upon a time" --max-tokens 100 --seed 1
@@ -159,8 +159,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> EngineOptions:
     add("--model", type=Path, required=True, metavar="FILE", help="a .nkat or .gguf, or hf:OWNER/REPO[:QUANT]")
     add_theta_arguments(
         parser,
-        "a Θ made for this model (--theta-only of the converter), in place of the model's own; several are added up, "
-        "to which the model's own file may belong",
+        "a Θ made for this model (--theta-only of the converter), in place of the model's own; again: several, added "
+        "up, each times its weight (default 1); the model's own file among them stands for its own",
     )
     add("--theta-gamma", type=float, metavar="G", help="strength of Θ in place of the recorded one: lower is stronger")
     add_lora_arguments(parser)

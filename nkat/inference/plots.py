@@ -57,7 +57,7 @@ def _speed(record: Mapping[str, Any], part: str, overhead: str) -> _Measure:
     low = [v * (1 - r) for v, r in zip(speeds, relative[0], strict=True)]
     high = [v * (r - 1) for v, r in zip(speeds, relative[1], strict=True)]
     percent, (bottom, top) = cost["percentage"], cost["interval"]
-    said, sure = f"{percent:+.2f} %\n({bottom:+.2f} to {top:+.2f})", f"{cost['interval_coverage']:.0%} sure"
+    said, sure = f"{percent:+.2f} %", f"{bottom:+.2f} to {top:+.2f}, {cost['interval_coverage']:.0%} sure"
     return _Measure(part, "tokens per second", speeds, [low, high], "{:.1f}", (percent, bottom, top), said, sure)
 
 
@@ -68,18 +68,23 @@ def _perplexity(record: Mapping[str, Any]) -> _Measure:
     interval = change, change - 2 * error, change + 2 * error
     said = change_text(change, error)
     return _Measure(
-        "perplexity", "perplexity (lower is better)", values, errors, "{:.3f}", interval, said, "± 2 errors"
+        "perplexity",
+        "perplexity (lower is better)",
+        values,
+        errors,
+        "{:.3f}",
+        interval,
+        said,
+        "line: twice the ±",
     )
 
 
 def _bars(axes: Any, measure: _Measure) -> None:
     axes.set_title(measure.name)
     axes.set(ylabel=measure.label)
-    axes.bar(["without Θ", "with Θ"], measure.values, yerr=measure.spread, color=[BASE, TRIAL], width=0.6, capsize=6)
+    names = [f"{arm} Θ\n{measure.form.format(v)}" for arm, v in zip(("without", "with"), measure.values, strict=True)]
+    axes.bar(names, measure.values, yerr=measure.spread, color=[BASE, TRIAL], width=0.6, capsize=6)
     axes.set_ylim(bottom=0)
-    for at, value in enumerate(measure.values):  # at the foot, out of the error bar's way
-        text = measure.form.format(value)
-        axes.annotate(text, (at, 0), (0, 6), textcoords="offset points", ha="center", color="white", fontsize=9)
 
 
 def _difference(axes: Any, measure: _Measure) -> None:
@@ -87,9 +92,10 @@ def _difference(axes: Any, measure: _Measure) -> None:
     value, low, high = measure.change
     what = "perplexity" if measure.name == "perplexity" else "time"
     axes.set_title("paired", fontsize=10)
-    axes.set(ylabel=f"change of {what}, % (lower is better; {measure.sure})", xlim=(-1, 1), xticks=[])
+    axes.set(xlim=(-1, 1), xticks=[])
+    axes.set_ylabel(f"change of {what}, % (lower is better)", fontsize=9)
     axes.axhline(0, color=BASE, linestyle="--", lw=1)
     axes.errorbar([0], [value], yerr=[[value - low], [high - value]], fmt="o", color=BEST, capsize=6)
     reach = 1.25 * max(abs(value), abs(low), abs(high), 1e-9)
     axes.set_ylim(-reach, reach)  # no difference is in the middle, whichever way the point lies
-    axes.set_xlabel(measure.said, fontsize=9)
+    axes.set_xlabel(f"{measure.said}\n{measure.sure}", fontsize=9)

@@ -14,6 +14,7 @@ from nkat.errors import NKATError
 from nkat.host.console import counted, note
 from nkat.host.files import atomic_output
 from nkat.host.interrupts import Terminated
+from nkat.host.streams import printable
 from nkat.inference.conversation import Conversation, Turn
 from nkat.inference.options import EngineOptions
 from nkat.inference.prompts import template_metadata
@@ -74,7 +75,7 @@ class _Loop:
         self.typed = sys.stdin is not None and sys.stdin.isatty()  # otherwise from a file or a pipe
         self.turns: list[dict[str, Any]] = []
         self._commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: note(HELP),
+            "help": lambda _: _tell(HELP),
             "clear": self._clear,
             "undo": self._undo,
             "save": self._save,
@@ -97,11 +98,11 @@ class _Loop:
             except KeyboardInterrupt:
                 if not self.typed:
                     return self.turns, "interrupted"
-                note("\nCtrl-D or /exit ends")
+                _tell("\nCtrl-D or /exit ends")
             except NKATError as error:
                 if not self.typed:
                     raise
-                note(f"error: {error}")
+                _tell(f"error: {error}")
 
     def _line(self, prompt: str) -> str:
         """A line without its end. Raises EOFError behind the last."""
@@ -153,11 +154,11 @@ class _Loop:
 
     def _clear(self, _: str) -> None:
         self.conversation.clear()
-        note("forgotten")
+        _tell("forgotten")
 
     def _undo(self, _: str) -> None:
         text = self.conversation.undo()
-        note("there is nothing to take back" if text is None else f"taken back: {text}")
+        _tell("there is nothing to take back" if text is None else f"taken back: {text}")
 
     def _save(self, file: str) -> None:
         if not file:
@@ -168,10 +169,15 @@ class _Loop:
         )
         with atomic_output(path, len(data)) as out:
             out.write(data)
-        note(f"saved: {path}")
+        _tell(f"saved: {path}")
 
     def _exit(self, _: str) -> None:
         raise _Ended
+
+
+def _tell(text: str) -> None:
+    """What was asked for just now, also with --quiet."""
+    print("\n".join(printable(line) for line in text.split("\n")), file=sys.stderr, flush=True)
 
 
 def read_message(line: Callable[[str], str]) -> str:

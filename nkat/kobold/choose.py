@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.gguf.file import GGUFFile
+from nkat.gguf.split import open_gguf
 from nkat.host.console import format_bytes
 from nkat.host.hardware import Gpu
 from nkat.host.programs import shell_line
@@ -76,7 +76,7 @@ def memory_of(files: RunFiles, settings: Settings, flash: bool) -> ModelMemory:
     """
 
     def read(path: Path, adapters: Mapping[str, int]) -> ModelMemory:
-        with GGUFFile.open(path) as file:
+        with open_gguf(path) as file:
             if "token_embd.weight" not in file.tensors:
                 raise NKATError(f"{path}: has no token_embd.weight; it is not a language model")
             cache = (flash, settings.cache_type)
@@ -90,7 +90,7 @@ def check_draft(model: Path, draft: Path) -> None:
     """Raises NKATError unless a draft model's tokens are the model's: both programs then run without it, or wrongly."""
     said = []
     for path in (model, draft):
-        with GGUFFile.open(path) as file:
+        with open_gguf(path) as file:
             tokens = file.metadata.get("tokenizer.ggml.tokens")
             said.append((file.metadata.get("tokenizer.ggml.model"), [] if tokens is None else list(tokens)))
     (kind, tokens), (other_kind, other) = said

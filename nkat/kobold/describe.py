@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nkat.host.console import counted, format_bytes, format_table, note, remark
 from nkat.kobold.api import is_private
@@ -17,28 +17,34 @@ from nkat.kobold.runtime import Served
 
 
 def print_findings(findings: Findings) -> None:
-    """KoboldCpp, the machine and the model, a line each, and the table of choices."""
-    program, machine = findings.program, findings.machine
-    carried = program.libraries
-    remark(f"{program.title:<9}  {program.version or 'of unknown version'}, {program.path}")
-    if findings.runtime.watch.library is not None:
-        remark(f"libraries  {'cannot be told' if carried is None else ', '.join(sorted(carried)) or 'none'}")
-    else:
-        remark(f"devices    {', '.join(gpu.name for gpu in program.devices) or 'the processor only'}")
-    for gpu in machine.gpus:
-        remark(f"GPU        {gpu.name} ({gpu.kind}, by {gpu.source}), {_memory_text(gpu.total, gpu.free)}")
-    remark(f"memory     {_memory_text(machine.memory, machine.available)}")
-    if findings.model is not None:
-        files = findings.model.files
-        remark(f"model      {files.model} ({files.how})")
-        if not files.adapters:
-            remark("Θ          none: this is a plain model")
-        for adapter in files.adapters:
-            size = format_bytes(adapter.path.stat().st_size)
-            remark(f"Θ          {adapter.path} ({size}, {adapter.about})")
+    """The program, the machine and the model, a line each, and the table of choices."""
+    width = max(len("libraries"), len(findings.program.title))
+    for label, text in _found_lines(findings):
+        remark(f"{label:<{width}}  {text}")
     remark("")
     remark(choice_table(findings.choices))
     remark("")
+
+
+def _found_lines(findings: Findings) -> Iterator[tuple[str, str]]:
+    program, machine = findings.program, findings.machine
+    carried = program.libraries
+    yield program.title, f"{program.version or 'of unknown version'}, {program.path}"
+    if findings.runtime.watch.library is not None:
+        yield "libraries", f"{'cannot be told' if carried is None else ', '.join(sorted(carried)) or 'none'}"
+    else:
+        yield "devices", f"{', '.join(gpu.name for gpu in program.devices) or 'the processor only'}"
+    for gpu in machine.gpus:
+        yield "GPU", f"{gpu.name} ({gpu.kind}, by {gpu.source}), {_memory_text(gpu.total, gpu.free)}"
+    yield "memory", _memory_text(machine.memory, machine.available)
+    if findings.model is not None:
+        files = findings.model.files
+        yield "model", f"{files.model} ({files.how})"
+        if not files.adapters:
+            yield "Θ", "none: this is a plain model"
+        for adapter in files.adapters:
+            size = format_bytes(adapter.path.stat().st_size)
+            yield "Θ", f"{adapter.path} ({size}, {adapter.about})"
 
 
 def print_layers(choice: Choice, memory: ModelMemory, machine: Machine, options: KoboldOptions) -> None:

@@ -126,10 +126,9 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
     if asked.layout in _LOADABLE or theta_set is None:
         if named is not None:
             note(f"note: {asked.path} is a model that is loaded as it is, so --base is not needed")
-        return (
-            asked.path.absolute(),  # not resolved: in a cache a link has the name, and its target none
-            "the file itself" if asked.layout == "plain" else "the file itself (Θ is behind it)",
-        )
+        return asked.path.absolute(), _how_itself(asked)
+    if asked.layout == "beside":
+        return asked.require_base().file.path.absolute(), "the model beside it"
     if named is not None:
         _check_base(named, theta_set)
         return named.absolute(), "named by --base"
@@ -143,6 +142,12 @@ def _base_for(asked: ModelFile, named: Path | None) -> tuple[Path, str]:
             "name it with --base FILE"
         )
     return _extract(asked, theta_set), "extracted"
+
+
+def _how_itself(asked: ModelFile) -> str:
+    if asked.is_split:
+        return f"the file itself, the first of {len(asked.files)}, of which KoboldCpp finds the others"
+    return "the file itself" if asked.layout == "plain" else "the file itself (Θ is behind it)"
 
 
 def _near(path: Path, theta_set: ThetaSet) -> Iterator[Path]:
@@ -227,8 +232,8 @@ def _theta_key(thetas: ThetaSet) -> str:
 
 def _sha256(model: ModelFile) -> str:
     """SHA-256 of the base in a file, remembered as long as the file keeps its size and time."""
-    found = model.path.stat()
-    key = f"{model.path.resolve()}|{found.st_size}|{found.st_mtime_ns}"
+    stats = [(path.resolve(), path.stat()) for path in model.files]
+    key = "|".join(f"{path}|{found.st_size}|{found.st_mtime_ns}" for path, found in stats)
     memo = Memo.open("kobold/hashes.json")
     known = memo.get(lambda hashes: checked_sha256(hashes[key]))
     if known is not None:

@@ -107,7 +107,7 @@ def _gpu_backend(name: str, *interfaces: str) -> Backend:
         mine = [gpu for gpu in program.devices if gpu.interface in interfaces]
         return best_gpu(
             [replace(gpu, kind=kinds.get(gpu.name, "discrete")) for gpu in mine],
-            f"this llama-server lists no {' or '.join(interfaces)} device",
+            f"this llama-server lists no {interfaces[0]} device",
         )
 
     def settings_of(program: Program, index: int, old_cpu: bool) -> dict[str, Any]:

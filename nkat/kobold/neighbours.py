@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nkat.errors import NKATError
+from nkat.gguf.split import is_later_part
 from nkat.host.console import note
 
 _Found = TypeVar("_Found")
@@ -15,8 +16,10 @@ _told: set[tuple[Path, str]] = set()  # a folder may be looked through for sever
 
 
 def files_in(folder: Path, *suffixes: str) -> list[Path]:
-    """Files by these endings, sorted. A folder of such a name is passed by; of what is no file else, a line says so."""
-    found = sorted(path for suffix in suffixes for path in folder.glob(f"*{suffix}"))
+    """Files by these endings, sorted, of a model in several files the first. A folder of such a name is passed by; of
+    what is no file else, a line says so.
+    """
+    found = sorted(path for suffix in suffixes for path in folder.glob(f"*{suffix}") if not is_later_part(path))
     return [path for path in found if _is_file(path)]
 
 

@@ -163,7 +163,11 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a .nkat, a .gguf, or hf:OWNER/REPO[:QUANT] (default in the menu: the newest .nkat here)",
     )
-    add_theta_arguments(parser, "a Θ made for this model, in place of the model's own; several are added up")
+    add_theta_arguments(
+        parser,
+        "a Θ made for this model, in place of the model's own; again: several, added up, each times its weight "
+        "(default 1)",
+    )
     add("--base", type=Path, metavar="FILE", help="the base model, where it is not beside the .nkat")
     add("--runtime", choices=tuple(RUNTIMES), default=next(iter(RUNTIMES)), help="what runs it (default koboldcpp)")
     add("--kobold", type=Path, metavar="PATH", help="KoboldCpp: its program or its folder (default: $KOBOLDCPP, …)")

@@ -57,6 +57,7 @@ class StarLinear(PackedModule):
     packed: uint8 [nbytes] of W [m, n] = `shape`, in block format `qtype`
     dtype:  of the multiplication; x is cast to it
     theta:  acts on the leading block that fits W; its strength is set by `set_gamma`, off until then
+    down, up: its factors as numbers (`nkat.theta.algebra.low_rank_form`), where the CPU's kernels do not have it
     keep_dense: also keep W dequantised in `dtype`, for models small enough that repeated decoding gains from it
     """
 
@@ -105,8 +106,8 @@ class StarLinear(PackedModule):
         self.down = self.up = None
         self.theta = None if theta is None or theta.is_zero() else theta
         if self.compiled is not None:
-            self.compiled.set_theta(self.theta, self.room)
-        if self.theta is None:
+            self.compiled.set_theta(self.theta, self.room)  # has it as INT8, in its own order
+        if self.theta is None or self.compiled is not None:
             return
         down, up = self.theta.form(*self.shape, self.dtype)
         missing = 2 * self.room - len(down)
@@ -145,7 +146,7 @@ class StarLinear(PackedModule):
         from nkat.kernels.cpu.linear import CpuLinear  # LLVM is loaded only where it is used
 
         self.compiled = CpuLinear(self.file_bytes, self.qtype, self.shape, self.bias, exact=not self.int8_activations)
-        self.compiled.set_theta(self.theta, self.room)
+        self.set_theta(self.theta)
 
     def require_compiled(self) -> CpuLinear:
         """What `repack` made on the CPU; raises RuntimeError where it made nothing."""
@@ -197,5 +198,5 @@ class StarLinear(PackedModule):
         return y + reference.star_term(x, down, up[start:stop], self.kappa)
 
     def extra_repr(self) -> str:
-        rank = 0 if self.down is None else self.down.shape[0] // 2
+        rank = 0 if self.theta is None else self.theta.rank
         return f"{self.shape[1]} -> {self.shape[0]}, {self.qtype.name}, {self.dtype}, Θ rank {rank}"

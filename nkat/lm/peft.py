@@ -24,6 +24,7 @@ from nkat.host.record import parse_json
 from nkat.lm.config import ModelConfig
 from nkat.lm.huggingface import module_name, rows_for_gguf, rows_for_hf, weight_name
 from nkat.theta.algebra import ThetaError, coupling, low_rank_form
+from nkat.theta.card import hub_repository
 from nkat.theta.lowrank import LowRank
 from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import ThetaSet
@@ -31,7 +32,6 @@ from nkat.theta.set import ThetaSet
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Where a GGUF may say what repository it was converted from.
-_REPOSITORIES = ("general.source.huggingface.repository", "general.repo_url", "general.source.repo_url")
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
 
 # Settings of PEFT's LoraConfig that change more than W x + s · B A x, where they are set.
@@ -92,8 +92,7 @@ def peft_files(theta_set: ThetaSet, gamma: float, model: ModelFile) -> dict[str,
     """
     metadata = model.require_base().file.metadata
     config = ModelConfig.from_gguf(metadata, model.require_base().tensors)
-    named = next((found for key in _REPOSITORIES if isinstance(found := metadata.get(key), str)), None)
-    base = None if named is None else named.removeprefix("https://huggingface.co/")
+    base = hub_repository(metadata)
     kappa = coupling(gamma)
     tensors, ranks = {}, {}
     for name, theta in theta_set.layers.items():

@@ -398,21 +398,13 @@ class Transformer(nn.Module):
         for name, room in columns.items():
             layers[name].reserve(room)
 
-    def theta_rooms(self) -> dict[int, int]:
-        """Columns of Θ for which what is made for decoding now has room, by `id` of the layer."""
-        return {
-            id(layer): max(layer.room, 0 if layer.theta is None else layer.theta.rank)
-            for layer in self._carriers().values()
-        }
-
-    def check_room(self, rooms: Mapping[int, int]) -> None:
-        """Raises NKATError where the Θ that a layer has now does not fit what was made for an earlier one.
+    def fits(self, rooms: Mapping[int, int]) -> bool:
+        """Whether the Θ that the layers have now fit what was made for an earlier one.
 
         rooms: columns that there is room for, by `id` of the layer; none for the others
         """
-        for layer in self._carriers().values():
-            if layer.theta is not None and layer.theta.columns > rooms.get(id(layer), 0):
-                raise NKATError("Θ was replaced after this decoder was made; make a new one")
+        layers = self._carriers().values()
+        return all(layer.theta is None or layer.theta.columns <= rooms.get(id(layer), 0) for layer in layers)
 
     def new_cache(self, batch: int, capacity: int, growing: bool = False) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `capacity` tokens, on the model's device.

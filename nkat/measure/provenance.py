@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.engine.decoder import Decoder
-from nkat.gguf.writer import FileRange, sha256_of_parts
+from nkat.gguf.writer import FileRange, Part, part_size, sha256_of_parts
 from nkat.host import hardware
 from nkat.host.commandline import own_command
 from nkat.host.console import bar
@@ -16,6 +16,7 @@ from nkat.host.record import toolkit_version
 from nkat.lm.load import LoadedModel
 from nkat.measure.texts import Text
 from nkat.theta.combine import WeightedFile
+from nkat.theta.modelfile import ModelFile
 from nkat.theta.set import LoraSet, TermSet
 
 PACKAGES = ("torch", "numpy", "llvmlite", "triton", "gguf", "tokenizers")
@@ -84,11 +85,14 @@ def conditions_of(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "device_name": record["machine"]["device_name"]}
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal, with a progress bar."""
-    size = path.stat().st_size
-    with bar(size, "hashing the model", "B") as progress:
-        return sha256_of_parts([FileRange(path, 0, size)], progress.update)
+def file_hash(model: ModelFile | Path) -> str:
+    """SHA-256 of a file, in hexadecimal, with a progress bar; of a model in several files that of their whole."""
+    path = model if isinstance(model, Path) else model.path
+    parts: list[Part] = [FileRange(path, 0, path.stat().st_size)]
+    if isinstance(model, ModelFile) and model.layout == "plain" and model.is_split:
+        parts = model.base_parts()
+    with bar(sum(part_size(part) for part in parts), "hashing the model", "B") as progress:
+        return sha256_of_parts(parts, progress.update)
 
 
 def _installed(package: str) -> str | None:

@@ -137,4 +137,5 @@ def _first_token(request: Request, prompt: str) -> tuple[tuple[float, float, flo
     made = time.perf_counter()
     int(decoder.prefill(ids).argmax())  # a number on the processor: whatever computes it has finished
     finished = time.perf_counter()
-    return (opened - started, made - encoded, finished - started), memory(request.model)
+    seconds = opened - started, made - encoded, finished - started
+    return seconds, memory(*loaded.file.files)

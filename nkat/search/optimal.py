@@ -38,7 +38,7 @@ def write_optimal(
     folder = options.study.output_dir
     path = folder / optimal_name(setting.rank, setting.gamma)
     model = prepared.loaded.file
-    write_gguf(path, embedded_parts(chosen, model.require_base()), force=True, inputs=[model.path])
+    write_gguf(path, embedded_parts(chosen, model.require_base()), force=True, inputs=model.files)
     record = {
         "file": str(path),
         "sha256": sha256_of_parts([FileRange(path, 0, path.stat().st_size)]),
@@ -54,7 +54,7 @@ def write_optimal(
         "command": converter_command(options, prepared, setting, path),
     }
     write_json(record, str(path.with_suffix(".json")), force=True)
-    write_same(path, folder / MODEL, [model.path])
+    write_same(path, folder / MODEL, model.files)
     write_json(record, str(folder / RECORD), force=True)
     _write_card(options, prepared, chosen, record)
     return record

@@ -26,7 +26,7 @@ def search_page(
     if best:
         commands["The best of it, made again:"] = best["command"]
     return Page(
-        title=f"The best Θ for {Path(record['model']).name}",
+        title=f"A search for the best Θ of {Path(record['model']).name}",
         summary=words,
         tables=[*([report.held_out_table(record)] if record["held_out"] else []), trials_table(trials)],
         pictures={"Scores by trial, by rank and γ, what decides, and perplexity against bytes": picture},

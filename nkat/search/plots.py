@@ -52,8 +52,8 @@ def _history(axes: Any, rows: Sequence[Mapping], base: Any, searched: list[Mappi
         ordered = sorted(allowed, key=lambda r: r["number"])
         running = [max(r["value"] for r in ordered[: i + 1]) for i in range(len(ordered))]
         axes.step([r["number"] for r in ordered], running, where="post", color=BEST, label="best so far")
-    if pruned:
-        axes.margins(y=0.1)  # they have no TPE: at the foot of the panel, below every trial
+    axes.margins(y=0.1)
+    if pruned:  # they have no TPE: at the foot of the panel, below every trial
         foot = axes.get_xaxis_transform()
         axes.plot(pruned, [0.03] * len(pruned), "x", color=PRUNED, transform=foot, label="stopped early (no TPE)")
     if base:
@@ -97,7 +97,7 @@ def _rank_gamma(
         for edge in edges:
             axes.axvline(edge, color=PRUNED, linestyle=":", lw=1)
         if x[at] in edges:
-            axes.set_title(f"{axes.get_title()}; the best γ is the edge of what was searched", fontsize=10)
+            axes.set_title(f"{axes.get_title()}\nthe best γ is an edge of what was searched")
     axes.scatter([x[at]], [y[at]], s=240, facecolors="none", edgecolors=BEST, lw=2, label=f"trial {best['number']}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4)  # below, where it covers no trial
 

@@ -154,7 +154,9 @@ def held_out_table(record: Mapping[str, Any]) -> Table:
         prices = {price["text"]: price for price in row.get(GUARD, {}).get("prices", ())}
         for letter, name in zip(_LETTERS, names, strict=False):
             values |= {f"guard_{letter}_{key}": value for key, value in prices.get(name, {}).items()}
-        rows.append({**values, "name": name_of(row), "change_percent": row["change_percent"] if setting else None})
+        if not setting:  # the model without Θ is what others change
+            values |= dict.fromkeys(CHANGE_PERCENT.names)
+        rows.append({**values, "name": name_of(row)})
     guard = [
         Column(
             f"({letter}) %",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol
 
 from nkat.errors import NKATError
-from nkat.lm.chat import chat_template, encode_chat, render_chat
+from nkat.lm.chat import chat_template, encode_chat, render_chats, unused_arguments
 from nkat.lm.load import LoadedModel
+from nkat.lm.template_process import TemplateProcess
 from nkat.serve.answers import Answer, server_event
 from nkat.serve.arms import Arm, Arms
 from nkat.serve.model import Ask, End, Piece
@@ -18,7 +20,7 @@ from nkat.serve.refusal import Refusal, bad
 from nkat.serve.worker import Event, Job, Place, Worker
 
 QUIET_SECONDS = 10  # after which a stream that waits says so: whoever is between would take it for dead
-_PREPARED_AT_ONCE = 2  # prompts: a chat template runs in a process of its own
+_PREPARED_AT_ONCE = 2  # prompts, beside the answer that is being written
 STOP_WORD = "[DONE]"  # with which OpenAI's streams end
 
 
@@ -53,6 +55,7 @@ class Api:
         self._tokenizer, self._metadata = loaded.tokenizer, loaded.gguf.metadata
         self._vocabulary = loaded.config.vocab_size
         self._preparing = asyncio.Semaphore(_PREPARED_AT_ONCE)
+        self._template, self._rendering = TemplateProcess(), threading.Lock()  # whose turn it is
         self.chat_problem = _chat_problem(loaded)
 
     async def answer(self, data: bytes, chat: bool, reply: Reply) -> None:
@@ -97,7 +100,7 @@ class Api:
             elif isinstance(prompt, Chat):
                 if self.chat_problem is not None:
                     raise bad(self.chat_problem, "messages", "no_chat_template")
-                found = encode_chat(self._tokenizer, render_chat(self._metadata, self._tokenizer, prompt.messages))
+                found = encode_chat(self._tokenizer, self._rendered(prompt))
             else:
                 found = token_ids(prompt, self._vocabulary)
         except NKATError as error:
@@ -105,6 +108,17 @@ class Api:
         if not found:
             raise bad("the prompt is empty, and this vocabulary starts no text by itself", "prompt")
         return found
+
+    def _rendered(self, chat: Chat) -> str:
+        """A conversation by the model's template. Raises NKATError for one that the template refuses."""
+        for name in unused_arguments(self._metadata, [*chat.arguments]):
+            raise bad(f"the model's chat template has no variable {name[:100]!r}", "chat_template_kwargs")
+        with self._rendering:
+            chats = [(chat.messages, True)]
+            (text,) = render_chats(self._metadata, self._tokenizer, chats, chat.arguments, self._template)
+        if isinstance(text, NKATError):
+            raise text
+        return text
 
     async def _events(self, ask: Ask, place: Place) -> AsyncGenerator[Piece | End | None, None]:
         """What comes of it, the end last; None: nothing yet for a while. Raises Refusal.

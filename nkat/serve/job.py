@@ -65,7 +65,7 @@ def run(options: ServeOptions, accepted: tuple[str, ...], bound: socket.socket) 
         hosts=(options.host.lower(),) if is_this_machine(options.host) and not accepted else None,
         origins=tuple(options.cors),
         created=int(options.model.stat().st_mtime),
-        say=None if options.quiet else note,
+        say=note,
     )
     app = make_app(api, settings)
     url = address(bound)
@@ -73,7 +73,11 @@ def run(options: ServeOptions, accepted: tuple[str, ...], bound: socket.socket) 
     if api.chat_problem is not None:
         note(f"warning: {api.chat_problem}")
     listening = f"listening at {url} (chat), {url}/v1 (API){'' if accepted else ', no key asked'}; Ctrl-C stops"
-    serve(app, bound, worker, options.grace, lambda: note(listening))
+
+    def tell() -> None:
+        print(listening, flush=True)  # on stdout, for whoever started this to read where
+
+    serve(app, bound, worker, options.grace, tell)
 
 
 def load(options: ServeOptions, model_file: ModelFile) -> LoadedModel:

@@ -58,7 +58,6 @@ class ServeOptions:
     activations: str | None
     no_cuda: bool
     threads: int | None
-    quiet: bool
 
 
 CONFLICTS: tuple[tuple[Callable[[ServeOptions], object], str], ...] = (
@@ -112,7 +111,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> ServeOptions:
         "int8 on the processor, float on CUDA)")  # fmt: skip
     add("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
     add("--threads", type=commandline.thread_count, metavar="N", help="processor threads (default: torch's choice)")
-    add("--quiet", action="store_true", help="no line for each request")
     options = commandline.taken(ServeOptions, parser.parse_args(argv))
     commandline.check_conflicts(parser, options, CONFLICTS)
     return options

@@ -1,8 +1,8 @@
 """What a request's JSON asks for: each field checked, and none ignored that would change the answer.
 
-The fields are OpenAI's, those of llama.cpp's samplers (`top_k`, `min_p`), and two of this server's own: `nkat_gamma`,
-the strength of Θ, and `nkat_theta`: false, the name of one, or weights of several by name. Sampling that a request
-does not name is the toolkit's, which is llama.cpp's, and not OpenAI's (temperature 1, no top-k and min-p).
+The fields are OpenAI's, those of llama.cpp (`top_k`, `min_p`, `chat_template_kwargs`), and two of this server's own:
+`nkat_gamma`, the strength of Θ, and `nkat_theta`: false, the name of one, or weights of several by name. Sampling that
+a request does not name is the toolkit's, which is llama.cpp's, and not OpenAI's (temperature 1, no top-k and min-p).
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nkat.engine.generate import Sampling
 from nkat.errors import NKATError
 from nkat.host.record import parse_json
-from nkat.lm.chat import Message
+from nkat.lm.chat import OURS, Message
 from nkat.serve.arms import Theta
 from nkat.serve.refusal import bad
 
@@ -25,10 +25,10 @@ _MOST_STOPS, _LONGEST_STOP = 16, 1000  # each is looked for in all that is held 
 _MOST_LIKELIEST = 20
 _USUAL = Sampling()
 
-# Fields of OpenAI's that say nothing about the text.
+# Fields of OpenAI's, and one of llama.cpp's, that say nothing about the text.
 _ABOUT_OTHERS = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "prediction", "parallel_tool_calls",
+    "prediction", "parallel_tool_calls", "cache_prompt",
 )  # fmt: skip
 # Fields that this server has no means for, and the values that ask for nothing.
 _NOTHING: dict[str, tuple[Any, ...]] = {
@@ -53,9 +53,10 @@ _ROLES = {"developer": "system"}  # OpenAI's newer name, which templates do not 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation up to where the model answers."""
+    """A conversation up to where the model answers. arguments: further variables for the template"""
 
     messages: list[Message]
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ def read_chat(data: bytes) -> Question:
     """The body of /v1/chat/completions. Raises Refusal naming the field."""
     fields = Fields(data)
     messages = _messages(fields.take("messages"))
+    arguments = _arguments(fields.take("chat_template_kwargs"))
     most = fields.whole("max_completion_tokens", None, 1)
     old = fields.whole("max_tokens", None, 1)
     wanted, likeliest = fields.flag("logprobs", False), fields.whole("top_logprobs", None, 0, _MOST_LIKELIEST)
@@ -106,7 +108,7 @@ def read_chat(data: bytes) -> Question:
         raise bad("top_logprobs needs logprobs to be true", "top_logprobs")
     logprobs = (likeliest or 0) if wanted else None
     most = old if most is None else most
-    return _question(fields, prompt=Chat(messages), max_tokens=most, logprobs=logprobs, echo=False)
+    return _question(fields, prompt=Chat(messages, arguments), max_tokens=most, logprobs=logprobs, echo=False)
 
 
 def _question(fields: Fields, **rest: Any) -> Question:
@@ -246,6 +248,17 @@ def _messages(value: Any) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise bad("messages must be a list with at least one message", "messages")
     return [_message(one, f"messages[{at}]") for at, one in enumerate(value)]
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise bad("chat_template_kwargs must be an object", "chat_template_kwargs")
+    for name in OURS:
+        if name in value:
+            raise bad(f"chat_template_kwargs cannot hold {name}: it is what the conversation is given as", name)
+    return value
 
 
 def _message(value: Any, where: str) -> Message:

@@ -14,6 +14,7 @@ from pathlib import Path
 from time import monotonic, strftime
 from typing import Any
 
+from nkat.host.streams import printable
 from nkat.serve.answers import encoded
 from nkat.serve.api import Api
 from nkat.serve.arms import Arm
@@ -39,14 +40,14 @@ class Settings:
         point here (DNS rebinding), and read what it is answered
     origins: web pages that may call it, beside its own; "*": all
     created: of the model's file, seconds since 1970
-    say: gets a line for each request; None: nobody does
+    say: gets a line for each request
     """
 
     keys: tuple[str, ...]
     hosts: tuple[str, ...] | None
     origins: tuple[str, ...]
     created: int
-    say: Callable[[str], object] | None
+    say: Callable[[str], object]
 
 
 def make_app(api: Api, settings: Settings) -> App:
@@ -99,7 +100,7 @@ def make_app(api: Api, settings: Settings) -> App:
     app: App = Guard(Starlette(routes=routes, exception_handlers=handlers), settings)
     if settings.origins:
         app = CORSMiddleware(app, settings.origins, ("GET", "POST"), ("*",), expose_headers=("Retry-After",))
-    return app if settings.say is None else Log(app, settings.say)
+    return Log(app, settings.say)
 
 
 def read_page() -> tuple[bytes, dict[str, str]]:
@@ -260,8 +261,8 @@ class Guard:
         await reply.json(refusal.status, refusal.body(), refusal.headers)
 
     def _refusal(self, scope: Message) -> Refusal | None:
-        host = host_name(_header(scope, "host"))
-        if self._hosts is not None and host not in self._hosts and not is_this_machine(host):
+        host = host_name(_header(scope, "host"))  # no browser leaves it out
+        if self._hosts is not None and host and host not in self._hosts and not is_this_machine(host):
             return Refusal(403, "this server answers to its own address only", code="host_not_allowed")
         if not self._keys or not scope["path"].startswith("/v1"):
             return None
@@ -321,4 +322,4 @@ class Log:
             client = (scope.get("client") or ("?",))[0]
             about = "".join(f"; {words}" for words in remarks)
             line = f"{strftime('%H:%M:%S')} {client} {scope['method']} {scope['path']} {status}"
-            self._say(f"{line} {monotonic() - started:.2f} s{about}")
+            self._say(printable(f"{line} {monotonic() - started:.2f} s{about}"))  # a path may hold line breaks

@@ -125,7 +125,7 @@ class Worker:
             for event in self._served.answer(job.ask, go_on):
                 job.deliver(event)
         except Exception:  # whatever it is, the next client is to be answered
-            note(f"error: a request failed\n{traceback.format_exc()}")
+            note(f"warning: a request failed\n{traceback.format_exc()}")
             job.deliver(failed())
             return
         if not isinstance(event, End) and not job.cancelled:

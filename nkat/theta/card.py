@@ -6,6 +6,8 @@ What is on it was measured or is recorded in the files; where a figure is missin
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from nkat.version import __version__
 
 CARD = "README.md"
 _MARK = "# written by the NKAT toolkit"
+_REPOSITORIES = ("general.source.huggingface.repository", "general.repo_url", "general.source.repo_url")
 _HUB = "https://huggingface.co/"
 _SOURCES = {
     "weight": "from the model's weights alone: no text was learned",
@@ -39,7 +42,8 @@ class Card:
     """What is said of one Θ.
 
     base: the base model's metadata, for its name and licence;  gamma: the strength of what is beside the page
-    files: what lies beside the page, by name;  lora: which of them is an adapter for other programs, if one is
+    files: what lies beside the page, by name;  lora: which of them is an adapter for llama.cpp, if one is
+    peft: whether the folder is one that PEFT loads
     text: the name of the text that was learned, where that is known
     gains, prices: what was measured at home and elsewhere;  commands: by what they are for;  facts: machine, versions
     """
@@ -49,11 +53,19 @@ class Card:
     gamma: float
     files: Mapping[str, str]
     lora: str | None = None
+    peft: bool = False
     text: str | None = None
     gains: Sequence[Table] = ()
     prices: Sequence[Table] = ()
     commands: Mapping[str, str] | None = None
     facts: Mapping[str, Any] | None = None
+
+
+def hub_repository(metadata: Mapping[str, Any]) -> str | None:
+    """Of which repository of Hugging Face's hub, "owner/name", a GGUF says that it is made; None where it does not."""
+    found = (metadata.get(key) for key in _REPOSITORIES)
+    name = next((value for value in found if isinstance(value, str)), "").removeprefix(_HUB).strip("/")
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
 def may_write(path: Path) -> bool:
@@ -100,7 +112,7 @@ def render(card: Card) -> str:
     ]
     if card.commands:
         parts += ["## The same again"]
-        parts += [f"{what}\n\n```sh\n{line}\n```" for what, line in card.commands.items()]
+        parts += [f"{what}\n\n```sh\n{_portable(line)}\n```" for what, line in card.commands.items()]
     parts += ["## Made with", _listed(card.facts or {"nkat": __version__})]
     return "\n\n".join(parts) + "\n"
 
@@ -135,20 +147,19 @@ def _change_text(percent: float, stderr: float | None) -> str:
 
 def _front_matter(card: Card) -> str:
     """YAML, of which JSON's strings are a part."""
-    repository = str(card.base.get("general.repo_url") or "")
-    known = repository.startswith(_HUB)
-    name = repository.removeprefix(_HUB).strip("/") if known else card.theta.base_name
+    known = hub_repository(card.base)
+    name = known or card.theta.base_name
     licence = card.base.get("general.license")
     of_base = f"; the base model's is {json.dumps(str(licence))}" if licence else ""
     lines = [
         "---",
         _MARK,
         f"base_model: {json.dumps(name)}" + ("" if known else "  # as the file calls itself: no Hub id is in it"),
-        *(["base_model_relation: adapter"] if card.lora else []),
-        "library_name: nkat",
+        *(["base_model_relation: adapter"] if card.lora or card.peft else []),
+        f"library_name: {'peft' if card.peft else 'nkat'}",
         f"license: unknown  # of this Θ: for its maker to say{of_base}",
         "pipeline_tag: text-generation",
-        f"tags: [{', '.join(['nkat', 'gguf', *(['lora'] if card.lora else [])])}]",
+        f"tags: [{', '.join(['nkat', 'gguf', *(['lora'] if card.lora or card.peft else [])])}]",
         "---",
     ]
     return "\n".join(lines)
@@ -183,13 +194,28 @@ def _usage(card: Card) -> str:
     if card.lora is not None:
         lines.append(f"llama-cli -m BASE.gguf --lora {card.lora}")
         lines.append(f"koboldcpp --model BASE.gguf --lora {card.lora}")
-    for name in card.files:
+    for name, about in card.files.items():
         if name.endswith(".nkat"):
             lines.append(f"nkat-engine --model {name} --generate 'Once upon a time'")
-        elif name != card.lora:
+        elif about.startswith("Θ alone"):
             lines.append(f"nkat-engine --model BASE.gguf --theta {name} --generate 'Once upon a time'")
-    said = "`BASE.gguf` is the base model of the hash above.\n\n" if "BASE.gguf" in "\n".join(lines) else ""
-    return said + "```sh\n" + "\n".join(lines) + "\n```"
+    parts = []
+    if any("BASE.gguf" in line for line in lines):
+        parts.append("`BASE.gguf` is the base model of the hash above.")
+    if lines:
+        parts.append("```sh\n" + "\n".join(lines) + "\n```")
+    if card.peft:
+        parts.append("```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, FOLDER)\n```")
+    return "\n\n".join(parts)
+
+
+def _portable(line: str) -> str:
+    """A command without the folders of the machine that it ran on, which are nobody's business and nowhere else."""
+    commands = []
+    for command in line.split(" && "):
+        words = [Path(word).name if Path(word).is_absolute() else word for word in shlex.split(command)]
+        commands.append(shlex.join(words))
+    return " && ".join(commands)
 
 
 def _measured(tables: Sequence[Table], otherwise: str) -> str:

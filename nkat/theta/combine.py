@@ -20,7 +20,7 @@ from nkat.errors import NKATError
 from nkat.gguf.writer import MetadataValue, Progress
 from nkat.theta.algebra import Theta, ThetaError, coupling, pad_rows
 from nkat.theta.modelfile import ModelFile, thetas_for
-from nkat.theta.set import COMBINED, DECAY_KEY, HELDOUT_PREFIX, KEY_PREFIX, ThetaSet
+from nkat.theta.set import COMBINED, DECAY_KEY, GUARD_PREFIX, HELDOUT_PREFIX, KEY_PREFIX, ThetaSet
 
 _PART_PREFIX = f"{KEY_PREFIX}part."  # of what is noted about the parts of a sum
 _SCALED = re.compile(r"(.+?):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?:,(?=.)|$)")
@@ -41,6 +41,22 @@ class WeightedFile:
 
     path: Path
     weight: float = 1.0
+
+
+def weighted_file(text: str) -> WeightedFile:
+    """A path, and behind a colon how much of it counts, unless a file is called so. Raises NKATError for a weight that
+    is no finite number.
+    """
+    name, colon, number = text.rpartition(":")
+    if not colon or not name or Path(text).exists():
+        return WeightedFile(Path(text))
+    try:
+        weight = float(number)
+    except ValueError:  # a Windows drive, or a name with a colon
+        return WeightedFile(Path(text))
+    if not math.isfinite(weight):
+        raise NKATError(f"the weight behind the colon must be a number, got {number!r}")
+    return WeightedFile(Path(name), weight)
 
 
 def scaled_files(text: str) -> list[WeightedFile]:
@@ -175,7 +191,7 @@ def _notes(parts: Sequence[Weighted]) -> dict[str, MetadataValue]:
         theirs = {
             key.removeprefix(KEY_PREFIX): value
             for key, value in part.theta.notes.items()
-            if not key.startswith(HELDOUT_PREFIX)
+            if not key.startswith((HELDOUT_PREFIX, GUARD_PREFIX))
         }
         notes |= {f"{_PART_PREFIX}{i}.{key}": value for key, value in (own | theirs).items()}
         if DECAY_KEY in part.theta.notes:

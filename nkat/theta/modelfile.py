@@ -11,12 +11,15 @@ Layout `appended`  the base's bytes unchanged, then:
                    The marker tells an append that was cut short from bytes that belong to the base. A power cut may
                    leave zeros in its place: then they tell, or the Θ behind them, which knows its base's size.
 Θ alone            the same tensors and metadata in a GGUF of their own.
+Θ beside its model  the same, with the name of the first part of a split model in the same folder (`nkat.base.file`):
+                   what layout `appended` is for a model in several files, whose bytes it leaves where they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,13 +31,14 @@ from gguf.constants import GGMLQuantizationType
 
 from nkat.errors import NKATError
 from nkat.gguf.file import VERSIONS, GGUFError, GGUFFile
+from nkat.gguf.split import open_gguf
 from nkat.gguf.writer import (
     BaseView,
-    FileRange,
     Part,
     Progress,
     gguf_parts,
     part_size,
+    range_parts,
     sha256_of_parts,
 )
 from nkat.theta.algebra import Theta, ThetaError, coupling
@@ -42,6 +46,7 @@ from nkat.theta.optimal import about_missing
 from nkat.theta.set import FORMAT_VERSION, KEY_PREFIX, SUFFIXES, ThetaSet, check_fits
 
 BOUNDARY = 4096
+BASE_FILE_KEY = "nkat.base.file"
 _MARKER = struct.Struct("<8sQ")
 _MARKER_MAGIC = b"NKATBASE"
 MARKER_SIZE = _MARKER.size
@@ -53,7 +58,8 @@ _FOOTER_MAGIC = b"NKATTHTA"
 class ModelFile:
     """What a path holds: a base model, Θ, or both.
 
-    layout: "plain", "tensors", "appended" or "theta-only"; base is None for the last, theta None for the first
+    layout: "plain", "tensors", "appended", "beside" or "theta-only"; base is None for the last, theta None for the
+    first
     unfinished: an in-place append was cut short, and the bytes behind the base are its remains
     foreign_tail: bytes behind the last tensor that are not ours; they count as the base's
     """
@@ -80,7 +86,18 @@ class ModelFile:
     def base_parts(self) -> list[Part]:
         """The base model's bytes, whatever the layout."""
         base = self.require_base()
-        return base.parts() if self.layout == "tensors" else [FileRange(self.path, 0, base.data_end)]
+        return base.parts() if self.layout == "tensors" else range_parts(base.file, 0, base.data_end)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that it is in."""
+        own = [self.path] if self.base is None else self.base.file.files
+        return list(dict.fromkeys((self.path, *own)))
+
+    @property
+    def is_split(self) -> bool:
+        """Whether its model is in several files."""
+        return self.base is not None and len(self.base.file.files) > 1
 
     @property
     def base_size(self) -> int:
@@ -89,11 +106,15 @@ class ModelFile:
 
 
 def open_model_file(path: str | Path) -> ModelFile:
-    """Opens a GGUF or `.nkat` of any layout. Raises GGUFError when the file or the Θ in it is damaged."""
+    """Opens a GGUF or `.nkat` of any layout; any part of a split model stands for all of it, and `path` of what this
+    gives is the first. Raises GGUFError when the file or the Θ in it is damaged.
+    """
     path = Path(path)
     if said := about_missing(path):
         raise NKATError(f"{path}: no such file{said}")
-    file = GGUFFile.open(path)
+    file = open_gguf(path)
+    if len(file.files) > 1:
+        path = file.path
     if _is_theta(file):
         return _open_with_own_theta(path, file)
     footer = _read_footer(file)
@@ -136,9 +157,11 @@ def appended_parts(theta_set: ThetaSet, base_end: int) -> list[Part]:
     return [head, *theta, footer]
 
 
-def theta_only_parts(theta_set: ThetaSet) -> list[Part]:
-    """A GGUF with Θ alone."""
+def theta_only_parts(theta_set: ThetaSet, base_file: str | None = None) -> list[Part]:
+    """A GGUF with Θ alone. base_file: name of the model's first part, beside which it is to be"""
     metadata = {"general.type": "theta", "general.name": f"theta for {theta_set.base_name}", **theta_set.metadata()}
+    if base_file is not None:
+        metadata[BASE_FILE_KEY] = base_file
     return gguf_parts(metadata, theta_set.tensors())
 
 
@@ -153,7 +176,9 @@ def embedded_parts(theta_set: ThetaSet, base: BaseView) -> list[Part]:
 
 
 def layout_parts(theta_set: ThetaSet, model: ModelFile, layout: str) -> list[Part]:
-    """A file with the model and this Θ, in layout "tensors" or "appended"."""
+    """A file with the model and this Θ, in layout "tensors" or "appended"; of a split model the latter is Θ alone."""
+    if layout == "appended" and model.is_split:
+        return theta_only_parts(theta_set, model.require_base().file.path.name)
     if layout == "appended":
         return [*model.base_parts(), *appended_parts(theta_set, model.base_size)]
     return embedded_parts(theta_set, model.require_base())
@@ -188,8 +213,11 @@ def _is_theta(file: GGUFFile) -> bool:
 def _open_with_own_theta(path: Path, file: GGUFFile) -> ModelFile:
     theta_set = _read_theta_set(file)
     count = len(file.tensors) - len(SUFFIXES) * len(theta_set.layers)
-    if count == 0:
+    base_file = file.metadata.get(BASE_FILE_KEY)
+    if count == 0 and base_file is None:
         return ModelFile(path, "theta-only", None, theta_set)
+    if count == 0:
+        return _open_beside(path, theta_set, base_file)
     if any(name.endswith(SUFFIXES) for name in list(file.tensors)[:count]):
         raise GGUFError(f"{path}: Θ tensors stand between the base's tensors")
     keys = list(file.metadata)
@@ -211,6 +239,24 @@ def _open_with_own_theta(path: Path, file: GGUFFile) -> ModelFile:
         raise GGUFError(f"{path}: nkat.base.size {theta_set.base_size} does not agree with the base's tensors")
     check_fits(theta_set, base.tensors, path)
     return ModelFile(path, "tensors", base, theta_set)
+
+
+def _open_beside(path: Path, theta_set: ThetaSet, base_file: object) -> ModelFile:
+    """A file with Θ alone that names the model beside it."""
+    named = isinstance(base_file, str) and base_file and Path(base_file).name == base_file
+    if not isinstance(base_file, str) or not named or re.search(r"[/\\\0]|^\.", base_file):
+        raise GGUFError(f"{path}: metadata {BASE_FILE_KEY} is {base_file!r:.80}, not the name of a file beside it")
+    base_path = path.parent / base_file
+    if not base_path.exists():
+        raise NKATError(f"{path}: holds Θ for the model {base_file}, which is not beside it")
+    file = open_gguf(base_path)
+    if _is_theta(file):
+        raise GGUFError(f"{path}: metadata {BASE_FILE_KEY} names {base_file}, which holds a Θ itself")
+    model = ModelFile(path, "beside", BaseView.whole(file), theta_set)
+    if model.base_size != theta_set.base_size:
+        raise GGUFError(f"{path}: was made for another model than {base_path} is now")
+    check_fits(theta_set, model.require_base().tensors, path)
+    return model
 
 
 def _read_theta_set(file: GGUFFile) -> ThetaSet:
@@ -239,7 +285,7 @@ def _read_theta_set(file: GGUFFile) -> ThetaSet:
     )
     if theta_set.base_gguf_version not in VERSIONS:
         raise GGUFError(f"{file.path}: nkat.base.gguf_version is {theta_set.base_gguf_version}, not 2 or 3")
-    known = theta_set.metadata()
+    known = {*theta_set.metadata(), BASE_FILE_KEY}
     notes = {k: file.metadata[k] for k in file.metadata if k.startswith(KEY_PREFIX) and k not in known}
     for key, value in notes.items():
         if not isinstance(value, bool | int | float | str) or (isinstance(value, int) and value < 0):

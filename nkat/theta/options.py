@@ -4,40 +4,45 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from nkat.theta.combine import WeightedFile, scaled_files
+from nkat.errors import NKATError
+from nkat.theta.combine import WeightedFile, scaled_files, weighted_file
 
 
 def add_theta_arguments(parser: argparse.ArgumentParser, about: str) -> None:
-    """`--theta FILE` and `--theta-scaled FILE:WEIGHT`, each as often as wanted, into `thetas`, in the order given.
+    """`--theta FILE[:WEIGHT]` and llama.cpp's way, `--theta-scaled FILE:WEIGHT,...`, each as often as wanted, into
+    `thetas`, in the order given.
 
     about: what `--theta` is for
     """
-    parser.add_argument("--theta", dest="thetas", action=_Append, type=_whole, default=(), metavar="FILE", help=about)
+    parser.add_argument(
+        "--theta", dest="thetas", action=_Append, type=_one, default=(), metavar="FILE[:WEIGHT]", help=about
+    )
     parser.add_argument(
         "--theta-scaled",
         dest="thetas",
         action=_Append,
         type=_scaled,
         default=(),
-        metavar="FILE:WEIGHT",
-        help="the same, of which so much counts: 0 is off, 1 as it is, below 0 the other way round; A:1,B:0.5 is two",
+        metavar="FILE:WEIGHT,...",
+        help="several in one flag, as --lora-scaled of llama.cpp has them",
     )
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """`--lora PATH` and `--lora-scaled PATH:SCALE`, each as often as wanted, into `loras`, in the order given."""
     about = "run this LoRA in place of Θ: a folder of PEFT's, or a GGUF of llama.cpp's; several are added up"
-    parser.add_argument("--lora", dest="loras", action=_Append, type=_whole, default=(), metavar="PATH", help=about)
+    parser.add_argument(
+        "--lora", dest="loras", action=_Append, type=_one, default=(), metavar="PATH[:SCALE]", help=about
+    )
     parser.add_argument(
         "--lora-scaled",
         dest="loras",
         action=_Append,
         type=_scaled,
         default=(),
-        metavar="PATH:SCALE",
-        help="the same at another strength; A:1,B:0.5 is two",
+        metavar="PATH:SCALE,...",
+        help="several in one flag, as llama.cpp has them",
     )
 
 
@@ -54,8 +59,7 @@ def lora_words(files: Sequence[WeightedFile]) -> list[object]:
 def _words(flag: str, files: Sequence[WeightedFile]) -> list[object]:
     words: list[object] = []
     for file in files:
-        plain = file.weight == 1.0
-        words += [f"--{flag}", file.path] if plain else [f"--{flag}-scaled", f"{file.path}:{file.weight:g}"]
+        words += [f"--{flag}", file.path if file.weight == 1.0 else f"{file.path}:{file.weight!r}"]
     return words
 
 
@@ -69,8 +73,11 @@ class _Append(argparse.Action):
         setattr(namespace, self.dest, (*getattr(namespace, self.dest), *values))
 
 
-def _whole(text: str) -> list[WeightedFile]:
-    return [WeightedFile(Path(text))]
+def _one(text: str) -> list[WeightedFile]:
+    try:
+        return [weighted_file(text)]
+    except NKATError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _scaled(text: str) -> list[WeightedFile]:

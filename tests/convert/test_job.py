@@ -267,6 +267,22 @@ def test_a_card_lies_beside_the_adapter(script, fails, tmp_path: Path, base: Pat
     assert "goes with --export-lora" in fails(CONVERTER, "--input", base, "--merge", folder / "c", "--model-card")
 
 
+def test_a_card_lies_in_the_folder_that_peft_loads(script, tmp_path: Path, base: Path) -> None:
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "peft"
+    written = ("--output", tmp_path / "m.nkat", "--export-peft", folder, "--model-card")
+    convert(script, "--input", base, *written)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "library_name: peft" in card
+    assert "`adapter_model.safetensors`" in card
+    assert "m.nkat`:" not in card  # lies elsewhere
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
 def test_a_card_has_what_was_measured(script, tmp_path: Path, base: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(default_text().content[:3000], encoding="utf-8")

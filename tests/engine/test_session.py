@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from nkat.engine.cuda_graph import StaticDecoder
 from nkat.engine.decoder import make_decoder
 from nkat.engine.eager import EagerDecoder
 from nkat.engine.generate import Generation, Sampler, Sampling
+from nkat.engine.plan import TorchOps
 from nkat.engine.session import Session
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
+from nkat.lm.transformer import Transformer
 from nkat.theta.algebra import Theta, quantise_factors
 from tests.support.tiny_models import write_tiny_model
 
@@ -141,7 +144,7 @@ def test_a_decoder_stays_as_long_as_it_has_room_for_what_is_on(tmp_path: Path, r
         loaded.model.set_gamma(0.5)
         assert session.reuse(first) == 0
         assert gap(session.prefill(first), fresh(loaded, first)) < CLOSE
-        assert (session.decoder is decoder) == (thetas is not wide)
+        assert (session.decoder is decoder) == (thetas is not wide or not repack)  # the model's own pass has no room
         decoder = session.decoder
 
 
@@ -186,6 +189,26 @@ def test_sliding_computes_what_stays_at_its_new_places(loaded: LoadedModel) -> N
     logits(plain, IDS[:room])
     with pytest.raises(NKATError, match="the KV cache holds 24 tokens"):
         plain.step(1)
+
+
+def fixed_step(model: Transformer, capacity: int) -> StaticDecoder:
+    """The step that a GPU records, an operation at a time."""
+    return StaticDecoder(model, capacity, TorchOps(star=False), TorchOps(star=True))
+
+
+def test_the_step_of_a_gpu_forgets_and_slides(llama: LoadedModel, monkeypatch) -> None:
+    """Its cache is of a fixed size, which what was forgotten is still in."""
+    monkeypatch.setattr("nkat.engine.session.make_decoder", fixed_step)
+    session = Session(llama.model, 24, sliding=4)
+    logits(session, IDS[:20])
+    shorter = [*IDS[:10], *IDS[50:55]]
+    assert session.reuse(shorter) == 10
+    assert gap(session.prefill(shorter[10:]), fresh(llama, shorter)) < CLOSE
+    for token in IDS[60:80]:
+        found = session.step(token)
+    assert len(session.tokens) <= 24
+    assert gap(found, fresh(llama, session.tokens)) < CLOSE
+    assert gap(found, fresh(llama, [*shorter, *IDS[60:80]])) > FAR
 
 
 def test_a_full_context_ends_the_text_and_sliding_goes_on(llama: LoadedModel, monkeypatch) -> None:

@@ -58,7 +58,7 @@ def test_a_view_gives_the_base_back_from_the_extended_file(tmp_path: Path, base:
     write_gguf(out, gguf_parts(METADATA, TENSORS, view), force=False)
     file = GGUFFile.open(out)
     first_new = file.metadata.spans["n.int"][0]
-    data_bytes = part_size(view.data())
+    data_bytes = sum(part_size(part) for part in view.data())
     inner = BaseView(file, 3, view.metadata_count, first_new, view.tensor_count, file.data_start + data_bytes)
     assert sha256_of_parts(inner.parts()) == hashlib.sha256(base.read_bytes()).hexdigest()
     shifted = BaseView(file, 3, view.metadata_count, first_new, view.tensor_count, file.data_start + data_bytes - 1)

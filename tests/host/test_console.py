@@ -92,10 +92,11 @@ def test_quiet_leaves_results_and_warnings(capsys: pytest.CaptureFixture[str]) -
         for word in (say, remark, note):
             word(word.__name__)
         note("warning: x")
+        note("always", always=True)
         return tuple(capsys.readouterr())
 
-    assert speak() == ("say\nremark\n", "note\nwarning: x\n")
+    assert speak() == ("say\nremark\n", "note\nwarning: x\nalways\n")
     output.be_quiet()
-    assert speak() == ("say\n", "warning: x\n")
+    assert speak() == ("say\n", "warning: x\nalways\n")
     output.set_form("csv")
-    assert speak() == ("", "warning: x\n")
+    assert speak() == ("", "warning: x\nalways\n")

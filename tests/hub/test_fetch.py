@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,11 @@ from types import SimpleNamespace
 import huggingface_hub
 import huggingface_hub.file_download
 import pytest
+from huggingface_hub.utils import WeakFileLock
 
 import nkat
 from nkat.errors import NKATError
+from nkat.gguf.split import open_gguf
 from nkat.harness.arguments import ModelArguments
 from nkat.harness.model import EvaluatedModel
 from nkat.hub import fetch as fetching
@@ -24,6 +28,7 @@ from nkat.hub.names import HubName
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, install
 from tests.support.hub_server import COMMIT, HubServer, hub_server
+from tests.support.split_models import split_model
 from tests.support.tiny_models import write_tiny_model
 
 NAME = HubName("tiny/model", "Q8_0")
@@ -75,6 +80,18 @@ def test_a_file_is_fetched_once_into_the_librarys_own_cache(hub: HubServer, caps
     assert fetch(HubName("tiny/model")) == path == local_model(Path("hf:tiny/model:model-Q8_0.gguf"))
     assert (len(hub.downloads()), hub.sent) == (1, len(CONTENT))
     assert "fetching hf:tiny/model:Q8_0: model-Q8_0.gguf, 102.4 kB" in capsys.readouterr().err
+
+
+def test_all_parts_of_a_model_are_fetched(hub: HubServer, tmp_path: Path) -> None:
+    whole = write_tiny_model(tmp_path / "m-Q4_K_M.gguf", "llama", blocks=1)
+    for part in split_model(whole, 5):
+        hub.repos["tiny/model"][part.name] = part.read_bytes()
+    path = fetch(HubName("tiny/model"))
+    assert path.name == "m-Q4_K_M-00001-of-00003.gguf"
+    assert len(hub.downloads()) == 3
+    assert len(open_gguf(path).tensors) == len(open_gguf(whole).tensors)
+    assert fetch(HubName("tiny/model")) == path
+    assert len(hub.downloads()) == 3
 
 
 def test_paths_stay_what_they_are(hub: HubServer, tmp_path: Path, monkeypatch) -> None:
@@ -149,6 +166,15 @@ def test_other_bytes_than_were_promised_are_refused(hub: HubServer, tmp_path: Pa
     assert fetch(NAME).read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("etag", ["../../../out", "W/abc", "0" * 63, "x" * 64])
+def test_what_is_no_hash_is_no_files_name(hub: HubServer, tmp_path: Path, etag: str) -> None:
+    hub.etag = etag
+    with pytest.raises(NKATError, match="does not say the size and the hash of model-Q8_0"):
+        fetch(NAME)
+    assert not list(tmp_path.rglob("*out*"))
+    assert hub.downloads() == []
+
+
 def test_remains_of_another_file_are_no_beginning(hub: HubServer, tmp_path: Path) -> None:
     """Too many bytes, or as many of another file: the hash says so."""
     fetch(NAME).resolve().unlink()
@@ -167,8 +193,6 @@ def test_remains_of_another_file_are_no_beginning(hub: HubServer, tmp_path: Path
 
 def test_small_files_have_gits_hash(hub: HubServer, tmp_path: Path, monkeypatch) -> None:
     """Those that are not kept as large files: checked by it as well."""
-    import hashlib
-
     right = hashlib.sha1(b"blob %d\0" % len(CONTENT) + CONTENT).hexdigest()
     real = huggingface_hub.get_hf_file_metadata
     for etag, works in ((right, True), ("0" * 40, False)):
@@ -183,6 +207,33 @@ def test_small_files_have_gits_hash(hub: HubServer, tmp_path: Path, monkeypatch)
         else:
             with pytest.raises(NKATError, match="damaged and was deleted"):
                 fetching._fetch_blob(huggingface_hub, NAME, "model-Q8_0.gguf", COMMIT)
+
+
+def test_without_links_there_are_no_two_copies(hub: HubServer, tmp_path: Path, monkeypatch) -> None:
+    """As on Windows, where links are for developers only."""
+    monkeypatch.setattr(huggingface_hub.file_download, "are_symlinks_supported", lambda *_: False)
+    path = fetch(NAME)
+    assert path.read_bytes() == CONTENT
+    assert not path.is_symlink()
+    assert blobs(tmp_path) == {}
+    assert fetch(NAME) == path
+    assert len(hub.downloads()) == 1
+
+
+def test_another_process_that_fetches_it_is_waited_for(hub: HubServer, tmp_path: Path, capsys) -> None:
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    lock = tmp_path / "hf" / "hub" / ".locks" / "models--tiny--model" / f"{digest}.lock"
+    lock.parent.mkdir(parents=True)
+    found: list[Path] = []
+    waiting = threading.Thread(target=lambda: found.append(fetch(NAME)))
+    with WeakFileLock(lock):
+        waiting.start()
+        waiting.join(3)
+        assert waiting.is_alive()
+        assert hub.downloads() == []
+    waiting.join(60)
+    assert found[0].read_bytes() == CONTENT
+    assert "another process is fetching this file" in capsys.readouterr().err
 
 
 # --- without a network

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nkat.errors import NKATError
-from nkat.hub.names import HubName, choose_file, parse_name
+from nkat.hub.names import HubName, choose_files, parse_name
 
 FILES = [
     "README.md",
@@ -62,8 +62,14 @@ def test_half_a_name_is_said(text: str) -> None:
     ],
 )
 def test_the_file_that_is_meant(wanted: str | None, files: list[str], chosen: str) -> None:
-    assert choose_file(HubName("o/r", wanted), files) == chosen
-    assert choose_file(HubName("o/r", wanted), files[::-1]) == chosen
+    assert choose_files(HubName("o/r", wanted), files) == [chosen]
+    assert choose_files(HubName("o/r", wanted), files[::-1]) == [chosen]
+
+
+@pytest.mark.parametrize("wanted", ["BF16", "model-BF16-00002-of-00002.gguf"])
+def test_a_model_in_several_files_is_all_of_them(wanted: str) -> None:
+    parts = ["model-BF16-00001-of-00002.gguf", "model-BF16-00002-of-00002.gguf"]
+    assert choose_files(HubName("o/r", wanted), FILES[::-1]) == parts
 
 
 @pytest.mark.parametrize(
@@ -74,11 +80,11 @@ def test_the_file_that_is_meant(wanted: str | None, files: list[str], chosen: st
         ("Q5_K_M", ["plain.gguf"], "there are plain.gguf"),
         (None, ["a-Q2_K.gguf", "a-Q6_K.gguf"], r"several files match, give one as hf:o/r:FILE: a-Q2_K.gguf, a"),
         ("Q4_0", ["a-Q4_0.gguf", "b-Q4_0.gguf"], "several files match.*: a-Q4_0.gguf, b-Q4_0.gguf"),
-        ("BF16", FILES, "in 2 parts.*: model-BF16-00001-of-00002.gguf, model-BF16-00002-of-00002.gguf; .*--merge"),
+        ("BF16", ["m-BF16-00002-of-00002.gguf"], "in 2 parts, and there is no m-BF16-00001-of-00002.gguf"),
         ("other.gguf", FILES, "there is no such file"),
     ],
 )
 def test_what_is_not_clear_is_listed(wanted: str | None, files: list[str], message: str) -> None:
     with pytest.raises(NKATError, match=message) as caught:
-        choose_file(HubName("o/r", wanted), files)
+        choose_files(HubName("o/r", wanted), files)
     assert "\n" not in str(caught.value)

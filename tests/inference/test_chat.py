@@ -249,15 +249,30 @@ def test_mistakes_end_a_pipe(fails, script, monkeypatch, tiny: Path, tmp_path: P
 
 
 def test_help_and_clear(script, monkeypatch, tiny: Path, tmp_path: Path) -> None:
-    done = chat(script, monkeypatch, tiny, "/help\nthe rain\n/clear\nthe rain\n/undo\n/undo\n", "--json", "-")
+    lines = "/help\nthe rain\n/clear\nthe rain\n/undo\n/undo\n"
+    done = chat(script, monkeypatch, tiny, lines, "--json", "-", "--quiet")  # which leaves what is asked for
     assert done.returncode == 0, done.stderr
     for command in ("/clear", "/undo", "/save", "/exit", "Ctrl-D", "Ctrl-C", '"""'):
         assert command in done.stderr
     assert "there is nothing to take back" in done.stderr
+    assert "tok/s" not in done.stderr
+    assert "tok/s" in chat(script, monkeypatch, tiny, "the rain\n").stderr
     record = json.loads(done.stdout.splitlines()[-1])
     assert record["messages"] == []
     first, second = record["turns"]
     assert second["reused_tokens"] == first["prompt_tokens"] - 1  # even what was forgotten is still computed
+
+
+def test_a_seed_gives_the_same_conversation(script, monkeypatch, tiny: Path) -> None:
+    def messages(seed: int) -> list:
+        drawn = ("--temperature", 0.8, "--seed", seed, "--json", "-")
+        done = chat(script, monkeypatch, tiny, "the rain\nin a tin\n", *drawn)
+        record = json.loads(done.stdout.splitlines()[-1])
+        assert record["seed"] == seed
+        return record["messages"]
+
+    assert messages(3) == messages(3)
+    assert messages(3) != messages(4)
 
 
 def test_no_input_is_an_empty_conversation(script, monkeypatch, tiny: Path) -> None:

@@ -384,7 +384,7 @@ def test_compare_measures_both_arms(script, fails, tiny: Path, tmp_path: Path) -
     assert base64.b64encode((folder / "comparison.png").read_bytes()).decode() in page
     hashes = (record["model_sha256"], record["base_sha256"], record["text_sha256"])
     assert all(sha256 in page for sha256 in hashes)
-    assert html.escape(record["command"]) in page
+    assert record["command"] in html.unescape(page)
     assert f"{record['baseline']['perplexity']:.4f} ± " in page
     guide = ("nkat_tokens_per_second", "baseline_tokens_per_second", "overhead_percentage")
     assert all(math.isfinite(record[key]) for key in guide)

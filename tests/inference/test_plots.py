@@ -55,6 +55,7 @@ def test_the_point_and_its_interval_are_the_records(drawn: list[Any]) -> None:
         assert point.get_ydata()[0] == value
         assert bar.get_segments()[0][:, 1].tolist() == pytest.approx([low, high])
         assert drawn[0].axes[panel].get_ylim()[0] < low
+    assert "-1.00 to +4.00, 97% sure" in drawn[0].axes[1].get_xlabel()
     assert "-0.500 % ± 0.100" in drawn[0].axes[5].get_xlabel()
 
 

@@ -43,7 +43,7 @@ def test_the_engine_uses_the_sum_and_the_converter_writes_it(
     style, facts = files
     flags = ("--theta", style, "--theta-scaled", f"{facts}:-1.5")
     record = measure(script, base, *flags)
-    assert record["theta_files"] == [{"file": str(style), "weight": 1.0}, {"file": str(facts), "weight": -1.5}]
+    assert [(one["file"], one["weight"]) for one in record["theta_files"]] == [(str(style), 1.0), (str(facts), -1.5)]
     assert record["theta_rank"] == 6
     both = tmp_path / "both.nkat"
     done = script(CONVERTER, "--input", base, "--output", both, *flags)
@@ -66,9 +66,9 @@ def test_the_models_own_theta_is_combined_replaced_or_left_out(
     own = tmp_path / "own.nkat"
     assert script(CONVERTER, "--input", base, "--output", own, "--theta", style).returncode == 0
     together = measure(script, base, "--theta", style, "--theta", facts)["nkat_perplexity"]
-    assert measure(script, own, "--theta", own, "--theta", facts)["nkat_perplexity"] == together
+    assert measure(script, own, "--theta", own, "--theta", f"{facts}:1.0")["nkat_perplexity"] == together
     assert measure(script, own, "--theta", facts)["nkat_perplexity"] != together
-    without = measure(script, own, "--theta-scaled", f"{own}:0")
+    without = measure(script, own, "--theta", f"{own}:0")
     assert without["theta_enabled"] is False
     assert without["baseline_perplexity"] == measure(script, base)["baseline_perplexity"]
 

@@ -462,7 +462,9 @@ def test_adapters_beside_each_other_are_one_that_holds_both(
             answer = post(url, "/completion", request)
             probs = answer["completion_probabilities"][0]["top_logprobs"]
             told[name] = {one["id"]: one["logprob"] for one in probs}
-    assert told["separate"] == pytest.approx(told["merged"], abs=2e-3)
-    for other in ("none", "first"):
-        common = told["merged"].keys() & told[other].keys()
-        assert max(abs(told["merged"][i] - told[other][i]) for i in common) > 1e-2
+    apart = {
+        name: max(abs(told["separate"][i] - told[name][i]) for i in told["separate"].keys() & told[name].keys())
+        for name in told
+    }
+    assert apart["merged"] < 0.01  # F16 rounds the factors where the weights are in them
+    assert min(apart["none"], apart["first"]) > 10 * apart["merged"], apart

@@ -163,7 +163,7 @@ def test_one_process_for_many_conversations(tokenizer: Tokenizer, monkeypatch: p
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
     def told(process: TemplateProcess, template: str, text: str = "Hi") -> str:
-        (found,) = render_chats({TEMPLATE_KEY: template}, tokenizer, [(chat_messages(text), True)], process)
+        (found,) = render_chats({TEMPLATE_KEY: template}, tokenizer, [(chat_messages(text), True)], process=process)
         return str(found)
 
     with TemplateProcess() as process:

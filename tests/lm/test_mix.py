@@ -15,6 +15,7 @@ from nkat.engine.cuda_graph import CudaGraphDecoder, StaticDecoder
 from nkat.engine.decoder import make_decoder
 from nkat.engine.eager import EagerDecoder
 from nkat.engine.plan import TorchOps
+from nkat.engine.session import Session
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.mix import ThetaMix
@@ -148,6 +149,22 @@ def test_weights_change_between_tokens(tmp_path: Path) -> None:
         assert distance(made.step(token), eager.step(token)) < 3e-4
 
 
+def test_a_session_keeps_its_decoder_and_nothing_of_what_was_computed(tmp_path: Path) -> None:
+    loaded = load(tmp_path, repack=True)
+    mix = ThetaMix(loaded.model, make_sets(loaded))
+    session = Session(loaded.model, 64)
+    decoder = session.decoder
+    found = []
+    for weights in ({"a": 1.0}, {"a": 1.0, "b": 1.0}, {"a": 1.0}):
+        mix.set_weights(weights)
+        assert session.reuse(IDS) == 0
+        found.append(session.prefill(IDS).clone())
+    assert session.decoder is decoder
+    assert torch.equal(found[0], found[2])
+    assert distance(found[0], found[1]) > 0.01
+    assert session.reuse(IDS) == len(IDS) - 1  # control: nothing was switched
+
+
 def test_a_scorer_follows(tmp_path: Path) -> None:
     loaded, plain = load(tmp_path), load(tmp_path)
     sets = make_sets(loaded)
@@ -214,7 +231,7 @@ def test_what_is_off_is_not_read_and_memory_is_counted(tmp_path: Path) -> None:
     def terms() -> list[int]:
         made.length = 0
         made.step(1)
-        return [int(step.terms[0]) for layer, step in made._one.stars]
+        return [int(step.terms[0]) for layer, step in made.stars]
 
     def tiles() -> dict[str, int]:
         return {name: layer.compiled.tiles.ctypes.data for name, layer in loaded.model.star_linears().items()}
@@ -290,9 +307,11 @@ def test_a_decoder_that_was_made_before_the_mix_has_no_room(tmp_path: Path) -> N
     mix = ThetaMix(loaded.model, make_sets(loaded))
     made.step(1)  # all are off
     mix.set_weights({"a": 1.0})
+    assert not made.can_follow()
     with pytest.raises(NKATError, match="make a new one"):
         made.step(1)
     mix.set_weights({})
+    assert made.can_follow()
     made.step(1)
 
 

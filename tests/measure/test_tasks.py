@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
+from nkat.measure.base_file import open_base_file, write_base_file
 from nkat.measure.task_scores import Solved, solve, task_endings
 from nkat.measure.tasks import (
+    READERS,
     Blank,
     Choice,
     drawn_by_share,
@@ -23,9 +27,17 @@ from nkat.measure.tasks import (
     read_winogrande,
 )
 from tests.engine.test_scoring import add_theta
-from tests.support.task_files import answers, multiple_choice, packed
+from tests.support.task_files import (
+    answers,
+    multiple_choice,
+    packed,
+    write_hellaswag,
+    write_multiple_choice,
+    write_winogrande,
+)
 from tests.support.tiny_models import write_tiny_model
 
+WRITERS = {"multiple_choice": write_multiple_choice, "winogrande": write_winogrande, "hellaswag": write_hellaswag}
 TASKS = [
     packed(f"Question {i}?") + answers([f"a{i}", "b", "c"][: 2 + i % 2], [0, 1, 0][: 2 + i % 2]) + answers(["x"], [1])
     for i in range(6)
@@ -128,6 +140,51 @@ def test_what_is_drawn() -> None:
     assert drawn_by_share(10, 5) == expected
     assert sorted(drawn_uniformly(50, 50)) == sorted(drawn_uniformly(50, 99)) == list(range(50))
     assert drawn_by_share(4, 0) == drawn_by_share(4, 4) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "winogrande", "hellaswag", "base file"])
+def test_hostile_files(tmp_path: Path, kind: str) -> None:
+    """Bytes changed, cut or put in: what is no file of its kind is refused in one line, and nothing else happens."""
+    path, rng = tmp_path / "file", random.Random(0)
+
+    def read() -> None:
+        if kind == "base file":
+            opened = open_base_file(path)
+            opened.rows(0, len(opened.tokens))
+        else:
+            READERS[kind](path, rng.choice((0, 3)))
+
+    if kind == "base file":
+        write_base_file(path, torch.zeros((2, 9), dtype=torch.int64), 5, [np.zeros((8, 10), np.uint16)])
+    else:
+        writers = {
+            "multiple_choice": write_multiple_choice,
+            "winogrande": write_winogrande,
+            "hellaswag": write_hellaswag,
+        }
+        writers[kind](path)
+    whole = path.read_bytes()
+    refused: list[str] = []
+    for _ in range(400):
+        raw = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randrange(min(len(raw), rng.choice((24, len(raw)))))
+            change = rng.randrange(4)
+            if change == 0:
+                raw[at] = rng.choice((0, 255, 10, 44, rng.randrange(256)))
+            elif change == 1:
+                del raw[at : at + rng.choice((1, 4, 100))]
+            elif change == 2:
+                raw[at:at] = rng.randbytes(rng.choice((1, 4)))
+            else:
+                raw[at : at + 4] = struct.pack("<I", rng.choice((0, 1, 2**31, 2**32 - 1)))
+        path.write_bytes(raw)
+        try:
+            read()
+        except NKATError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(len(message.splitlines()) == 1 for message in refused)
 
 
 # --- scores

@@ -172,7 +172,7 @@ def test_quick_writes_the_guides_files(script, tmp_path: Path, stories: Path) ->
     assert (out / "optimization_results.png").read_bytes().startswith(b"\x89PNG")
     page, card = ((out / name).read_text(encoding="utf-8") for name in ("report.html", "README.md"))
     assert base64.b64encode((out / "optimization_results.png").read_bytes()).decode() in page
-    assert html.escape(record["optimal"]["command"]) in page
+    assert record["optimal"]["command"] in html.unescape(page)
     assert record["model_sha256"] in page
     assert record["optimal"]["sha256"] == hashlib.sha256(Path(record["optimal"]["file"]).read_bytes()).hexdigest()
     held = record["optimal"]["held_out"]
@@ -183,6 +183,12 @@ def test_quick_writes_the_guides_files(script, tmp_path: Path, stories: Path) ->
     assert record["gamma_range"] == [0.9, 0.99]
     assert ("was searched (0.90 to 0.99)" in stdout) == (record["optimal"]["setting"]["gamma"] in (0.9, 0.99))
     assert record["held_out_chunks"] == 4
+    assert "divergence" not in record["held_out"]["base"]
+    for row in record["held_out"]["best"]:
+        kl = row["divergence"]["kl"]
+        assert kl["mean"] > 0
+        assert f"{kl['mean']:.5f} ± {kl['stderr']:.5f}" in stdout
+        assert 0 < row["divergence"]["same_top_percent"] <= 100
     assert stdout.index("held-out:") < stdout.index("trials completed")
 
     optimal = record["optimal"]

@@ -77,6 +77,7 @@ def test_a_search_learns_and_its_commands_make_the_same_files(
     monkeypatch.setattr("nkat.search.job.write_optimal", noting)
     done = script(OPTIMIZER, "--model", model, "--calibrate", text, *QUICK, *CUSTOM, 4, "--output-dir", out)
     assert done.returncode == 0, done.stderr
+    assert not set("\r\x1b") & set(done.stdout + done.stderr)  # nothing moves and nothing is coloured in a pipe
     kept = open_model_file(out / "fit_rank8.bin").theta
     assert (kept.rank, kept.source) == (8, "fit")
     assert not list(out.glob("fit_rank8.bin.*"))

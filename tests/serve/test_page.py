@@ -186,9 +186,7 @@ def test_it_can_be_read_and_used_by_all(browser: Any, loaded: LoadedModel, schem
             dark = browser.execute_script("return getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 27)"
             assert dark == (scheme == "dark")
             for each in page.all("select, input, textarea, button, [role=log]"):
-                assert not each.is_displayed() or each.accessible_name or each.aria_role == "log", each.get_attribute(
-                    "id"
-                )
+                assert not each.is_displayed() or each.accessible_name, each.get_attribute("id")
             size = {"width": 360, "height": 640, "deviceScaleFactor": 1, "mobile": True}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
             assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
@@ -198,3 +196,17 @@ def test_it_can_be_read_and_used_by_all(browser: Any, loaded: LoadedModel, schem
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_it_speaks_japanese_too(browser: Any, loaded: LoadedModel) -> None:
+    agent = browser.execute_script("return navigator.userAgent")
+    browser.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": "ja"})
+    try:
+        with running(loaded, Paced(), keys=("the-key",)) as server:
+            page = Page(browser, server)  # which opens the settings, to be given a key
+            assert browser.execute_script("return document.documentElement.lang") == "ja"
+            words = [each.text for each in page.all("[data-say]") if each.is_displayed()] + [page.text("#problem")]
+            assert len(words) > 8
+            assert all(re.search("[ぁ-んァ-ン一-龯]", word) for word in words), words
+    finally:
+        browser.execute_cdp_cmd("Network.setUserAgentOverride", {"userAgent": agent, "acceptLanguage": "en"})

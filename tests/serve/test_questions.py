@@ -53,6 +53,7 @@ def test_fields_are_taken_as_they_are_meant() -> None:
     assert completion(prompt=[5, 6]).prompt == completion(prompt=[[5, 6]]).prompt == [5, 6]
     assert chat(max_tokens=5).max_tokens == chat(max_completion_tokens=5, max_tokens=9).max_tokens == 5
     assert (chat(logprobs=True).logprobs, chat(logprobs=True, top_logprobs=4).logprobs) == (0, 4)
+    assert chat(chat_template_kwargs={"enable_thinking": False}).prompt.arguments == {"enable_thinking": False}
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "developer", "content": "Be short."}, {"role": "user", "content": parts}]
     assert chat(messages=messages).prompt.messages == [
@@ -135,6 +136,8 @@ def test_of_completions(fields: dict[str, Any], param: str) -> None:
         ({"messages": [*HELLO, {"role": "user"}]}, "messages[1].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"top_logprobs": 3}, "top_logprobs"),
+        ({"chat_template_kwargs": ["enable_thinking"]}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "messages"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],

@@ -171,6 +171,22 @@ def test_several_theta_are_switched_while_it_runs(loaded: LoadedModel) -> None:
         assert len(set(texts)) == 5
 
 
+def test_a_template_is_given_its_arguments(client: openai.OpenAI, oracle) -> None:
+    def ask(**arguments: Any) -> str:
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=HELLO,
+            max_tokens=24,
+            temperature=0,
+            extra_body={"chat_template_kwargs": arguments},
+        )
+        return answer.choices[0].message.content
+
+    assert ask() == oracle(HELLO, 0.5) != ask(tone="the other ")
+    with pytest.raises(openai.BadRequestError, match="no variable 'tune'"):
+        ask(tune="the other ")
+
+
 def test_a_stream_begins_with_the_role_and_ends_with_the_usage(client: openai.OpenAI, oracle) -> None:
     stream = client.chat.completions.create(
         model="tiny",
@@ -370,6 +386,9 @@ def test_pages_of_others_are_kept_out(loaded: LoadedModel, server: Running) -> N
     """By their own name for this machine, and by the browser's question first, unless they are let in."""
     assert get(server, "/v1/models", Host="evil.example:8080")[0] == 403
     assert get(server, "/v1/models", Host="localhost:1")[0] == get(server, "/v1/models", Host="[::1]:1")[0] == 200
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=30) as old:
+        old.sendall(b"GET /health HTTP/1.0\r\n\r\n")  # a probe, which names no host
+        assert read_until(old, b"\r\n").startswith(b"HTTP/1.1 200 ")
     assert "access-control-allow-origin" not in get(server, "/v1/models", Origin="https://chat.example")[1]
     with running(loaded, Paced(), origins=("https://chat.example",), hosts=None) as open_one:
         headers = get(open_one, "/v1/models", Origin="https://chat.example", Host="any.example")[1]
@@ -533,3 +552,10 @@ def test_a_line_of_log_says_what_was_done_and_not_what_was_said(server: Running)
         r"127\.0\.0\.1 POST /v1/completions 200 [\d.]+ s; tiny:base; prompt \d+.*, generated 2, length$", line
     )
     assert "hen" not in line
+
+
+def test_a_path_cannot_make_lines_of_its_own(server: Running) -> None:
+    before = len(server.log)
+    assert get(server, "/%0a12:00:00%20127.0.0.1%20GET%20/admin%20200%1b[31m")[0] == 404
+    wait_until(lambda: len(server.log) > before)
+    assert server.log[-1].isprintable()

@@ -302,13 +302,16 @@ def test_a_fit_records_itself_with_its_model_and_measures_no_more_than_asked(
 
     def interrupted(*_: object) -> None:
         assert output.exists()
-        assert json.loads(record.read_text())["fit"]["heldout_change_percent"] < 0
+        fit = json.loads(record.read_text())["fit"]
+        assert fit["heldout_change_percent"] < 0
+        assert fit["heldout_divergence"]["kl"]["mean"] > 0
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nkat.convert.job.measure_strengths", interrupted)
     done = script(*command, "--output", output)
     assert done.returncode == 0, done.stderr
     assert "on the part of the text that was kept back" in done.stdout
+    assert "KL divergence from the model without Θ" in done.stdout
     assert "report" not in json.loads(record.read_text())
     done = script(*command, "--output", output, "--force", "--strengths")
     assert done.returncode == 130

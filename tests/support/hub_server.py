@@ -21,6 +21,7 @@ class HubServer:
     repos: files by repository;  gated: repositories whose files need `token`
     most: bytes of a file that it sends before it breaks off; None: all;  stalls: it falls silent there instead
     ranges: whether it begins where it is asked to;  lies: it sends other bytes than it has the hash of
+    etag: what it says a file's hash is, in place of the right one
     elsewhere: files come from another host name, to which it redirects;  down: it answers nothing but 503
     asked: method, path and headers of each request;  sent: bytes of files
     """
@@ -33,6 +34,7 @@ class HubServer:
     ranges: bool = True
     lies: bool = False
     elsewhere: bool = False
+    etag: str | None = None
     down: bool = False
     asked: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     sent: int = 0
@@ -94,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(403, {"X-Error-Code": "GatedRepo"})
             return
         content = hub.repos[repo][file]
-        digest = hashlib.sha256(content).hexdigest()
+        digest = hub.etag or hashlib.sha256(content).hexdigest()
         known = {"X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
         if hub.elsewhere:
             self._say(302, {**known, "Location": f"http://localhost:{hub.port}/elsewhere/{repo}::{file}"})

@@ -23,7 +23,7 @@ from tests.support.tiny_models import write_tiny_model
 CONTEXT = 256
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>{{ tone }}assistant\n{% endif %}"
 )
 
 

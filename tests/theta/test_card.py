@@ -74,6 +74,7 @@ def test_measured_tables_come_first_and_a_price_is_not_said_twice() -> None:
     ("metadata", "name"),
     [
         ({"general.repo_url": "https://huggingface.co/me/tiny"}, '"me/tiny"'),
+        ({"general.source.huggingface.repository": "me/tiny"}, '"me/tiny"'),
         ({"general.repo_url": "https://example.org/me/tiny"}, '"tiny <b>"'),
         ({}, '"tiny <b>"'),
     ],
@@ -84,6 +85,21 @@ def test_the_front_matter_names_the_base_where_the_hub_knows_it(metadata: dict[s
     assert found["license"] == "unknown"
     assert found["tags"] == "[nkat, gguf, lora]"
     assert "x" not in found
+
+
+def test_a_folder_of_pefts_says_how_it_is_loaded() -> None:
+    text = render(card(PLAIN, peft=True))
+    assert front_matter(text)["library_name"] == "peft"
+    assert "PeftModel.from_pretrained" in text
+    assert front_matter(render(card(PLAIN)))["library_name"] == "nkat"
+    assert "PeftModel" not in render(card(PLAIN))
+
+
+def test_a_command_names_files_and_no_folders() -> None:
+    line = "/usr/bin/python /home/me/nkat_gguf_converter.py --input '/home/me/a b.gguf' --theta-gamma 0.9 && x --y z/w"
+    text = render(card(PLAIN, commands={"It was made by:": line}))
+    assert "python nkat_gguf_converter.py --input 'a b.gguf' --theta-gamma 0.9 && x --y z/w" in text
+    assert "/home" not in text
 
 
 def test_a_name_is_no_markup() -> None:

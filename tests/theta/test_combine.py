@@ -13,7 +13,7 @@ from nkat.gguf.file import GGUFError
 from nkat.gguf.writer import write_gguf
 from nkat.theta import modelfile
 from nkat.theta.algebra import Theta, coupling, of_experts, quantise_factors
-from nkat.theta.combine import Weighted, WeightedFile, combined, combined_for, joined, scaled_files
+from nkat.theta.combine import Weighted, WeightedFile, combined, combined_for, joined, scaled_files, weighted_file
 from nkat.theta.modelfile import layout_parts, open_model_file, theta_only_parts
 from nkat.theta.set import CALIBRATION_KEY, HELDOUT_PREFIX, KEEP_KEY, ThetaSet, check_judging_text
 from tests.support.oracle import dense_theta
@@ -152,6 +152,17 @@ def test_files_with_weights(text: str, expected: list[tuple[str, float]]) -> Non
 def test_what_is_no_file_with_a_weight(text: str) -> None:
     with pytest.raises(ValueError, match="FILE:WEIGHT"):
         scaled_files(text)
+
+
+def test_a_weight_behind_a_colon_unless_a_file_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert weighted_file("a.bin:0.5") == WeightedFile(Path("a.bin"), 0.5)
+    assert weighted_file("a.bin") == WeightedFile(Path("a.bin"))
+    assert weighted_file("C:\\a.bin") == WeightedFile(Path("C:\\a.bin"))
+    (tmp_path / "a.bin:0.5").touch()
+    assert weighted_file("a.bin:0.5") == WeightedFile(Path("a.bin:0.5"))
+    with pytest.raises(NKATError, match="must be a number"):
+        weighted_file("a.bin:inf")
 
 
 def test_files_are_checked_and_the_model_is_hashed_once(
