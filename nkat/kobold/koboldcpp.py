@@ -204,10 +204,12 @@ def _admin(
     """Its admin mode with a folder of `.kcpps`, between which its page and `/api/admin/reload_config` switch."""
     make_folder(target)
     for one in served:
-        write_config(target / f"{one.name}.kcpps", one.values, force=True)
+        # Its router takes its own port from the positional argument alone, which a file can give, and not from --port.
+        write_config(target / f"{one.name}.kcpps", {**one.values, "port_param": settings.port}, force=True)
     if not given(extra, "--adminpassword"):
         note("note: who can reach it can also load and unload; -- --adminpassword WORD asks for a password")
-    return [*command_of(program, served[0].values), "--admin", "--admindir", str(target), *extra]
+    first = target / f"{served[0].name}.kcpps"
+    return [*program.prefix(), "--config", str(first), "--admin", "--admindir", str(target), *extra]
 
 
 def _check_router(program: Program, settings: Settings) -> None:

@@ -89,6 +89,10 @@ def main() -> None:
     print(f"***\nWelcome to KoboldCpp - Version {version}")
     if args.config:
         load_config(args)
+    if args.port_param != 5001:
+        args.port = args.port_param
+    if getattr(args, "routermode", False):  # as there: --port is not asked
+        args.port = args.port_param
     args.model_param = args.model_param or (
         args.model[0] if isinstance(args.model, list) and args.model else args.model
     )
