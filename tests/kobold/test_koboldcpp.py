@@ -13,7 +13,7 @@ import gguf
 import pytest
 
 from nkat.errors import NKATError
-from nkat.kobold.api import base_url
+from nkat.kobold.api import base_url, get_json
 from nkat.kobold.backends import CPU, VULKAN, Place
 from nkat.kobold.choose import Choice
 from nkat.kobold.command import Settings
@@ -204,6 +204,9 @@ def test_today_in_the_real_one(script, launch, tmp_path: Path) -> None:
     assert any("weight 0.5" in line for line in lines)
     request = {"prompt": "the", "max_length": 8, "top_k": 1}
     assert "text" in post(base_url("127.0.0.1", port), "/api/v1/generate", request)["results"][0]
+    if "--draftmodel" in found.flags:
+        told = get_json(f"{base_url('127.0.0.1', port)}/api/extra/perf")
+        assert told["last_draft_success"] + told["last_draft_failed"] > 0  # it really guessed
     launched.end(signal.SIGTERM)
 
 
