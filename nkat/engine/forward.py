@@ -139,6 +139,7 @@ class ForwardPass:
         self.ids = np.zeros(self.capacity, np.int64)
         self.panels: dict[tuple[str, object], Panels] = {}
         self.stars: list[tuple[StarLinear, StarStep]] = []
+        self.rooms: dict[int, int] = {}  # columns of Θ, by `id` of a layer that is in the programs by now
         self.follows = model.theta_changes, model.gamma  # which Θ, at which strength, the programs are set to
         self.scratch = make_scratch(threads.count, tokens)
         self.program = Program()
@@ -203,7 +204,7 @@ class ForwardPass:
 
     def can_follow(self) -> bool:
         """Whether the Θ that the model has now has a place in the programs."""
-        return self.model.fits({id(layer): step.star.room for layer, step in self.stars})
+        return self.model.fits(self.rooms)
 
     def _follow_theta(self) -> None:
         """Sets the programs to the Θ that the model has now, and to its strength. Raises NKATError for one that has no
@@ -234,6 +235,7 @@ class ForwardPass:
             if linear.rounding not in filled:
                 filled[linear.rounding] = self._fill(program, linear.rounding, linear.shape[1], x, state)
             panels = filled[linear.rounding]
+            self.rooms[id(layer)] = 0 if linear.star is None else linear.star.room
             u = None
             if linear.star is not None:
                 linear.star.set_kappa(layer.kappa)
@@ -395,6 +397,7 @@ class ForwardPass:
         """The steps of a mixture of experts of x; returns where its output is."""
         assert block.experts is not None
         stacks = {name: self.experts(block.experts.stack(name)) for name in STACKS}
+        self.rooms |= {id(block.experts.stack(name)): 0 for name in STACKS}
         common: dict[Rounding, Panels] = {}
         if self.capacity == 1:
             for name in STACKS[:2]:

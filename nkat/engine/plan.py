@@ -109,7 +109,8 @@ class Plan:
 
     def can_follow(self, model: Transformer) -> bool:
         """Whether the Θ that the model has now has a place here."""
-        return model.fits({id(place.layer): place.down.shape[0] // 2 for place in self.places})
+        rooms = dict.fromkeys(map(id, _layers(model)), 0)
+        return model.fits(rooms | {id(place.layer): place.down.shape[0] // 2 for place in self.places})
 
     def follow(self, model: Transformer, replaced: bool) -> None:
         """Takes the strength that Θ has now and, where it was replaced, Θ. Raises NKATError for one without a place."""

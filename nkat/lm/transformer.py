@@ -401,10 +401,10 @@ class Transformer(nn.Module):
     def fits(self, rooms: Mapping[int, int]) -> bool:
         """Whether the Θ that the layers have now fit what was made for an earlier one.
 
-        rooms: columns that there is room for, by `id` of the layer; none for the others
+        rooms: columns that there is room for, by `id` of the layer; one that is not there does not matter
         """
-        layers = self._carriers().values()
-        return all(layer.theta is None or layer.theta.columns <= rooms.get(id(layer), 0) for layer in layers)
+        layers = [layer for layer in self._carriers().values() if id(layer) in rooms]
+        return all(layer.theta is None or layer.theta.columns <= rooms[id(layer)] for layer in layers)
 
     def new_cache(self, batch: int, capacity: int, growing: bool = False) -> KVCache:
         """An empty KV cache for `batch` sequences of up to `capacity` tokens, on the model's device.
