@@ -11,6 +11,7 @@ from nkat.engine.session import Session
 from nkat.errors import NKATError
 from nkat.host.console import counted
 from nkat.lm.chat import Message, encode_chat, render_chats
+from nkat.lm.template_process import TemplateProcess
 from nkat.lm.tokenizer import Tokenizer
 
 _ANSWER_SHARE = 4  # a prompt leaves this part of the context to its answer, or all that the answer may have
@@ -46,6 +47,7 @@ class Conversation:
         self._session, self._tokenizer, self._sampler = session, tokenizer, sampler
         self._metadata, self._arguments, self.max_tokens = metadata, arguments, max_tokens
         self._system: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        self._templates = TemplateProcess()  # kept from turn to turn
         self._turns: list[Message] = []
         self._first = 0  # of the messages behind the instructions, the first that the model still sees
 
@@ -125,7 +127,7 @@ class Conversation:
         if not chats:
             return []
         prompts = []
-        for text in render_chats(self._metadata, self._tokenizer, chats, self._arguments):
+        for text in render_chats(self._metadata, self._tokenizer, chats, self._arguments, self._templates):
             if isinstance(text, NKATError):
                 raise text
             prompts.append(encode_chat(self._tokenizer, text))

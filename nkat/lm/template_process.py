@@ -93,8 +93,8 @@ class TemplateProcess:
         if process is None:
             program = str(Path(__file__).with_name("template.py"))
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            try:
-                process = subprocess.Popen([sys.executable, "-I", program], **pipes)
+            try:  # in a session of its own: a terminal's Ctrl-C would end it between two requests
+                process = subprocess.Popen([sys.executable, "-I", program], **pipes, start_new_session=True)
             except OSError as error:
                 raise NKATError(
                     f"no process could be started for the chat template: {error.strerror or error}"

@@ -18,7 +18,7 @@ from nkat.engine.generate import Sampler, Sampling
 from nkat.engine.session import Session
 from nkat.errors import NKATError
 from nkat.inference.conversation import Conversation
-from nkat.inference.repl import read_message
+from nkat.inference.repl import _Loop, read_message
 from nkat.lm.chat import encode_chat, render_chat
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.chats import read_rows
@@ -28,6 +28,7 @@ from tests.support.endless import without_an_end
 from tests.support.tiny_models import write_tiny_model
 
 ENGINE = "nkat_inference_engine.py"
+CTRL_C, CTRL_D = b"\x03", b"\x04"
 TEMPLATE = (
     "{% for m in messages %}{% if m.content == 'forbidden' %}{{ raise_exception('not that') }}{% endif %}"
     "<|im_start|>{{ m.role[0] }} {{ m.content }}<|im_end|>{% endfor %}<|im_start|>a "
@@ -285,15 +286,24 @@ def test_no_input_is_an_empty_conversation(script, monkeypatch, tiny: Path) -> N
 
 
 @pytest.fixture
-def terminal(tmp_path: Path, tiny: Path) -> Iterator[tuple[subprocess.Popen, int]]:
+def terminal(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, int]]:
     """The engine at a terminal, with a model that never ends by itself; and the terminal's other side."""
-    pty = pytest.importorskip("pty")
-    endless = without_an_end(tiny, tmp_path / "endless.gguf")
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    long = write_tiny_model(tmp_path / "long.gguf", "llama", chat_template=TEMPLATE, context=8192)
+    endless = without_an_end(long, tmp_path / "endless.gguf")  # so that no answer is done before it is stopped
     ours, theirs = pty.openpty()
     command = [sys.executable, str(ROOT / ENGINE), "--model", str(endless), "--chat", "--no-cuda", "--threads", "1"]
-    command += ["--max-tokens", "400", "--temperature", "0", "--json", str(tmp_path / "r.json")]
+    command += ["--max-tokens", "4000", "--temperature", "0", "--json", str(tmp_path / "r.json")]
     environment = {**os.environ, "TERM": "dumb"}
-    running = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    running = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # so that its Ctrl-C reaches whatever was started
+    )
     os.close(theirs)
     yield running, ours
     running.kill()
@@ -319,6 +329,19 @@ def reader(terminal: int) -> Callable[[str], str]:
     return wait
 
 
+def test_ctrl_c_at_the_prompt_ends_nothing(loaded: LoadedModel, monkeypatch, capsys) -> None:
+    loop = _Loop(begin(loaded)[0], 100, "m")
+    comes = iter([KeyboardInterrupt, EOFError])
+
+    def line(_: str) -> str:
+        raise next(comes)
+
+    monkeypatch.setattr(loop, "typed", True)
+    monkeypatch.setattr(loop, "_line", line)
+    assert loop.run() == ([], "end of input")
+    assert "Ctrl-D or /exit ends" in capsys.readouterr().err
+
+
 def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(terminal, tmp_path: Path) -> None:
     running, ours = terminal
     wait = reader(ours)
@@ -326,22 +349,22 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(terminal, tmp_path: Path) -> Non
     os.write(ours, b"the rain\n")
     wait("the rain\r\n")
     assert os.read(ours, 1)  # of the answer
-    running.send_signal(signal.SIGINT)
+    os.write(ours, CTRL_C)
     assert "generated" in wait("tok/s")
-    wait("> ")
-    running.send_signal(signal.SIGINT)
-    wait("Ctrl-D or /exit ends")
     wait("> ")
     os.write(ours, b"/nothing\n")
     wait("error: there is no /nothing")
     wait("> ")
     os.write(ours, b"in a\n")
+    wait("in a\r\n")
+    assert os.read(ours, 1)
+    os.write(ours, CTRL_C)
     wait("tok/s")
     wait("> ")
-    os.write(ours, b"\x04")
+    os.write(ours, CTRL_D)
     assert running.wait(60) == 0
     record = json.loads((tmp_path / "r.json").read_text())
-    assert record["turns"][0]["stopped"] == "interrupted"
+    assert [turn["stopped"] for turn in record["turns"]] == ["interrupted", "interrupted"]
     assert record["turns"][1]["reused_tokens"] >= record["turns"][0]["prompt_tokens"] - 2 > 5
     assert [message["role"] for message in record["messages"]] == ["user", "assistant"] * 2
 
