@@ -36,7 +36,7 @@ from nkat.search.objective import (
     log_tpe,
     make_objective,
 )
-from nkat.search.report import print_report
+from nkat.search.report import what_came_out
 from nkat.sources.make import describe_theta_set, make_thetas
 from nkat.sources.options import ThetaOptions
 from nkat.study.space import key
@@ -393,7 +393,7 @@ def test_ctrl_c_while_judging_and_once_more(script, tmp_path: Path, monkeypatch)
     assert done.stderr.splitlines()[-1] == said
 
 
-def test_the_winner_is_explained_where_another_looks_better(capsys) -> None:
+def test_the_winner_is_explained_where_another_looks_better() -> None:
     def row(trial: int, value: float) -> dict:
         setting = Setting(2, 0.9, "both", False).parameters()
         figures = {"perplexity": 9.0, "perplexity_stderr": 0.1, "change_percent": -1.0, "change_percent_stderr": 0.1}
@@ -403,12 +403,11 @@ def test_the_winner_is_explained_where_another_looks_better(capsys) -> None:
         rows = [row(5 + i, value) for i, value in enumerate(best)]
         optimal = {"file": "x.nkat", "same_file": "optimal.nkat", "trial": 5, "held_out": rows[0]} if won else None
         counts = {"trials": {"COMPLETE": 4, "PRUNED": 0, "FAIL": 0}, "search_seconds": 1.0}
-        counts["turned_away"] = turned_away
+        counts |= {"turned_away": turned_away, "gamma_edge": None}
         base_row = {name: value for name, value in row(0, base).items() if name != "setting"}
         record = {"held_out_chunks": 4, "text": "t", "held_out": {"base": base_row, "best": rows}, "optimal": optimal}
         record |= counts
-        print_report(record, won, tried)
-        return capsys.readouterr().out
+        return "\n".join(what_came_out(record, won, tried))
 
     better = said(0.1, [0.2, 0.15, 0.3], won=True)
     assert "on the held-out text trial 7 comes out ahead of trial 5; the trials' own chunks alone decide" in better
