@@ -33,7 +33,7 @@ from nkat.host.console import note, say
 from nkat.host.record import print_record, write_json
 from nkat.host.tables import Column, Table, show
 from nkat.measure.texts import default_text
-from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, write_tiny_model
+from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, MIXTURE_FAMILIES, write_tiny_model
 
 GAMMA = 0.5
 _RESULT = re.compile(r"\[\d+\]([\d.]+|-?nan|inf),")
@@ -96,9 +96,10 @@ def main() -> None:
     commandline.add_output_format(parser)
     options = parser.parse_args()
     known = [(arch, {}) for arch in ARCHITECTURES if arch not in dict(FURTHER_FAMILIES)]
+    mixtures = [(arch, changes) for arch, changes in MIXTURE_FAMILIES if changes]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for arch, changes in [*known, *FURTHER_FAMILIES]:
+        for arch, changes in [*known, *FURTHER_FAMILIES, *mixtures]:
             if options.only is None or arch in options.only:
                 note(f"{arch} {' '.join(sorted(changes))}")
                 rows.append(

@@ -73,7 +73,7 @@ def make_decoder(model: Transformer, capacity: int) -> Decoder:
         from nkat.engine.compiled import CompiledDecoder  # LLVM is loaded only where it is used
 
         return CompiledDecoder(model, capacity, torch.get_num_threads())
-    if model.output.device_weight is not None and model.config.architecture.has_gpu_step:
+    if model.output.device_weight is not None and model.config.has_gpu_step:
         from nkat.engine.cuda_graph import CudaGraphDecoder  # Triton is loaded only where it is used
         from nkat.engine.step_check import step_works
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from nkat.kernels.cpu.linear import Panels, token_state
 from nkat.kernels.cpu.matmul import Rounding
 from nkat.kernels.cpu.program import Program, aligned
 from nkat.lm.activation import kernel_clamp
-from nkat.lm.architectures import STACKS
 from nkat.lm.config import ModelConfig
 
 
@@ -37,7 +36,10 @@ class ExpertRows:
         self.first = np.zeros(mixture.count + 1, np.int64)
         self.row_state = token_state(0)
         self.gathered = self._rows(self.d) if capacity > 1 else None
-        self.gate, self.up = self._rows(padded_rows(self.ff)), self._rows(padded_rows(self.ff))
+        widths = (2 * self.ff,) if mixture.fused else (self.ff, self.ff)
+        self.gate_up = [self._rows(padded_rows(width)) for width in widths]
+        start = self.ff if mixture.fused else 0
+        self.gate, self.up = self.gate_up[0][:, : self.ff], self.gate_up[-1][:, start : start + self.ff]
         self.down = self._rows(padded_rows(self.d))
         self.out = aligned((capacity, padded_rows(self.d)), np.float32)
         self._panels: dict[tuple[Rounding, int], Panels] = {}
@@ -50,28 +52,31 @@ class ExpertRows:
         program: Program,
         logits: np.ndarray,
         x: np.ndarray,
-        experts: Mapping[str, CpuExperts],
+        experts: Sequence[CpuExperts],
         common: Mapping[Rounding, Panels],
+        scales: np.ndarray | None = None,
     ) -> np.ndarray:
         """Adds the steps from a router's logits on; returns the array where the mixture's output is then.
 
         x: inputs of the experts; common: those of a program of one token, rounded
+        experts: gate and up, or both in one, then down; scales: what each one's outputs are multiplied by, [experts]
         """
         mixture, tokens = self.mixture, self.tokens
-        routing = (self.chosen, self.weights, self.state)
-        program.add(route_kernel(mixture.count, mixture.used, tokens), (logits, logits.strides[0], *routing))
+        scales = np.ones(mixture.count, np.float32) if scales is None else scales
+        routing = (logits, logits.strides[0], scales, self.chosen, self.weights, self.state)
+        program.add(route_kernel(mixture.count, mixture.used, tokens), routing)
         if self.gathered is not None:  # the first thread alone has the only token
             program.barrier()
         grouping = (self.chosen, self.row_of, self.token_of, self.first, self.state, self.row_state)
         program.add(group_kernel(mixture.count, mixture.used, tokens), grouping)
         program.barrier()
-        gate, up, down = (experts[name] for name in STACKS)
+        *read, down = experts
         inputs = common
         if self.gathered is not None:
             program.add(gather_kernel(self.d, tokens), (x, self.gathered, self.token_of, self.row_state))
-            inputs = {r: self._fill(program, r, self.gathered) for r in dict.fromkeys((gate.rounding, up.rounding))}
+            inputs = {r: self._fill(program, r, self.gathered) for r in dict.fromkeys(each.rounding for each in read)}
             program.barrier()
-        for stack, y in ((gate, self.gate), (up, self.up)):
+        for stack, y in zip(read, self.gate_up, strict=True):
             self._multiply(program, stack, inputs[stack.rounding], y, self.gathered is None)
         program.barrier()
         kernel = gate_kernel(self.ff, tokens, self.config.architecture.gelu, kernel_clamp(self.config.architecture))

@@ -38,7 +38,7 @@ from nkat.kernels.cpu.matmul import Rounding, embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
 from nkat.kernels.cpu.tree import tree_attention_kernel
 from nkat.lm.activation import kernel_clamp
-from nkat.lm.architectures import FUSED_QKV, QK_NORMS, STACKS
+from nkat.lm.architectures import FUSED_QKV, QK_NORMS, ROUTER
 from nkat.lm.attention import query_scales
 from nkat.lm.config import Turning
 from nkat.lm.experts import ExpertStack
@@ -154,6 +154,7 @@ class ForwardPass:
         if config.mixture is not None:
             self.expert_rows = ExpertRows(config, self.capacity, tokens, self.state, self.scratch)
             self.router_logits = self._rows(padded_rows(config.mixture.count))
+            self.routed = self._rows(self.d) if config.mixture.beside else self.normed
         self.mixed = self._rows(max(heads.queries * heads.size for heads in cache.heads))
         self.ones = np.ones(max(heads.size for heads in cache.heads), np.float32)
         self.layer_inputs = None if model.layer_inputs is None else self._layer_inputs(model.layer_inputs)
@@ -294,7 +295,8 @@ class ForwardPass:
         normalise = post_norm in block.norms
         weight = _numpy(block.norms[post_norm]) if normalise else 0
         kernel = add_kernel(self.d, self.tokens, normalise)
-        self.program.add(kernel, (self.x, y, y.strides[0], weight, self.epsilon, self.state))
+        x = self.x
+        self.program.add(kernel, (x, x.strides[0], y, y.strides[0], weight, self.epsilon, self.state))
 
     def _look_up(self, table: Embedding, factor: float, out: np.ndarray) -> None:
         """Token ids → rows times a factor, from the table as the file has it."""
@@ -357,14 +359,29 @@ class ForwardPass:
         program.barrier()
         self._linears({"attn_output": layers["attn_output"]}, self.mixed)
         self._add(y["attn_output"], block, "post_attention_norm")
-        read = self._read(block, "ffn_norm")
-        expert_rows = self.expert_rows
-        fed = self._feed_forward(block, read) if expert_rows is None else self._experts(block, read, expert_rows)
-        self._add(fed, block, "post_ffw_norm")
+        self._add(self._fed(block), block, "post_ffw_norm")
         if self.layer_inputs is not None:
             self._add_layer_input(block, self.layer_inputs)
         if block.scale is not None:
             program.add(scale_kernel(self.d, self.tokens), (self.x, _numpy(block.scale), state))
+
+    def _fed(self, block: Block) -> np.ndarray:
+        """What the feed-forward network, or the experts, or both make of the residual stream; returns where that is."""
+        rows, norms, read = self.expert_rows, block.norms, self._read(block, "ffn_norm")
+        if rows is None:
+            return self._feed_forward(block, read)
+        if not block.gate_up:
+            return self._experts(block, read, read, rows)
+        fed = self._feed_forward(block, read)
+        stride, state = fed.strides[0], self.state
+        weight = _numpy(norms["post_ffw_norm_1"])
+        self.program.add(wide_norm_kernel(self.d, self.tokens), (fed, stride, weight, self.epsilon, state))
+        self.norm(self.program, self.x, norms[ROUTER], self.routed, state)
+        mixed = self._experts(block, self._read(block, "pre_ffw_norm_2"), self.routed, rows)
+        weight = _numpy(norms["post_ffw_norm_2"])
+        kernel = add_kernel(self.d, self.tokens, True)
+        self.program.add(kernel, (fed, stride, mixed, mixed.strides[0], weight, self.epsilon, state))
+        return fed
 
     def _feed_forward(self, block: Block, x: np.ndarray) -> np.ndarray:
         """Returns where the output is, as `_experts` does."""
@@ -393,21 +410,22 @@ class ForwardPass:
         parts = [self.y[name] for name in block.qkv]
         return parts[0], parts[min(1, len(parts) - 1)], parts[-1]
 
-    def _experts(self, block: Block, x: np.ndarray, rows: ExpertRows) -> np.ndarray:
-        """The steps of a mixture of experts of x; returns where its output is."""
+    def _experts(self, block: Block, x: np.ndarray, routed: np.ndarray, rows: ExpertRows) -> np.ndarray:
+        """The steps of a mixture of experts of x, by what the router makes of `routed`; returns where its output is."""
         assert block.experts is not None
-        stacks = {name: self.experts(block.experts.stack(name)) for name in STACKS}
-        self.rooms |= {id(block.experts.stack(name)): 0 for name in STACKS}
-        common: dict[Rounding, Panels] = {}
-        if self.capacity == 1:
-            for name in STACKS[:2]:
-                rounding = stacks[name].rounding
-                if rounding not in common:
-                    common[rounding] = self._fill(self.program, rounding, self.d, x, self.state)
-        router = self.prepare(self.program, [block.experts.router], x, self.state)[0]
+        stacks = [block.experts.stack(name) for name in block.experts.names]
+        experts = [self.experts(stack) for stack in stacks]
+        self.rooms |= {id(stack): 0 for stack in stacks}
+        router = self.prepare(self.program, [block.experts.router], routed, self.state)[0]
         self.multiply(self.program, router, self.router_logits)
         self.program.barrier()
-        return rows.add(self.program, self.router_logits, x, stacks, common)
+        common: dict[Rounding, Panels] = {}
+        if self.capacity == 1:  # after the router, whose inputs may have had the same panels
+            for each in experts[:-1]:
+                if each.rounding not in common:
+                    common[each.rounding] = self._fill(self.program, each.rounding, self.d, x, self.state)
+        scale = stacks[-1].scale
+        return rows.add(self.program, self.router_logits, x, experts, common, None if scale is None else _numpy(scale))
 
     def _parts(self, names: Sequence[str], rows: Sequence[int]) -> list[np.ndarray]:
         """The outputs of layers with the same input, each of so many rows, whether they are one layer or several."""

@@ -130,7 +130,7 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
     one in its place, so that the weight is in memory once.
     """
     config, architecture = model.config, model.config.architecture
-    if not architecture.has_gpu_step:
+    if not config.has_gpu_step:
         raise NKATError(f"a {architecture.name} model has blocks that a recorded step does not know of")
     kappas = strengths(model).to(model.device)
     numbers = {id(layer): i for i, layer in enumerate(_layers(model))}

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from nkat.kernels.registry import kernel_types
-from nkat.lm.architectures import STACKS
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 
@@ -81,7 +80,7 @@ def has_kernels(model: Transformer) -> bool:
     kernels = kernel_types("cpu")
     experts = [block.experts for block in model.blocks if block.experts is not None]
     linears += [each.router for each in experts]
-    stacks = [each.stack(name) for each in experts for name in STACKS]
+    stacks = [each.stack(name) for each in experts for name in each.names]
     if not all(stack.dtype == torch.float32 and stack.theta is None and stack.qtype in kernels for stack in stacks):
         return False
     return all(table.qtype in kernels for table in model.tables()) and all(

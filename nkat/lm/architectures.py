@@ -17,8 +17,10 @@ SHORT_ROPE, LONG_ROPE = "rope_factors_short", "rope_factors_long"
 LAYER_INPUT_LINEARS = ("inp_gate", "proj")
 BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down", *LAYER_INPUT_LINEARS)
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # of a mixture of experts: [experts, outputs, inputs]
+GATE_UP_STACK = "ffn_gate_up_exps"  # in place of the first two
 ROUTER = "ffn_gate_inp"
 SINKS = "attn_sinks"
+BESIDE_NORMS = ("post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2")
 QK_NORMS = ("attn_q_norm", "attn_k_norm")
 PRE_NORMS = ("attn_norm", "ffn_norm")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
@@ -58,6 +60,23 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Routing:
+    """Of models whose feed-forward network is a mixture of experts (`nkat.lm.experts`).
+
+    optional: only where the file has `expert_count` is there one
+    own_length: an expert's inner vector is as long as `expert_feed_forward_length` says, where the file has it; else as
+    `feed_forward_length` says
+    beside: a feed-forward network for all tokens is beside it, and both of them and the router have norms of their own
+    (`nkat.lm.transformer.Block`); gate and up may be one weight (`GATE_UP_STACK`), and `ffn_down_exps.scale` may
+    multiply each expert's outputs
+    """
+
+    optional: bool = False
+    own_length: bool = True
+    beside: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """How the models of one architecture differ from those of others.
 
@@ -85,7 +104,7 @@ class Architecture:
     value_norm: every head's v has an RMS norm, without a weight
     layer_inputs: every block may add something of its own about each token (`nkat.lm.transformer.LayerInputs`)
     block_scale: what leaves a block may be multiplied by `layer_output_scale.weight`, one number
-    experts: the feed-forward network is a mixture of experts (`nkat.lm.experts`)
+    experts: of models whose feed-forward network is a mixture of experts; None: there are none
     clamped_gate: feed-forward activation of gpt-oss (`nkat.lm.activation`)
     sinks: each query head has a score of its own, `attn_sinks`, that takes part in the softmax and stands for nothing
     ffn_norm: what the file calls the norm before the feed-forward network
@@ -114,7 +133,7 @@ class Architecture:
     value_norm: bool = False
     layer_inputs: bool = False
     block_scale: bool = False
-    experts: bool = False
+    experts: Routing | None = None
     clamped_gate: bool = False
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
@@ -130,8 +149,9 @@ class Architecture:
 
     @property
     def has_gpu_step(self) -> bool:
-        """Whether `nkat.engine.plan` has operations for all that its models compute."""
-        return not (self.varied or self.experts or self.sinks)
+        """Whether `nkat.engine.plan` has operations for all that its models compute, those without experts."""
+        mixtures_only = self.experts is not None and not self.experts.optional
+        return not (self.varied or mixtures_only or self.sinks)
 
     @property
     def block_norms(self) -> tuple[str, ...]:
@@ -163,7 +183,7 @@ YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope
 
 _ROWS = (
     # src/models/llama.cpp: every bias is optional (models converted from other families have some), and Llama 3.1 and
-    # later bring RoPE factors
+    # later bring RoPE factors; with `expert_count` it is a Mixtral
     Architecture(
         "llama",
         biases=BLOCK_LINEARS,
@@ -171,6 +191,7 @@ _ROWS = (
         permuted_qk=True,
         rope_factors=True,
         long_rope=True,
+        experts=Routing(optional=True, own_length=False),
     ),
     # src/models/qwen2.cpp
     Architecture("qwen2", biases=(*QKV, "output")),
@@ -199,7 +220,7 @@ _ROWS = (
         logit_cap=30.0,
         reads=(ATTENTION_CAP, LOGIT_CAP),
     ),
-    # src/models/gemma4.cpp: the dense ones
+    # src/models/gemma4.cpp
     Architecture(
         "gemma4",
         rope_factors=True,
@@ -214,6 +235,7 @@ _ROWS = (
         value_norm=True,
         layer_inputs=True,
         block_scale=True,
+        experts=Routing(optional=True, beside=True),
         reads=(LOGIT_CAP, LAYER_INPUTS, SHARED_KV),
     ),
     # src/models/phi3.cpp: also Phi-4; it does not look at the window that their files name
@@ -251,13 +273,13 @@ _ROWS = (
         window=Window(period=4, rope_base=None, plain_rope=True),
     ),
     # src/models/qwen3moe.cpp
-    Architecture("qwen3moe", qk_norm=True, experts=True),
+    Architecture("qwen3moe", qk_norm=True, experts=Routing()),
     # src/models/openai-moe.cpp
     Architecture(
         "gpt-oss",
         biases=(*QKV, "attn_output", ROUTER, *STACKS),
         window=Window(period=2, rope_base=None),
-        experts=True,
+        experts=Routing(),
         clamped_gate=True,
         sinks=True,
         ffn_norm="post_attention_norm",

@@ -19,6 +19,7 @@ from nkat.gguf.file import TensorInfo
 from nkat.lm.architectures import (
     ARCHITECTURES,
     ATTENTION_CAP,
+    BESIDE_NORMS,
     FUSED_QKV,
     LAYER_INPUTS,
     LOGIT_CAP,
@@ -26,10 +27,12 @@ from nkat.lm.architectures import (
     QK_NORMS,
     QKV,
     ROPE_SWITCH,
+    ROUTER,
     SCALES,
     SHARED_KV,
     SHORT_ROPE,
     SINKS,
+    STACKS,
     TEMPERATURE,
     YARN_KEYS,
     Architecture,
@@ -124,7 +127,7 @@ class ModelConfig:
     logit_scale: float = 1.0  # logits are divided by it
     sizes: tuple[BlockSizes, ...] = ()  # of each block; none: all are as the fields above say
     idle: frozenset[str] = frozenset()  # weights that nothing reads: k and v of blocks that use an earlier one's
-    mixture: Mixture | None = None  # in place of the one feed-forward network of every block
+    mixture: Mixture | None = None  # in place of the one feed-forward network of every block, or beside it
     layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
 
     @classmethod
@@ -185,10 +188,15 @@ class ModelConfig:
         return {
             **{name: (outputs, d) for name, outputs in qkv.items()},
             "attn_output": (d, rows[0]),
-            **({} if self.mixture is not None else feed_forward),
+            **({} if self.mixture is not None and not self.mixture.beside else feed_forward),
             **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
             **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
+
+    @property
+    def has_gpu_step(self) -> bool:
+        """Whether `nkat.engine.plan` has operations for all that it computes."""
+        return self.mixture is None and self.architecture.has_gpu_step
 
     @property
     def active_experts(self) -> float:
@@ -202,6 +210,8 @@ class ModelConfig:
         wide = dict(zip(QK_NORMS, self.qkv_rows(block)[:2], strict=True))
         for name in lengths.keys() & wide.keys():
             lengths[name] = wide[name] if self.architecture.wide_qk_norm else self.of(block).head_dim
+        if self.mixture is not None and self.mixture.beside:
+            lengths |= dict.fromkeys(BESIDE_NORMS, self.embedding_length)
         if self.layer_input_length:
             lengths["post_norm"] = self.embedding_length
         return {name: (length,) for name, length in lengths.items()}
@@ -222,6 +232,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         raise ConfigError(f"architecture {arch!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}")
     keys = Keys(metadata, architecture)
     _refuse(keys)
+    mixture = Mixture.read(keys, tensors)
 
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(without_ones(embedding.shape, 2)) != 2:
@@ -261,7 +272,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     window, local_blocks = _read_window(keys, blocks)
     embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
     residual = residual_scale or 1.0
-    feed_forward = _by_block(keys, "feed_forward_length", blocks, 1 if architecture.experts else None)
+    feed_forward = _by_block(keys, "feed_forward_length", blocks, None if mixture is None or mixture.beside else 1)
     sizes = _read_sizes(keys, local_blocks, (head_dim, local_dim), kv_heads, feed_forward, tensors)
     return ModelConfig(
         architecture=architecture,
@@ -294,7 +305,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
             for name in (f"blk.{i}.{linear}.weight" for linear in QKV[1:])
             if block.kv_block != i and name in tensors
         ),
-        mixture=Mixture.read(keys) if architecture.experts else None,
+        mixture=mixture,
         layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
     )
 
@@ -365,13 +376,6 @@ def _read_cap(keys: Keys, key: str, usual: float) -> float:
 
 
 def _refuse(keys: Keys) -> None:
-    for key in ("expert_count", "expert_used_count"):
-        count = keys.get(key)
-        if count not in (None, 0) and not keys.architecture.experts:
-            name = keys.architecture.name
-            raise ConfigError(
-                f"metadata {keys.name(key)} is {count!r}: mixtures of experts are not supported in {name} models"
-            )
     for key, neutral in _REFUSED.items():
         value = keys.get(key)
         if value is not None and value not in neutral and key not in keys.architecture.reads:
@@ -437,6 +441,9 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             required |= {f"{block}{name}.weight": shape for name, shape in weights.items()}
             biases = {name: shape[:-1] for name, shape in weights.items() if architecture.may_have_bias(name)}
             optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
+            if config.mixture.beside:
+                required[f"{block}{ROUTER}.scale"] = (d,)
+                optional[f"{block}{STACKS[-1]}.scale"] = (config.mixture.count,)
         if architecture.block_scale:
             optional[f"{block}layer_output_scale.weight"] = (1,)
 

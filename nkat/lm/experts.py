@@ -1,6 +1,6 @@
 """A mixture of experts: a router sends each token to a few of many feed-forward networks.
 
-The weights of all experts of a block lie behind one another in three tensors (`STACKS`), of which a token reads its own
+The weights of all experts of a block lie behind one another in three tensors, or in two, of which a token reads its own
 experts' part only. An expert's layers are made when a token first goes to it, and nothing of the others is read.
 """
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from nkat.kernels.registry import kernel_types
 from nkat.lm.activation import activate
-from nkat.lm.architectures import STACKS, Architecture
+from nkat.lm.architectures import Architecture
 from nkat.lm.linear import StarLinear
 from nkat.theta.algebra import Term, Theta, ThetaError, coupling
 
@@ -27,10 +27,12 @@ class ExpertStack(nn.Module):
     """The weights [m, n] of all experts of one name: `shape` is (experts, m, n).
 
     packed: uint8, the file's bytes of all of them; bias: [experts, m]
+    scale: [experts], what `Experts` multiplies their outputs by; as in llama.cpp, that is no part of Θ's
     """
 
     packed: torch.Tensor
     bias: torch.Tensor | None
+    scale: torch.Tensor | None
 
     def __init__(
         self,
@@ -40,6 +42,7 @@ class ExpertStack(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         bias: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
         keep_dense: bool = False,
     ) -> None:
         super().__init__()
@@ -47,6 +50,7 @@ class ExpertStack(nn.Module):
         self.int8_activations = False  # as of StarLinear
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
         self.theta: Theta | None = None
         self.kappa, self.room = 0.0, 0  # room: as of StarLinear
         self.compiled: CpuExperts | None = None  # what `repack` made, on the CPU; None where its type has no kernel
@@ -69,6 +73,8 @@ class ExpertStack(nn.Module):
             )
             self._layers[index] = layer
         layer.int8_activations, layer.kappa = self.int8_activations, self.kappa
+        if self.scale is not None and self.theta is not None:
+            layer.kappa /= float(self.scale[index])
         return layer
 
     def check_theta(self, theta: Term) -> None:
@@ -77,6 +83,8 @@ class ExpertStack(nn.Module):
             raise ThetaError("a mixture's experts take a Θ and no other low-rank term")
         if theta.experts != self.shape[0] or theta.size > max(self.shape[1:]):
             raise ThetaError(f"Θ of size {theta.size} for {theta.experts} experts does not fit weights {self.shape}")
+        if self.scale is not None and not self.scale.all():
+            raise ThetaError("an expert whose outputs are multiplied by 0 takes no Θ")
 
     def reserve(self, room: int) -> None:
         """As of StarLinear: tells `nkat.engine.decoder` that there will be a Θ."""
@@ -126,28 +134,40 @@ class Experts(nn.Module):
     def __init__(
         self, architecture: Architecture, used: int, router: StarLinear, stacks: Mapping[str, ExpertStack]
     ) -> None:
-        """stacks: by name, all of STACKS"""
+        """stacks: by name, as `nkat.lm.mixture.Mixture.stacks` has them"""
         super().__init__()
         self.architecture, self.used, self.router = architecture, used, router
-        self.stacks = nn.ModuleDict({name: stacks[name] for name in STACKS})
+        self.stacks = nn.ModuleDict(stacks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the weights: gate and up, or both in one, then down."""
+        return tuple(self.stacks)
 
     def stack(self, name: str) -> ExpertStack:
-        """One of STACKS."""
+        """One of `names`."""
         stack = self.stacks[name]
         assert isinstance(stack, ExpertStack)
         return stack
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., d] → [..., d], both in the residual stream's dtype."""
+    def forward(self, x: torch.Tensor, routed: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., d] → [..., d], both in the residual stream's dtype.
+
+        routed: what the router reads, of the same shape; None: x
+        """
         tokens = x.flatten(0, -2)
-        best, chosen = self.router(tokens).topk(self.used, dim=-1)
+        best, chosen = self.router(tokens if routed is None else routed.flatten(0, -2)).topk(self.used, dim=-1)
         weights = best.softmax(dim=-1)
-        gate, up, down = (self.stack(name) for name in STACKS)
+        *gate_up, down = (self.stack(name) for name in self.names)
+        if down.scale is not None:
+            weights = weights * down.scale[chosen]
         out = torch.zeros_like(tokens)
         for index in chosen.unique().tolist():
             token, slot = (chosen == index).nonzero(as_tuple=True)
             rows = tokens[token]
-            active = activate(self.architecture, gate.expert(index)(rows), up.expert(index)(rows))
+            outputs = [stack.expert(index)(rows) for stack in gate_up]
+            gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
+            active = activate(self.architecture, gate, up)
             part = down.expert(index)(active).to(x.dtype) * weights[token, slot, None]
             out = out.index_add(0, token, part)
         return out.view_as(x)

@@ -182,6 +182,8 @@ class _Assembler:
         prefix = f"blk.{index}."
         in_file = config.architecture.norm_in_file
         norms = {norm: self.vector(f"{prefix}{in_file(norm)}.weight") for norm in config.norms(index)}
+        if config.mixture is not None and config.mixture.beside:
+            norms[ROUTER] = self.vector(f"{prefix}{ROUTER}.scale") * config.embedding_length**-0.5
         linears = {name: self.linear(prefix + name, shape) for name, shape in config.linears(index).items()}
         names = [f"{prefix}{name}.weight" for name in ("layer_output_scale", SINKS)]
         scale, sinks = (self.vector(name) if name in self.tensors else None for name in names)
@@ -199,8 +201,11 @@ class _Assembler:
     def stack(self, stem: str, shape: tuple[int, int, int]) -> ExpertStack:
         info, name = self.tensors[stem + ".weight"], stem + ".bias"
         bias = self.vector(name).view(shape[:2]) if name in self.tensors else None
+        scale = self.vector(stem + ".scale") if stem + ".scale" in self.tensors else None
         packed = self.packed(info.name)
-        return ExpertStack(packed, info.type, shape, dtype=self.dtype, bias=bias, keep_dense=self.keep_dense)
+        return ExpertStack(
+            packed, info.type, shape, dtype=self.dtype, bias=bias, scale=scale, keep_dense=self.keep_dense
+        )
 
     def linear(
         self,

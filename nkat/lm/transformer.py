@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
 from nkat.lm.activation import activate
-from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV, ROUTER, STACKS
+from nkat.lm.architectures import FUSED_QKV, GATE_UP, QKV, ROUTER
 from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
 from nkat.lm.config import ModelConfig, Turning
 from nkat.lm.experts import Experts, ExpertStack
@@ -179,7 +179,8 @@ class Block(nn.Module):
         sinks: torch.Tensor | None = None,
         experts: Experts | None = None,
     ) -> None:
-        """linears: by name, those of `config.linears`; norms: RMS norm weights, those of `config.norms`.
+        """linears: by name, those of `config.linears`; norms: RMS norm weights, those of `config.norms`, and ROUTER's
+        where it has a norm of its own.
 
         scale: of what leaves the block, [1]; sinks: [H], see `nkat.lm.attention.attend`; experts: where
         `config.mixture` says so
@@ -217,8 +218,7 @@ class Block(nn.Module):
         """
         attended, met = self._attention(self._norm(x, "attn_norm"), view, cache, given)
         x = x + self._norm(attended.to(x.dtype), "post_attention_norm")
-        fed = self._feed_forward(self._norm(x, "ffn_norm")).to(x.dtype)
-        x = x + self._norm(fed, "post_ffw_norm")
+        x = x + self._norm(self._fed(x).to(x.dtype), "post_ffw_norm")
         if layer_input is not None:
             gated = F.gelu(self.linears["inp_gate"](x), approximate="tanh").to(x.dtype) * layer_input
             x = x + self._norm(self.linears["proj"](gated).to(x.dtype), "post_norm")
@@ -266,9 +266,18 @@ class Block(nn.Module):
             heads = self._norm(heads, norm)
         return rotate(heads, view.cos, view.sin, self.config.rope.interleaved)
 
+    def _fed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward network, or the experts, or both make of the residual stream."""
+        read = self._norm(x, "ffn_norm")
+        if self.experts is None:
+            return self._feed_forward(read)
+        if not self.gate_up:
+            return self.experts(read)
+        fed = self._norm(self._feed_forward(read).to(x.dtype), "post_ffw_norm_1")
+        mixed = self.experts(self._norm(x, "pre_ffw_norm_2"), self._norm(x, ROUTER))
+        return fed + self._norm(mixed, "post_ffw_norm_2")
+
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.experts is not None:
-            return self.experts(x)
         outputs = [self.linears[name](x) for name in self.gate_up]
         gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
         return self.linears["ffn_down"](activate(self.config.architecture, gate, up))
@@ -332,7 +341,7 @@ class Transformer(nn.Module):
         for block in self.blocks:
             if block.experts is not None:
                 found[f"blk.{block.index}.{ROUTER}.weight"] = block.experts.router
-                found |= {f"blk.{block.index}.{name}.weight": block.experts.stack(name) for name in STACKS}
+                found |= {f"blk.{block.index}.{name}.weight": block.experts.stack(name) for name in block.experts.names}
         return found
 
     def tables(self) -> list[Embedding]:
@@ -365,7 +374,7 @@ class Transformer(nn.Module):
             f"blk.{block.index}.{name}.weight": block.experts.stack(name)
             for block in self.blocks
             if block.experts is not None
-            for name in STACKS
+            for name in block.experts.names
         }
         return {**self.star_linears(), **stacks}
 

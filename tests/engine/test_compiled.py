@@ -31,7 +31,7 @@ FAMILIES = {
     "odd heads": ("llama", {"heads": 6, "kv_heads": 3, "embedding": 72, "head_dim": 12, "feed_forward": 100}),
     "one head": ("qwen3", {"heads": 1, "kv_heads": 1}),
     **{f"{arch} {i}": (arch, options) for i, (arch, options) in enumerate(FURTHER_FAMILIES)},
-    **{arch: (arch, options) for arch, options in MIXTURE_FAMILIES},
+    **{f"{arch} mixture {i}": (arch, options) for i, (arch, options) in enumerate(MIXTURE_FAMILIES)},
 }
 IDS = [(29 * i + 5) % 200 for i in range(2 * PREFILL_TOKENS + 40)]
 

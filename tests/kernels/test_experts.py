@@ -18,12 +18,13 @@ from tests.kernels.test_cpu import packed_weight
 pytestmark = pytest.mark.isa
 
 EXPERTS, USED, INPUTS, OUTPUTS = 6, 2, 256, 41  # the last tile of an expert has 9 rows
+SCALES = np.linspace(0.5, 1.5, EXPERTS, dtype=np.float32)
 
 
 def mixture(
     experts: CpuExperts, logits: torch.Tensor, x: torch.Tensor, threads: int = 2
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Σ weight · (W x + bias) over each token's experts, and which they are."""
+    """Σ weight · scale · (W x + bias) over each token's experts, and which they are."""
     count = len(x)
     tokens = 1 if count == 1 else batch_tokens()
     capacity = -(-count // tokens) * tokens
@@ -34,7 +35,7 @@ def mixture(
     weights, token_of = np.zeros((capacity, USED), np.float32), np.zeros(rows, np.int64)
     first, state, row_state = np.zeros(EXPERTS + 1, np.int64), token_state(count), token_state(0)
     program = Program()
-    program.add(route_kernel(EXPERTS, USED, tokens), (scores, scores.strides[0], chosen, weights, state))
+    program.add(route_kernel(EXPERTS, USED, tokens), (scores, scores.strides[0], SCALES, chosen, weights, state))
     program.barrier()
     program.add(group_kernel(EXPERTS, USED, tokens), (chosen, row_of, token_of, first, state, row_state))
     program.barrier()
@@ -74,7 +75,7 @@ def test_products_equal_the_reference(qtype, count, in_place):
     experts, weights, bias = make(qtype, in_place=in_place)
     logits, x = drawn(count)
     best, chosen = logits.topk(USED)
-    shares = best.softmax(dim=-1)
+    shares = best.softmax(dim=-1) * torch.from_numpy(SCALES)[chosen]
     products = [torch.einsum("tmn,tn->tm", weights[e], x) + bias[e] for e in chosen.T]
     expected = sum(share[:, None] * product for share, product in zip(shares.T, products, strict=True))
     for _ in range(2):  # the second time the tiles are there

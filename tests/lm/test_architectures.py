@@ -17,6 +17,7 @@ from nkat.lm.architectures import (
     SCALES,
     STACKS,
     Architecture,
+    Routing,
     Sizes,
     Window,
     scale_by_head,
@@ -98,7 +99,8 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
     assert len(FLAGS) >= 5
     assert agrees(arch)
     row = ARCHITECTURES[arch]
-    flags = [flag for flag in FLAGS if flag != "fused_gate_up" or not row.experts]  # which have no such weight
+    mixtures_only = row.experts is not None and not row.experts.optional  # which have no such weight
+    flags = [flag for flag in FLAGS if flag != "fused_gate_up" or not mixtures_only]
     assert [flag for flag in flags if agrees(arch, **{flag: not getattr(row, flag)})] == []
 
 
@@ -127,9 +129,16 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
         ("gemma4", "layer_inputs", False),
         ("gemma4", "block_scale", False),
         ("gemma4", "reads", ()),
+        ("gemma4", "experts", Routing()),
+        ("gemma4_experts", "experts", None),
+        ("gemma4_experts", "experts", Routing(optional=True)),
         ("phi3_short", "long_rope", False),
         ("phi3_long", "long_rope", False),
         ("mistral3_warm", "reads", ()),
+        ("llama", "experts", Routing()),
+        ("llama_mixtral", "experts", None),
+        ("llama_mixtral", "experts", Routing(optional=True)),
+        ("qwen3moe", "experts", None),
         ("gpt-oss", "biases", QKV),
         ("gpt-oss", "window", None),
         ("gpt-oss", "window", Window(period=3, rope_base=None)),

@@ -1,5 +1,6 @@
 """GGUF metadata → config: values of each architecture, defaults, and one clear error for everything else."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,10 +12,13 @@ import pytest
 from gguf.constants import GGMLQuantizationType
 
 from nkat.gguf.file import GGUFFile, TensorInfo
-from nkat.lm.architectures import BLOCK_LINEARS, QKV
+from nkat.lm.architectures import BLOCK_LINEARS, QKV, STACKS
 from nkat.lm.config import ModelConfig, Turning
 from nkat.lm.keys import ConfigError
-from tests.support.tiny_models import ARCHITECTURES, write_tiny_model
+from nkat.lm.mixture import Mixture
+from tests.support.tiny_models import ARCHITECTURES, MIXTURE_FAMILIES, write_tiny_model
+
+MIXTRAL = dict(MIXTURE_FAMILIES)["llama"]
 
 
 def read_tiny(folder: Path, arch: str, **options: Any) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
@@ -183,7 +187,9 @@ def test_theta_tensors_are_not_the_models_own(tmp_path):
         ("llama", "rope.scaling.type", 3, r"rope\.scaling\.type must be a string"),
         ("llama", "rope.scaling.factor", -2.0, r"rope\.scaling\.factor must be a finite number above 0"),
         ("llama", "rope.scaling.yarn_beta_fast", 16.0, r"rope\.scaling\.yarn_beta_fast = 16\.0 is not supported"),
-        ("llama", "expert_count", 8, r"expert_count is 8: mixtures of experts are not supported"),
+        ("qwen3", "expert_count", 8, r"expert_count is 8: mixtures of experts are not supported in qwen3 models"),
+        ("llama", "expert_count", 8, r"metadata llama\.expert_used_count is missing"),
+        ("llama", "expert_used_count", 2, r"expert_used_count is 2, but there is no llama\.expert_count"),
         ("llama", "attention.causal", False, r"attention\.causal = False is not supported"),
         ("llama", "vocab_size", 99, r"tensor token_embd\.weight has shape \(\d+, 64\), expected \(99, 64\)"),
         ("qwen3", "attention.value_length", 32, r"value_length 32 differs from the key length 24"),
@@ -361,3 +367,38 @@ def test_positions_for_pictures_and_their_streams_are_refused(tmp_path):
         config_of(tmp_path, "glm4", {"rope.dimension_sections": np.array([8, 12, 12, 0])})
     with pytest.raises(ConfigError, match=r"metadata granite\.deepstack_mapping"):
         config_of(tmp_path, "granite", {"deepstack_mapping": np.array([-1, 0, 1])})
+
+
+def test_a_mixtral_is_a_llama_whose_experts_are_as_long_as_the_whole(tmp_path):
+    """`expert_feed_forward_length`, which llama.cpp does not read there, means nothing."""
+    for extra in ({}, {"expert_feed_forward_length": 24}):
+        config = config_of(tmp_path, "llama", extra, **MIXTRAL)
+        assert (config.mixture, config.active_experts) == (Mixture(6, 2, 48), 1 / 3)
+        assert list(config.linears(0)) == [*QKV, "attn_output"]
+        assert not config.has_gpu_step
+    plain = config_of(tmp_path, "llama", {"expert_count": 0, "expert_used_count": 0})
+    assert plain.mixture is None
+    assert plain.has_gpu_step
+
+
+def test_experts_in_tensors_of_their_own_are_named(tmp_path):
+    metadata, tensors = read_tiny(tmp_path, "llama", **MIXTRAL)
+    for i, stack in itertools.product(range(3), STACKS):
+        count, *shape = tensors.pop(f"blk.{i}.{stack}.weight").shape
+        names = [f"blk.{i}.{stack.removesuffix('_exps')}.{expert}.weight" for expert in range(count)]
+        tensors |= {name: tensor(name, *shape) for name in names}
+    with pytest.raises(ConfigError, match=r"blk\.0\.ffn_gate\.0\.weight: each expert is a tensor of its own.*convert"):
+        ModelConfig.from_gguf(metadata, tensors)
+
+
+def test_experts_beside_a_feed_forward_network(tmp_path):
+    for fused in (False, True):
+        options = dict(MIXTURE_FAMILIES)["gemma4"] | {"fused_experts": fused}
+        config = config_of(tmp_path, "gemma4", **options)
+        assert config.mixture == Mixture(6, 2, 48, fused, beside=True)
+        assert {"ffn_gate", "ffn_up", "ffn_down"} <= config.linears(0).keys()
+        assert {"post_ffw_norm_1", "pre_ffw_norm_2", "post_ffw_norm_2"} <= config.norms(0).keys()
+        metadata, tensors = read_tiny(tmp_path, "gemma4", **options)
+        del tensors["blk.1.ffn_gate_inp.scale"]
+        with pytest.raises(ConfigError, match=r"tensor blk\.1\.ffn_gate_inp\.scale is missing"):
+            ModelConfig.from_gguf(metadata, tensors)

@@ -2,7 +2,7 @@
 
 The weights are random, the shapes are not: grouped-query attention, QKV biases, q/k norms, RoPE scaling and sliding
 windows are as in the real architecture. A tensor's values depend on the seed, its name and its shape only, so variants
-of one seed share the tensors they have in common. Limits: the dense architectures of `ARCHITECTURES`; quantised types
+of one seed share the tensors they have in common. Limits: the architectures of `ARCHITECTURES`; quantised types
 are those gguf-py can quantise to (no K-quants).
 """
 
@@ -69,6 +69,9 @@ class TinyOptions:
     sliding_window: int | None = None  # with it, gemma3's blocks 5, 11, ... see everything and the others the window
     experts: int = 0  # of a mixture in place of the feed-forward network, each of `feed_forward` inner elements
     experts_used: int = 2
+    expert_length: bool = True  # expert_feed_forward_length is in the file
+    beside: bool = False  # gemma4: with a feed-forward network for all tokens beside it, more norms and scales
+    fused_experts: bool = False  # gate and up in one weight
     expert_bias: bool = False  # and of the router and the attention's output
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
@@ -155,10 +158,23 @@ FURTHER_FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ),
 ]
 
-# The same for those that no step of the GPU's computes (`nkat.lm.architectures.Architecture.has_gpu_step`).
+# As Gemma 4 26B-A4B is.
+_26B: dict[str, Any] = {
+    "experts": 6,
+    "beside": True,
+    "feed_forward": 48,
+    "shared_kv": 0,
+    "layer_inputs": 0,
+    "keys_are_values": True,
+}
+
+# The same for mixtures of experts, which no step of the GPU's computes (`nkat.lm.config.ModelConfig.has_gpu_step`).
 MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3moe", {}),
     ("gpt-oss", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 8}}),
+    ("llama", {"experts": 6, "expert_length": False, "feed_forward": 48, "vocab": "spm", "add_bos": True}),
+    ("gemma4", {**_26B, "fused_experts": True}),
+    ("gemma4", _26B),
 ]
 
 
@@ -221,7 +237,8 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     if opts.experts:
         writer.add_expert_count(opts.experts)
         writer.add_expert_used_count(opts.experts_used)
-        writer.add_expert_feed_forward_length(opts.feed_forward)
+        if opts.expert_length:
+            writer.add_expert_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
     writer.add_head_count_kv(opts.kv_heads_by_block or opts.kv_heads)
     if opts.local is not None:
@@ -304,12 +321,14 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
             yield f"{block}{opts.ffn_norm}.weight", (n,), 1.0, 0.2
         if opts.experts:
             yield from _expert_tensors(block, opts)
+        if opts.experts and not opts.beside:
+            pass
         elif opts.fused_gate_up:
             yield block + "ffn_up.weight", (2 * ff, n), 0.0, 1.5 / math.sqrt(n)
         else:
             yield block + "ffn_gate.weight", (ff, n), 0.0, 1.5 / math.sqrt(n)
             yield block + "ffn_up.weight", (ff, n), 0.0, 1 / math.sqrt(n)
-        if not opts.experts:
+        if not opts.experts or opts.beside:
             yield block + "ffn_down.weight", (n, ff), 0.0, 1 / math.sqrt(ff)
         if opts.post_norm:
             yield block + "post_attention_norm.weight", (n,), opts.post_gain, 0.2 * opts.post_gain
@@ -327,9 +346,18 @@ def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[
     n, ff, count = opts.embedding, opts.feed_forward, opts.experts
     large = 4.0 if opts.expert_bias else 1.0
     yield block + "ffn_gate_inp.weight", (count, n), 0.0, 2 / math.sqrt(n)
-    yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
-    yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
+    if opts.fused_experts:
+        yield block + "ffn_gate_up_exps.weight", (count, 2 * ff, n), 0.0, 1.5 * large / math.sqrt(n)
+    else:
+        yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
+        yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
     yield block + "ffn_down_exps.weight", (count, n, ff), 0.0, 1 / large / math.sqrt(ff)
+    if opts.beside:
+        yield block + "ffn_gate_inp.scale", (n,), 8.0, 2.0
+        yield block + "ffn_down_exps.scale", (count,), 1.0, 0.3
+        yield block + "pre_ffw_norm_2.weight", (n,), 1.0, 0.2
+        yield block + "post_ffw_norm_1.weight", (n,), 1.0, 0.2
+        yield block + "post_ffw_norm_2.weight", (n,), 1.0, 0.2
     if opts.expert_bias:
         yield block + "attn_output.bias", (n,), 0.0, 0.5
         yield block + "ffn_gate_inp.bias", (count,), 0.0, 0.5

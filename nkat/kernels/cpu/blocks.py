@@ -84,14 +84,17 @@ def wide_norm_kernel(columns: int, tokens: int) -> int:
 
 @functools.cache
 def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
-    """x += y, or its RMS norm, which then replaces y. arguments: x, y, bytes of a row of y, weight, epsilon, state"""
+    """x += y, or its RMS norm, which then replaces y.
+
+    arguments: x, bytes of a row, y, bytes of a row, weight, epsilon, state
+    """
 
     def emit(k: Builder) -> None:
-        x, y, stride = k.pointer(0), k.pointer(1), k.integer(2)
-        weight, epsilon, state = (k.pointer(i) for i in (3, 4, 5))
+        x, x_stride, y, stride = k.pointer(0), k.integer(1), k.pointer(2), k.integer(3)
+        weight, epsilon, state = (k.pointer(i) for i in (4, 5, 6))
         lanes = width_of(columns)
         with own_tokens(k, state, tokens) as token:
-            to, row = x + token * (4 * columns), y + token * stride
+            to, row = x + token * x_stride, y + token * stride
             if normalise:
                 _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
             with k.loop(0, 4 * columns, 4 * lanes) as i:

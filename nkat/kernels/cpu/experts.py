@@ -25,13 +25,14 @@ from nkat.kernels.cpu.program import Program, aligned
 
 @functools.cache
 def route_kernel(experts: int, used: int, tokens: int) -> int:
-    """The experts with the largest logits, best first, and the softmax over their logits.
+    """The experts with the largest logits, best first, and the softmax over their logits, times a scale of each.
 
-    arguments: logits, bytes of a row, chosen int64 [token, used], weights float32 [token, used], state
+    arguments: logits, bytes of a row, scales float32 [experts], chosen int64 [token, used], weights float32 [token,
+    used], state
     """
 
     def emit(k: Builder) -> None:
-        logits, stride, chosen, weights, state = arguments(k, "pi pp p")
+        logits, stride, scales, chosen, weights, state = arguments(k, "pip pp p")
         left = k.local(4 * experts)  # `nkat.lm.config.MAX_EXPERTS` bounds it
         lowest = k.value(float("-inf"), F32())
         with own_tokens(k, state, tokens) as token:
@@ -55,8 +56,9 @@ def route_kernel(experts: int, used: int, tokens: int) -> int:
                 weight = k.exp(k.load(F32(), own + i) - top)
                 total.value = total.value + weight
                 k.store(weight, own + i)
-            with k.loop(0, 4 * used, 4) as i:
-                k.store(k.load(F32(), own + i) / total.value, own + i)
+            with k.loop(0, used) as slot:
+                scale = k.load(F32(), scales + k.load(I64(), chosen + (token * used + slot) * 8) * 4)
+                k.store(k.load(F32(), own + slot * 4) / total.value * scale, own + slot * 4)
 
     return compile_kernel(f"route_{experts}_{used}_{tokens}", emit)
 
