@@ -69,6 +69,17 @@ def test_theta_as_an_adapter_does_what_theta_does(script, tmp_path: Path, model:
     assert "is left out: --lora runs in its place" in done.stderr
 
 
+def test_a_comparison_with_a_lora_has_its_report(script, model: Path, tmp_path: Path) -> None:
+    quick = ("--seq-len", 12, "--iterations", 5, "--repetitions", 2, "--chunks", 0, "--no-cuda", "--threads", 1)
+    command = ("--compare", *quick, "--output-dir", tmp_path / "out")
+    done = script(ENGINE, "--model", model, "--lora-scaled", f"{ADAPTER}:0.5", *command)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "without and with LoRA" in page
+    assert f"{ADAPTER}, scale 0.5, sha256 " in page
+    assert "in the model file" not in page
+
+
 def test_text_is_generated_with_a_lora(script, model: Path) -> None:
     def text(*flags: object) -> str:
         command = ("--generate", "The sea", "--max-tokens", 12, "--temperature", 0, "--no-cuda", "--json", "-")
