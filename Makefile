@@ -19,7 +19,7 @@ demo: $(VENV)/.user
 
 test: $(VENV)/.developer
 	-$(PY) -m nkat.models smollm2
-	$(PY) -m pytest -rs --durations=20
+	OMP_NUM_THREADS=1 $(PY) -m pytest -rs --durations=20 --numprocesses logical --dist loadfile
 
 test-isa: $(VENV)/.developer
 	$(PY) -m tests.support.isa

@@ -193,8 +193,10 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        while not self._over.wait(0.25):
+        while True:
             self.bytes.append(self._process.memory_info().rss)
+            if self._over.wait(0.25):
+                return
 
 
 def stop(child: subprocess.Popen[str], url: str, question: Question) -> dict[str, Any]:

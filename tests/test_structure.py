@@ -182,9 +182,9 @@ def test_no_module_is_exempt_from_types_without_a_reason() -> None:
         assert lines[i - 1].startswith("# "), f"pyproject.toml, line {i + 1}: a comment above says why"
 
 
-def longer_than(paths: Iterable[Path], limit: int) -> dict[str, int]:
-    lines = {path.name: path.read_text(encoding="utf-8").count("\n") for path in paths}
-    return {name: count for name, count in lines.items() if count > limit}
+def longer_than(paths: Iterable[Path], limit: int) -> dict[Path, int]:
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in paths}
+    return {path: count for path, count in lines.items() if count > limit}
 
 
 def test_files_stay_small() -> None:

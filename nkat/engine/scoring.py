@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from nkat.kernels.registry import kernel_types
+from nkat.kernels.registry import kernel_types, say_fallbacks
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 
@@ -35,12 +35,16 @@ class Scorer(Protocol):
 def make_scorer(model: Transformer, batch: int, context: int) -> Scorer:
     """The fastest scorer of up to `batch` sequences of `context` tokens together, for this model as it was loaded.
 
-    A sequence is a chunk in one arm.
+    A sequence is a chunk in one arm. A note says where a type without a kernel made it slow.
     """
     if has_kernels(model):
         from nkat.engine.compiled_scorer import CompiledScorer  # LLVM is loaded only where it is used
 
         return CompiledScorer(model, batch, context, torch.get_num_threads())
+    linears = (layer for block in model.blocks for layer in block.linears.values())
+    trained = not all(isinstance(layer, StarLinear) for layer in linears)
+    if model.device.type == "cpu" and not trained:
+        say_fallbacks("cpu", model.packed_types())  # on a GPU loading has said it
     return EagerScorer(model)
 
 

@@ -40,8 +40,17 @@ def check_quantiser() -> None:
 
 
 def quantise(weight: torch.Tensor, qtype: GGMLQuantizationType) -> np.ndarray:
-    """Float32 weights [m, n] packed in a type, as llama-quantize does without an importance matrix: uint8 [nbytes]."""
-    rows: np.ndarray = _libgguf().quantize_rows(weight.contiguous().numpy(), int(qtype))
+    """Float32 weights [m, n] packed in a type, as llama-quantize does without an importance matrix: uint8 [nbytes].
+
+    The types that llama-quantize makes with an importance matrix only (IQ1_S, IQ2_XXS, IQ2_XS) get each column's sum of
+    squares in its place, which is libgguf's choice. Raises NKATError where libgguf is missing or lacks the type.
+    """
+    if qtype == GGMLQuantizationType.F32:
+        return weight.contiguous().numpy().view(np.uint8).reshape(-1)
+    try:
+        rows: np.ndarray = _libgguf().quantize_rows(weight.contiguous().numpy(), int(qtype))
+    except ValueError as error:
+        raise NKATError(f"libgguf does not quantise weights {tuple(weight.shape)} to {qtype.name}: {error}") from None
     return rows.view(np.uint8).reshape(-1)
 
 

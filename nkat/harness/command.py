@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 
     start("nkat.harness.command")
 
+import os
 import sys
 from importlib.util import find_spec
 
@@ -37,12 +38,15 @@ _EXAMPLES = """\
   python -m nkat.harness.command --model_args path=models/smollm2.nkat --tasks arc_easy --limit 100
   python -m nkat.harness.command --model_args path=models/smollm2.nkat,gamma=1 --tasks mine --include_path tasks
 """
+_QUIET = {"LMEVAL_LOG_LEVEL": "WARNING", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 _OWN = ("-h", "--help", "--version")  # where it is the only word
 NAME, PLUGIN = "nkat", "nkat.harness.plugin:NkatLM"
 
 
 def main() -> None:
-    words = sys.argv[1:]
+    words = [word for word in sys.argv[1:] if word != "--quiet"]  # which lm-eval does not know
+    if len(words) < len(sys.argv[1:]):
+        os.environ |= _QUIET
     if not words or (len(words) == 1 and words[0] in _OWN):
         own = parser(_ABOUT, _EXAMPLES)
         own.add_argument("arguments", nargs="*", help="lm-eval's")

@@ -55,6 +55,8 @@ def fetch(name: HubName) -> Path:
     hub = _library()
     try:
         listed = hub.HfApi().model_info(name.repo, timeout=_SECONDS)
+    except hub.errors.HFValidationError as error:
+        raise NKATError(f"{name}: {_reason(error)}") from None
     except hub.errors.OfflineModeIsEnabled:
         return _cached(hub, name, "HF_HUB_OFFLINE is set")
     except (hub.errors.HTTPError, OSError) as error:

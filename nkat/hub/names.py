@@ -12,7 +12,7 @@ PREFIX = "hf:"
 USUAL = ("Q4_K_M", "Q8_0")  # what llama.cpp's -hf looks for where none is named, in this order
 _REPO = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)
-_TYPE = re.compile(r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|B?F16|F32|MXFP4\w*))(?=\.gguf$)", re.IGNORECASE)
+_TYPE = re.compile(r"(?:^|[-._/])((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|B?F16|F32|(?:MX|NV)FP4\w*))(?=\.gguf$)", re.IGNORECASE)
 _BESIDE = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")  # in names of what is no model by itself
 
 

@@ -441,8 +441,8 @@ def measure_tasks(job: Job) -> Result:
     assert options.task_file is not None
     tasks = READERS[options.command](options.task_file, options.tasks)
     loaded = job.load()
-    record, table, words = judging.measure_tasks(options, loaded, tasks, job.label(loaded))
-    record = {**conditions(job, loaded), **record}
+    record, table, words = judging.measure_tasks(options, loaded, job.theta, tasks, job.label(loaded))
+    record = {**conditions(job, loaded), **record, "task_sha256": file_hash(options.task_file)}
     return Result(
         record, _under(f"\n{options.model} on {options.task_file.name}: {table.caption}", [table], record), words
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -17,13 +16,16 @@ from nkat.measure.columns import CHANGE, PERPLEXITY, TPE
 from nkat.measure.compare import Base, save_base
 from nkat.measure.divergence import divergence_table
 from nkat.measure.judge import Beside, Judge, Passages, Score
-from nkat.measure.perplexity import PairedChange, paired
+from nkat.measure.perplexity import PairedChange, change_text, paired
 from nkat.measure.task_scores import Solved, solve
 from nkat.measure.tasks import Blank, Choice
 from nkat.measure.tpe import tpe
 from nkat.theta.set import LoraSet, TermSet
 
 Record = dict[str, Any]
+FROM_REFERENCE = Column(
+    "from the reference", ("from_reference_percent", "from_reference_percent_stderr"), change_text
+)  # and CHANGE is what Θ changes, whatever stands beside it
 ARMS = ("baseline", "nkat")  # as records name them
 _TITLES = {"hellaswag": "HellaSwag", "winogrande": "Winogrande", "multiple_choice": "multiple-choice"}
 
@@ -105,13 +107,13 @@ def _perplexity_tables(record: Mapping[str, Any], label: str) -> list[Table]:
         row = {"arm": labels[name], "tpe": record[f"{name}_tpe"]}
         row |= {key: record[f"{name}_{key}"] for key in PERPLEXITY.names}
         if found := beside[name]:
-            row |= {key: found[key] for key in CHANGE.names}
-        elif name == "nkat":
+            row |= {key: found[of] for key, of in zip(FROM_REFERENCE.names, CHANGE.names, strict=True)}
+        if name == "nkat":
             own = ("perplexity_change_percent", "perplexity_change_stderr")
             row |= {key: record[of] for key, of in zip(CHANGE.names, own, strict=True)}
         rows.append(row)
-    change = CHANGE if reference is None else replace(CHANGE, title="from the reference")
-    tables = [Table("perplexity", [Column("", "arm"), PERPLEXITY, change, TPE], rows)]
+    changes = [CHANGE] if reference is None else [CHANGE, FROM_REFERENCE]
+    tables = [Table("perplexity", [Column("", "arm"), PERPLEXITY, *changes, TPE], rows)]
     if reference is not None:
         columns = {labels[name]: found["divergence"] for name, found in beside.items() if found}
         tables.append(divergence_table(columns, f"\nfrom {reference['file']}:"))
@@ -149,7 +151,7 @@ def write_base(options: EngineOptions, judge: Judge, base: Base | None) -> None:
 
 
 def measure_tasks(
-    options: EngineOptions, loaded: LoadedModel, tasks: Sequence[Choice | Blank], label: str
+    options: EngineOptions, loaded: LoadedModel, theta: TermSet | None, tasks: Sequence[Choice | Blank], label: str
 ) -> tuple[Record, Table, str]:
     """How many tasks of a file each arm solves. label: of the arm with Θ, None where there is none"""
     started = perf_counter()
@@ -182,7 +184,8 @@ def measure_tasks(
     ]
     words = ""
     if "gained" in record:
-        words = f"Θ solves {record['gained']} more, and fails at {record['lost']} that the model solves without it."
+        gained, lost = record["gained"], record["lost"]
+        words = f"{_subject(theta)} solves {gained} more, and fails at {lost} that the model solves without it."
     return record, Table(options.command, columns, rows, counted(len(tasks), f"{title} task")), words
 
 

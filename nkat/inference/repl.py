@@ -112,8 +112,11 @@ class _Loop:
             print(prompt, end="", file=sys.stderr, flush=True)
         try:
             line = "" if sys.stdin is None else sys.stdin.readline()
+            line.encode()
         except UnicodeDecodeError as error:
             raise NKATError(f"stdin: not {error.encoding} text (byte {error.start})") from None
+        except UnicodeEncodeError:  # what Python makes of stray bytes where no language is set
+            raise NKATError("stdin: not UTF-8 text") from None
         if not line:
             raise EOFError
         return line.removesuffix("\n")

@@ -139,6 +139,8 @@ def parse_arguments(argv: Sequence[str]) -> KoboldOptions:
     if len(actions) > 1:
         parser.error(f"{' and '.join(f'--{name}'.replace('_', '-') for name in actions[:2])} exclude each other")
     action = actions[0] if actions else "save" if parsed.save_config else None
+    if parsed.output_format and action != "benchmark":
+        parser.error("--output-format is of what --benchmark measures")
     options = commandline.taken(
         KoboldOptions,
         parsed,

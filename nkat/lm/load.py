@@ -123,7 +123,7 @@ def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo
     layers = model.multipliers()
     if tied:
         layers["token_embd.weight"] = layers.pop("output.weight")
-    say_fallbacks(model.device.type, [tensors[name].type for name in {"token_embd.weight", *layers}])
+    say_fallbacks(model.device.type, model.packed_types())
     if model.device.type == "cuda":
         from nkat.kernels.cuda.linear import out_of_memory_hint  # Triton is loaded only where it is used
 

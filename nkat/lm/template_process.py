@@ -106,4 +106,4 @@ class TemplateProcess:
 
 
 def failed(why: str) -> NKATError:
-    return NKATError(f"the model's chat template cannot be used: {why}")
+    return NKATError(f"the chat template cannot be used: {why}")

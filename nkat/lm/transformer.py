@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
+from gguf.constants import GGMLQuantizationType
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -347,6 +348,11 @@ class Transformer(nn.Module):
     def tables(self) -> list[Embedding]:
         """What token ids are looked up in."""
         return [self.embedding] if self.layer_inputs is None else [self.embedding, self.layer_inputs.table]
+
+    def packed_types(self) -> list[GGMLQuantizationType]:
+        """The types of the weights that are multiplied by, and of the embedding: one for each tensor."""
+        types = [layer.qtype for layer in self.multipliers().values()]
+        return types if self.embedding.packed is self.output.packed else [self.embedding.qtype, *types]
 
     def frequencies_for(self, room: int) -> torch.Tensor:
         """Of blocks that see everything, where there is room for so many tokens: llama.cpp, too, chooses the factors of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def provenance(
 _CONDITIONS = (
     "model", "model_sha256", "theta_file", "theta_source", "theta_rank", "theta_gamma", "theta_bytes",
     "base_sha256",
-    "text", "text_sha256", "chunks", "context", "scored_tokens", "seq_len", "iterations", "repetitions",
+    "text", "text_sha256", "task_file", "task_sha256",
+    "chunks", "context", "scored_tokens", "seq_len", "iterations", "repetitions",
     "device", "threads", "dtype", "activations", "decoder", "nkat_version", "git_commit",
 )  # fmt: skip
 
@@ -82,7 +83,17 @@ _CONDITIONS = (
 def conditions_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What of a record holds of all its figures, for the rows of a table that programs read."""
     found = {name: record[name] for name in _CONDITIONS if name in record}
+    if adapters := record.get("lora"):  # they have scales, and no γ
+        found |= {"theta_file": None, "theta_gamma": None}
+        found["lora"] = _weighted((one["path"], one["scale"]) for one in adapters)
+    elif files := record.get("theta_files"):
+        found["theta_file"] = _weighted((one["file"], one["weight"]) for one in files)
     return {**found, "device_name": record["machine"]["device_name"]}
+
+
+def _weighted(files: Iterable[tuple[str, float]]) -> str:
+    """Files with their weights as the command line takes them, all in one cell."""
+    return " + ".join(file if weight == 1 else f"{file}:{weight:g}" for file, weight in files)
 
 
 def file_hash(model: ModelFile | Path) -> str:

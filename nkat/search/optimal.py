@@ -125,6 +125,7 @@ def converter_command(options: SearchOptions, prepared: Prepared, setting: Setti
         words += ["--theta-gamma", f"{setting.gamma:g}"]
     else:
         words += ["--theta-rank", setting.rank, "--theta-gamma", f"{setting.gamma:g}", "--seed", options.study.seed]
+        words += ["--threads", torch.get_num_threads()]  # sums of another number of threads may round otherwise
     if setting.layers != "both":
         words += ["--selective-layers", *GROUPS[setting.layers]]
     if setting.depth_decay:

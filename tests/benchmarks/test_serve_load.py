@@ -51,6 +51,9 @@ def test_an_answer_that_does_not_come_is_noticed(sent: bytes, said: str) -> None
         with link:
             link.recv(65536)
             link.sendall(sent)
+            link.shutdown(socket.SHUT_WR)
+            while link.recv(65536):  # what is closed with something unread ends as a reset
+                pass
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         threading.Thread(target=serve, args=(listener,), daemon=True).start()

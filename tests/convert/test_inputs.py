@@ -35,9 +35,9 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counts: Counter[str] = Counter()
     open_file, read_vocabulary = GGUFFile.open.__func__, Tokenizer.from_metadata.__func__
 
-    def count_open(cls: type[GGUFFile], path: str | Path, *part: int) -> GGUFFile:
-        counts[Path(path).name] += not part
-        return open_file(cls, path, *part)
+    def count_open(cls: type[GGUFFile], path: str | Path, *place: int, part: bool = False) -> GGUFFile:
+        counts[Path(path).name] += not place
+        return open_file(cls, path, *place, part=part)
 
     def count_vocabulary(cls: type[Tokenizer], *arguments: object) -> Tokenizer:
         counts["vocabularies"] += 1

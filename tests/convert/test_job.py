@@ -413,12 +413,12 @@ def test_nan_weights_are_named(fails, tmp_path: Path) -> None:
 def test_unsupported_type_is_named(fails, tmp_path: Path) -> None:
     from tests.gguf.test_file import entry, string, tensor
 
-    info = tensor("blk.0.attn_q.weight", (256, 4), gguf.GGMLQuantizationType.IQ2_XXS, 0)
-    path = tmp_path / "iq2.gguf"
-    path.write_bytes(build([entry("general.architecture", 8, string("llama"))], [info], bytes(4 * 66 + 32)))
+    info = tensor("blk.0.attn_q.weight", (256, 4), gguf.GGMLQuantizationType.Q8_K, 0)
+    path = tmp_path / "unknown.gguf"
+    path.write_bytes(build([entry("general.architecture", 8, string("llama"))], [info], bytes(4 * 292 + 16)))
     message = fails(CONVERTER, "--input", path, "--output", tmp_path / "x")
     assert "blk.0.attn_q.weight" in message
-    assert "IQ2_XXS" in message
+    assert "Q8_K" in message
 
 
 def test_gamma_warnings(script, tmp_path: Path, base: Path) -> None:

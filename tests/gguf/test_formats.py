@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nkat.errors import NKATError
-from nkat.gguf import formats
+from nkat.gguf import formats, grid_formats, integer_formats, level_formats
+from nkat.gguf.blocks import BlockFormat
 from nkat.gguf.file import GGUFFile
 from nkat.gguf.formats import (
     BLOCK_FORMATS,
-    BlockFormat,
     QuantError,
     UnsupportedTypeError,
     dequantise,
@@ -48,7 +48,18 @@ HALVES = {
     QType.IQ4_NL: (0,),
     QType.IQ4_XS: (0,),
     QType.MXFP4: (),
+    QType.NVFP4: (),
+    QType.TQ1_0: (52,),
+    QType.TQ2_0: (64,),
+    QType.IQ1_S: (0,),
+    QType.IQ1_M: (),
+    QType.IQ2_XXS: (0,),
+    QType.IQ2_XS: (0,),
+    QType.IQ2_S: (0,),
+    QType.IQ3_XXS: (0,),
+    QType.IQ3_S: (0,),
 }
+GRIDS = [qtype for qtype in HALVES if qtype.name[:3] in ("IQ1", "IQ2", "IQ3")]
 ALL = (*FLOATS, *HALVES)
 
 every_type = pytest.mark.parametrize("qtype", ALL, ids=lambda qtype: qtype.name)
@@ -86,6 +97,8 @@ def finite(data: np.ndarray, qtype: QType) -> np.ndarray:
         blocks[:, start + 1] &= 0xBF  # the exponent's top bit
     if qtype == QType.MXFP4:
         blocks[:, 0] &= 0x7F
+    if qtype == QType.IQ1_M:
+        blocks[:, 55] &= 0xBF  # whose float16 lies in four pieces
     return blocks.reshape(data.shape)
 
 
@@ -222,8 +235,51 @@ LAYOUT = {
     QType.IQ4_XS: [(0, 0, span(0, 256)), (2, 1, span(0, 32)), (3, 7, span(224, 256)), (4, 4, span(32, 64)),
                    (7, 0, span(192, 224)), (8, 0, [0]), (8, 4, [16]), (24, 4, [48]), (135, 7, [255])],
     QType.MXFP4: [(0, 0, span(0, 32)), (0, 7, span(0, 32)), (1, 0, [0]), (8, 5, [23]), (16, 7, [31])],
+    QType.NVFP4: [(0, 0, span(0, 16)), (1, 3, span(16, 32)), (3, 6, span(48, 64)), (4, 0, [0]), (4, 4, [8]),
+                  (11, 7, [15]), (12, 0, [16]), (35, 7, [63])],
+    QType.TQ1_0: [(0, 7, [0, 32, 64, 96, 128]), (0, 4, [64, 96]), (47, 7, [175, 191, 207, 223, 239]),
+                  (48, 7, [240, 244, 248, 252]), (51, 4, [251, 255]), (52, 0, span(0, 256))],
+    QType.TQ2_0: [(0, 0, [0]), (5, 3, [37]), (32, 0, [128]), (63, 7, [255]), (64, 0, span(0, 256))],
+    QType.IQ1_S: [(0, 0, span(0, 256)), (35, 4, span(0, 32)), (35, 7, span(0, 32)), (49, 7, span(224, 256))],
+    QType.IQ1_M: [(32, 3, span(0, 8)), (32, 7, span(8, 16)), (47, 7, span(248, 256)), (48, 0, span(0, 16)),
+                  (48, 3, span(16, 32)), (49, 3, span(48, 64)), (55, 3, span(240, 256)), (49, 4, span(0, 256)),
+                  (55, 7, span(0, 256))],
+    QType.IQ2_XXS: [(0, 0, span(0, 256)), (6, 0, [0, 7]), (6, 7, [8, 15]), (8, 5, [24, 31]), (9, 3, [30, 31]),
+                    (9, 4, span(0, 32)), (14, 0, [32, 39]), (65, 7, span(224, 256))],
+    QType.IQ2_XS: [(0, 0, span(0, 256)), (3, 1, [0, 7]), (3, 7, [6, 7]), (65, 1, [248, 255]), (66, 0, span(0, 16)),
+                   (66, 4, span(16, 32)), (73, 7, span(240, 256))],
+    QType.IQ2_S: [(0, 0, span(0, 256)), (34, 0, [0]), (40, 3, [51]), (65, 7, [255]), (74, 0, span(0, 16)),
+                  (81, 4, span(240, 256))],
+    QType.IQ3_XXS: [(0, 0, span(0, 256)), (66, 0, [0, 7]), (69, 3, [30, 31]), (69, 4, span(0, 32)), (70, 0, [32, 39]),
+                    (97, 7, span(224, 256))],
+    QType.IQ3_S: [(0, 0, span(0, 256)), (74, 0, [0]), (105, 7, [255]), (106, 0, span(0, 32)), (106, 4, span(32, 64)),
+                  (109, 7, span(224, 256))],
+}
+# type: (byte, bit, the neighbours that the number of a grid's entry stands for, of which some must change)
+ENTRIES = {
+    QType.IQ1_S: [(2, 0, span(0, 8)), (33, 7, span(248, 256)), (34, 0, span(0, 8)), (49, 3, span(248, 256))],
+    QType.IQ1_M: [(0, 0, span(0, 8)), (31, 7, span(248, 256)), (32, 0, span(0, 8)), (47, 6, span(248, 256))],
+    QType.IQ2_XXS: [(2, 0, span(0, 8)), (5, 7, span(24, 32)), (61, 3, span(248, 256))],
+    QType.IQ2_XS: [(2, 0, span(0, 8)), (3, 0, span(0, 8)), (64, 7, span(248, 256))],
+    QType.IQ2_S: [(2, 0, span(0, 8)), (33, 7, span(248, 256)), (66, 1, span(0, 8)), (73, 7, span(248, 256))],
+    QType.IQ3_XXS: [(2, 0, span(0, 4)), (65, 7, span(252, 256))],
+    QType.IQ3_S: [(2, 0, span(0, 4)), (65, 7, span(252, 256)), (66, 1, span(4, 8)), (73, 7, span(252, 256))],
 }
 # fmt: on
+
+
+def changed_by(qtype: QType, byte: int, bit: int) -> list[list[int]]:
+    """[block, weight] of those that a flipped bit in the second of three blocks changes."""
+    block_size, type_size = GGML_QUANT_SIZES[qtype]
+    # bytes that make no integer and no scale zero, so that every change shows
+    fill = 0x00 if qtype in (QType.TQ1_0, QType.TQ2_0) else 0x65
+    blocks = np.full((3, type_size), fill, dtype=np.uint8)
+    for start in HALVES[qtype]:
+        blocks[:, start : start + 2] = np.array([1.0], dtype="<f2").view(np.uint8)
+    before = dequantise(flat(blocks), qtype, (3, block_size)).view(torch.int32)
+    blocks[1, byte] ^= 1 << bit
+    after = dequantise(flat(blocks), qtype, (3, block_size)).view(torch.int32)
+    return (before != after).nonzero().tolist()
 
 
 @pytest.mark.parametrize(
@@ -231,22 +287,51 @@ LAYOUT = {
     [pytest.param(qtype, *case, id=f"{qtype.name}-{case[0]}.{case[1]}") for qtype in LAYOUT for case in LAYOUT[qtype]],
 )
 def test_a_flipped_bit_changes_exactly_the_weights_that_hold_it(qtype, byte, bit, weights):
-    block_size, type_size = GGML_QUANT_SIZES[qtype]
-    # in no format does 0x65 make an integer or a scale that is zero, so every change shows
-    blocks = np.full((3, type_size), 0x65, dtype=np.uint8)
-    for start in HALVES[qtype]:
-        blocks[:, start : start + 2] = np.array([1.0], dtype="<f2").view(np.uint8)
-    before = dequantise(flat(blocks), qtype, (3, block_size)).view(torch.int32)
-    blocks[1, byte] ^= 1 << bit
-    after = dequantise(flat(blocks), qtype, (3, block_size)).view(torch.int32)
-    changed = (before != after).nonzero().tolist()
-    assert changed == [[1, weight] for weight in weights]
+    assert changed_by(qtype, byte, bit) == [[1, weight] for weight in weights]
+
+
+@pytest.mark.parametrize(
+    ("qtype", "byte", "bit", "weights"),
+    [
+        pytest.param(qtype, *case, id=f"{qtype.name}-{case[0]}.{case[1]}")
+        for qtype in ENTRIES
+        for case in ENTRIES[qtype]
+    ],
+)
+def test_a_flipped_bit_of_an_entry_s_number_changes_weights_of_that_entry(qtype, byte, bit, weights):
+    changed = changed_by(qtype, byte, bit)
+    assert changed
+    assert all(block == 1 and weight in weights for block, weight in changed)
+
+
+@pytest.mark.parametrize("qtype", GRIDS, ids=lambda qtype: qtype.name)
+def test_every_entry_with_every_pattern_of_signs_unpacks_as_in_gguf_py(qtype):
+    shape = (1400, row_length(qtype, 1))
+    data = finite(random_rows(qtype, shape, seed=9), qtype)
+    assert same(dequantise(flat(data), qtype, shape), oracle(data, qtype))
+    count, neighbours = getattr(gguf.quants, qtype.name).grid_shape
+    q = BLOCK_FORMATS[qtype].quants(flat(data).view(1400, -1))
+    shifted = qtype.name.startswith("IQ1")  # in place of signs
+    entries = (q.float() / 8).round() if shifted else q.abs()
+    assert len(entries.view(-1, neighbours).unique(dim=0)) == count  # the control: all were there
+    signs = (q.float() / 8 - entries).view(-1, neighbours)[:, 0] if shifted else (q < 0).view(-1, 8)
+    seven = qtype in (QType.IQ2_XXS, QType.IQ2_XS, QType.IQ3_XXS)
+    assert len(signs.unique(dim=0)) == (2 if shifted else 128 if seven else 256)
+
+
+def test_the_grids_numbers_fit_their_bytes():
+    """gguf-py keeps grids as float32; a newer one's that did not fit would be cut off without a word."""
+    for qtype in GRIDS:
+        codebook = getattr(gguf.quants, qtype.name)
+        codebook.init_grid()
+        table = grid_formats._table(qtype.name, 1, torch.device("cpu")).view(torch.int8)
+        assert np.array_equal(table.view(codebook.grid_shape).numpy(), codebook.grid[0, 0])
 
 
 @every_type
 @pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (2, 1, 3)], ids=str)
 def test_shapes_and_incomplete_tiles(qtype, leading, monkeypatch):
-    monkeypatch.setattr(formats, "_CPU_TILE", 256)  # one to eight blocks: most shapes end inside a tile
+    monkeypatch.setattr("nkat.gguf.blocks._CPU_TILE", 256)  # one to eight blocks: most shapes end inside a tile
     shape = (*leading, row_length(qtype, 3))
     data = random_rows(qtype, shape, seed=3)
     assert same(dequantise(flat(data), qtype, shape), oracle(data, qtype))
@@ -267,7 +352,7 @@ def test_any_shape_tile_and_rows(qtype, leading, blocks, tile, seed, data):
     expected = oracle(packed, qtype)
     count = expected.size // shape[-1]
     rows = data.draw(st.lists(st.integers(0, count - 1), max_size=8))
-    with mock.patch.object(formats, "_CPU_TILE", tile):
+    with mock.patch("nkat.gguf.blocks._CPU_TILE", tile):
         assert same(dequantise(flat(packed), qtype, shape), expected)
         picked = dequantise_rows(flat(packed), qtype, shape, torch.tensor(rows, dtype=torch.int64))
     assert same(picked, expected.reshape(count, shape[-1])[rows])
@@ -342,13 +427,16 @@ def test_f32_is_a_view_and_everything_else_is_new_memory():
 
 def test_inference_mode_leaves_nothing_behind():
     """Look-up tables are made on first use and kept; made under inference mode they must serve outside it as well."""
-    formats._level_pairs.cache_clear()
-    formats._fifth_bits.cache_clear()
-    for qtype in (QType.IQ4_NL, QType.Q5_0):
-        data = random_rows(qtype, (2, 32))
+    for module in (integer_formats, level_formats, grid_formats):
+        for made in vars(module).values():
+            if hasattr(made, "cache_clear"):
+                made.cache_clear()
+    for qtype in (QType.IQ4_NL, QType.Q5_0, QType.NVFP4, QType.TQ1_0, QType.IQ2_XXS, QType.IQ3_S):
+        shape = (2, row_length(qtype, 1))
+        data = random_rows(qtype, shape)
         with torch.inference_mode():
-            dequantise(flat(data), qtype, (2, 32))
-        assert same(dequantise(flat(data), qtype, (2, 32)), oracle(data, qtype))
+            dequantise(flat(data), qtype, shape)
+        assert same(dequantise(flat(data), qtype, shape), oracle(data, qtype))
 
 
 @pytest.mark.parametrize("model", ["smollm2", "gemma3", "qwen"])
@@ -400,8 +488,8 @@ def refused(call, kind: type[NKATError] = QuantError) -> str:
 def test_an_unsupported_type_is_named_with_its_tensor_and_the_supported_ones():
     packed = torch.zeros(66, dtype=torch.uint8)
     name = "blk.0.ffn_up.weight"
-    message = refused(lambda: dequantise(packed, QType.IQ2_XXS, (256,), name=name), UnsupportedTypeError)
-    assert message.startswith("tensor 'blk.0.ffn_up.weight': type IQ2_XXS is not supported (supported: F32, F16, ")
+    message = refused(lambda: dequantise(packed, QType.Q8_K, (256,), name=name), UnsupportedTypeError)
+    assert message.startswith("tensor 'blk.0.ffn_up.weight': type Q8_K is not supported (supported: F32, F16, ")
     assert all(qtype.name in message for qtype in ALL)
     rows = torch.tensor([0])
     assert refused(lambda: dequantise_rows(packed, QType.I8, (66,), rows), UnsupportedTypeError).startswith("type I8 ")

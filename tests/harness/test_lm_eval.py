@@ -214,7 +214,9 @@ def test_lm_eval_finds_it_by_its_entry_point(monkeypatch):
 
 def test_the_command(model, tasks, tmp_path, monkeypatch, capsys):
     arguments = ["--model_args", f"path={model},gamma=0.99", "--tasks", "nkat_choice", "--include_path", str(tasks)]
-    words = ["nkat-lm-eval", *arguments, "--output_path", str(tmp_path / "out"), "--device", "cpu"]
+    for name in command._QUIET:
+        monkeypatch.setenv(name, "")
+    words = ["nkat-lm-eval", *arguments, "--quiet", "--output_path", str(tmp_path / "out"), "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", words)
     # lm-eval's own thousands of tasks, which take it several seconds to list
     monkeypatch.setattr(
@@ -224,6 +226,7 @@ def test_the_command(model, tasks, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "|nkat_choice|" in printed
     assert printed.startswith("nkat ({'path': ")
+    assert os.environ["LMEVAL_LOG_LEVEL"] == "WARNING"
     (path,) = (tmp_path / "out").rglob("results_*.json")
     record = json.loads(path.read_text(encoding="utf-8"))
     assert record["config"]["theta_gamma"] == 0.99

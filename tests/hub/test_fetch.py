@@ -70,6 +70,11 @@ def blobs(tmp_path: Path) -> dict[str, int]:
     return {path.suffix: path.stat().st_size for path in folder.iterdir()}
 
 
+def test_a_name_that_the_hub_cannot_have_is_one_line() -> None:
+    with pytest.raises(NKATError, match=r"^hf:\.\./x: Repo id must"):
+        fetch(HubName("../x"))
+
+
 def test_a_file_is_fetched_once_into_the_librarys_own_cache(hub: HubServer, capsys) -> None:
     path = fetch(NAME)
     assert path.read_bytes() == CONTENT

@@ -77,6 +77,7 @@ def test_a_model_in_several_files_is_all_of_them(wanted: str) -> None:
     [
         (None, ["model.safetensors", "mmproj-F16.gguf"], "hf:o/r: there is no model in a .gguf"),
         ("Q5_K_M", FILES, r"hf:o/r:Q5_K_M: there is no such file; there are BF16, IQ4_K_M, Q4_K_M, Q4_K_S, Q8_0$"),
+        ("Q5_K_M", ["m-NVFP4.gguf", "m-MXFP4_MOE.gguf"], "there are MXFP4_MOE, NVFP4$"),
         ("Q5_K_M", ["plain.gguf"], "there are plain.gguf"),
         (None, ["a-Q2_K.gguf", "a-Q6_K.gguf"], r"several files match, give one as hf:o/r:FILE: a-Q2_K.gguf, a"),
         ("Q4_0", ["a-Q4_0.gguf", "b-Q4_0.gguf"], "several files match.*: a-Q4_0.gguf, b-Q4_0.gguf"),

@@ -209,6 +209,12 @@ def chat(script, monkeypatch: pytest.MonkeyPatch, model: Path, lines: str, *more
     return script(ENGINE, "--model", model, *common, *more)
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second one where no language is set
+def test_bytes_that_are_no_text(fails, monkeypatch: pytest.MonkeyPatch, tiny: Path, errors: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8", errors=errors))
+    assert "stdin: not " in fails(ENGINE, "--model", tiny, "--chat", "--no-cuda")
+
+
 def test_from_a_pipe(script, monkeypatch, tiny: Path, tmp_path: Path) -> None:
     record_file, saved = tmp_path / "r.json", tmp_path / "c.jsonl"
     lines = f"the rain\n\nin a \\\ntin\nwrong\n/undo\n//help\n/save {saved}\n/exit\nnever\n"

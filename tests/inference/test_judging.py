@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from nkat.measure.base_file import open_base_file
+from nkat.measure.provenance import conditions_of
 from nkat.measure.texts import default_text
 from tests.support.task_files import write_hellaswag, write_multiple_choice, write_winogrande
 from tests.support.tiny_models import write_tiny_model
@@ -70,6 +74,14 @@ def test_what_theta_moves_and_the_base_it_left(script, tiny: Path, base: Path, t
     assert few["chunks"] == 1
 
     beside, _ = run(script, "--model", tiny, *measure, "--reference", base)
+    form = ("--reference", base, "--output-format", "csv")
+    reference, without, with_theta, *_ = csv.DictReader(
+        io.StringIO(script(ENGINE, "--model", tiny, *measure, *form).stdout)
+    )
+    assert reference["change_percent"] == without["change_percent"] == reference["from_reference_percent"] == ""
+    assert float(without["from_reference_percent"]) == pytest.approx(0.0, abs=1e-6)
+    for key in ("change_percent", "from_reference_percent"):
+        assert float(with_theta[key]) == pytest.approx(record["perplexity_change_percent"])
     assert beside["reference"]["perplexity"] == beside["baseline_perplexity"] == record["baseline_perplexity"]
     assert beside["baseline_beside_reference"]["divergence"]["kl"]["mean"] == pytest.approx(0.0, abs=1e-6)
     assert beside["nkat_beside_reference"]["divergence"]["kl"]["mean"] == pytest.approx(
@@ -112,6 +124,7 @@ def test_tasks(script, tiny: Path, base: Path, tmp_path: Path, kind: str) -> Non
     record, said = run(script, "--model", tiny, f"--{kind}", path, "--no-cuda")
     count = 20 if kind == "winogrande" else 24
     assert record["tasks"] == count
+    assert record["task_sha256"] == conditions_of(record)["task_sha256"] == sha256(path.read_bytes()).hexdigest()
     for arm in ("baseline", "nkat"):
         assert record[arm]["score_percent"] == pytest.approx(100 * record[arm]["solved"] / count)
         assert f"{record[arm]['score_percent']:.4f} ± " in said

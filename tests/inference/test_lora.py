@@ -9,6 +9,7 @@ import gguf
 import pytest
 
 from nkat.gguf.writer import write_gguf
+from nkat.measure.provenance import conditions_of
 from nkat.theta.lora import lora_parts
 from nkat.theta.modelfile import open_model_file
 from tests.gguf.test_imatrix import EXCHANGE
@@ -38,6 +39,8 @@ def test_a_lora_is_measured_and_recorded(script, model: Path) -> None:
     assert "with the LoRA (rank 3)" in found["table"]
     assert found["nkat_perplexity"] != pytest.approx(found["baseline_perplexity"], rel=0.01)
     assert (found["theta_source"], found["theta_file"]) == ("lora", None)
+    row = conditions_of(found)
+    assert (row["lora"], row["theta_file"], row["theta_gamma"]) == (str(ADAPTER), None, None)
     (adapter,) = found["lora"]
     assert (adapter["kind"], adapter["scale"], adapter["rank"], adapter["layers"]) == ("peft", 1.0, 3, 14)
     half = perplexity(script, model, "--lora-scaled", f"{ADAPTER}:0.5")

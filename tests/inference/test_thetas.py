@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nkat.measure.provenance import conditions_of
 from nkat.theta.modelfile import open_model_file
 from tests.conftest import Script
 from tests.support.tiny_models import write_tiny_model
@@ -86,6 +87,7 @@ def test_every_command_takes_them(script: Script, base: Path, files: tuple[Path,
         assert done.returncode == 0, done.stderr
         record = json.loads(done.stdout.splitlines()[-1])
         assert (record["theta_rank"], len(record["theta_files"])) == (6, 2)
+        assert conditions_of(record)["theta_file"] == f"{files[0]} + {files[1]}:0.5"
         assert re.search(r"Θ of rank 6: 1 · \S*style\.bin \+ 0\.5 · \S*facts\.bin", done.stderr)
 
 

@@ -1,6 +1,6 @@
 """Which types each device has a kernel for, and what becomes of a model with one of the others.
 
-All supported types have CPU kernels today, so the tests of the fall-back take some away.
+The tests of the fall-back take away some of the CPU's kernels; `tests/measure/test_types.py` has the types without any.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from nkat.lm.transformer import Embedding, Transformer
 from nkat.measure import startup
 from nkat.measure.layer_speed import bench_gemm
 from nkat.theta.algebra import quantise_factors
+from tests.support.random_blocks import UNKNOWN
 from tests.support.tiny_models import write_tiny_model
 
 ENGINE = "nkat_inference_engine.py"
@@ -54,6 +55,16 @@ KERNELS = {
     QType.IQ4_NL: {"cpu", "cuda"},
     QType.IQ4_XS: {"cpu", "cuda"},
     QType.MXFP4: {"cpu"},
+    QType.NVFP4: set(),
+    QType.TQ1_0: set(),
+    QType.TQ2_0: set(),
+    QType.IQ1_S: set(),
+    QType.IQ1_M: set(),
+    QType.IQ2_XXS: set(),
+    QType.IQ2_XS: set(),
+    QType.IQ2_S: set(),
+    QType.IQ3_XXS: set(),
+    QType.IQ3_S: set(),
 }
 
 # where the types without a kernel are: (types by tensor, further options of the tiny model, types, tensors)
@@ -200,10 +211,10 @@ def test_layers_without_a_kernel_can_be_timed(tmp_path, fewer_kernels):
 
 
 def test_a_type_that_cannot_be_unpacked_is_an_error_of_one_line(fails, tmp_path):
-    options = {"embedding": 256, "feed_forward": 256, "qtype": QType.TQ1_0}
-    path = write_tiny_model(tmp_path / "ternary.gguf", "llama", **options)
+    options = {"embedding": 256, "feed_forward": 256, "qtype": UNKNOWN}
+    path = write_tiny_model(tmp_path / "unknown.gguf", "llama", **options)
     message = fails(ENGINE, "--model", path, "--generate", PROMPT, "--no-cuda")
-    assert message.endswith("tensor token_embd.weight has the type TQ1_0, which is not supported")
+    assert message.endswith("tensor token_embd.weight has the type Q8_K, which is not supported")
 
 
 def test_a_run_that_loads_twice_says_it_once(tmp_path, capsys, fewer_kernels):

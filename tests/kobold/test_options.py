@@ -64,6 +64,7 @@ def test_the_action(flags: list[str], action: str | None) -> None:
         ([*MODEL, "--autofit", "--gpulayers", "3"], "--autofit and --gpulayers N exclude each other"),
         ([*MODEL, "--autofit", "--benchmark"], "--benchmark measures splits, so --autofit has no meaning there"),
         ([*MODEL, "--draftamount", "3"], "--draftamount needs --draftmodel"),
+        ([*MODEL, "--list", "--output-format", "csv"], "--output-format is of what --benchmark measures"),
         (["--router", "a", "--admin", "a"], "--router and --admin exclude each other"),
         (["--router", "a", "--list"], "--router and --admin serve models: give --launch or --dry-run"),
         ([*MODEL, "--router", "a", "--theta", "b"], "--router and --admin take models with their own Θ, not --theta"),

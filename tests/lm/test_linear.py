@@ -180,7 +180,7 @@ def test_errors():
 
 def test_rounded_activations_are_gguf_pys_q8_0_and_q8_k() -> None:
     x = torch.randn(3, 512) * torch.logspace(-3, 3, 512)
-    for qtype in (gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.IQ4_NL):
+    for qtype in (QType.Q4_1, QType.IQ4_NL, QType.NVFP4):
         packed = gguf.quants.quantize(x.numpy(), gguf.GGMLQuantizationType.Q8_0)
         oracle = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
         found = reference.round_activations(x, qtype)

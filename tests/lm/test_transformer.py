@@ -9,7 +9,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf.constants import GGMLQuantizationType
 
 from nkat.engine.plan import make_plan
 from nkat.errors import NKATError
@@ -23,6 +22,7 @@ from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer
 from nkat.theta.algebra import Theta, quantise_factors
 from tests.support.golden import kept, read_golden
+from tests.support.random_blocks import UNKNOWN
 from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, MIXTURE_FAMILIES, write_tiny_model
 
 pytestmark = pytest.mark.isa
@@ -364,11 +364,9 @@ def test_keep_dense_changes_no_bit(tiny):
 
 
 def test_loading_refuses_what_it_cannot_run(tmp_path, monkeypatch):
-    ternary = write_tiny_model(
-        tmp_path / "ternary.gguf", "llama", embedding=256, feed_forward=256, qtype=GGMLQuantizationType.TQ1_0
-    )
-    with pytest.raises(UnsupportedTypeError, match=r"ternary\.gguf: tensor token_embd\.weight has the type TQ1_0"):
-        load_model(ternary)
+    path = write_tiny_model(tmp_path / "unknown.gguf", "llama", embedding=256, feed_forward=256, qtype=UNKNOWN)
+    with pytest.raises(UnsupportedTypeError, match=r"unknown\.gguf: tensor token_embd\.weight has the type Q8_K"):
+        load_model(path)
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "mamba")
     writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
     writer.write_header_to_file()

@@ -400,7 +400,7 @@ def test_interrupted_fits_keep_the_best_and_go_on(
     """Ctrl-C writes what there is; --resume goes on to what an uninterrupted fit would have made."""
     arguments = ["--input", model_path, "--theta-source", "fit", "--calibrate", text_path, "--theta-rank", 2]
     arguments += ["--theta-only", *QUICK, "--fit-start", "zero", "--threads", 1]
-    arguments += ["--fit-steps", 60, "--fit-validate-every", 10]
+    arguments += ["--fit-steps", 60, "--fit-validate-every", 10, "--fit-batch", 8]  # long enough for a line of progress
     output, whole = tmp_path / "a.bin", tmp_path / "b.bin"
     command = [sys.executable, ROOT / "nkat_gguf_converter.py", *arguments, "--output", output]
     first = subprocess.Popen(

@@ -54,6 +54,7 @@ class HubServer:
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache),
+            "HF_HUB_OFFLINE": "0",  # which other tests set to 1
             "NO_PROXY": "127.0.0.1,localhost",
             "no_proxy": "127.0.0.1,localhost",
         }

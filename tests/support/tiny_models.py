@@ -3,7 +3,7 @@
 The weights are random, the shapes are not: grouped-query attention, QKV biases, q/k norms, RoPE scaling and sliding
 windows are as in the real architecture. A tensor's values depend on the seed, its name and its shape only, so variants
 of one seed share the tensors they have in common. Limits: the architectures of `ARCHITECTURES`; quantised types
-are those gguf-py can quantise to (no K-quants).
+are those that `tests.support.random_blocks` can make (no K-quants).
 """
 
 import math
@@ -15,6 +15,8 @@ from typing import Any
 
 import gguf
 import numpy as np
+
+from tests.support.random_blocks import pack
 
 LOGIT_STD = 3.0  # a softmax over these is neither flat nor one-hot
 SCORE_GAIN = 1.5  # on q and on k: attention scores get a standard deviation of about 2
@@ -194,7 +196,7 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
         values = _random_tensor(seed, name, shape, mean, std)
         qtype = (opts.qtypes or {}).get(name, opts.qtype)
         if len(shape) > 1 and qtype != gguf.GGMLQuantizationType.F32:
-            writer.add_tensor(name, gguf.quants.quantize(values, qtype), raw_dtype=qtype)
+            writer.add_tensor(name, pack(values, qtype), raw_dtype=qtype)
         else:
             writer.add_tensor(name, values)
     if opts.rope_factors:

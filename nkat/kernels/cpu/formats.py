@@ -6,8 +6,8 @@ load has the same four bytes of all 16 rows. The numbers themselves are the file
 the 6-bit scales of Q3_K, Q4_K, Q5_K and IQ4_XS take a byte each (at most 3.7 % more).
 
 Every block format comes out as w = s·q + m with an unsigned byte q, and float32 s and m for each group of columns:
-what stands for zero (8 in Q4_0, 32 in Q6_K, ...) goes into m. Where a block's bits are is drawn in `nkat.gguf.formats`;
-the byte numbers below are those of the drawing of a layout's `block`.
+what stands for zero (8 in Q4_0, 32 in Q6_K, ...) goes into m. Where a block's bits are is drawn where the
+format is, in `nkat.gguf.integer_formats` or beside it; the byte numbers below are those of a layout's `block`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TypeAlias
 from gguf.constants import GGMLQuantizationType
 from llvmlite import ir
 
-from nkat.gguf import formats
-from nkat.gguf.formats import BlockFormat
+from nkat.gguf import integer_formats, level_formats
+from nkat.gguf.blocks import BlockFormat
 from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, Builder, Operand, Value
 
 ROWS = 16  # of a tile: the lanes of a 512-bit vector of float32
@@ -211,7 +211,7 @@ def _split(words: list[Value], top: Value) -> list[Value]:
     return [word | _bits(top, -shift, 0xC0) for word, shift in zip(words, (6, 4, 2), strict=True)]
 
 
-class _Q4_0(BlockLayout, block=formats.Q4_0):
+class _Q4_0(BlockLayout, block=integer_formats.Q4_0):
     zero = 8
     bundle = 2
 
@@ -229,7 +229,7 @@ class _Q4_0(BlockLayout, block=formats.Q4_0):
         return _nibble(k, unit + _HALF, quad, 4)
 
 
-class _Q4_1(BlockLayout, block=formats.Q4_1):
+class _Q4_1(BlockLayout, block=integer_formats.Q4_1):
     bundle = 2
 
     @staticmethod
@@ -246,7 +246,7 @@ class _Q4_1(BlockLayout, block=formats.Q4_1):
         return _nibble(k, unit + 2 * _HALF, quad, 4)
 
 
-class _Q5_0(BlockLayout, block=formats.Q5_0):
+class _Q5_0(BlockLayout, block=integer_formats.Q5_0):
     zero = 16
     bundle = 2
 
@@ -264,7 +264,7 @@ class _Q5_0(BlockLayout, block=formats.Q5_0):
         return _whole(_bits(*_nibble(k, unit + _HALF + _WORD, quad, 4)) | high)
 
 
-class _Q5_1(BlockLayout, block=formats.Q5_1):
+class _Q5_1(BlockLayout, block=integer_formats.Q5_1):
     bundle = 2
 
     @staticmethod
@@ -280,7 +280,7 @@ class _Q5_1(BlockLayout, block=formats.Q5_1):
         return _Q5_0.field(k, unit + _HALF, quad)
 
 
-class _Q8_0(BlockLayout, block=formats.Q8_0):
+class _Q8_0(BlockLayout, block=integer_formats.Q8_0):
     zero = 128
     seven_bit = False
 
@@ -296,7 +296,7 @@ class _Q8_0(BlockLayout, block=formats.Q8_0):
         return _whole(_word(k, unit, _HALF + _WORD * quad))
 
 
-class _Q2_K(BlockLayout, block=formats.Q2_K):
+class _Q2_K(BlockLayout, block=integer_formats.Q2_K):
     group = 16
     parts = 2
     bundle = 4
@@ -323,7 +323,7 @@ class _Q2_K(BlockLayout, block=formats.Q2_K):
         return word, 2 * (place // 8), 0x03
 
 
-class _Q3_K(BlockLayout, block=formats.Q3_K):
+class _Q3_K(BlockLayout, block=integer_formats.Q3_K):
     """Kept in words of three: each byte has q of two quads, and two of the six bits of two more."""
 
     group = 16
@@ -373,7 +373,7 @@ def _k_scales(rows: Interleaver) -> None:
     rows.four_bytes((low >> 4 & 0x0F0F0F0F) | (t >> 2 & 0x30303030))
 
 
-class _Q4_K(BlockLayout, block=formats.Q4_K):
+class _Q4_K(BlockLayout, block=integer_formats.Q4_K):
     wider = 4
     parts = 4
     bundle = 2
@@ -396,7 +396,7 @@ class _Q4_K(BlockLayout, block=formats.Q4_K):
         return _nibble(k, unit + (2 * _HALF + 16 * _BYTE), quad, 8)
 
 
-class _Q5_K(BlockLayout, block=formats.Q5_K):
+class _Q5_K(BlockLayout, block=integer_formats.Q5_K):
     wider = 4
     parts = 4
     bundle = 2
@@ -417,7 +417,7 @@ class _Q5_K(BlockLayout, block=formats.Q5_K):
         return _whole(_bits(*_nibble(k, unit + 8 * _WORD, quad, 8)) | high)
 
 
-class _Q6_K(BlockLayout, block=formats.Q6_K):
+class _Q6_K(BlockLayout, block=integer_formats.Q6_K):
     """Kept in words of three: each byte has q of one quad, and two of the bits of a fourth."""
 
     group = 16
@@ -458,16 +458,16 @@ def _levels(k: Builder, levels: tuple[int, ...], zero: int, nibbles: Value) -> V
     return k.look_up([level + zero for level in levels], nibbles)
 
 
-class _IQ4_NL(_Q4_0, block=formats.IQ4_NL):
+class _IQ4_NL(_Q4_0, block=level_formats.IQ4_NL):
     zero = 128
     seven_bit = False
 
     @staticmethod
     def field(k: Builder, unit: Value, quad: int) -> Field:
-        return _whole(_levels(k, formats.IQ4_LEVELS, 128, _bits(*_Q4_0.field(k, unit, quad))))
+        return _whole(_levels(k, level_formats.IQ4_LEVELS, 128, _bits(*_Q4_0.field(k, unit, quad))))
 
 
-class _IQ4_XS(BlockLayout, block=formats.IQ4_XS):
+class _IQ4_XS(BlockLayout, block=level_formats.IQ4_XS):
     zero = 128
     seven_bit = False
     wider = 2
@@ -491,10 +491,12 @@ class _IQ4_XS(BlockLayout, block=formats.IQ4_XS):
 
     @staticmethod
     def field(k: Builder, unit: Value, quad: int) -> Field:
-        return _whole(_levels(k, formats.IQ4_LEVELS, 128, _bits(*_nibble(k, unit + (_HALF + 8 * _BYTE), quad, 4))))
+        return _whole(
+            _levels(k, level_formats.IQ4_LEVELS, 128, _bits(*_nibble(k, unit + (_HALF + 8 * _BYTE), quad, 4)))
+        )
 
 
-class _MXFP4(BlockLayout, block=formats.MXFP4):
+class _MXFP4(BlockLayout, block=level_formats.MXFP4):
     zero = 12
     bundle = 2
 
@@ -510,7 +512,7 @@ class _MXFP4(BlockLayout, block=formats.MXFP4):
 
     @staticmethod
     def field(k: Builder, unit: Value, quad: int) -> Field:
-        return _whole(_levels(k, formats.FP4_LEVELS, 12, _bits(*_nibble(k, unit + _BYTE, quad, 4))))
+        return _whole(_levels(k, level_formats.FP4_LEVELS, 12, _bits(*_nibble(k, unit + _BYTE, quad, 4))))
 
 
 def unit_bytes(qtype: GGMLQuantizationType) -> int:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nkat.errors import NKATError
-from nkat.gguf import formats
+from nkat.gguf import formats, level_formats
 from nkat.kernels import reference
 from nkat.kernels.cuda import matmul as cuda_matmul
 from nkat.kernels.cuda.planes import CHUNK, FileWeight, Format, PackedWeight, PlaneWeight
@@ -250,4 +250,4 @@ def _block_rows(m: int, batch: int) -> int:
 
 @functools.cache
 def _levels(device: torch.device) -> Tensor:
-    return torch.tensor(formats.IQ4_LEVELS, dtype=torch.float32, device=device)
+    return torch.tensor(level_formats.IQ4_LEVELS, dtype=torch.float32, device=device)

@@ -23,8 +23,8 @@ instruction moves the bits of four weights.
     s32      d of each 256           one byte, int8 s                       d·s       none
 
 Memory is the file's, plus 2.8 % (Q4_K), 2.3 % (Q5_K), 3.6 % (Q3_K) or 1.5 % (IQ4_XS): 6-bit scales become bytes.
-Pure torch, on any device. Where the bits of a block are is drawn in `nkat.gguf.formats`, once for each format; the byte
-numbers below are those of the drawing of a `Format.block`. `nkat.kernels.cuda.matmul` has the kernels.
+Pure torch, on any device. Where the bits of a block are is drawn where the format is, in `nkat.gguf.integer_formats` or
+beside it; the byte numbers below are those of a `Format.block`. `nkat.kernels.cuda.matmul` has the kernels.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ import torch
 from gguf.constants import GGMLQuantizationType as QType
 from torch import Tensor
 
-from nkat.gguf import formats
-from nkat.gguf.formats import BlockFormat
+from nkat.gguf import formats, integer_formats, level_formats
+from nkat.gguf.blocks import BlockFormat
 from nkat.kernels.reference import packed_rows
 
 CHUNK = 32  # weights
@@ -56,7 +56,7 @@ class Format:
     scales: a line of the module's second table
     integers(blocks): q, uint8 [blocks, weights of one], in the order of the weights
     factors(blocks): the block's part of the planes d, float16, and s, bytes or None
-    levels: q is the number of an entry of `formats.IQ4_LEVELS`
+    levels: q is the number of an entry of `level_formats.IQ4_LEVELS`
     """
 
     block: type[BlockFormat]
@@ -125,7 +125,7 @@ class PlaneWeight:
         if high is not None:
             q |= _unplane(high, widths[1]) << widths[0]
         if layout.levels:
-            q = torch.tensor(formats.IQ4_LEVELS, device=q.device)[q.long()]
+            q = torch.tensor(level_formats.IQ4_LEVELS, device=q.device)[q.long()]
         else:
             q = q.to(torch.int16) - layout.zero
         scale, offset = _scales(layout.scales, d, s)
@@ -292,28 +292,44 @@ def _factors_iq4_xs(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _FORMATS = (
-    Format(formats.Q4_0, 4, 8, "half", lambda b: _fields(b[:, 2:], 16, 4), _halves(0, 1)),
-    Format(formats.Q4_1, 4, 0, "pair", lambda b: _fields(b[:, 4:], 16, 4), _halves(0, 2)),
-    Format(formats.Q5_0, 5, 16, "half", lambda b: _fields(b[:, 6:], 16, 4) | _bits(b[:, 2:6]) << 4, _halves(0, 1)),
-    Format(formats.Q5_1, 5, 0, "pair", lambda b: _fields(b[:, 8:], 16, 4) | _bits(b[:, 4:8]) << 4, _halves(0, 2)),
-    Format(formats.Q8_0, 8, 128, "half", lambda b: b[:, 2:] ^ 128, _halves(0, 1)),
-    Format(formats.Q2_K, 2, 0, "k16", lambda b: _fields(b[:, 16:80], 32, 2), lambda b: (_half(b, 80, 2), b[:, :16])),
+    Format(integer_formats.Q4_0, 4, 8, "half", lambda b: _fields(b[:, 2:], 16, 4), _halves(0, 1)),
+    Format(integer_formats.Q4_1, 4, 0, "pair", lambda b: _fields(b[:, 4:], 16, 4), _halves(0, 2)),
     Format(
-        formats.Q3_K, 3, 4, "s16", lambda b: _fields(b[:, 32:96], 32, 2) | _fields(b[:, :32], 32, 1) << 2, _factors_q3
-    ),
-    Format(formats.Q4_K, 4, 0, "k32", lambda b: _fields(b[:, 16:], 32, 4), _factors_k32),
-    Format(
-        formats.Q5_K, 5, 0, "k32", lambda b: _fields(b[:, 48:], 32, 4) | _fields(b[:, 16:48], 32, 1) << 4, _factors_k32
+        integer_formats.Q5_0, 5, 16, "half", lambda b: _fields(b[:, 6:], 16, 4) | _bits(b[:, 2:6]) << 4, _halves(0, 1)
     ),
     Format(
-        formats.Q6_K,
+        integer_formats.Q5_1, 5, 0, "pair", lambda b: _fields(b[:, 8:], 16, 4) | _bits(b[:, 4:8]) << 4, _halves(0, 2)
+    ),
+    Format(integer_formats.Q8_0, 8, 128, "half", lambda b: b[:, 2:] ^ 128, _halves(0, 1)),
+    Format(
+        integer_formats.Q2_K, 2, 0, "k16", lambda b: _fields(b[:, 16:80], 32, 2), lambda b: (_half(b, 80, 2), b[:, :16])
+    ),
+    Format(
+        integer_formats.Q3_K,
+        3,
+        4,
+        "s16",
+        lambda b: _fields(b[:, 32:96], 32, 2) | _fields(b[:, :32], 32, 1) << 2,
+        _factors_q3,
+    ),
+    Format(integer_formats.Q4_K, 4, 0, "k32", lambda b: _fields(b[:, 16:], 32, 4), _factors_k32),
+    Format(
+        integer_formats.Q5_K,
+        5,
+        0,
+        "k32",
+        lambda b: _fields(b[:, 48:], 32, 4) | _fields(b[:, 16:48], 32, 1) << 4,
+        _factors_k32,
+    ),
+    Format(
+        integer_formats.Q6_K,
         6,
         32,
         "s16",
         lambda b: _fields(b[:, :128], 64, 4) | _fields(b[:, 128:192], 32, 2) << 4,
         lambda b: (_half(b, 208), b[:, 192:208]),
     ),
-    Format(formats.IQ4_NL, 4, 0, "half", lambda b: _fields(b[:, 2:], 16, 4), _halves(0, 1), levels=True),
-    Format(formats.IQ4_XS, 4, 0, "s32", lambda b: _fields(b[:, 8:], 16, 4), _factors_iq4_xs, levels=True),
+    Format(level_formats.IQ4_NL, 4, 0, "half", lambda b: _fields(b[:, 2:], 16, 4), _halves(0, 1), levels=True),
+    Format(level_formats.IQ4_XS, 4, 0, "s32", lambda b: _fields(b[:, 8:], 16, 4), _factors_iq4_xs, levels=True),
 )
 FORMATS: dict[QType, Format] = {layout.block.qtype: layout for layout in _FORMATS}

@@ -89,7 +89,8 @@ def repairable(loaded: LoadedModel, names: Sequence[str]) -> list[str]:
     if not found:
         types = ", ".join(sorted({loaded.tensors[name].type_name for name in names}))
         raise NKATError(
-            f"{loaded.file.path}: has no scales to learn: its weights are {types}, and a repair needs a block format"
+            f"{loaded.file.path}: has no scales to learn: its weights are {types}, and a repair needs a block format "
+            "with float16 scales"
         )
     return found
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nkat.gguf.formats import BLOCK_FORMATS, BlockFormat, dequantise
+from nkat.gguf.blocks import BlockFormat
+from nkat.gguf.formats import BLOCK_FORMATS, dequantise
 from nkat.gguf.scales import put_scales, stored_scales
 from nkat.lm.linear import StarLinear
 
