@@ -38,7 +38,10 @@ from tests.support.tiny_models import ARCHITECTURES, FURTHER_FAMILIES, MIXTURE_F
 GAMMA = 0.5
 _RESULT = re.compile(r"\[\d+\]([\d.]+|-?nan|inf),")
 _TRIES = 5
-TOLERANCE = 1e-3  # relative: its GELU from a table of half-precision numbers alone moves a tiny gemma4 by 2e-4
+# Relative. Its GELU from a table of half-precision numbers alone moves a tiny gemma4 by 2e-4, and by 1e-3 where that
+# sends a token to another expert.
+TOLERANCE = 2e-3
+EFFECT = 3e-3  # of Θ, at least
 
 
 def llama_perplexity(program: Path, model: Path, text: Path, chunks: int, adapter: Path | None = None) -> list[float]:
@@ -83,7 +86,7 @@ def compare(program: Path, arch: str, options: dict[str, Any], chunks: int, step
 def agrees(row: dict[str, Any]) -> bool:
     """Whether both programs found the same, Θ was no small matter, and the fit lowered the perplexity."""
     same = all(abs(row[key] / row[f"{key}_llama_cpp"] - 1) < TOLERANCE for key in ("plain", "theta"))
-    return same and abs(row["theta"] / row["plain"] - 1) > 3 * TOLERANCE and row["fit_percent"] < 0.0
+    return same and abs(row["theta"] / row["plain"] - 1) > EFFECT and row["fit_percent"] < 0.0
 
 
 def main() -> None:
@@ -91,7 +94,7 @@ def main() -> None:
     parser.add_argument("--llama-perplexity", type=Path, required=True, metavar="PATH")
     parser.add_argument("--only", nargs="+", choices=ARCHITECTURES, metavar="NAME", help="of these architectures")
     parser.add_argument("--chunks", type=commandline.positive_int, default=4, metavar="N", help="of 512 tokens")
-    parser.add_argument("--steps", type=commandline.positive_int, default=8, metavar="N", help="of the fit")
+    parser.add_argument("--steps", type=commandline.positive_int, default=24, metavar="N", help="of the fit")
     parser.add_argument("--json", metavar="FILE", help="write the record to a file too")
     commandline.add_output_format(parser)
     options = parser.parse_args()
