@@ -65,7 +65,12 @@ def run_harness() -> None:
 
     if NAME not in model_registry:
         model_registry.register(NAME, target=PLUGIN)
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ValueError as error:
+        if str(error).startswith("Tasks not found"):  # what a slip of the pen is, among all that lm-eval may raise
+            raise NKATError(f"{error} (`nkat-lm-eval ls tasks` lists them; --include_path has yours)") from None
+        raise
 
 
 def _with_model(words: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nkat.host.figures import BASE, BEST, TRIAL, new_figure, save_figure
+from nkat.inference.tables import term_of
 from nkat.measure.perplexity import change_text
 
 _LATENCIES = "p90_latency_ms", "p10_latency_ms"
@@ -42,7 +43,7 @@ def plot_comparison(path: Path, record: Mapping[str, Any], title: str, force: bo
     figure = new_figure(title, (4.6 * len(measures), 4.6))
     panels = figure.subplots(1, 2 * len(measures), width_ratios=[1.6, 1] * len(measures))
     for measure, bars, difference in zip(measures, panels[::2], panels[1::2], strict=True):
-        _bars(bars, measure)
+        _bars(bars, measure, term_of(record))
         _difference(difference, measure)
     bars = "bars: median, lines: 10th to 90th percentile of single runs"
     figure.supxlabel(bars + ("; of perplexity ± its standard error" if record["chunks"] else ""), fontsize=9)
@@ -79,10 +80,12 @@ def _perplexity(record: Mapping[str, Any]) -> _Measure:
     )
 
 
-def _bars(axes: Any, measure: _Measure) -> None:
+def _bars(axes: Any, measure: _Measure, term: str) -> None:
     axes.set_title(measure.name)
     axes.set(ylabel=measure.label)
-    names = [f"{arm} Θ\n{measure.form.format(v)}" for arm, v in zip(("without", "with"), measure.values, strict=True)]
+    names = [
+        f"{arm} {term}\n{measure.form.format(v)}" for arm, v in zip(("without", "with"), measure.values, strict=True)
+    ]
     axes.bar(names, measure.values, yerr=measure.spread, color=[BASE, TRIAL], width=0.6, capsize=6)
     axes.set_ylim(bottom=0)
 

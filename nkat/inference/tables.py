@@ -13,8 +13,8 @@ from typing import Any
 
 from nkat.host.console import format_bytes
 from nkat.host.tables import Column, Table
-from nkat.measure.columns import CHANGE, KL, PERPLEXITY, SAME_TOP, TPE
-from nkat.measure.divergence import divergence_row
+from nkat.measure.columns import CHANGE, PERPLEXITY, TPE
+from nkat.measure.divergence import divergence_columns, divergence_row
 from nkat.measure.judge import Score
 from nkat.measure.perplexity import PairedChange, Perplexity, change_text
 from nkat.measure.provenance import conditions_of
@@ -107,7 +107,7 @@ def benchmark_table(record: Mapping[str, Any], caption: str) -> Table:
     rows = [_speed_row(name, arm) for name, arm in zip(("without", "with"), arms, strict=False)]
     if len(rows) == 2:
         rows[1] |= _cost_row(record)
-    columns = [ARM, *_speed_columns(len(rows) == 2)]
+    columns = [_arm(record), *_speed_columns(len(rows) == 2)]
     return Table("benchmark", columns, rows, caption, conditions_of(record), sideways=True, beside="what Θ costs")
 
 
@@ -143,7 +143,8 @@ def comparison_table(record: Mapping[str, Any], caption: str) -> Table:
         for name, arm in (("without", base), ("with", nkat))
     ]
     rows[1] |= _cost_row(record)
-    columns = [ARM, *_speed_columns(True), *(Column(title, key, *form) for key, (title, *form) in _STARTUP.items())]
+    startup = [Column(title, key, *form) for key, (title, *form) in _STARTUP.items()]
+    columns = [_arm(record), *_speed_columns(True), *startup]
     if record["chunks"]:
         change, error = record["estimated_perplexity_improvement"], record["perplexity_change_stderr"]
         rows[1] |= {"change_percent": change, "change_percent_stderr": error}
@@ -154,10 +155,7 @@ def comparison_table(record: Mapping[str, Any], caption: str) -> Table:
         ]
     if divergence := record["divergence"]:
         rows[1] |= divergence_row(divergence)
-        columns += [
-            replace(KL, beside=Column("", "kl_p99", "99 %: {:.5f}".format)),
-            replace(SAME_TOP, title="same top token, %"),
-        ]
+        columns += divergence_columns()
     return Table("compare", columns, rows, caption, conditions_of(record), sideways=True, beside="change")
 
 
@@ -169,7 +167,16 @@ def comparison_words(record: Mapping[str, Any]) -> str:
     return f"Activations are rounded to 8 bits; that changes the perplexity without Θ by {change}."
 
 
-ARM = Column("", "arm", "{} Θ".format)  # "without" or "with"
+def _arm(record: Mapping[str, Any]) -> Column:
+    """The column that says "without" or "with"."""
+    return Column("", "arm", f"{{}} {term_of(record)}".format)
+
+
+def term_of(record: Mapping[str, Any]) -> str:
+    """What the model is measured with, for people."""
+    return "LoRA" if record.get("lora") else "Θ"
+
+
 _STARTUP: dict[str, tuple[str, Any, str] | tuple[str, Any]] = {
     "load_seconds": ("load", ".3f", "s"),
     "first_token_seconds": ("first token", ".3f", "s"),

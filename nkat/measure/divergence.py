@@ -118,14 +118,13 @@ def divergence_row(record: Mapping[str, Any]) -> dict[str, float]:
     return row | {f"delta_p_p{name}": value for name, value in change["quantiles"].items()}
 
 
-def divergence_table(records: Mapping[str, Mapping[str, Any]], caption: str = "") -> Table:
-    """What `Divergence.record` gave: a row, and for people a column, for each model by its name."""
+def divergence_columns() -> list[Column]:
+    """Of a table whose rows have what `divergence_row` gives."""
 
     def percentile(name: str) -> str:
         return "  median" if name == "50" else f"  {name} %"
 
-    columns = [
-        Column("", "arm"),
+    return [
         Column("KL divergence", ("kl_mean", "kl_stderr"), "{:.6f} ± {:.6f}".format),
         *(Column(percentile(name), f"kl_p{name}", ".6f") for name in ("50", "90", "95", "99")),
         Column("  maximum", "kl_max", ".6f"),
@@ -134,5 +133,10 @@ def divergence_table(records: Mapping[str, Mapping[str, Any]], caption: str = ""
         Column("  RMS", ("delta_p_rms", "delta_p_rms_stderr"), "{:.3f} ± {:.3f}".format),
         *(Column(percentile(name), f"delta_p_p{name}", "+.3f") for name in ("1", "5", "50", "95", "99")),
     ]
+
+
+def divergence_table(records: Mapping[str, Mapping[str, Any]], caption: str = "") -> Table:
+    """What `Divergence.record` gave: a row, and for people a column, for each model by its name."""
+    columns = [Column("", "arm"), *divergence_columns()]
     rows = [{"arm": arm, **divergence_row(record)} for arm, record in records.items()]
     return Table("divergence", columns, rows, caption, sideways=True)

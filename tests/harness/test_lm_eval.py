@@ -246,6 +246,13 @@ def test_what_cannot_be_is_one_line(model, capsys):
     assert "ValueError: another" in capsys.readouterr().err
 
 
+def test_a_task_that_is_not_there_is_one_line(model, monkeypatch):
+    words = ["--model_args", f"path={model}", "--tasks", "no_such_task"]
+    monkeypatch.setattr(sys, "argv", ["nkat-lm-eval", *words])
+    with pytest.raises(NKATError, match="Tasks not found: no_such_task"):
+        command.main()
+
+
 def test_without_lm_eval_the_command_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["nkat-lm-eval", "--tasks", "x"])
     monkeypatch.setattr("nkat.harness.command.find_spec", lambda name: None)

@@ -386,6 +386,8 @@ def test_compare_measures_both_arms(script, fails, tiny: Path, tmp_path: Path) -
     assert all(sha256 in page for sha256 in hashes)
     assert record["command"] in html.unescape(page)
     assert f"{record['baseline']['perplexity']:.4f} ± " in page
+    quantiles = record["divergence"]["kl"]["quantiles"]
+    assert all(f"{quantiles[name]:.6f}" in page for name in ("90", "95", "99"))
     guide = ("nkat_tokens_per_second", "baseline_tokens_per_second", "overhead_percentage")
     assert all(math.isfinite(record[key]) for key in guide)
     assert record["nkat_tokens_per_second"] == record["nkat"]["decode"]["tokens_per_second"]

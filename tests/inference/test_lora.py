@@ -76,6 +76,7 @@ def test_a_comparison_with_a_lora_has_its_report(script, model: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "without and with LoRA" in page
+    assert done.stdout.split("without ")[1].startswith("LoRA  with LoRA")
     assert f"{ADAPTER}, scale 0.5, sha256 " in page
     assert "in the model file" not in page
 
