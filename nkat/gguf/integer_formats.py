@@ -233,13 +233,9 @@ def _powers_of_three(count: int, device: torch.device) -> Tensor:
     return torch.tensor([3**i for i in range(count)], dtype=torch.uint8, device=device).unsqueeze(1)
 
 
-def _trits(part: Tensor, count: int) -> Tensor:
-    """The first `count` digits of each byte, read as a fraction of 256 in base 3: uint8 (n, count·bytes), 0 to 2.
-
-    The first digits of all bytes, then the second digits of all of them, and so on.
-    """
-    shifted = part.unsqueeze(1) * _powers_of_three(count, part.device)  # the digits before are carried away: modulo 256
-    return (shifted > 85).to(torch.uint8).add_(shifted > 170).flatten(1)
+def _from_digit(part: Tensor, count: int) -> Tensor:
+    """Each byte, a fraction of 256 in base 3, from its first digit on, from its second, ...: uint8 (n, count·bytes)."""
+    return (part.unsqueeze(1) * _powers_of_three(count, part.device)).flatten(1)  # what is in front is lost: modulo 256
 
 
 class TQ1_0(BlockFormat, qtype=GGMLQuantizationType.TQ1_0, halves=(52,)):
@@ -257,8 +253,10 @@ class TQ1_0(BlockFormat, qtype=GGMLQuantizationType.TQ1_0, halves=(52,)):
 
     @staticmethod
     def quants(blocks: Tensor) -> Tensor:
-        q = torch.cat([_trits(blocks[:, :32], 5), _trits(blocks[:, 32:48], 5), _trits(blocks[:, 48:52], 4)], dim=1)
-        return signed(q.view(-1), 1)
+        parts = ((blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4))
+        left = torch.cat([_from_digit(part, count) for part, count in parts], dim=1).view(-1)
+        # the first digit of each, less 1
+        return (left > 85).view(torch.int8).add_((left > 170).view(torch.int8)).sub_(1)
 
 
 class TQ2_0(BlockFormat, qtype=GGMLQuantizationType.TQ2_0, halves=(64,)):

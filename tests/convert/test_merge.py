@@ -87,6 +87,24 @@ def test_more_bits_lose_less() -> None:
     assert errors[0] < 0.01
 
 
+# type: the error over the weights, at most
+FROM_GRIDS = {
+    Type.NVFP4: 0.13,
+    Type.IQ3_S: 0.3,
+    Type.IQ2_XS: 0.5,
+    Type.IQ1_M: 0.8,
+}
+
+
+@pytest.mark.parametrize("qtype", FROM_GRIDS, ids=lambda qtype: qtype.name)
+def test_weights_come_back_from_grids_and_nvfp4(qtype: Type) -> None:
+    """What libgguf packs is what is unpacked here; in another order hardly anything would be left."""
+    weight = torch.randn(16, 512)
+    again = dequantise(torch.from_numpy(quantise(weight, qtype)), qtype, weight.shape)
+    assert 0.05 < float((again - weight).norm() / weight.norm()) < FROM_GRIDS[qtype]
+    assert float((again.roll(1, dims=1) - weight).norm() / weight.norm()) > 1.0
+
+
 @pytest.mark.parametrize(("name", "rule"), [("Q4_0", q4_0), ("Q3_K_S", q3_k_s)])
 def test_requantised_smollm2_is_llama_quantize_s(tmp_path: Path, smollm2: Path, name: str, rule) -> None:
     out = tmp_path / "out.gguf"
