@@ -112,7 +112,7 @@ def test_a_comparison_says_how_far(script, tiny: Path, text: Path, tmp_path: Pat
     long.write_text(default_text().content[:9000], encoding="utf-8")
     record, said = run(script, "--model", tiny, "--compare", *quick, "--text", long, "--output-dir", tmp_path / "out")
     assert record["divergence"]["kl"]["mean"] > 0
-    assert f"{record['divergence']['kl']['mean']:.5f} ± " in said
+    assert f"{record['divergence']['kl']['mean']:.6f} ± " in said
     assert "same top" in said
 
 

@@ -376,13 +376,21 @@ def test_vulkan_that_works(launch, tmp_path: Path, nkat: Path, port: int) -> Non
 
 
 @posix
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command line; none of one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # a zombie, too
+        return []
+
+
 def test_killed_while_loading(launch, tmp_path: Path, nkat: Path, port: int) -> None:
     slow = install(tmp_path / "kobold", NEW, seconds=120)
     launched = launch("--model", nkat, "--kobold", slow, "--port", port, "--launch")
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         launched.family = psutil.Process(launched.process.pid).children(recursive=True)
-        if any("--usecpu" in p.cmdline() for p in launched.family):  # KoboldCpp, not a fork of the script
+        if any("--usecpu" in words_of(p) for p in launched.family):  # KoboldCpp, not a fork of the script
             break
         time.sleep(0.1)
     assert launched.end(signal.SIGTERM)[0] == 128 + signal.SIGTERM
