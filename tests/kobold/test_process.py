@@ -27,6 +27,7 @@ from nkat.kobold.process import Loaded, ServerProcess, check_loaded, running, wa
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install
 from tests.support.kobold_api import post
+from tests.support.processes import words_of
 from tests.support.tiny_models import write_tiny_model
 from tests.support.user import free_port
 
@@ -289,7 +290,7 @@ def test_no_orphan_when_killed(command, port: int, behaviour: dict) -> None:
     with subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT) as parent:
         assert parent.stdout.readline().strip() == b"ready"
         family = psutil.Process(parent.pid).children(recursive=True)
-        assert sum("koboldcpp.py" in " ".join(p.cmdline()) for p in family) == 1 + bool(behaviour.get("tree"))
+        assert sum("koboldcpp.py" in " ".join(words_of(p)) for p in family) == 1 + bool(behaviour.get("tree"))
         parent.kill()
     assert everything_ended(family)
 

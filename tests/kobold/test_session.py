@@ -35,6 +35,7 @@ from nkat.theta.modelfile import open_model_file
 from tests.conftest import ROOT
 from tests.support.fake_koboldcpp import NEW, OLD, install, install_program
 from tests.support.kobold_api import post
+from tests.support.processes import words_of
 from tests.support.tiny_models import write_tiny_model
 from tests.support.user import empty_home, free_port
 
@@ -267,7 +268,7 @@ def check_hidden_library(fails_with_log, tmp_path: Path, nkat: Path, port: int) 
     message = fails_with_log(*arguments, "--launch")
     assert "asked for vulkan, but KoboldCpp loaded koboldcpp_default" in message
     assert "carries vulkan" in message
-    children = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    children = [" ".join(words_of(p)) for p in psutil.Process().children(recursive=True)]
     assert not [line for line in children if str(port) in line]
 
 
@@ -376,14 +377,6 @@ def test_vulkan_that_works(launch, tmp_path: Path, nkat: Path, port: int) -> Non
 
 
 @posix
-def words_of(process: psutil.Process) -> list[str]:
-    """Its command line; none of one that has ended meanwhile."""
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:  # a zombie, too
-        return []
-
-
 def test_killed_while_loading(launch, tmp_path: Path, nkat: Path, port: int) -> None:
     slow = install(tmp_path / "kobold", NEW, seconds=120)
     launched = launch("--model", nkat, "--kobold", slow, "--port", port, "--launch")

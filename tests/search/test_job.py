@@ -44,6 +44,7 @@ from nkat.theta.layers import select_layers
 from nkat.theta.modelfile import open_model_file
 from nkat.theta.set import ThetaSet
 from tests.conftest import ROOT
+from tests.support.processes import words_of
 from tests.support.tiny_models import write_tiny_model
 
 OPTIMIZER = "nkat_auto_optimizer.py"
@@ -472,7 +473,7 @@ def test_workers_end_with_a_main_process_that_is_killed(tmp_path: Path) -> None:
         while worker is None and main.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
             workers = psutil.Process(main.pid).children()
-            worker = next((child for child in workers if "--join" in child.cmdline()), None)
+            worker = next((child for child in workers if "--join" in words_of(child)), None)
         assert worker is not None
         time.sleep(3)  # time to import, and to begin to watch
         assert worker.is_running()  # control: it does not end by itself
