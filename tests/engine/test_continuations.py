@@ -74,7 +74,7 @@ def test_predictions_equal_the_forward_pass(tmp_path, family):
             greedy.append(int(loaded.model(torch.tensor([greedy]))[0, -1].argmax()))
     asked = [*CONTINUATIONS, Continuation(tuple(greedy), 20)]
     found, expected = found_in(loaded, asked), [expected_of(loaded, each) for each in asked]
-    assert distance(found, expected) < 1e-4
+    assert distance(found, expected) < 3e-4  # of about 10: without vector instructions sums have another order again
     assert same_best(found, expected)
     assert found[-1].best.all()
     assert not all(each.best.all() for each in found)

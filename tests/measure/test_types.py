@@ -81,7 +81,9 @@ def test_theta_is_made_learned_and_exported(script, fails, tmp_path: Path, qtype
     path, text, out = tiny(tmp_path, qtype), tmp_path / "text.txt", tmp_path / "out.nkat"
     text.write_text(default_text().content[:6000], encoding="utf-8")
     reference = write_tiny_model(tmp_path / "reference.gguf", "llama", blocks=2, embedding=256, feed_forward=256)
-    fit = ("--fit-steps", 2, "--fit-batch", 1, "--fit-context", 48, "--fit-start-steps", 1, "--no-guard", "--no-cuda")
+    # so many steps that the gain is beyond what sums of another order move
+    fit = ("--fit-steps", 12, "--fit-batch", 2, "--fit-context", 48, "--fit-start", "zero", "--no-guard", "--no-cuda")
+    fit += ("--fit-learning-rate", 0.02, "--fit-precision", "float32", "--theta-rank", 2, "--theta-gamma", 0.9)
     sources = {
         "weight": (),
         "residual": ("--reference", reference),
