@@ -17,6 +17,7 @@ import torch
 from nkat.errors import NKATError
 from nkat.lm.load import LoadedModel, load_model
 from nkat.measure.texts import default_text
+from nkat.sources.fit import descent
 from nkat.sources.fit.data import FitText, fit_text, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, to_thetas, zero_start
 from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
@@ -395,23 +396,25 @@ def test_the_converter_fits(model_path: Path, text_path: Path, tmp_path: Path, s
 
 
 def test_interrupted_fits_keep_the_best_and_go_on(
-    model_path: Path, text_path: Path, tmp_path: Path, script: Script
+    model_path: Path, text_path: Path, tmp_path: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C writes what there is; --resume goes on to what an uninterrupted fit would have made."""
     arguments = ["--input", model_path, "--theta-source", "fit", "--calibrate", text_path, "--theta-rank", 2]
     arguments += ["--theta-only", *QUICK, "--fit-start", "zero", "--threads", 1]
-    arguments += ["--fit-steps", 60, "--fit-validate-every", 10, "--fit-batch", 8]  # long enough for a line of progress
+    arguments += ["--fit-steps", 60, "--fit-validate-every", 10]
     output, whole = tmp_path / "a.bin", tmp_path / "b.bin"
-    command = [sys.executable, ROOT / "nkat_gguf_converter.py", *arguments, "--output", output]
-    first = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    for line in iter(lambda: first.stderr.readline(40), ""):
-        if "loss" in line:  # of the progress bar: steps are being made
-            break
-    first.send_signal(signal.SIGINT)
-    _, errors = first.communicate(timeout=300)
-    assert first.returncode == 130, errors
+    steps, take_step = 0, descent.take_step
+
+    def ctrl_c_in_step_17(*given: Any) -> bool:
+        nonlocal steps
+        steps += 1
+        if steps == 17:
+            signal.raise_signal(signal.SIGINT)
+        return take_step(*given)
+
+    monkeypatch.setattr(descent, "take_step", ctrl_c_in_step_17)
+    first = script("nkat_gguf_converter.py", *arguments, "--output", output)
+    assert first.returncode == 130, first.stderr
     assert open_model_file(output).theta.notes["nkat.fit.unfinished"]
     state = output.with_name("a.bin.fit")
     assert state.exists()
