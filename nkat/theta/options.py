@@ -15,35 +15,24 @@ def add_theta_arguments(parser: argparse.ArgumentParser, about: str) -> None:
 
     about: what `--theta` is for
     """
-    parser.add_argument(
-        "--theta", dest="thetas", action=_Append, type=_one, default=(), metavar="FILE[:WEIGHT]", help=about
-    )
-    parser.add_argument(
-        "--theta-scaled",
-        dest="thetas",
-        action=_Append,
-        type=_scaled,
-        default=(),
-        metavar="FILE:WEIGHT,...",
-        help="several in one flag, as --lora-scaled of llama.cpp has them",
-    )
+    _add(parser, "theta", ("FILE[:WEIGHT]", "FILE:WEIGHT,..."), about, "as --lora-scaled of llama.cpp has them")
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """`--lora PATH` and `--lora-scaled PATH:SCALE`, each as often as wanted, into `loras`, in the order given."""
     about = "run this LoRA in place of Θ: a folder of PEFT's, or a GGUF of llama.cpp's; several are added up"
-    parser.add_argument(
-        "--lora", dest="loras", action=_Append, type=_one, default=(), metavar="PATH[:SCALE]", help=about
-    )
-    parser.add_argument(
-        "--lora-scaled",
-        dest="loras",
-        action=_Append,
-        type=_scaled,
-        default=(),
-        metavar="PATH:SCALE,...",
-        help="several in one flag, as llama.cpp has them",
-    )
+    _add(parser, "lora", ("PATH[:SCALE]", "PATH:SCALE,..."), about, "as llama.cpp has them")
+
+
+def _add(parser: argparse.ArgumentParser, name: str, forms: tuple[str, str], about: str, scaled: str) -> None:
+    """The flag for one and the flag for several. forms: what each takes;  scaled: whose way the second is"""
+    for flag, kind, form, said in (
+        (name, _one, forms[0], about),
+        (f"{name}-scaled", _scaled, forms[1], f"several in one flag, {scaled}"),
+    ):
+        parser.add_argument(
+            f"--{flag}", dest=f"{name}s", action=_Append, type=kind, default=(), metavar=form, help=said
+        )
 
 
 def theta_words(files: Sequence[WeightedFile]) -> list[object]:

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import gguf
 import pytest
 
 from nkat.errors import NKATError
@@ -80,18 +79,6 @@ def real_server() -> Path:
     if REAL is None:
         pytest.skip("LLAMA_SERVER names no llama-server")
     return Path(REAL)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return write_tiny_model(tmp_path / "base.gguf", "llama", qtype=gguf.GGMLQuantizationType.Q8_0)
-
-
-@pytest.fixture
-def nkat(script, base: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.nkat"
-    assert script(CONVERTER, "--input", base, "--output", path).returncode == 0
-    return path
 
 
 @pytest.fixture

@@ -71,18 +71,6 @@ def real_kobold() -> Path:
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return write_tiny_model(tmp_path / "base.gguf", "llama", qtype=gguf.GGMLQuantizationType.Q8_0)
-
-
-@pytest.fixture
-def nkat(script, base: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.nkat"
-    assert script(CONVERTER, "--input", base, "--output", path).returncode == 0
-    return path
-
-
-@pytest.fixture
 def port() -> int:
     return free_port()
 
