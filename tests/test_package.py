@@ -177,6 +177,14 @@ def test_commands_are_there_before_torch() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_commands_start_without_llvm() -> None:
+    """It is loaded where a kernel is compiled: whoever asks for help, or makes a mistake, does not wait for it."""
+    modules = "nkat.convert.job, nkat.inference.job, nkat.kobold.session, nkat.search.job, nkat.serve.job"
+    program = f"import sys, {modules}; print('llvmlite' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "False\n"
+
+
 def test_ctrl_c_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     (tmp_path / "slow_to_load.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)

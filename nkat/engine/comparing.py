@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from nkat.engine.compared import Compared
-from nkat.engine.log_probs import FLOOR, pack, unpack
+from nkat.engine.log_probs import pack, unpack
 from nkat.engine.scoring import has_kernels
+from nkat.kernels.cpu.agreed import STORED_FLOOR
 from nkat.lm.attention import capped
 from nkat.lm.transformer import Transformer
 
@@ -105,7 +106,7 @@ class EagerComparer:
         columns: list[list[torch.Tensor]] = [[], [], [], []]
         for part in own.parts():
             a, b = base.log_probs(part), own.log_probs(part)
-            weight = a.exp() if isinstance(base, _Side) else torch.where(a > FLOOR, a.exp(), 0.0)
+            weight = a.exp() if isinstance(base, _Side) else torch.where(a > STORED_FLOOR, a.exp(), 0.0)
             chosen = (x.gather(1, targets[part, None])[:, 0] for x in (a, b))
             found = (*(-x for x in chosen), (weight * (a - b)).sum(1), a.argmax(1) == b.argmax(1))
             for column, values in zip(columns, found, strict=True):

@@ -12,8 +12,8 @@ import torch
 
 from nkat.engine.forward import Cache, ForwardPass, PositionTables
 from nkat.errors import NKATError
+from nkat.kernels.cpu.agreed import KEYS
 from nkat.kernels.cpu.batch import batch_tokens
-from nkat.kernels.cpu.blocks import KEYS
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import StarStep, token_state
 from nkat.kernels.cpu.program import Program, aligned, pool

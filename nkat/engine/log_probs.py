@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 REACH = 16.0  # below the largest logit
-FLOOR = -16.0  # ln p that counts in a divergence is above
 _STEPS = 65535.0
 _HEAD = 4  # words
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nkat.kernels.cpu.blocks import KEYS
+from nkat.kernels.cpu.agreed import KEYS
 
 Tokens = Sequence[int]
 

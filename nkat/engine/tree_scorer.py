@@ -10,8 +10,8 @@ from nkat.engine.compiled_scorer import experts_of, linear_of, tokens_together
 from nkat.engine.forward import Cache
 from nkat.engine.likelihoods import Likelihoods
 from nkat.engine.tree import Tokens, token_tree
+from nkat.kernels.cpu.agreed import KEYS
 from nkat.kernels.cpu.batch import batch_tokens
-from nkat.kernels.cpu.blocks import KEYS
 from nkat.kernels.cpu.program import pool
 from nkat.lm.transformer import Transformer
 

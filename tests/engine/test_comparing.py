@@ -14,8 +14,9 @@ from nkat.engine import likelihoods
 from nkat.engine.compared import Compared
 from nkat.engine.comparing import EagerComparer, make_comparer
 from nkat.engine.compiled_comparer import CompiledComparer
-from nkat.engine.log_probs import FLOOR, heads_of, pack, row_words, unpack
+from nkat.engine.log_probs import heads_of, pack, row_words, unpack
 from nkat.engine.scoring import make_scorer
+from nkat.kernels.cpu.agreed import STORED_FLOOR
 from nkat.lm.load import LoadedModel, load_model
 from tests.engine.test_scoring import CHUNKS, CONTEXT, add_theta, distance
 from tests.support.tiny_models import write_tiny_model
@@ -148,7 +149,7 @@ def test_rows_of_log_probabilities():
     assert step == np.float32(16 / 65535)
     assert lowest == pytest.approx(-16 - float(torch.logsumexp(logits[0] - 4.0, 0)), rel=1e-6)
     exact = logits.double().log_softmax(1)
-    likely = exact > FLOOR + 1e-3
+    likely = exact > STORED_FLOOR + 1e-3
     assert float((unpack(rows, 5).double() - exact)[likely].abs().max()) < 1.3e-4
     assert unpack(rows, 5)[0, 2] == pytest.approx(float(lowest))  # and not −24
     assert unpack(rows, 5)[1, 0] == pytest.approx(-np.log(5), abs=1e-6)
@@ -179,12 +180,12 @@ def test_stored_rows_as_the_base(tmp_path):
     other.model.output_norm *= 2.0  # so that much is very unlikely
     _, rows = make_comparer(other.model, 3, CONTEXT).stored(CHUNKS)
     base = unpack(rows, vocabulary).double()
-    assert 0.05 < (base <= FLOOR).double().mean() < 0.9
+    assert 0.05 < (base <= STORED_FLOOR).double().mean() < 0.9
     own = [x[:, CONTEXT // 2 : -1].flatten(0, 1).double().log_softmax(1) for x in arms(loaded)]
     targets = CHUNKS[:, CONTEXT // 2 + 1 :].reshape(-1, 1)
     for comparer in (make_comparer(loaded.model, 3, CONTEXT), EagerComparer(loaded.model)):
         for found, arm in zip(comparer.beside(CHUNKS, 2, rows), own, strict=True):
-            weight = torch.where(base > FLOOR, base.exp(), 0.0)
+            weight = torch.where(base > STORED_FLOOR, base.exp(), 0.0)
             assert distance(found.kl.flatten(), (weight * (base - arm)).sum(1)) < 1e-4
             assert distance(found.base_nll.flatten(), -base.gather(1, targets)[:, 0]) < 1e-5
             assert torch.equal(found.same_top.flatten(), base.argmax(1) == arm.argmax(1))

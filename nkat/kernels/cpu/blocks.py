@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 
+from nkat.kernels.cpu.agreed import KEYS
 from nkat.kernels.cpu.jit import compile_kernel
 from nkat.kernels.cpu.llvm import F16, F32, I32, I64, Builder, Value
-
-KEYS = 16  # positions in one block of the key cache
 
 
 def width_of(columns: int) -> int:

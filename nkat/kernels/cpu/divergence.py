@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from nkat.kernels.cpu.agreed import STORED_FLOOR
 from nkat.kernels.cpu.blocks import own_tokens
 from nkat.kernels.cpu.jit import compile_kernel
 from nkat.kernels.cpu.llvm import F32, I16, I32, I64, Builder, Value
@@ -16,7 +17,6 @@ from nkat.kernels.cpu.llvm import F32, I16, I32, I64, Builder, Value
 LANES = 16
 RUNNING = 8  # float32 of each token, see `divergence_kernel`
 STORED_HEAD = 8  # bytes before a stored row's numbers: its step and its lowest, float32
-STORED_FLOOR = -16.0  # log-probabilities that are stored count where they are above
 _NONE = -(2**31) + 1  # below every negative id
 
 

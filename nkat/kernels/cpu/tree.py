@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 
-from nkat.kernels.cpu.blocks import KEYS, Heads, attention_scores, softmax_weights, width_of
+from nkat.kernels.cpu.agreed import KEYS
+from nkat.kernels.cpu.blocks import Heads, attention_scores, softmax_weights, width_of
 from nkat.kernels.cpu.jit import compile_kernel
 from nkat.kernels.cpu.llvm import F32, I64, Builder, Value
 
