@@ -402,3 +402,20 @@ def test_experts_beside_a_feed_forward_network(tmp_path):
         del tensors["blk.1.ffn_gate_inp.scale"]
         with pytest.raises(ConfigError, match=r"tensor blk\.1\.ffn_gate_inp\.scale is missing"):
             ModelConfig.from_gguf(metadata, tensors)
+
+
+def test_blocks_that_foretell_later_tokens_are_left_out(tmp_path):
+    config = config_of(tmp_path, "glm4", draft=1)
+    assert (config.block_count, config.draft_blocks) == (3, range(3, 4))
+    assert replace(config, draft_blocks=range(0)) == replace(config_of(tmp_path, "glm4"), draft_blocks=range(0))
+    # arrays have a value for each of them, too
+    pattern = np.array([True, False, True, True])
+    config = config_of(tmp_path, "gemma3", {"attention.sliding_window_pattern": pattern}, draft=1, sliding_window=8)
+    assert config.local_blocks == (True, False, True)
+    with pytest.raises(ConfigError, match="has 3 values for 4 blocks"):
+        extra = {"attention.sliding_window_pattern": pattern[:3]}
+        config_of(tmp_path, "gemma3", extra, draft=1, sliding_window=8)
+    with pytest.raises(ConfigError, match=r"nextn_predict_layers must be at most 2, got 3"):
+        config_of(tmp_path, "glm4", {"nextn_predict_layers": 3})
+    with pytest.raises(ConfigError, match=r"blk\.3\.nextn\.eh_proj\.weight is unknown"):
+        config_of(tmp_path, "glm4", {"nextn_predict_layers": None, "block_count": 3}, draft=1)

@@ -77,6 +77,7 @@ class TinyOptions:
     expert_bias: bool = False  # and of the router and the attention's output
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
+    draft: int = 0  # blocks behind the others that foretell later tokens, and that no forward pass reads
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
     add_bos: bool = False
@@ -234,7 +235,9 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     writer.add_name(f"tiny {arch.replace('phi3', 'phi 3')}")  # "phi3" asks for special tokens that it lacks
     writer.add_context_length(opts.context)
     writer.add_embedding_length(opts.embedding)
-    writer.add_block_count(opts.blocks)
+    writer.add_block_count(opts.blocks + opts.draft)
+    if opts.draft:
+        writer.add_nextn_predict_layers(opts.draft)
     writer.add_feed_forward_length(opts.feed_forward_by_block or opts.feed_forward)
     if opts.experts:
         writer.add_expert_count(opts.experts)
@@ -294,8 +297,12 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
         yield "per_layer_token_embd.weight", (vocab_size, opts.blocks * p), 0.0, 1 / math.sqrt(p)
         yield "per_layer_model_proj.weight", (opts.blocks * p, n), 0.0, 1.0
         yield "per_layer_proj_norm.weight", (p,), 1.0, 0.2
-    for i in range(opts.blocks):
+    for i in range(opts.blocks + opts.draft):
         block = f"blk.{i}."
+        if i >= opts.blocks:
+            yield block + "nextn.eh_proj.weight", (n, 2 * n), 0.0, 1 / math.sqrt(n)
+            yield block + "nextn.enorm.weight", (n,), 1.0, 0.2
+            yield block + "nextn.hnorm.weight", (n,), 1.0, 0.2
         head_dim, kv_heads, ff = _sizes(opts, i)
         n_q, n_kv = opts.heads * head_dim, kv_heads * head_dim
         own = i < opts.blocks - opts.shared_kv
