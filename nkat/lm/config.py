@@ -191,6 +191,7 @@ class ModelConfig:
             **{name: (outputs, d) for name, outputs in qkv.items()},
             "attn_output": (d, rows[0]),
             **({} if self.mixture is not None and not self.mixture.beside else feed_forward),
+            **({} if self.mixture is None else self.mixture.linears(d)),
             **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
             **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }

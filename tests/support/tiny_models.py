@@ -74,6 +74,7 @@ class TinyOptions:
     expert_length: bool = True  # expert_feed_forward_length is in the file
     beside: bool = False  # gemma4: with a feed-forward network for all tokens beside it, more norms and scales
     fused_experts: bool = False  # gate and up in one weight
+    shared_expert: int = 0  # inner elements of an expert that every token goes to
     expert_bias: bool = False  # and of the router and the attention's output
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
@@ -118,6 +119,15 @@ ARCHITECTURES = {
     "granite": TinyOptions(
         epsilon=1e-5,
         pre="refact",
+        metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
+    ),
+    "granitemoe": TinyOptions(
+        epsilon=1e-5,
+        pre="refact",
+        feed_forward=48,
+        experts=6,
+        expert_length=False,
+        shared_expert=40,
         metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
     ),
     "olmo2": TinyOptions(wide_qk_norm=True, pre_norm=False, post_norm=True, pre="dbrx"),
@@ -176,6 +186,9 @@ MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3moe", {}),
     ("gpt-oss", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 8}}),
     ("llama", {"experts": 6, "expert_length": False, "feed_forward": 48, "vocab": "spm", "add_bos": True}),
+    ("mistral3", {"experts": 6, "expert_length": False, "feed_forward": 48}),
+    ("granite", {"experts": 6, "expert_length": False, "feed_forward": 48}),
+    ("granitemoe", {}),
     ("gemma4", {**_26B, "fused_experts": True}),
     ("gemma4", _26B),
 ]
@@ -242,6 +255,8 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     if opts.experts:
         writer.add_expert_count(opts.experts)
         writer.add_expert_used_count(opts.experts_used)
+        if opts.shared_expert:
+            writer.add_expert_shared_feed_forward_length(opts.shared_expert)
         if opts.expert_length:
             writer.add_expert_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
@@ -361,6 +376,10 @@ def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[
         yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
         yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
     yield block + "ffn_down_exps.weight", (count, n, ff), 0.0, 1 / large / math.sqrt(ff)
+    if shared := opts.shared_expert:
+        yield block + "ffn_gate_shexp.weight", (shared, n), 0.0, 1.5 / math.sqrt(n)
+        yield block + "ffn_up_shexp.weight", (shared, n), 0.0, 1 / math.sqrt(n)
+        yield block + "ffn_down_shexp.weight", (n, shared), 0.0, 1 / math.sqrt(shared)
     if opts.beside:
         yield block + "ffn_gate_inp.scale", (n,), 8.0, 2.0
         yield block + "ffn_down_exps.scale", (count,), 1.0, 0.3
