@@ -27,6 +27,7 @@ from nkat.kernels.cpu.matmul import (
     matmul_kernel,
     round_kernel,
     rounding_of,
+    wide_rounding,
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.kernels.cpu.repack import repack
@@ -86,12 +87,13 @@ def multiply(
     *,
     repacked: bool = True,
     shape: tuple[int, int] = (M, N),
+    rounding: Rounding | None = None,
 ) -> torch.Tensor:
     """W x by the kernels of one instruction set, [count, m]: one token by one kernel, more by the other."""
     (m, n), tokens = shape, 1 if len(x) == 1 else batch_tokens(isa)
     weight = repack(packed, qtype, shape) if repacked else packed.numpy().reshape(m, -1)
     state, tiles = token_state(len(x)), -(-m // ROWS)
-    panels = Panels(rounding_of(qtype, exact), n, len(x), tokens, state)
+    panels = Panels(rounding or rounding_of(qtype, exact), n, len(x), tokens, state)
     y = aligned((-(-len(x) // tokens) * tokens, tiles * ROWS), np.float32)
     program = Program()
     rows = x.numpy()
@@ -103,7 +105,7 @@ def multiply(
     if tokens == 1:
         program.add(matmul_kernel(qtype, exact, isa), (weight, weight.shape[1], units, tiles, *given, *star))
     else:
-        kernel, scratch = batch_kernel(qtype, tokens, exact, repacked, isa), make_scratch(1, tokens)
+        kernel, scratch = batch_kernel(qtype, tokens, panels.rounding, repacked, isa), make_scratch(1, tokens)
         end = (y.strides[0], *star, scratch, scratch.shape[1], state)
         program.add(kernel, (weight, weight.shape[1], units, tiles, m, *given, *end))
     program.run(pool(1))
@@ -150,6 +152,55 @@ def test_a_weight_left_in_the_file_gives_the_same_bits(qtype, isa, exact):
     expected = inputs_used.double() @ dequantise(packed, qtype, shape).double().T
     assert error(in_place, expected) < 2 * (EXACT_TOLERANCE if exact else INT8_TOLERANCE)[qtype]
     assert error(in_place.roll(1, dims=1), expected) > 0.1  # a row beside it would be noticed
+
+
+def two_bytes(qtype: QType) -> Rounding:
+    """What `wide_rounding` chooses where it is faster, on whatever processor this is."""
+    return Rounding(32, BLOCK_LAYOUTS[qtype].group, digits=2)
+
+
+@every_format
+@pytest.mark.parametrize("isa", ISAS)
+def test_inputs_of_two_bytes_are_multiplied_as_exactly_as_they_are_kept(qtype, isa):
+    """Whole numbers of sixteen bits come out as exactly as float32 allows; of one byte each they would not."""
+    packed = packed_weight(qtype)
+    x = torch.randint(-32639, 32640, (14, N), generator=torch.Generator().manual_seed(4)).float()
+    x[:, ::32] = 32639.0
+    weight = dequantise(packed, qtype, (M, N)).double()
+    y = multiply(qtype, packed, x, True, isa, rounding=two_bytes(qtype))
+    assert error(y, x.double() @ weight.T) < EXACT_TOLERANCE[qtype]
+    for lost in (x // 256 * 256, x - 128):  # the lower byte; one step of the higher one
+        assert error(y, lost.double() @ weight.T) > 1e-4
+
+
+@every_format
+@pytest.mark.parametrize("isa", ISAS)
+def test_inputs_of_two_bytes_are_a_hundred_times_nearer_than_of_one(qtype, isa):
+    packed, x = packed_weight(qtype), inputs(14)
+    expected = x.double() @ dequantise(packed, qtype, (M, N)).double().T
+    two = multiply(qtype, packed, x, True, isa, rounding=two_bytes(qtype))
+    one = multiply(qtype, packed, x, False, isa)
+    assert error(two, expected) < 4e-5
+    assert error(one, expected) > 100 * error(two, expected)
+
+
+def test_two_bytes_where_they_are_faster_only():
+    chosen = {isa: wide_rounding(QType.Q6_K, isa) for isa in NEEDS}
+    assert chosen == {isa: two_bytes(QType.Q6_K) if isa.endswith("vnni") else EXACT for isa in NEEDS}
+    assert all(wide_rounding(qtype, isa) == EXACT for qtype in FLOAT_TYPES for isa in NEEDS)
+
+
+@pytest.mark.parametrize("rounding", [Rounding(32, 32), Rounding(256, 16), Rounding(32, 32, digits=2)])
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_a_damaged_input_is_seen(rounding, damage):
+    x, state = inputs(2), token_state(2)
+    x[1, 40] = damage
+    panels, program = Panels(rounding, N, 2, 4, state), Program()
+    panels.fill(program, x.numpy(), x.numpy().strides[0])
+    program.run(pool(1))
+    scales = panels.d.reshape(-1, 4)
+    assert np.isfinite(scales[:, 0]).all()
+    assert not np.isfinite(scales[1, 1])
 
 
 @every_format
@@ -211,10 +262,12 @@ def test_float_weights(qtype, shape, count):
     assert torch.equal(results[0], results[-1])
 
 
-@pytest.mark.parametrize("rounding", [Rounding(32, 32), Rounding(256, 32), Rounding(256, 16)])
+@pytest.mark.parametrize(
+    "rounding", [Rounding(32, 32), Rounding(256, 32), Rounding(256, 16), Rounding(32, 32, 2), Rounding(32, 16, 2)]
+)
 @pytest.mark.parametrize("isa", ISAS)
 def test_rounding(rounding, isa):
-    """Numbers, scales and sums of both kinds; zeros stay zeros, and halves go to the even neighbour."""
+    """Numbers, scales and sums of all kinds; zeros stay zeros, and halves go to the even neighbour."""
     qtype = QType.Q4_0 if rounding.block == 32 else QType.Q6_K
     x = inputs(9)
     x[2, :256] = 0.0
@@ -227,13 +280,20 @@ def test_rounding(rounding, isa):
     arguments = (rows, rows.strides[0], N, panels.q, panels.d, panels.sums, state)
     program.add(round_kernel(rounding, 4, isa), arguments)
     program.run(pool(1))
-    back = (panels.q * panels.d[..., None]).transpose(0, 2, 1, 3).reshape(-1, N)[:9]
-    expected = reference.round_activations(x, qtype).numpy()
-    assert np.abs(back - expected).max() <= 1e-6 * np.abs(x.numpy()).max()
+    whole = sum(256 ** (rounding.digits - 1 - i) * panels.q[:, :, i].astype(np.int32) for i in range(rounding.digits))
+    back = (whole * panels.d[..., None]).transpose(0, 2, 1, 3).reshape(-1, N)[:9]
+    if rounding.digits == 1:
+        expected = reference.round_activations(x, qtype).numpy()
+        assert np.abs(back - expected).max() <= 1e-6 * np.abs(x.numpy()).max()
+    else:
+        step = x.view(9, -1, 32).abs().amax(-1, keepdim=True) / 32639
+        off = torch.from_numpy(back).view(9, -1, 32) - x.view(9, -1, 32)
+        assert (off.abs() <= 0.51 * step).all()
+        assert (off.abs() > 0.4 * step).any()
     assert (back[2, :256] == 0).all()
-    groups = back.reshape(9, -1, rounding.group).sum(-1)
+    grouped = back.reshape(9, -1, rounding.group)
     sums = panels.sums.transpose(0, 2, 1).reshape(-1, N // rounding.group)[:9]
-    assert np.abs(sums - groups).max() < 1e-5
+    assert (np.abs(sums - grouped.sum(-1)) <= 1e-6 * np.abs(grouped).sum(-1)).all()
 
 
 # --- Θ

@@ -9,7 +9,9 @@ and the star term is κ·up·(down·x) with Θ's INT8 factors as they are (`nkat
 lie in *panels*, padded; the rows of the panel that no token fills are computed and ignored. `matmul_kernel` is for one
 token, as in decoding; for more there is `nkat.kernels.cpu.batch`.
 
-Float weights (F32, F16, BF16) are multiplied in float32 without rounding, and so are all when *exact* is asked for.
+Float weights (F32, F16, BF16) are multiplied in float32 without rounding, and so are all when *exact* is asked for;
+but where many tokens are judged and the processor sums products of bytes in one instruction (`wide_rounding`), exact
+inputs are two bytes each, x ≈ d·(256·h + l): sixteen bits of the largest of 32, at twice the speed of float32.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from dataclasses import dataclass
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
-from nkat.kernels.cpu.jit import compile_kernel
-from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, I64, Builder, Value, Variable
+from nkat.kernels.cpu.jit import best_isa, compile_kernel
+from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, I64, Builder, Value, Variable, has_dot4
 
 FLOAT_TYPES = {
     GGMLQuantizationType.F32: F32,
@@ -40,10 +42,17 @@ class Rounding:
     """How the inputs of a weight are rounded: columns that share a scale, and columns that share a sum.
 
     block 1: not at all
+    digits: bytes of an input, the higher one first
     """
 
     block: int
     group: int
+    digits: int = 1
+
+    @property
+    def largest(self) -> float:
+        """The whole number that the largest input of a block becomes: its bytes are -128 to 127."""
+        return 127.0 if self.digits == 1 else 127.0 * 256 + 127
 
 
 EXACT = Rounding(1, 1)
@@ -54,6 +63,13 @@ def rounding_of(qtype: GGMLQuantizationType, exact: bool) -> Rounding:
     if exact or qtype in FLOAT_TYPES:
         return EXACT
     return Rounding(GGML_QUANT_SIZES[qtype][0], BLOCK_LAYOUTS[qtype].group)
+
+
+def wide_rounding(qtype: GGMLQuantizationType, isa: str | None = None) -> Rounding:
+    """How exact inputs of many tokens are multiplied fastest: in two bytes where products of bytes are that fast."""
+    if qtype in FLOAT_TYPES or not has_dot4(isa or best_isa()):
+        return EXACT
+    return Rounding(32, BLOCK_LAYOUTS[qtype].group, digits=2)
 
 
 # Every kernel gets `state`, int64: [0] how many tokens there are, [3] the first of them that feels Θ
@@ -72,7 +88,7 @@ def share(k: Builder, count: Value) -> tuple[Value, Value]:
 def round_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
     """Rows of float32 → panels. Thread i takes every panel whose number is i modulo the number of threads.
 
-    arguments: x, bytes of a row, columns, q [panel, columns / 32, token, 32] int8, d [panel, columns / 32, token],
+    arguments: x, bytes of a row, columns, q [panel, columns / 32, digit, token, 32] int8, d [panel, columns / 32, token],
     sums d·Σq [panel, columns / group, token] float32, state
     EXACT: q gets [panel, columns, token] float32, d and sums nothing
     """
@@ -93,7 +109,11 @@ def round_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int
                     number = panel * (columns // 32) + block * (rounding.block // 32)
                     _round_block(k, rounding, row + block * (4 * rounding.block), number, tokens, place, q, d, sums)
 
-    return compile_kernel(f"round_{rounding.block}_{rounding.group}_{tokens}", emit, isa)
+    return compile_kernel(f"round_{_name(rounding)}_{tokens}", emit, isa)
+
+
+def _name(rounding: Rounding) -> str:
+    return f"{rounding.block}_{rounding.group}_{rounding.digits}"
 
 
 def _round_block(
@@ -113,14 +133,18 @@ def _round_block(
     for part in parts[1:]:
         largest = k.maximum(largest, k.absolute(part))
     top = largest.largest()
-    scale = top / 127.0
-    stored = scale.float16().float32() if rounding.block == 32 else scale
-    inverse = k.select(top > 0.0, k.value(127.0, F32()) / top, 0.0)
+    nothing = functools.reduce(lambda sum_, part: k.fma(part, 0.0, sum_), parts, k.value(0.0, F32(16)))
+    scale = top / rounding.largest + nothing.total()  # a NaN, which `maximum` passes over, makes it NaN
+    stored = scale.float16().float32() if rounding.block == 32 and rounding.digits == 1 else scale
+    inverse = k.select(top > 0.0, k.value(rounding.largest, F32()) / top, 0.0)
     for i in range(rounding.block // 32):
         at = (number + i) * tokens + place
+        digits = (number + i) * (tokens * rounding.digits) + place
         whole = [k.nearest(part * inverse).truncated() for part in parts[2 * i : 2 * i + 2]]
         for j in range(2):
-            k.store(whole[j].narrow(I8()), q + at * 32 + 16 * j)
+            for digit in range(rounding.digits):
+                byte = whole[j] if digit == rounding.digits - 1 else (whole[j] + 128).shift_signed(8)
+                k.store(byte.narrow(I8()), q + (digits + digit * tokens) * 32 + 16 * j)
         k.store(stored, d + at * 4)
         if rounding.group == 32:
             k.store((whole[0] + whole[1]).total().float32() * stored, sums + at * 4)
@@ -333,8 +357,8 @@ def down_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
             else:
                 place = panel * groups * tokens
                 at = down + tile * groups * (STAR_ROWS * 32)
-                first_sum = sums + place * (32 // rounding.group * 4)
-                totals = _down_rounded(k, rounding, at, groups, q + place * 32, d + place * 4, first_sum, tokens)
+                first_sum, first_byte = sums + place * (32 // rounding.group * 4), q + place * (32 * rounding.digits)
+                totals = _down_rounded(k, rounding, at, groups, first_byte, d + place * 4, first_sum, tokens)
             for t in range(tokens):
                 for row in range(rows):
                     term = tile * rows + row
@@ -343,7 +367,7 @@ def down_kernel(rounding: Rounding, tokens: int, isa: str | None = None) -> int:
                         strength = k.select(panel * tokens + t >= felt, strength, 0.0)
                         k.store(strength, u + ((panel * terms + term) * tokens + t) * 4)
 
-    return compile_kernel(f"down_{rounding.block}_{rounding.group}_{tokens}", emit, isa)
+    return compile_kernel(f"down_{_name(rounding)}_{tokens}", emit, isa)
 
 
 def _down_float(k: Builder, down: Value, columns: Value, x: Value, tokens: int) -> list[Value]:
@@ -364,11 +388,15 @@ def _down_rounded(
     shifts = [k.variable(k.value(0.0, F32())) for _ in range(tokens)]  # Σ d·x̂, for the 128 that is added to `down`
     with k.loop(0, groups) as group:
         dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
-        for eight in range(4):
-            w = k.load(I32(ROWS), down + group * (STAR_ROWS * 32) + eight * (STAR_ROWS * 8))
-            for t in range(tokens):
-                x = k.load(I64(), q + (group * tokens + t) * 32 + eight * 8).spread(ROWS // 2).bits(I32(ROWS))
-                dots[t] = k.dot4(dots[t], w, x, seven_bit=False)
+        for digit in range(rounding.digits):
+            if digit > 0:
+                dots = [dot << 8 for dot in dots]
+            for eight in range(4):
+                w = k.load(I32(ROWS), down + group * (STAR_ROWS * 32) + eight * (STAR_ROWS * 8))
+                for t in range(tokens):
+                    at = ((group * rounding.digits + digit) * tokens + t) * 32 + eight * 8
+                    x = k.load(I64(), q + at).spread(ROWS // 2).bits(I32(ROWS))
+                    dots[t] = k.dot4(dots[t], w, x, seven_bit=False)
         for t in range(tokens):
             scale = k.load(F32(), d + (group * tokens + t) * 4)
             totals[t].value = k.fma(dots[t].float32(), scale, totals[t].value)
