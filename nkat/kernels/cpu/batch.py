@@ -7,7 +7,7 @@ of a repacked weight.
 
 In scratch, weights are float32 [column, 16 rows] where inputs are not rounded. Where they are, steps of 32 columns
 follow one another: their bytes q [8, 16 rows, 4], then s and m of each group of columns, float32 [16 rows]. Inputs of
-two bytes go over them twice: the sum of the higher bytes, times 256, is what that of the lower ones begins with.
+several bytes go over them again for each.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def batch_tokens(isa: str | None = None) -> int:
 
 def _block_columns(rounding: Rounding) -> int:
     """Of a weight that are unpacked together."""
-    return _INPUT_BYTES // (4 if rounding == EXACT else rounding.digits)
+    return _INPUT_BYTES // {1: 1, 3: 2}[rounding.digits] if rounding != EXACT else _INPUT_BYTES // 4
 
 
 def _step_bytes(group: int) -> int:
@@ -117,11 +117,11 @@ def batch_kernel(
                     _float_products(k, here, at, (stop - start) * columns, totals, 1 if floats else 4)
                 else:
                     number = panel * units + start
-                    at = q + number * (columns * tokens * rounding.digits)
+                    at = q + number * (columns // 32 * rounding.step_bytes(tokens))
                     given = at, d + number * (columns // 32 * tokens * 4)
                     unit_sums = sums + number * (columns // layout.group * tokens * 4)
                     steps = (stop - start) * (columns // 32)
-                    _byte_products(k, layout, rounding.digits, here, steps, *given, unit_sums, totals)
+                    _byte_products(k, layout, rounding, here, steps, *given, unit_sums, totals)
                 with k.when(stop >= units):
                     add_bias_and_star(k, tile, panel, bias, up, terms, u, totals)
                 for total, out in zip(totals, outputs, strict=True):
@@ -195,7 +195,7 @@ def _float_products(k: Builder, at: Value, x: Value, columns: Value, totals: lis
 def _byte_products(
     k: Builder,
     layout: type[BlockLayout],
-    digits: int,
+    rounding: Rounding,
     at: Value,
     steps: Value,
     q: Value,
@@ -204,25 +204,39 @@ def _byte_products(
     totals: list[Variable],
 ) -> None:
     tokens, groups = len(totals), 32 // layout.group
+    quads = 8 // groups
+
+    def add(step: Value, group: int, digits: tuple[int, ...], unit: float) -> None:
+        """Adds s · Σ q·x̂ of a group, x̂ being these digits of the inputs, which count units of their scale."""
+        here, x = at + step * _step_bytes(layout.group), q + step * rounding.step_bytes(tokens)
+        dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
+        for digit in digits:
+            if digit != digits[0]:
+                dots = [dot << 8 for dot in dots]
+            for quad in range(quads * group, quads * (group + 1)):
+                four = k.load(I32(ROWS), here + quad * _VECTOR)
+                for t in range(tokens):
+                    byte = k.load(I32(), x + ((digit * tokens + t) * 32 + quad * 4)).spread(ROWS)
+                    dots[t] = k.dot4(dots[t], four, byte, seven_bit=layout.seven_bit)
+        s = k.load(F32(ROWS), here + (8 + 2 * group) * _VECTOR)
+        for t, total in enumerate(totals):
+            scale = k.load(F32(), d + (step * tokens + t) * 4) * unit
+            total.value = k.fma(dots[t].float32() * scale, s, total.value)
+
     with k.loop(0, steps) as step:
-        here, scale_at = at + step * _step_bytes(layout.group), d + step * (4 * tokens)
         for group in range(groups):
-            dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
-            for digit in range(digits):
-                x = q + (step * digits + digit) * (32 * tokens)
-                if digit > 0:
-                    dots = [dot << 8 for dot in dots]
-                for quad in range(8 // groups * group, 8 // groups * (group + 1)):
-                    four = k.load(I32(ROWS), here + quad * _VECTOR)
-                    for t in range(tokens):
-                        byte = k.load(I32(), x + (t * 32 + quad * 4)).spread(ROWS)
-                        dots[t] = k.dot4(dots[t], four, byte, seven_bit=layout.seven_bit)
-            s, m = (k.load(F32(ROWS), here + (8 + 2 * group + i) * _VECTOR) for i in range(2))
+            add(step, group, rounding.whole, 1.0)
+            m = k.load(F32(ROWS), at + step * _step_bytes(layout.group) + (9 + 2 * group) * _VECTOR)
             for t, total in enumerate(totals):
-                scale = k.load(F32(), scale_at + t * 4)
-                added = k.fma(dots[t].float32() * scale, s, total.value)
                 sum_at = sums + ((step * groups + group) * tokens + t) * 4
-                total.value = k.fma(m, k.load(F32(), sum_at), added)
+                total.value = k.fma(m, k.load(F32(), sum_at), total.value)
+    if rounding.digits == 3:  # by itself: among the others it would cost the loop above its registers
+        with (
+            k.loop(0, steps) as step,
+            k.when(k.load(I64(), q + step * rounding.step_bytes(tokens) + 3 * tokens * 32) > 0),
+        ):
+            for group in range(groups):
+                add(step, group, (2,), 1 / 256)
 
 
 def make_scratch(threads: int, tokens: int) -> np.ndarray:

@@ -46,7 +46,7 @@ class Panels:
             self.q = aligned((count, columns, tokens), np.float32)
             self.d = self.sums = np.zeros(1, np.float32)
         else:
-            self.q = aligned((count, columns // 32, rounding.digits, tokens, 32), np.int8)
+            self.q = aligned((count, columns // 32, rounding.step_bytes(tokens)), np.int8)
             self.d = aligned((count, columns // 32, tokens), np.float32)
             self.sums = aligned((count, columns // rounding.group, tokens), np.float32)
 
@@ -144,7 +144,7 @@ class CpuLinear:
     ) -> None:
         """exact: multiply the inputs as they are, in float32, instead of rounding them to INT8.
         in_place: leave the weight as the file has it: it takes no memory, and multiplies many tokens only; exact inputs
-        may be of two bytes then
+        may be of three bytes then
         """
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
         self.rounding = wide_rounding(qtype) if exact and in_place else rounding_of(qtype, exact)
