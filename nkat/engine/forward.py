@@ -369,10 +369,12 @@ class ForwardPass:
         """What the feed-forward network, or the experts, or both make of the residual stream; returns where that is."""
         rows, norms, read = self.expert_rows, block.norms, self._read(block, "ffn_norm")
         if rows is None:
-            return self._feed_forward(block, read)
-        if not block.gate_up:
+            return self._feed_forward(block, block.feed_forward, read)
+        if block.shared_expert:
+            return self._with_shared_expert(block, read, rows)
+        if not block.feed_forward:
             return self._experts(block, read, read, rows)
-        fed = self._feed_forward(block, read)
+        fed = self._feed_forward(block, block.feed_forward, read)
         stride, state = fed.strides[0], self.state
         weight = _numpy(norms["post_ffw_norm_1"])
         self.program.add(wide_norm_kernel(self.d, self.tokens), (fed, stride, weight, self.epsilon, state))
@@ -383,15 +385,24 @@ class ForwardPass:
         self.program.add(kernel, (fed, stride, mixed, mixed.strides[0], weight, self.epsilon, state))
         return fed
 
-    def _feed_forward(self, block: Block, x: np.ndarray) -> np.ndarray:
-        """Returns where the output is, as `_experts` does."""
-        ff, architecture = self.model.config.of(block.index).feed_forward, self.model.config.architecture
-        self._linears({name: block.linear(name) for name in block.gate_up}, x)
-        gate, up = self._parts(block.gate_up, (ff, ff))
+    def _with_shared_expert(self, block: Block, x: np.ndarray, rows: ExpertRows) -> np.ndarray:
+        """The same where all tokens go to one expert besides."""
+        fed = self._feed_forward(block, block.shared_expert, x)
+        mixed = self._experts(block, x, x, rows)
+        kernel = add_kernel(self.d, self.tokens, False)
+        self.program.add(kernel, (fed, fed.strides[0], mixed, mixed.strides[0], 0, self.epsilon, self.state))
+        return fed
+
+    def _feed_forward(self, block: Block, names: Sequence[str], x: np.ndarray) -> np.ndarray:
+        """Returns where the output is, as `_experts` does. names: of the layers, down last"""
+        *gate_up, down = names
+        ff, architecture = block.linear(down).shape[1], self.model.config.architecture
+        self._linears({name: block.linear(name) for name in gate_up}, x)
+        gate, up = self._parts(gate_up, (ff, ff))
         kernel = gate_kernel(ff, self.tokens, architecture.gelu, kernel_clamp(architecture))
         self.program.add(kernel, (gate, up, gate.strides[0], up.strides[0], self.state))
-        self._linears({"ffn_down": block.linear("ffn_down")}, gate)
-        return self.y["ffn_down"]
+        self._linears({down: block.linear(down)}, gate)
+        return self.y[down]
 
     def _add_layer_input(self, block: Block, inputs: np.ndarray) -> None:
         length = self.model.config.layer_input_length

@@ -16,6 +16,7 @@ from enum import Enum
 import numpy as np
 
 from nkat.gguf.file import TensorInfo
+from nkat.gguf.names import block_number
 from nkat.lm.architectures import (
     ARCHITECTURES,
     ATTENTION_CAP,
@@ -46,7 +47,6 @@ from nkat.theta.set import SUFFIXES
 # Keys that change the forward pass in a way that is not computed, unless the architecture's row says that it reads
 # them; and the values with which they do not.
 _REFUSED: dict[str, tuple[bool | float, ...]] = {
-    "nextn_predict_layers": (0,),
     "expert_group_count": (0, 1),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -129,12 +129,14 @@ class ModelConfig:
     idle: frozenset[str] = frozenset()  # weights that nothing reads: k and v of blocks that use an earlier one's
     mixture: Mixture | None = None  # in place of the one feed-forward network of every block, or beside it
     layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
+    draft_blocks: range = range(0)  # blocks of the file that foretell later tokens, and that are left out
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> ModelConfig:
         """Reads and checks everything. Raises ConfigError naming the key or the tensor that is wrong."""
         config = _read(metadata, tensors)
-        _check_tensors(config, tensors)
+        read = {name: info for name, info in tensors.items() if block_number(name) not in config.draft_blocks}
+        _check_tensors(config, read)
         return config
 
     def check_length(self, tokens: int, what: str, beyond: bool = False) -> None:
@@ -189,6 +191,7 @@ class ModelConfig:
             **{name: (outputs, d) for name, outputs in qkv.items()},
             "attn_output": (d, rows[0]),
             **({} if self.mixture is not None and not self.mixture.beside else feed_forward),
+            **({} if self.mixture is None else self.mixture.linears(d)),
             **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
             **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
@@ -241,9 +244,10 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
 
     d = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
-    blocks = keys.integer("block_count")
-    if blocks > len(tensors):  # else a hostile count would make the loops and tuples below as long as it likes
-        raise ConfigError(f"metadata {arch}.block_count is {blocks}, but the file has only {len(tensors)} tensors")
+    in_file = keys.blocks_in_file
+    if in_file > len(tensors):  # else a hostile count would make the loops and tuples below as long as it likes
+        raise ConfigError(f"metadata {arch}.block_count is {in_file}, but the file has only {len(tensors)} tensors")
+    blocks = in_file - keys.integer("nextn_predict_layers", 0, minimum=0, maximum=in_file - 1)
     kv_heads = _by_block(keys, "attention.head_count_kv", blocks, heads)
     for count in kv_heads:
         if heads % count:
@@ -307,6 +311,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         ),
         mixture=mixture,
         layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
+        draft_blocks=range(blocks, in_file),
     )
 
 
@@ -394,9 +399,7 @@ def _read_window(keys: Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
     name = "attention.sliding_window_pattern"
     pattern = keys.metadata.get(keys.name(name))
     if isinstance(pattern, np.ndarray):
-        if len(pattern) != blocks:
-            raise ConfigError(f"metadata {keys.name(name)} has {len(pattern)} values for {blocks} blocks")
-        return length, tuple(bool(value) for value in pattern)
+        return length, tuple(bool(value) for value in keys.by_block(name, pattern)[:blocks])
     period = keys.integer(name, window.period, minimum=0)
     return length, tuple(period == 0 or i % period < period - 1 for i in range(blocks))
 

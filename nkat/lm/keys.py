@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -42,9 +43,18 @@ class Keys:
         value = self.metadata.get(self.name(key))
         if not isinstance(value, np.ndarray):
             return [self.integer(key, default)] * blocks
-        if len(value) != blocks:
-            raise ConfigError(f"metadata {self.name(key)} has {len(value)} values for {blocks} blocks")
-        return [self._checked(key, number, 1, MAX_SIZE) for number in value.tolist()]
+        return [self._checked(key, number, 1, MAX_SIZE) for number in self.by_block(key, value)[:blocks]]
+
+    @property
+    def blocks_in_file(self) -> int:
+        """Those that are left out included."""
+        return self.integer("block_count")
+
+    def by_block(self, key: str, values: np.ndarray) -> list[Any]:
+        """The values of an array, one for each block of the file. Raises ConfigError where there are more or fewer."""
+        if len(values) != self.blocks_in_file:
+            raise ConfigError(f"metadata {self.name(key)} has {len(values)} values for {self.blocks_in_file} blocks")
+        return list(values.tolist())
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
         return self._checked(key, self._required(key, default), minimum, maximum)

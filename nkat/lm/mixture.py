@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from nkat.lm.architectures import GATE_UP_STACK, ROUTER, STACKS, Routing
+from nkat.lm.architectures import GATE_UP_STACK, ROUTER, SHARED_EXPERT, STACKS, Routing
 from nkat.lm.keys import ConfigError, Keys
 
 MAX_EXPERTS = 1024  # as in llama.cpp
@@ -16,6 +16,7 @@ class Mixture:
     """How many experts there are, how many a token goes to, the length of an expert's inner vector.
 
     fused: gate and up are one weight; beside: see `nkat.lm.architectures.Routing`
+    shared: inner length of the expert that every token goes to; 0: there is none
     """
 
     count: int
@@ -23,6 +24,7 @@ class Mixture:
     feed_forward_length: int
     fused: bool = False
     beside: bool = False
+    shared: int = 0
 
     @classmethod
     def read(cls, keys: Keys, tensors: Container[str]) -> Mixture | None:
@@ -35,7 +37,8 @@ class Mixture:
         count = keys.integer("expert_count", minimum=2, maximum=MAX_EXPERTS)
         used = keys.integer("expert_used_count", maximum=count)
         fused = routing.beside and f"blk.0.{GATE_UP_STACK}.weight" in tensors
-        return cls(count, used, _length(keys, routing, used), fused, routing.beside)
+        shared = keys.integer(routing.shared_length, 0, minimum=0) if routing.shared_length else 0
+        return cls(count, used, _length(keys, routing, used), fused, routing.beside, shared)
 
     @property
     def active(self) -> float:
@@ -49,6 +52,11 @@ class Mixture:
         if self.fused:
             return {GATE_UP_STACK: (self.count, 2 * inner, d), down: (self.count, d, inner)}
         return {gate: (self.count, inner, d), up: (self.count, inner, d), down: (self.count, d, inner)}
+
+    def linears(self, d: int) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of the shared expert's layers, by name."""
+        shapes = ((self.shared, d), (self.shared, d), (d, self.shared))
+        return dict(zip(SHARED_EXPERT, shapes, strict=True)) if self.shared else {}
 
     def weights(self, d: int) -> dict[str, tuple[int, ...]]:
         """The same, with the router's; a bias has the shape without its last length."""

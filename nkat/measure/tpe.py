@@ -11,19 +11,21 @@ import math
 from collections.abc import Mapping
 
 from nkat.gguf.file import TensorInfo
-from nkat.gguf.names import EXPERTS_IN_NAME
+from nkat.gguf.names import EXPERTS_IN_NAME, block_number, draft_blocks
 
 
 def bytes_per_token(tensors: Mapping[str, TensorInfo], active_experts: float = 1.0) -> int:
     """Bytes of weights read to decode one token: every tensor once, but only one row of an untied embedding, and of a
-    mixture's experts only those that the token goes to.
+    mixture's experts only those that the token goes to, and nothing of the blocks that foretell later tokens.
 
     active_experts: their share of all (`ModelConfig.active_experts`)
     The key-value cache is left out: it depends on the context's length and is the same with and without Θ.
     """
+    unread = draft_blocks(tensors)
     total = sum(
         round(info.nbytes * active_experts) if EXPERTS_IN_NAME in name else info.nbytes
         for name, info in tensors.items()
+        if block_number(name) not in unread
     )
     embedding = tensors["token_embd.weight"]
     if "output.weight" in tensors:

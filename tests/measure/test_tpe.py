@@ -38,3 +38,11 @@ def test_of_a_mixture_only_the_experts_of_a_token_count(tmp_path: Path) -> None:
     all_read = bytes_per_token(file.tensors)
     assert bytes_per_token(file.tensors, active) == all_read - experts + experts // 3
     assert byte_ratio(file.tensors, 1000, active) > byte_ratio(file.tensors, 1000)
+
+
+def test_blocks_that_foretell_later_tokens_are_not_read(tmp_path: Path) -> None:
+    with_draft, without = (
+        GGUFFile.open(write_tiny_model(tmp_path / f"{n}.gguf", "glm4", draft=n)).tensors for n in (1, 0)
+    )
+    assert with_draft.keys() > without.keys()
+    assert bytes_per_token(with_draft) == bytes_per_token(without)

@@ -74,9 +74,11 @@ class TinyOptions:
     expert_length: bool = True  # expert_feed_forward_length is in the file
     beside: bool = False  # gemma4: with a feed-forward network for all tokens beside it, more norms and scales
     fused_experts: bool = False  # gate and up in one weight
+    shared_expert: int = 0  # inner elements of an expert that every token goes to
     expert_bias: bool = False  # and of the router and the attention's output
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
+    draft: int = 0  # blocks behind the others that foretell later tokens, and that no forward pass reads
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
     add_bos: bool = False
@@ -117,6 +119,15 @@ ARCHITECTURES = {
     "granite": TinyOptions(
         epsilon=1e-5,
         pre="refact",
+        metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
+    ),
+    "granitemoe": TinyOptions(
+        epsilon=1e-5,
+        pre="refact",
+        feed_forward=48,
+        experts=6,
+        expert_length=False,
+        shared_expert=40,
         metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
     ),
     "olmo2": TinyOptions(wide_qk_norm=True, pre_norm=False, post_norm=True, pre="dbrx"),
@@ -175,6 +186,9 @@ MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3moe", {}),
     ("gpt-oss", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 8}}),
     ("llama", {"experts": 6, "expert_length": False, "feed_forward": 48, "vocab": "spm", "add_bos": True}),
+    ("mistral3", {"experts": 6, "expert_length": False, "feed_forward": 48}),
+    ("granite", {"experts": 6, "expert_length": False, "feed_forward": 48}),
+    ("granitemoe", {}),
     ("gemma4", {**_26B, "fused_experts": True}),
     ("gemma4", _26B),
 ]
@@ -234,11 +248,15 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     writer.add_name(f"tiny {arch.replace('phi3', 'phi 3')}")  # "phi3" asks for special tokens that it lacks
     writer.add_context_length(opts.context)
     writer.add_embedding_length(opts.embedding)
-    writer.add_block_count(opts.blocks)
+    writer.add_block_count(opts.blocks + opts.draft)
+    if opts.draft:
+        writer.add_nextn_predict_layers(opts.draft)
     writer.add_feed_forward_length(opts.feed_forward_by_block or opts.feed_forward)
     if opts.experts:
         writer.add_expert_count(opts.experts)
         writer.add_expert_used_count(opts.experts_used)
+        if opts.shared_expert:
+            writer.add_expert_shared_feed_forward_length(opts.shared_expert)
         if opts.expert_length:
             writer.add_expert_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
@@ -294,8 +312,12 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
         yield "per_layer_token_embd.weight", (vocab_size, opts.blocks * p), 0.0, 1 / math.sqrt(p)
         yield "per_layer_model_proj.weight", (opts.blocks * p, n), 0.0, 1.0
         yield "per_layer_proj_norm.weight", (p,), 1.0, 0.2
-    for i in range(opts.blocks):
+    for i in range(opts.blocks + opts.draft):
         block = f"blk.{i}."
+        if i >= opts.blocks:
+            yield block + "nextn.eh_proj.weight", (n, 2 * n), 0.0, 1 / math.sqrt(n)
+            yield block + "nextn.enorm.weight", (n,), 1.0, 0.2
+            yield block + "nextn.hnorm.weight", (n,), 1.0, 0.2
         head_dim, kv_heads, ff = _sizes(opts, i)
         n_q, n_kv = opts.heads * head_dim, kv_heads * head_dim
         own = i < opts.blocks - opts.shared_kv
@@ -354,6 +376,10 @@ def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[
         yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
         yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
     yield block + "ffn_down_exps.weight", (count, n, ff), 0.0, 1 / large / math.sqrt(ff)
+    if shared := opts.shared_expert:
+        yield block + "ffn_gate_shexp.weight", (shared, n), 0.0, 1.5 / math.sqrt(n)
+        yield block + "ffn_up_shexp.weight", (shared, n), 0.0, 1 / math.sqrt(n)
+        yield block + "ffn_down_shexp.weight", (n, shared), 0.0, 1 / math.sqrt(shared)
     if opts.beside:
         yield block + "ffn_gate_inp.scale", (n,), 8.0, 2.0
         yield block + "ffn_down_exps.scale", (count,), 1.0, 0.3

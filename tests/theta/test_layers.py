@@ -69,3 +69,13 @@ def test_of_a_mixture_the_experts_are_chosen_by_name(tmp_path: Path) -> None:
     ]
     with pytest.raises(NKATError, match=r"tensor of shape 6x64 that Θ cannot adapt"):
         select_layers(tensors, ["blk.0.ffn_gate_inp.weight"])
+
+
+def test_blocks_that_foretell_later_tokens_get_no_theta(tmp_path: Path) -> None:
+    with_draft, without = (
+        GGUFFile.open(write_tiny_model(tmp_path / f"{n}.gguf", "glm4", draft=n)).tensors for n in (2, 0)
+    )
+    assert {"blk.3.attn_q.weight", "blk.4.ffn_up.weight"} <= with_draft.keys()
+    assert adaptable_layers(with_draft) == adaptable_layers(without)
+    with pytest.raises(NKATError, match=r"blk\.3\.attn_q\.weight"):
+        select_layers(with_draft, ["blk.3.attn_q.weight"])
