@@ -15,7 +15,8 @@ from nkat.gguf.formats import dequantise
 from nkat.kernels import reference
 from nkat.kernels.cpu import jit
 from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, unit_bytes
+from nkat.kernels.cpu.layout import ROWS
 from nkat.kernels.cpu.linear import CpuLinear, Panels, token_state
 from nkat.kernels.cpu.llvm import F16, F32, I64, Builder
 from nkat.kernels.cpu.matmul import (

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, unit_bytes
 from nkat.kernels.cpu.jit import compile_kernel
+from nkat.kernels.cpu.layout import ROWS, BlockLayout, Interleaver
 from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, I64, Builder, Value, Variable
 
 FLOAT_TYPES = {
