@@ -30,6 +30,7 @@ from nkat.kernels.cpu.layout import (
     Field,
     Interleaver,
     cut,
+    every_fourth,
     half_at,
     join,
     level_of,
@@ -38,7 +39,7 @@ from nkat.kernels.cpu.layout import (
     whole,
     word_at,
 )
-from nkat.kernels.cpu.llvm import I8, I32, Builder, Value
+from nkat.kernels.cpu.llvm import I8, I16, I32, Builder, Value
 
 
 def _words(entries: np.ndarray, apart: int) -> list[int]:
@@ -87,7 +88,7 @@ def _store_nibbles(rows: Interleaver, words: list[Value]) -> None:
         rows.store(word.narrow(I8()), BYTE)
 
 
-def _step(k: Builder, unit: Value, group: int) -> Value:
+def _nibble_of_group(k: Builder, unit: Value, group: int) -> Value:
     """The four bits of a group, behind the unit's d."""
     both = k.load(I8(ROWS), unit + (HALF + BYTE * (group // 2))).unsigned(I32())
     return both >> 4 if group % 2 else both & 0x0F
@@ -117,7 +118,7 @@ class _Grid(BlockLayout):
 
     @staticmethod
     def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
-        return _step(k, unit, group).float32() + 0.5, None
+        return _nibble_of_group(k, unit, group).float32() + 0.5, None
 
 
 class _ThreeBits(_Grid):
@@ -290,4 +291,90 @@ class IQ3_S(_FourBits, block=grid_formats.IQ3_S):
         return nibble(k, cls.numbers_at(unit), quad, 1)
 
 
-LAYOUTS: tuple[type[BlockLayout], ...] = (IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S)
+class _TwoBits(_Grid):
+    """IQ1. Words of four quads: a level is 8·(number - 1), and 1 more or less than that."""
+
+    times = 2.0
+    parts = 16
+    bundle = 4
+
+    @classmethod
+    def bundles(cls, rows: Interleaver, make: Callable[[Value], list[Value]]) -> None:
+        """make(i): numbers of four entries, for the 32 columns from 32·i on."""
+        table = rows.k.table(_numbers(cls.block.qtype.name, apart=2))
+
+        def bundle(i: Value) -> list[Value]:
+            pairs = [_entries(rows.k, table, entry) for entry in make(i)]
+            return [first | second << 4 for first, second in (pairs[:2], pairs[2:])]
+
+        rows.bundles(8, 2, bundle)
+
+    @classmethod
+    def field(cls, k: Builder, unit: Value, quad: int) -> Field:
+        return word_at(k, cls.numbers_at(unit), WORD * (quad // 4)), 2 * (quad % 4), 0x03
+
+
+class IQ1_S(_TwoBits, block=grid_formats.IQ1_S):
+    """w = d·(2·s + 1)·(number - 1 + 1/8 - t/4), where t stands above s: the shift goes into m."""
+
+    wider = 20
+
+    @classmethod
+    def interleave(cls, rows: Interleaver) -> None:
+        rows.halves(0, 1)
+        words = [rows.vector(I32(), 34 + 4 * i) for i in range(4)]
+        _store_nibbles(rows, [(word >> 12 & 0x0F) | (word >> 24 & 0xF0) for word in words])
+
+        def entries(i: Value) -> list[Value]:
+            low, high = rows.vector(I32(), i * 4 + 2), rows.vector(I16(), i * 2 + 34).unsigned(I32())
+            return [(low >> 8 * j) & 0xFF | (high >> 3 * j & 0x07) << 8 for j in range(4)]
+
+        cls.bundles(rows, entries)
+
+    @classmethod
+    def factors(cls, k: Builder, unit: Value) -> tuple[Value, Value | None]:
+        d = half_at(k, unit, 0)
+        return d * cls.times, d * (-cls.times / 8)
+
+    @staticmethod
+    def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
+        both = _nibble_of_group(k, unit, group)
+        s = (both & 0x07).float32() + 0.5
+        return s, s * ((both >> 3 << 1) + 7).float32()
+
+
+class IQ1_M(_TwoBits, block=grid_formats.IQ1_M):
+    """The t of 32 entries are a word behind the s; a weight's number with its t above it is looked up."""
+
+    times = 0.25
+    zero = 9
+    group = 16
+    wider = 22
+
+    @classmethod
+    def interleave(cls, rows: Interleaver) -> None:
+        halves = [rows.vector(I32(), byte) for byte in (48, 52)]
+        d = [half >> shift & 0xF000 for half in halves for shift in (0, 16)]
+        rows.store((d[0] >> 12 | d[1] >> 8 | d[2] >> 4 | d[3]).narrow(I16()), HALF)
+        words = [half >> shift for half in halves for shift in (0, 6, 16, 22)]
+        _store_nibbles(rows, [(word & 0x07) | (word >> 3 & 0x07) << 4 for word in words])
+        shifts = [every_fourth(rows.vector(I32(), 32 + 4 * i) >> 3) << 8 * i for i in range(4)]
+        rows.store(shifts[0] | shifts[1] | shifts[2] | shifts[3], WORD)
+
+        def entries(i: Value) -> list[Value]:
+            low, high = rows.vector(I32(), i * 4), rows.vector(I16(), i * 2 + 32).unsigned(I32())
+            return [(low >> 8 * j) & 0xFF | (high >> 4 * j & 0x07) << 8 for j in range(4)]
+
+        cls.bundles(rows, entries)
+
+    @classmethod
+    def field(cls, k: Builder, unit: Value, quad: int) -> Field:
+        shifts = word_at(k, cls.numbers_at(unit), 0)
+        shift = (shifts << 31 - quad // 2).shift_signed(31) & 0x04040404
+        number = cut(*super().field(k, unit + WORD, quad)) | shift
+        return whole(level_of(k, _SHIFTED, cls.zero, number))
+
+
+# 8·(number - 1), and 1 more where t, above the number, is not set, else 1 less
+_SHIFTED = (-7, 1, 9, 0, -9, -1, 7, 0) * 2
+LAYOUTS: tuple[type[BlockLayout], ...] = (IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS, IQ3_S)

@@ -1,7 +1,7 @@
 """How the CPU kernels keep the block formats of integers: `nkat.gguf.integer_formats`.
 
 The numbers are the file's, and so is their size, except that the 6-bit scales of Q3_K, Q4_K and Q5_K take a byte each
-(at most 3.7 % more).
+(at most 3.7 % more), and that the digits of TQ1_0 take two bits each (22 % more).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nkat.kernels.cpu.layout import (
     whole,
     word_at,
 )
-from nkat.kernels.cpu.llvm import I8, I32, Builder, Value
+from nkat.kernels.cpu.llvm import F32, I8, I32, Builder, Value
 
 
 class Q4_0(BlockLayout, block=integer_formats.Q4_0):
@@ -270,4 +270,59 @@ class Q6_K(BlockLayout, block=integer_formats.Q6_K):
         return (words[i], 0, 0x3F) if i < 3 else whole(join(words))
 
 
-LAYOUTS: tuple[type[BlockLayout], ...] = (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K)
+class TQ2_0(BlockLayout, block=integer_formats.TQ2_0):
+    zero = 1
+    parts = 2
+    bundle = 4
+
+    @staticmethod
+    def interleave(rows: Interleaver) -> None:
+        rows.halves(64, 1)
+        rows.words(0, 16)
+
+    factors = Q4_0.factors
+
+    @staticmethod
+    def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
+        return k.value(1.0, F32(ROWS)), None  # one d for all groups
+
+    @staticmethod
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        half, place = divmod(quad, 32)
+        return word_at(k, unit, HALF + WORD * (8 * half + place % 8)), 2 * (place // 8), 0x03
+
+
+class TQ1_0(TQ2_0, block=integer_formats.TQ1_0):
+    """Kept as TQ2_0: a digit takes two bits."""
+
+    wider = 12
+
+    @staticmethod
+    def interleave(rows: Interleaver) -> None:
+        def digit(byte: int, place: int) -> Value:
+            """Of four bytes: what v·3^place is modulo 256, times 3, over 256."""
+            v = rows.vector(I32(), byte)
+            both = [(v >> shift & 0x00FF00FF) * 3**place & 0x00FF00FF for shift in (0, 8)]
+            even, odd = (part * 3 >> 8 & 0x00030003 for part in both)
+            return even | odd << 8
+
+        rows.halves(52, 1)
+        for quad in range(16):
+            places = [(quad // 8 * 32 + 8 * i + quad % 8) * 4 for i in range(4)]  # columns of a word's four quads
+            q = [digit(*_trits(column)) for column in places]
+            rows.store(q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6, WORD)
+
+
+def _trits(column: int) -> tuple[int, int]:
+    """Byte and place of a column's digit in a block of TQ1_0."""
+    for first, byte, count in ((0, 0, 32), (160, 32, 16), (240, 48, 4)):
+        if column < first + 5 * count:
+            place, i = divmod(column - first, count)
+            return byte + i, place
+    raise ValueError(f"a block has no column {column}")
+
+
+LAYOUTS: tuple[type[BlockLayout], ...] = (
+    *(Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K),
+    *(TQ1_0, TQ2_0),
+)

@@ -20,7 +20,7 @@ from nkat.kernels.cpu.layout import (
     signed_byte_at,
     whole,
 )
-from nkat.kernels.cpu.llvm import F32, I8, I16, I32, Builder, Value
+from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, Builder, Value
 
 
 class IQ4_NL(Q4_0, block=level_formats.IQ4_NL):
@@ -78,4 +78,32 @@ class MXFP4(BlockLayout, block=level_formats.MXFP4):
         return whole(level_of(k, level_formats.FP4_LEVELS, 12, cut(*nibble(k, unit + BYTE, quad, 4))))
 
 
-LAYOUTS: tuple[type[BlockLayout], ...] = (IQ4_NL, IQ4_XS, MXFP4)
+class NVFP4(BlockLayout, block=level_formats.NVFP4):
+    zero = 12
+    group = 16
+    parts = 4
+    bundle = 2
+
+    @staticmethod
+    def interleave(rows: Interleaver) -> None:
+        for group in range(4):
+            s = rows.vector(I8(), group)
+            rows.store(rows.k.select(s.equals(0x7F), rows.k.value(0, I8(ROWS)), s), BYTE)
+        rows.words(4, 8)
+
+    @staticmethod
+    def factors(k: Builder, unit: Value) -> tuple[Value, Value | None]:
+        return k.value(128.0, F32(ROWS)), None
+
+    @staticmethod
+    def steps(k: Builder, unit: Value, group: int) -> tuple[Value, Value | None] | None:
+        """The bits of a float16, whose exponents begin 7 further down and have half of s for the doubled levels."""
+        s = k.load(I8(ROWS), unit + BYTE * group).unsigned(I16())
+        return ((s & 0x7F) << 7).bits(F16(ROWS)).float32(), None
+
+    @staticmethod
+    def field(k: Builder, unit: Value, quad: int) -> Field:
+        return whole(level_of(k, level_formats.FP4_LEVELS, 12, cut(*nibble(k, unit + 4 * BYTE, quad, 2))))
+
+
+LAYOUTS: tuple[type[BlockLayout], ...] = (IQ4_NL, IQ4_XS, MXFP4, NVFP4)
