@@ -44,7 +44,12 @@ KAPPA = 0.0475
 # Largest error in units of the largest |y|, by format. INT8 inputs: the byte products are exact, and what is left are
 # the float32 roundings of one product and one addition a group; formats with an offset (all but a minimum of zero) sum
 # two numbers of opposite sign. Exact inputs: N additions in float32. Twice the largest error in 50 seeds.
-INT8_TOLERANCE = dict.fromkeys(BLOCK_LAYOUTS, 1e-6) | {QType.Q2_K: 2e-6, QType.Q3_K: 2e-6, QType.Q6_K: 2e-6}
+INT8_TOLERANCE = dict.fromkeys(BLOCK_LAYOUTS, 1e-6) | {
+    QType.Q2_K: 2e-6,
+    QType.Q3_K: 2e-6,
+    QType.Q6_K: 2e-6,
+    QType.IQ2_S: 2e-6,
+}
 EXACT_TOLERANCE = dict.fromkeys((*BLOCK_LAYOUTS, *FLOAT_TYPES), 3e-6)
 
 # Bytes of tiles over the file's, where they are more: `docs/architectures.md` says why
