@@ -18,8 +18,9 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from llvmlite import ir
 
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, unit_bytes
 from nkat.kernels.cpu.jit import best_isa, compile_kernel
+from nkat.kernels.cpu.layout import ROWS, BlockLayout, Interleaver
 from nkat.kernels.cpu.llvm import F32, I32, I64, Builder, Operand, Value, Variable
 from nkat.kernels.cpu.matmul import (
     EXACT,

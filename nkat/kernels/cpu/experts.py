@@ -15,8 +15,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nkat.kernels.cpu.batch import ClampedRows, batch_kernel
 from nkat.kernels.cpu.blocks import own_tokens, width_of
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, padded_rows, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, padded_rows, unit_bytes
 from nkat.kernels.cpu.jit import compile_kernel
+from nkat.kernels.cpu.layout import ROWS
 from nkat.kernels.cpu.linear import Panels
 from nkat.kernels.cpu.llvm import F32, I8, I16, I32, I64, Builder, Value
 from nkat.kernels.cpu.matmul import FLOAT_TYPES, arguments, matmul_kernel, rounding_of, share, wide_rounding

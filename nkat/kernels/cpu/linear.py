@@ -9,7 +9,8 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, padded_rows
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, padded_rows
+from nkat.kernels.cpu.layout import ROWS
 from nkat.kernels.cpu.matmul import (
     EXACT,
     FLOAT_TYPES,

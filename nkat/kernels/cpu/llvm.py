@@ -300,6 +300,13 @@ class Builder:
     def constant(self, kind: ir.Type, numbers: list[int] | list[float]) -> Value:
         return Value(self, ir.Constant(kind, numbers))
 
+    def table(self, numbers: list[int]) -> Value:
+        """Where these int32 stand, beside the code."""
+        kind = ir.ArrayType(_I32, len(numbers))
+        place = ir.GlobalVariable(self.module, kind, self.module.get_unique_name("table"))
+        place.linkage, place.global_constant, place.initializer = "private", True, ir.Constant(kind, numbers)
+        return Value(self, self.ir.inttoptr(self.ir.ptrtoint(place, _I64), _POINTER))
+
     def vector(self, lanes: list[Value]) -> Value:
         raw = ir.Constant(ir.VectorType(lanes[0].kind, len(lanes)), ir.Undefined)
         for i, lane in enumerate(lanes):

@@ -24,9 +24,11 @@ from dataclasses import dataclass
 
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, unit_bytes
 from nkat.kernels.cpu.jit import best_isa, compile_kernel
+from nkat.kernels.cpu.layout import ROWS, BlockLayout, Interleaver
 from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, I64, Builder, Value, Variable, has_dot4
+from nkat.kernels.reference import activation_block
 
 FLOAT_TYPES = {
     GGMLQuantizationType.F32: F32,
@@ -74,7 +76,7 @@ def rounding_of(qtype: GGMLQuantizationType, exact: bool) -> Rounding:
     """How llama.cpp rounds the inputs of such a weight; exact: not at all."""
     if exact or qtype in FLOAT_TYPES:
         return EXACT
-    return Rounding(GGML_QUANT_SIZES[qtype][0], BLOCK_LAYOUTS[qtype].group)
+    return Rounding(activation_block(qtype), BLOCK_LAYOUTS[qtype].group)
 
 
 def wide_rounding(qtype: GGMLQuantizationType, isa: str | None = None) -> Rounding:
@@ -234,6 +236,7 @@ def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, 
     order = layout.order()
     last = {quad * 4 // layout.group: i for i, quad in enumerate(order)}
     lines = unit_bytes(layout.block.qtype) // 64
+    one_d = activation_block(layout.block.qtype) == layout.columns
     dots: dict[int, dict[int, Value]] = {}  # of a group, by how many bits too high they are
     unit: tuple[Value, Value] | None = None  # of the groups so far: Σ q·x̂ and Σ x̂, with the group's own factors
     for i, quad in enumerate(order):
@@ -245,12 +248,13 @@ def _unit(k: Builder, layout: type[BlockLayout], at: Value, q: Value, d: Value, 
         x = k.load(I32(), q + quad * 4).spread(ROWS)
         of_group[above] = k.dot4(of_group.get(above, k.value(0, I32(ROWS))), four, x, seven_bit=seven_bit)
         if last[group] == i:
-            unit = _add_group(k, layout, at, group, dots.pop(group), sums, unit)
+            own_d = None if one_d else k.load(F32(), d + quad // 8 * 4)
+            unit = _add_group(k, layout, at, group, dots.pop(group), own_d, sums, unit)
     assert unit is not None
     s, m = layout.factors(k, at)
     if m is None:
         m = s * -float(layout.zero)
-    total.value = k.fma(unit[1], m, k.fma(unit[0], s * k.load(F32(), d), total.value))
+    total.value = k.fma(unit[1], m, k.fma(unit[0], s * k.load(F32(), d) if one_d else s, total.value))
 
 
 def _ask(k: Builder, line: Value) -> None:
@@ -274,12 +278,15 @@ def _add_group(
     at: Value,
     group: int,
     dots: dict[int, Value],
+    d: Value | None,
     sums: Value,
     unit: tuple[Value, Value] | None,
 ) -> tuple[Value, Value]:
-    """Adds a group's Σ q·x̂ and Σ x̂ to those of the unit: all but the unit's own factors."""
+    """Adds a group's Σ q·x̂ and Σ x̂ to those of the unit: all but the unit's own factors. d: where it has several"""
     parts = [dot.shift_signed(above) if above else dot for above, dot in dots.items()]
     dot = functools.reduce(operator.add, parts).float32()
+    if d is not None:
+        dot = dot * d
     total_x = k.value(k.load(F32(), sums + group * 4), F32(ROWS))
     step = layout.steps(k, at, group)
     if step is None:  # the unit is one group
