@@ -209,7 +209,11 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         raise ConfigError("metadata general.architecture is missing: this GGUF is not a language model")
     architecture = ARCHITECTURES.get(arch) if isinstance(arch, str) else None
     if architecture is None:
-        raise ConfigError(f"architecture {arch!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}")
+        raise ConfigError(
+            f"architecture {arch!r} is not supported; nkat_gguf_converter.py makes a Θ for it from its weights, and "
+            "llama-perplexity --lora measures that as an adapter (--export-lora); the supported ones are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     keys = Keys(metadata, architecture)
     refuse(keys)
     mixture = Mixture.read(keys, tensors)
