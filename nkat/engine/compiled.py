@@ -17,9 +17,10 @@ from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import StarStep, token_state
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.lm.cache import FIRST_ROOM, KEPT_STATES, cache_memory, next_room
 from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
-from nkat.lm.transformer import FIRST_ROOM, Transformer, cache_memory, next_room
+from nkat.lm.transformer import Transformer
 
 PREFILL_TOKENS = 256  # at once: enough to spread the work of taking a weight apart, few enough for the L2 cache
 
@@ -59,6 +60,12 @@ class CompiledDecoder:
         logits = self._one.run([token], self.length, True)
         self.length += 1
         return logits
+
+    def reach(self, length: int) -> int:
+        return length
+
+    def keep_state(self, most: int = KEPT_STATES) -> None:
+        """Keys and values of any number of tokens are there already."""
 
     def set_gamma(self, gamma: float | None) -> None:
         self.model.set_gamma(gamma)

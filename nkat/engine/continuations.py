@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from nkat.lm.attention import capped
 from nkat.lm.transformer import Transformer
 
 _LOGIT_ROWS = 128  # at once, of the whole vocabulary
+_AHEAD = 16  # sequences, in whose beginnings a recurrent model's states are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,22 +95,30 @@ def _compiled(
 def _eager(
     model: Transformer, sequences: Sequence[Tokens], wanted: Mapping[tuple[int, ...], _Wanted], most: int | None
 ) -> Iterator[tuple[int, Prediction]]:
-    """One sequence at a time; what it has in common with the one before stays in the cache."""
+    """One sequence at a time; what it has in common with the one before stays in the cache, as far as it can."""
     cache = model.new_cache(1, max(map(len, sequences)), growing=True)
-    before: Tokens = ()
-    for sequence in sequences:
+    pairs = pairwise(sequences)
+    shared = [min(in_common(a, b), *(each.first - 1 for _, each in wanted[tuple(b)])) for a, b in pairs]
+    for i, sequence in enumerate(sequences):
         asked = wanted[tuple(sequence)]
-        kept = min(in_common(before, sequence), *(each.first - 1 for _, each in asked))
-        cache.length, before = kept, sequence
-        hidden = model.hidden(torch.tensor([sequence[kept:]], dtype=torch.int64, device=model.device), cache)[0]
+        cache.length = kept = cache.reach(shared[i - 1] if i else 0)
+        parts, start = [], kept
+        # where later sequences go on: only recurrent models have to be told, and gain by it
+        lengths = accumulate(shared[i : i + _AHEAD], min) if model.config.recurrent_blocks else ()
+        for end in sorted({length for length in lengths if kept < length < len(sequence)} | {len(sequence)}):
+            ids = torch.tensor([sequence[start:end]], dtype=torch.int64, device=model.device)
+            parts.append(model.hidden(ids, cache)[0])
+            cache.keep_state()
+            start = end
+        hidden = torch.cat(parts)
         for number, each in asked:
             targets = torch.tensor(each.tokens[each.first :], dtype=torch.int64, device=model.device)
             rows = hidden[each.first - 1 - kept :][: len(targets)]
-            parts = [
+            found = [
                 _likelihoods(model, *pair)
                 for pair in zip(rows.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
             ]
-            nll, best = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+            nll, best = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
             yield number, Prediction(nll, best)
 
 

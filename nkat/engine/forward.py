@@ -40,10 +40,11 @@ from nkat.kernels.cpu.tree import tree_attention_kernel
 from nkat.lm.activation import kernel_clamp
 from nkat.lm.architectures import FUSED_QKV, QK_NORMS, ROUTER
 from nkat.lm.attention import query_scales
+from nkat.lm.cache import cache_memory
 from nkat.lm.config import Turning
 from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
-from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer, cache_memory
+from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer
 
 
 class Cache:

@@ -15,6 +15,9 @@ FUSED_QKV = "attn_qkv"
 GATE_UP = ("ffn_gate", "ffn_up")
 SHORT_ROPE, LONG_ROPE = "rope_factors_short", "rope_factors_long"
 LAYER_INPUT_LINEARS = ("inp_gate", "proj")
+DELTA_LINEARS = (FUSED_QKV, "attn_gate", "ssm_out")  # of a recurrent block, which has no others but two small ones
+SHARED_EXPERT = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+SHARED_GATE = "ffn_gate_inp_shexp"
 BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down", *LAYER_INPUT_LINEARS)
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # of a mixture of experts: [experts, outputs, inputs]
 GATE_UP_STACK = "ffn_gate_up_exps"  # in place of the first two
@@ -69,11 +72,25 @@ class Routing:
     beside: a feed-forward network for all tokens is beside it, and both of them and the router have norms of their own
     (`nkat.lm.transformer.Block`); gate and up may be one weight (`GATE_UP_STACK`), and `ffn_down_exps.scale` may
     multiply each expert's outputs
+    shared: one more expert is every token's, as much as a gate of its own says; gate and up of the others may be one
+    weight here, too
     """
 
     optional: bool = False
     own_length: bool = True
     beside: bool = False
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrent:
+    """Of models in which most blocks have a gated delta net in place of attention (`nkat.lm.delta_net`).
+
+    grouped: the value heads of a key head are neighbours, and a token's strengths come of one weight (`ssm_ba`); else
+    value head i belongs to key head i modulo their number, and there are two weights (`ssm_beta`, `ssm_alpha`)
+    """
+
+    grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +123,9 @@ class Architecture:
     block_scale: what leaves a block may be multiplied by `layer_output_scale.weight`, one number
     experts: of models whose feed-forward network is a mixture of experts; None: there are none
     clamped_gate: feed-forward activation of gpt-oss (`nkat.lm.activation`)
+    gated_attention: every head's outputs are multiplied by the logistic function of as many more outputs of attn_q,
+    which follow those of its query
+    recurrent: of models in which most blocks have no attention; None: all have
     sinks: each query head has a score of its own, `attn_sinks`, that takes part in the softmax and stands for nothing
     ffn_norm: what the file calls the norm before the feed-forward network
     reads: keys of the metadata that mean something in few architectures, this one among them; others refuse them
@@ -135,6 +155,8 @@ class Architecture:
     block_scale: bool = False
     experts: Routing | None = None
     clamped_gate: bool = False
+    gated_attention: bool = False
+    recurrent: Recurrent | None = None
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
     reads: tuple[str, ...] = ()
@@ -148,10 +170,15 @@ class Architecture:
         return self.ffn_norm if norm == "ffn_norm" else norm
 
     @property
+    def has_program(self) -> bool:
+        """Whether `nkat.engine.forward` has steps for all that its models compute."""
+        return not (self.gated_attention or self.recurrent)
+
+    @property
     def has_gpu_step(self) -> bool:
         """Whether `nkat.engine.plan` has operations for all that its models compute, those without experts."""
         mixtures_only = self.experts is not None and not self.experts.optional
-        return not (self.varied or mixtures_only or self.sinks)
+        return not (self.varied or mixtures_only or self.sinks or self.gated_attention or self.recurrent)
 
     @property
     def block_norms(self) -> tuple[str, ...]:
@@ -178,6 +205,7 @@ ATTENTION_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 TEMPERATURE = "attention.temperature_scale"
 SCALES = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
 ROPE_SWITCH = "rope.scaling.finetuned"
+ROPE_SECTIONS = "rope.dimension_sections"
 LAYER_INPUTS, SHARED_KV = "embedding_length_per_layer_input", "attention.shared_kv_layers"
 YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier")
 
@@ -282,6 +310,34 @@ _ROWS = (
         experts=Routing(),
         clamped_gate=True,
         sinks=True,
+        ffn_norm="post_attention_norm",
+    ),
+    # src/models/qwen35.cpp: dense Qwen 3.5 and 3.6
+    Architecture(
+        "qwen35",
+        qk_norm=True,
+        gated_attention=True,
+        recurrent=Recurrent(),
+        ffn_norm="post_attention_norm",
+        reads=(ROPE_SECTIONS,),
+    ),
+    # src/models/qwen35moe.cpp
+    Architecture(
+        "qwen35moe",
+        qk_norm=True,
+        experts=Routing(shared=True),
+        gated_attention=True,
+        recurrent=Recurrent(),
+        ffn_norm="post_attention_norm",
+        reads=(ROPE_SECTIONS,),
+    ),
+    # src/models/qwen3next.cpp
+    Architecture(
+        "qwen3next",
+        qk_norm=True,
+        experts=Routing(shared=True),
+        gated_attention=True,
+        recurrent=Recurrent(grouped=True),
         ffn_norm="post_attention_norm",
     ),
 )

@@ -11,6 +11,7 @@ from nkat.engine.compiled import PREFILL_TOKENS, CompiledDecoder
 from nkat.engine.decoder import make_decoder
 from nkat.engine.eager import EagerDecoder
 from nkat.errors import NKATError
+from nkat.lm.architectures import ARCHITECTURES
 from nkat.lm.load import LoadedModel, load_model
 from nkat.theta.algebra import quantise_factors
 from tests.support.golden import read_golden
@@ -33,6 +34,7 @@ FAMILIES = {
     **{f"{arch} {i}": (arch, options) for i, (arch, options) in enumerate(FURTHER_FAMILIES)},
     **{f"{arch} mixture {i}": (arch, options) for i, (arch, options) in enumerate(MIXTURE_FAMILIES)},
 }
+FAMILIES = {name: family for name, family in FAMILIES.items() if ARCHITECTURES[family[0]].has_program}
 IDS = [(29 * i + 5) % 200 for i in range(2 * PREFILL_TOKENS + 40)]
 
 CAPACITY = 700
@@ -210,7 +212,7 @@ def test_greedy_ids_of_tiny_models_equal_llama_cpp(tmp_path, variant):
     """What it chose after the variant's ids, as far as no choice hangs on rounding."""
     golden = TINY["variants"][variant]
     path = write_tiny_model(tmp_path / "tiny.gguf", golden["arch"], golden["seed"], **golden["options"])
-    made = decoder(load_model(path, repack=True), 64)
+    made = make_decoder(load_model(path, repack=True).model, 64)
     logits, chosen = made.prefill(TINY["ids"]), []
     for _ in golden["greedy"]:
         chosen.append(int(logits.argmax()))
@@ -254,7 +256,7 @@ def test_a_cache_that_grew_holds_the_same(tmp_path, monkeypatch, family, int8_ac
 def test_the_model_s_own_cache_grows_too(tmp_path, monkeypatch):
     loaded = load(tmp_path, "gemma3 window", repack=False)
     whole = EagerDecoder(loaded.model, 600)
-    monkeypatch.setattr("nkat.lm.transformer.FIRST_ROOM", 16)
+    monkeypatch.setattr("nkat.lm.cache.FIRST_ROOM", 16)
     growing = EagerDecoder(loaded.model, 600)
     small = growing.cache_nbytes
     for count in (1, 14, 3, 300, 1, 1):

@@ -100,6 +100,25 @@ def test_without_kernels(tmp_path, monkeypatch, options):
     assert distance(found, [expected_of(loaded, each) for each in CONTINUATIONS]) < 1e-4
 
 
+def test_a_recurrent_model_goes_on_from_states_that_it_kept(tmp_path, monkeypatch):
+    """It computes no token more than a model that can forget any number of them."""
+    monkeypatch.setattr("nkat.engine.continuations.has_kernels", lambda model: False)
+    computed = {}
+    for arch in ("llama", "qwen35"):
+        loaded = load_model(write_tiny_model(tmp_path / "tiny.gguf", arch))
+        expected = [expected_of(loaded, each) for each in CONTINUATIONS]
+        hidden, counts = loaded.model.hidden, []
+
+        def watched(tokens, cache, hidden=hidden, counts=counts):
+            counts.append(tokens.shape[1])
+            return hidden(tokens, cache)
+
+        monkeypatch.setattr(loaded.model, "hidden", watched)
+        assert distance(found_in(loaded), expected) < 1e-4
+        computed[arch] = sum(counts)
+    assert computed["qwen35"] == computed["llama"] < sum(map(len, {each.read for each in CONTINUATIONS})) - 100
+
+
 @pytest.mark.parametrize("int8_activations", [False, True])
 def test_what_a_prediction_does_not_depend_on(tmp_path, monkeypatch, int8_activations):
     """Threads: bit by bit. Order, and what is asked beside it: up to rounding, which is where a segment is parted."""
