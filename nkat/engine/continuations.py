@@ -69,7 +69,7 @@ def predict(
         by_sequence.setdefault(each.read, []).append((number, each))
     turning = model.config.rope.original_context  # beyond it some models turn otherwise, also the tokens before
     short, long = (sorted(s for s in by_sequence if (len(s) > turning) == beyond) for beyond in (False, True))
-    way = _compiled if has_kernels(model) else _eager
+    way = _compiled if has_kernels(model) and not model.config.recurrent_blocks else _eager
     for sequences in (short, long):
         for number, found in way(model, sequences, by_sequence, most) if sequences else ():
             if not np.isfinite(found.nll).all():

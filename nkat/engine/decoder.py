@@ -71,15 +71,15 @@ def make_decoder(model: Transformer, capacity: int) -> Decoder:
     """The fastest decoder for this model as it was loaded, with room for `capacity` tokens.
 
     One tensor that has no CPU kernel is enough to leave the compiled program, which has no step for the reference: then
-    the model decodes an operation at a time, its other layers still by their kernels. So does one whose blocks compute
-    what `nkat.engine.forward`, or on a GPU `nkat.engine.plan`, has no steps for.
+    the model decodes an operation at a time, its other layers still by their kernels. So does, on a GPU, one whose
+    blocks compute what `nkat.engine.plan` has no steps for.
     """
     layers = model.multipliers().values()
     compiled = all(layer.compiled is not None for layer in layers)
     if compiled and any(isinstance(layer, ExpertStack) and (layer.theta is not None or layer.room) for layer in layers):
         note("the compiled program has no Θ on experts: the model decodes an operation at a time, which is slower")
         return EagerDecoder(model, capacity)
-    if compiled and model.config.has_program and all(table.qtype in kernel_types("cpu") for table in model.tables()):
+    if compiled and all(table.qtype in kernel_types("cpu") for table in model.tables()):
         from nkat.engine.compiled import CompiledDecoder  # LLVM is loaded only where it is used
 
         return CompiledDecoder(model, capacity, torch.get_num_threads())

@@ -170,11 +170,6 @@ class Architecture:
         return self.ffn_norm if norm == "ffn_norm" else norm
 
     @property
-    def has_program(self) -> bool:
-        """Whether `nkat.engine.forward` has steps for all that its models compute."""
-        return not (self.gated_attention or self.recurrent)
-
-    @property
     def has_gpu_step(self) -> bool:
         """Whether `nkat.engine.plan` has operations for all that its models compute, those without experts."""
         mixtures_only = self.experts is not None and not self.experts.optional

@@ -6,10 +6,10 @@ all tokens in one, from which none can be taken away again: one goes back only t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -50,6 +50,42 @@ class State(NamedTuple):
     memory: torch.Tensor
 
 
+States = TypeVar("States")
+
+
+class KeptStates(Generic[States]):
+    """Recurrent states after some of the lengths that a text had, the last ones that were kept."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, States] = {}
+
+    def keep(self, length: int, states: States, most: int) -> None:
+        """most: of so many lengths; the shortest go"""
+        self._kept[length] = states
+        for shortest in sorted(self._kept)[:-most]:
+            del self._kept[shortest]
+
+    def __contains__(self, length: int) -> bool:
+        return length in self._kept
+
+    def reach(self, length: int, now: int | None) -> int:
+        """The longest of the lengths up to this one whose states there are. now: one more; None: there are none now"""
+        return max(known for known in (0, now, *self._kept) if known is not None and known <= length)
+
+    def back(self, length: int) -> States | None:
+        """The states after so many tokens, None for 0; those after more are forgotten.
+
+        Raises ValueError where they were not kept.
+        """
+        if length and length not in self._kept:
+            raise ValueError(f"the state after {length} tokens was not kept")
+        self._kept = {known: states for known, states in self._kept.items() if known <= length}
+        return self._kept.get(length)
+
+    def all(self) -> Iterable[States]:
+        return self._kept.values()
+
+
 @dataclass(frozen=True, slots=True)
 class _Held:
     """So many tokens, and the recurrent blocks' states after them. Nothing of it is ever changed in place."""
@@ -77,7 +113,7 @@ class KVCache:
         self.batch, self.capacity = batch, capacity
         self.room = min(capacity, FIRST_ROOM) if growing else capacity
         self._recurrent = bool(config.recurrent_blocks)
-        self._held, self._kept = _Held(), list[_Held]()
+        self._held, self._kept = _Held(), KeptStates[Mapping[int, State]]()
         self._coming: dict[int, State] = {}
         heads = [
             (config.of(i).kv_heads if config.has_own_kv(i) else 0, config.of(i).head_dim)
@@ -101,21 +137,18 @@ class KVCache:
         if not self._recurrent:
             self._held = _Held(value)
             return
-        if self.reach(value) != value:
-            raise ValueError(f"the state after {value} tokens was not kept")
-        self._held = next((held for held in self._kept if held.length == value), _Held())
-        self._kept = [held for held in self._kept if held.length <= value]
+        self._held = _Held(value, self._kept.back(value) or {})
 
     def reach(self, length: int) -> int:
         """How many of its first `length` tokens can be kept when those behind them are forgotten."""
         if not self._recurrent:
             return length
-        return max(held.length for held in (*self._kept, self._held, _Held()) if held.length <= length)
+        return self._kept.reach(length, self.length)
 
     def keep_state(self, most: int = KEPT_STATES) -> None:
         """`length` can be set to what it is now later on; `most`: of so many such lengths, the oldest go."""
-        if self._recurrent and all(held.length != self.length for held in self._kept):
-            self._kept = [*self._kept, self._held][-most:]
+        if self._recurrent and self.length:
+            self._kept.keep(self.length, self._held.states, most)
 
     def check_room(self, batch: int, tokens: int) -> None:
         if batch != self.batch:
@@ -158,8 +191,8 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        kept = {id(held): held for held in (*self._kept, self._held)}.values()
-        states = (tensor for held in kept for state in held.states.values() for tensor in state)
+        kept = {id(held): held for held in (*self._kept.all(), self._held.states)}.values()
+        states = (tensor for held in kept for state in held.values() for tensor in state)
         return sum(t.nbytes for t in (*self.keys, *self.values, *states))
 
 

@@ -212,11 +212,6 @@ class ModelConfig:
         }
 
     @property
-    def has_program(self) -> bool:
-        """Whether `nkat.engine.forward` has steps for all that it computes."""
-        return self.architecture.has_program
-
-    @property
     def has_gpu_step(self) -> bool:
         """Whether `nkat.engine.plan` has operations for all that it computes."""
         return self.mixture is None and self.architecture.has_gpu_step

@@ -11,7 +11,6 @@ from nkat.engine.compiled import PREFILL_TOKENS, CompiledDecoder
 from nkat.engine.decoder import make_decoder
 from nkat.engine.eager import EagerDecoder
 from nkat.errors import NKATError
-from nkat.lm.architectures import ARCHITECTURES
 from nkat.lm.load import LoadedModel, load_model
 from nkat.theta.algebra import quantise_factors
 from tests.support.golden import read_golden
@@ -34,7 +33,6 @@ FAMILIES = {
     **{f"{arch} {i}": (arch, options) for i, (arch, options) in enumerate(FURTHER_FAMILIES)},
     **{f"{arch} mixture {i}": (arch, options) for i, (arch, options) in enumerate(MIXTURE_FAMILIES)},
 }
-FAMILIES = {name: family for name, family in FAMILIES.items() if ARCHITECTURES[family[0]].has_program}
 IDS = [(29 * i + 5) % 200 for i in range(2 * PREFILL_TOKENS + 40)]
 
 CAPACITY = 700
@@ -212,7 +210,7 @@ def test_greedy_ids_of_tiny_models_equal_llama_cpp(tmp_path, variant):
     """What it chose after the variant's ids, as far as no choice hangs on rounding."""
     golden = TINY["variants"][variant]
     path = write_tiny_model(tmp_path / "tiny.gguf", golden["arch"], golden["seed"], **golden["options"])
-    made = make_decoder(load_model(path, repack=True).model, 64)
+    made = decoder(load_model(path, repack=True), 64)
     logits, chosen = made.prefill(TINY["ids"]), []
     for _ in golden["greedy"]:
         chosen.append(int(logits.argmax()))
