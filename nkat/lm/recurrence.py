@@ -9,6 +9,7 @@ import numpy as np
 from nkat.lm.architectures import DELTA_LINEARS, Recurrent
 from nkat.lm.keys import ConfigError, Keys
 
+MAX_KERNEL = 16  # each token that the convolution sees is an instruction of its kernel; models see four
 _PERIOD = 4  # of blocks with attention, where the file does not say (src/models/qwen35.cpp)
 
 
@@ -36,9 +37,9 @@ class Recurrence:
         row = keys.architecture.recurrent
         if row is None:
             return None, frozenset()
-        kernel, inner, size, value_heads, key_heads = (
-            keys.integer(f"ssm.{key}")
-            for key in ("conv_kernel", "inner_size", "state_size", "time_step_rank", "group_count")
+        kernel = keys.integer("ssm.conv_kernel", maximum=MAX_KERNEL)
+        inner, size, value_heads, key_heads = (
+            keys.integer(f"ssm.{key}") for key in ("inner_size", "state_size", "time_step_rank", "group_count")
         )
         if value_heads % key_heads:
             raise ConfigError(

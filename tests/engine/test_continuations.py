@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nkat.engine import tree_scorer
+from nkat.engine import continuations, tree_scorer
 from nkat.engine.continuations import Continuation, Prediction, predict
 from nkat.engine.scoring import make_scorer
 from nkat.engine.tree import batches, in_common, token_tree
@@ -100,21 +100,26 @@ def test_without_kernels(tmp_path, monkeypatch, options):
     assert distance(found, [expected_of(loaded, each) for each in CONTINUATIONS]) < 1e-4
 
 
-def test_a_recurrent_model_goes_on_from_states_that_it_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_recurrent_model_goes_on_from_states_that_it_kept(tmp_path, monkeypatch, kernels):
     """It computes no token more than a model that can forget any number of them."""
-    monkeypatch.setattr("nkat.engine.continuations.has_kernels", lambda model: False)
+    monkeypatch.setattr("nkat.engine.chain_scorer._PASS_TOKENS", 16)
     computed = {}
-    for arch in ("llama", "qwen35"):
+    for arch, has_kernels in (("llama", False), ("qwen35", kernels)):
+        monkeypatch.setattr("nkat.engine.continuations.has_kernels", lambda model, has=has_kernels: has)
         loaded = load_model(write_tiny_model(tmp_path / "tiny.gguf", arch))
         expected = [expected_of(loaded, each) for each in CONTINUATIONS]
-        hidden, counts = loaded.model.hidden, []
+        make, counts = continuations._make_reader, []
 
-        def watched(tokens, cache, hidden=hidden, counts=counts):
-            counts.append(tokens.shape[1])
-            return hidden(tokens, cache)
+        def watched(*arguments, make=make, counts=counts):
+            reader = make(*arguments)
+            read = reader.read
+            reader.read = lambda tokens: counts.append(len(tokens)) or read(tokens)
+            return reader
 
-        monkeypatch.setattr(loaded.model, "hidden", watched)
-        assert distance(found_in(loaded), expected) < 1e-4
+        with monkeypatch.context() as patch:
+            patch.setattr(continuations, "_make_reader", watched)
+            assert distance(found_in(loaded), expected) < 3e-4
         computed[arch] = sum(counts)
     assert computed["qwen35"] == computed["llama"] < sum(map(len, {each.read for each in CONTINUATIONS})) - 100
 

@@ -100,6 +100,7 @@ def check_recurrent(config: ModelConfig, tiny: TinyOptions) -> None:
     ("changes", "message"),
     [
         ({"ssm.conv_kernel": None}, "ssm.conv_kernel is missing"),
+        ({"ssm.conv_kernel": 17}, "ssm.conv_kernel must be at most 16, got 17"),
         ({"ssm.inner_size": 65}, "ssm.inner_size 65 is not ssm.time_step_rank 4 times ssm.state_size 16"),
         ({"ssm.group_count": 3}, "ssm.time_step_rank 4 is no multiple of ssm.group_count 3"),
         ({"ssm.state_size": "16"}, "ssm.state_size must be an integer, got '16'"),
