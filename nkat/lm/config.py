@@ -30,6 +30,7 @@ from nkat.lm.architectures import (
     ROPE_SWITCH,
     ROUTER,
     SCALES,
+    SHARED_GATE,
     SHARED_KV,
     SHORT_ROPE,
     SINKS,
@@ -40,6 +41,7 @@ from nkat.lm.architectures import (
 )
 from nkat.lm.keys import ConfigError, Keys
 from nkat.lm.mixture import Mixture
+from nkat.lm.recurrence import Recurrence
 from nkat.lm.refused import refuse
 from nkat.lm.rope import Rope, read_rope
 from nkat.theta.set import SUFFIXES
@@ -106,6 +108,8 @@ class ModelConfig:
     idle: frozenset[str] = frozenset()  # weights that nothing reads: k and v of blocks that use an earlier one's
     mixture: Mixture | None = None  # in place of the one feed-forward network of every block, or beside it
     layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
+    recurrence: Recurrence | None = None
+    recurrent_blocks: frozenset[int] = frozenset()  # which have what `recurrence` says in place of attention
     draft_blocks: range = range(0)  # blocks of the file that foretell later tokens, and that are left out
 
     @classmethod
@@ -145,30 +149,40 @@ class ModelConfig:
         return frozenset(sizes.kv_block for i, sizes in enumerate(self.sizes) if sizes.kv_block != i)
 
     def has_own_kv(self, block: int) -> bool:
-        return self.of(block).kv_block == block
+        return self.of(block).kv_block == block and block not in self.recurrent_blocks
 
     def qkv_rows(self, block: int) -> tuple[int, int, int]:
-        """Outputs of a block's q, k and v."""
+        """Outputs of a block's q, with those of its gate where it has one, k and v."""
         sizes = self.of(block)
         kv = sizes.kv_heads * sizes.head_dim
-        return self.head_count * sizes.head_dim, kv, kv
+        return self._head_rows(block) * (2 if self.architecture.gated_attention else 1), kv, kv
+
+    def _head_rows(self, block: int) -> int:
+        """Elements of all query heads."""
+        return self.head_count * self.of(block).head_dim
+
+    def feed_forward(self, block: int) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of the linear layers of a block's feed-forward network, by name."""
+        ff, d, mixture = self.of(block).feed_forward, self.embedding_length, self.mixture
+        if mixture is not None and not mixture.beside:
+            return mixture.shared_linears(d)
+        up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
+        return {**{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
 
     def linears(self, block: int) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of a block's linear layers, by name, in the order of their computation."""
-        sizes, d, length = self.of(block), self.embedding_length, self.layer_input_length
-        ff, rows = sizes.feed_forward, self.qkv_rows(block)
+        d, length, rows = self.embedding_length, self.layer_input_length, self.qkv_rows(block)
+        if self.recurrence is not None and block in self.recurrent_blocks:
+            return {**self.recurrence.linears(d), **self.feed_forward(block)}
         qkv = {FUSED_QKV: sum(rows)} if block in self.fused_qkv else dict(zip(QKV, rows, strict=True))
         if not self.has_own_kv(block):
             qkv = {"attn_q": rows[0]}
-        elif not sizes.has_value:
+        elif not self.of(block).has_value:
             del qkv["attn_v"]
-        up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
-        feed_forward = {**{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
         return {
             **{name: (outputs, d) for name, outputs in qkv.items()},
-            "attn_output": (d, rows[0]),
-            **({} if self.mixture is not None and not self.mixture.beside else feed_forward),
-            **({} if self.mixture is None else self.mixture.linears(d)),
+            "attn_output": (d, self._head_rows(block)),
+            **self.feed_forward(block),
             **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
             **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
@@ -186,6 +200,8 @@ class ModelConfig:
     def norms(self, block: int) -> dict[str, tuple[int]]:
         """Lengths of the RMS norms of a block, by name (`Architecture.norm_in_file`)."""
         names = [name for name in self.architecture.block_norms if name != "attn_k_norm" or self.has_own_kv(block)]
+        if block in self.recurrent_blocks:
+            names = [name for name in names if name not in QK_NORMS]
         lengths = dict.fromkeys(names, self.embedding_length)
         wide = dict(zip(QK_NORMS, self.qkv_rows(block)[:2], strict=True))
         for name in lengths.keys() & wide.keys():
@@ -259,6 +275,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
     residual = residual_scale or 1.0
     feed_forward = _by_block(keys, "feed_forward_length", blocks, None if mixture is None or mixture.beside else 1)
+    recurrence, recurrent_blocks = Recurrence.read(keys, blocks)
     sizes = _read_sizes(keys, local_blocks, (head_dim, local_dim), kv_heads, feed_forward, tensors)
     return ModelConfig(
         architecture=architecture,
@@ -277,7 +294,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         sliding_window=window,
         attention_scale=attention_scale or architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
         embedding_scale=(d**0.5 if architecture.scaled_embedding else embedding_scale or 1.0) / residual,
-        fused_qkv=frozenset(i for i in range(blocks) if f"blk.{i}.{FUSED_QKV}.weight" in tensors),
+        fused_qkv=frozenset(i for i in range(blocks) if f"blk.{i}.{FUSED_QKV}.weight" in tensors) - recurrent_blocks,
         attention_cap=_read_cap(keys, ATTENTION_CAP, architecture.attention_cap),
         logit_cap=_read_cap(keys, LOGIT_CAP, architecture.logit_cap),
         temperature=temperature,
@@ -293,6 +310,8 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         ),
         mixture=mixture,
         layer_input_length=_if_read(keys, LAYER_INPUTS),
+        recurrence=recurrence,
+        recurrent_blocks=recurrent_blocks,
         draft_blocks=range(blocks, in_file),
     )
 
@@ -411,7 +430,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
         block = f"blk.{i}."
         for linear, (outputs, inputs) in config.linears(i).items():
             required[f"{block}{linear}.weight"] = (outputs, inputs)
-            if architecture.may_have_bias(linear):
+            if architecture.may_have_bias(linear) and i not in config.recurrent_blocks:
                 optional[f"{block}{linear}.bias"] = (outputs,)
         norms = config.norms(i).items()
         required |= {f"{block}{architecture.norm_in_file(norm)}.weight": shape for norm, shape in norms}
@@ -419,11 +438,15 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             optional[f"{block}attn_k_norm.weight"] = (config.of(i).head_dim,)  # llama.cpp, too, reads past it
         if architecture.sinks:
             required[f"{block}{SINKS}.weight"] = (config.head_count,)
+        if config.recurrence is not None and i in config.recurrent_blocks:
+            required |= {f"{block}{name}": shape for name, shape in config.recurrence.vectors().items()}
         if config.mixture is not None:
             weights = config.mixture.weights(d)
             required |= {f"{block}{name}.weight": shape for name, shape in weights.items()}
             biases = {name: shape[:-1] for name, shape in weights.items() if architecture.may_have_bias(name)}
             optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
+            if architecture.experts is not None and architecture.experts.shared_gate:
+                required[f"{block}{SHARED_GATE}.weight"] = (d,)
             if config.mixture.beside:
                 required[f"{block}{ROUTER}.scale"] = (d,)
                 optional[f"{block}{STACKS[-1]}.scale"] = (config.mixture.count,)

@@ -16,8 +16,9 @@ import torch
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantise, packed_tensor
 from nkat.kernels.registry import say_fallbacks
-from nkat.lm.architectures import LONG_ROPE, ROUTER, SHORT_ROPE, SINKS
+from nkat.lm.architectures import LONG_ROPE, ROUTER, SHARED_GATE, SHORT_ROPE, SINKS
 from nkat.lm.config import ModelConfig
+from nkat.lm.delta_net import DeltaNet
 from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.keys import ConfigError
 from nkat.lm.linear import StarLinear
@@ -190,9 +191,17 @@ class _Assembler:
         if config.mixture is not None and config.mixture.beside:
             norms[ROUTER] = self.vector(f"{prefix}{ROUTER}.scale") * config.embedding_length**-0.5
         linears = {name: self.linear(prefix + name, shape) for name, shape in config.linears(index).items()}
-        names = [f"{prefix}{name}.weight" for name in ("layer_output_scale", SINKS)]
-        scale, sinks = (self.vector(name) if name in self.tensors else None for name in names)
-        return Block(config, index, linears, norms, scale, sinks, self.experts(config, prefix))
+        names = [f"{prefix}{name}.weight" for name in ("layer_output_scale", SINKS, SHARED_GATE)]
+        scale, sinks, gate = (self.vector(name) if name in self.tensors else None for name in names)
+        experts, delta_net = self.experts(config, prefix), self.delta_net(config, index)
+        return Block(config, index, linears, norms, scale, sinks, experts, gate, delta_net)
+
+    def delta_net(self, config: ModelConfig, index: int) -> DeltaNet | None:
+        sizes = config.recurrence
+        if sizes is None or index not in config.recurrent_blocks:
+            return None
+        vectors = {name: self.vector(f"blk.{index}.{name}").view(shape) for name, shape in sizes.vectors().items()}
+        return DeltaNet(sizes, config.rms_epsilon, *vectors.values())
 
     def experts(self, config: ModelConfig, prefix: str) -> Experts | None:
         mixture, d = config.mixture, config.embedding_length

@@ -11,8 +11,8 @@ from nkat.lm.architectures import (
     DEEPSTACK,
     LAYER_INPUTS,
     LOGIT_CAP,
+    ROPE_SECTIONS,
     SCALES,
-    SECTIONS,
     SHARED_KV,
     TEMPERATURE,
     YARN_KEYS,
@@ -22,7 +22,7 @@ from nkat.lm.keys import ConfigError, Keys
 # Keys that change llama.cpp's forward pass in a way that is not computed here, in the models of every architecture, or
 # of those whose row says so; and the values with which they do not.
 _REFUSED: dict[str, tuple[bool | float, ...]] = {"attention.causal": (True,), "expert_group_count": (0, 1)}
-_REFUSED_IN_SOME = {SECTIONS: (0,), DEEPSTACK: (-1,)}
+_REFUSED_IN_SOME = {ROPE_SECTIONS: (0,), DEEPSTACK: (-1,)}
 # Keys that llama.cpp reads in the models of some architectures only; and the values with which they change nothing.
 _READ_BY_SOME: dict[str, tuple[bool | float, ...]] = {
     "attention.clamp_kqv": (0.0,),

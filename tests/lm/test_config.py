@@ -16,7 +16,7 @@ from nkat.lm.architectures import BLOCK_LINEARS, QKV, SHARED_EXPERT, STACKS
 from nkat.lm.config import ModelConfig, Turning
 from nkat.lm.keys import ConfigError
 from nkat.lm.mixture import Mixture
-from tests.support.tiny_models import ARCHITECTURES, MIXTURE_FAMILIES, write_tiny_model
+from tests.support.tiny_models import ARCHITECTURES, MIXTURE_FAMILIES, TinyOptions, write_tiny_model
 
 MIXTRAL = dict(MIXTURE_FAMILIES)["llama"]
 
@@ -61,6 +61,10 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     scale = 8.0 if arch.startswith("gemma") else asked.get("embedding_scale", 1.0) / asked.get("residual_scale", 1.0)
     assert config.embedding_scale == pytest.approx(scale)
     linears = config.linears(1)
+    if tiny.value_heads:
+        check_recurrent(config, tiny)
+        linears = config.linears(3)
+        assert linears["attn_q"] == (8 * head_dim, 64)  # and its gate
     if tiny.fused_qkv:
         assert linears["attn_qkv"] == (8 * head_dim, 64)
     else:
@@ -69,11 +73,66 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     if config.mixture is not None:
         assert (config.mixture.count, config.mixture.used, config.active_experts) == (6, 2, 1 / 3)
         assert list(config.mixture.stacks(64).values()) == [(6, 48, 64), (6, 48, 64), (6, 64, 48)]
-        assert list(linears) == [*QKV, "attn_output", *(SHARED_EXPERT if tiny.shared_expert else ())]
+        shared = SHARED_EXPERT if tiny.shared_length else ()
+        assert list(linears) == [*QKV, "attn_output", *shared]
         return
     assert linears["ffn_up"] == (192 if tiny.fused_gate_up else 96, 64)
     assert linears["ffn_down"] == (64, 96)
     assert list(linears) == [name for name in BLOCK_LINEARS if name in linears]  # in the order of the computation
+
+
+def check_recurrent(config: ModelConfig, tiny: TinyOptions) -> None:
+    assert config.recurrent_blocks == {0, 1, 2}
+    rows = 16 * (tiny.value_heads + 2 * tiny.key_heads)  # of queries and keys, too
+    assert config.linears(1)["attn_qkv"] == (rows, 64)
+    assert config.linears(1)["attn_gate"] == (16 * tiny.value_heads, 64)
+    assert config.linears(1)["ssm_out"] == (64, 16 * tiny.value_heads)
+    strengths = {"ssm_ba": 2} if tiny.grouped else {"ssm_beta": 1, "ssm_alpha": 1}
+    assert {name: config.linears(1)[name] for name in strengths} == {
+        name: (times * tiny.value_heads, 64) for name, times in strengths.items()
+    }
+    assert "attn_q" not in config.linears(1)
+    assert "attn_q_norm" in config.norms(3)
+    assert "attn_q_norm" not in config.norms(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ssm.conv_kernel": None}, "ssm.conv_kernel is missing"),
+        ({"ssm.conv_kernel": 17}, "ssm.conv_kernel must be at most 16, got 17"),
+        ({"ssm.inner_size": 65}, "ssm.inner_size 65 is not ssm.time_step_rank 4 times ssm.state_size 16"),
+        ({"ssm.group_count": 3}, "ssm.time_step_rank 4 is no multiple of ssm.group_count 3"),
+        ({"ssm.state_size": "16"}, "ssm.state_size must be an integer, got '16'"),
+        ({"full_attention_interval": 2}, r"tensor blk\.1\.attn_qkv\.weight has shape \(128, 64\), expected \(288"),
+        ({"full_attention_interval": 0}, "full_attention_interval must be at least 1"),
+        ({"attention.recurrent_layers": np.array([True, True])}, "recurrent_layers has 2 values for 4 blocks"),
+        ({"rope.dimension_sections": np.array([7, 7, 0, 0])}, "at most four lengths, together 1 to 12, got"),
+        ({"rope.dimension_sections": np.array([0, 0, 0, 0])}, "at most four lengths, together 1 to 12, got"),
+        ({"rope.dimension_sections": np.array([-1, 2, 0, 0])}, "at most four lengths, together 1 to 12, got"),
+        ({"expert_count": 4}, "mixtures of experts are not supported in qwen35 models"),
+    ],
+)
+def test_what_is_wrong_with_recurrent_blocks(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(tmp_path, "qwen35", changes)
+
+
+def test_which_blocks_are_recurrent(tmp_path):
+    listed = np.array([True, True, True, False])
+    assert config_of(tmp_path, "qwen35", {"attention.recurrent_layers": listed}).recurrent_blocks == {0, 1, 2}
+    assert config_of(tmp_path, "qwen35", {"full_attention_interval": None}).recurrent_blocks == {0, 1, 2}
+    assert config_of(tmp_path, "qwen35", interval=2).recurrent_blocks == {0, 2}
+    assert config_of(tmp_path, "qwen35", draft=1).recurrent_blocks == {0, 1, 2}
+    assert config_of(tmp_path, "qwen3").recurrent_blocks == set()
+
+
+@pytest.mark.parametrize(
+    ("sections", "still"),
+    [((2, 2, 2, 0), set()), ((2, 1, 1, 2), {4, 5}), ((1, 2, 0, 0), {2, 5}), ((0, 0, 0, 3), {0, 1, 2, 3, 4, 5})],
+)
+def test_pairs_that_a_position_of_text_does_not_turn(tmp_path, sections, still):
+    assert config_of(tmp_path, "qwen35", sections=sections).rope.still == still
 
 
 def test_real_models(smollm2, gemma3, qwen):
@@ -454,10 +513,10 @@ def test_blocks_that_foretell_later_tokens_are_left_out(tmp_path):
 
 def test_the_shared_expert_is_a_feed_forward_network_of_its_own_length(tmp_path):
     config = config_of(tmp_path, "granitemoe")
-    assert config.mixture == Mixture(6, 2, 48, shared=40)
+    assert config.mixture == Mixture(6, 2, 48, shared_length=40)
     assert config.linears(0)["ffn_gate_shexp"] == (40, 64)
     assert config.linears(0)["ffn_down_shexp"] == (64, 40)
-    without = config_of(tmp_path, "granitemoe", shared_expert=0)
+    without = config_of(tmp_path, "granitemoe", shared_length=0)
     assert without.mixture == Mixture(6, 2, 48)
     with pytest.raises(ConfigError, match=r"tensor blk\.0\.ffn_gate_shexp\.weight is unknown"):
         config_of(tmp_path, "granitemoe", {"expert_shared_feed_forward_length": 0})

@@ -91,7 +91,12 @@ def test_logits_equal_llama_cpp(tiny, variant):
 
 
 def test_golden_variants_differ_so_that_equality_means_something():
-    same = [{"llama", "llama_scaling_none"}, {"llama_linear", "llama_linear_untyped"}, {"glm4", "glm4_draft"}]
+    same = [
+        {"llama", "llama_scaling_none"},
+        {"llama_linear", "llama_linear_untyped"},
+        {"glm4", "glm4_draft"},
+        {"qwen35", "qwen35_draft"},
+    ]
     for a, b in itertools.combinations(TINY["variants"], 2):
         difference = (
             (torch.tensor(TINY["variants"][a]["logits"]) - torch.tensor(TINY["variants"][b]["logits"])).abs().max()

@@ -1,0 +1,295 @@
+"""The CPU kernels of a gated delta net, between its linear layers; what they compute is in `nkat.lm.delta_net`.
+
+Everything is float32. A block keeps of each sequence the last tokens' inputs of the convolution [kernel − 1, channels]
+and each value head's memory [D, D], keys by values. A pass that begins at position 0 does not look at what is in them.
+
+The memory is worked on a few columns at a time, over all tokens of a sequence, for which it stays in the first cache:
+what a token does to a column depends on no other.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import astuple, dataclass
+
+from nkat.kernels.cpu.blocks import normalised, own_tokens, width_of
+from nkat.kernels.cpu.jit import compile_kernel
+from nkat.kernels.cpu.llvm import F32, I32, I64, Builder, Value
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaShape:
+    """Heads of keys and of values, elements of each, tokens that the convolution sees.
+
+    grouped: the value heads of a key head are neighbours (`nkat.lm.architectures.Recurrent`)
+    """
+
+    key_heads: int
+    value_heads: int
+    size: int
+    kernel: int
+    grouped: bool
+
+    @property
+    def heads(self) -> int:
+        """Of the convolution's channels: queries, keys, values."""
+        return 2 * self.key_heads + self.value_heads
+
+    @property
+    def label(self) -> str:
+        return "_".join(str(int(x)) for x in astuple(self))
+
+
+def _silu(k: Builder, x: Value) -> Value:
+    return x / (k.exp(x * -1.0) + 1.0)
+
+
+@functools.cache
+def convolve_kernel(shape: DeltaShape) -> int:
+    """out = SiLU of each channel's sum over the last tokens; q and k then of length 1, and q divided by √D.
+
+    Each thread takes some of the (token, head) pairs.
+
+    arguments: mixed, bytes of a row, earlier inputs [sequence, kernel − 1, channels], weights [kernel, channels], out,
+    bytes of a row, epsilon float32 [1], state (`nkat.kernels.cpu.linear.token_state`)
+    """
+    size, lanes, row_bytes = shape.size, width_of(shape.size), 4 * shape.heads * shape.size
+    before = shape.kernel - 1
+
+    def emit(k: Builder) -> None:
+        mixed, stride, earlier, weights, out, out_stride = (
+            k.pointer(0), k.integer(1), k.pointer(2), k.pointer(3), k.pointer(4), k.integer(5)
+        )  # fmt: skip
+        epsilon, state = k.load(F32(), k.pointer(6)), k.pointer(7)
+        count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
+        nothing = k.value(0.0, F32(lanes))
+        with k.loop(k.thread, count * shape.heads, k.threads) as item:
+            token, head = item // shape.heads, item % shape.heads
+            sequence, place = token // length, token % length
+            column = head * (4 * size)
+            rows, there = [], []
+            for n in range(shape.kernel):  # the last one is the token's own
+                back = before - n
+                inside = place >= back
+                old = earlier + (sequence * before + (place + n)) * row_bytes
+                rows.append(k.select(inside, mixed + (token - back) * stride, old) + column)
+                there.append(inside | (start > 0))
+            to = out + token * out_stride + column
+            squares = k.variable(nothing)
+            with k.loop(0, 4 * size, 4 * lanes) as j:
+                total = nothing
+                for n, (row, valid) in enumerate(zip(rows, there, strict=True)):
+                    x = k.select(valid, k.load(F32(lanes), row + j), nothing)
+                    total = k.fma(x, k.load(F32(lanes), weights + n * row_bytes + column + j), total)
+                active = _silu(k, total)
+                squares.value = k.fma(active, active, squares.value)
+                k.store(active, to + j)
+            with k.when(head < 2 * shape.key_heads):
+                factor = k.value(1.0, F32()) / k.sqrt(squares.value.total() + epsilon)
+                factor = k.select(head < shape.key_heads, factor * (1.0 / math.sqrt(size)), factor)
+                with k.loop(0, 4 * size, 4 * lanes) as j:
+                    k.store(k.load(F32(lanes), to + j) * factor, to + j)
+
+    return compile_kernel(f"convolve_{shape.label}", emit)
+
+
+@functools.cache
+def delta_kernel(shape: DeltaShape) -> int:
+    """The delta rule, token by token, and the inputs that later tokens' convolution needs.
+
+    Each thread takes some of the (sequence, value head, columns) triples.
+
+    arguments: convolved (see `convolve_kernel`), bytes of a row; what β and g come from, bytes of a row of each, twice
+    the same where they are one weight's; biases and factors of g float32 [H]; memory float32 [sequence, H, D, D]; out,
+    bytes of a row; mixed, bytes of a row, earlier inputs (as of `convolve_kernel`); state
+    """
+    size, lanes = shape.size, width_of(shape.size)
+    chunks = 2 if size % (2 * lanes) == 0 else 1
+    width, ratio, before = lanes * chunks, shape.value_heads // shape.key_heads, shape.kernel - 1
+    row_bytes = 4 * shape.heads * size
+
+    def columns_of(k: Builder, head: Value) -> tuple[Value, Value, Value]:
+        """A value head's key head, and the columns of what its β and g come from."""
+        if not shape.grouped:
+            return head % shape.key_heads, head, head
+        key_head = head // ratio
+        beta = key_head * (2 * ratio) + head % ratio
+        return key_head, beta, beta + ratio
+
+    def emit(k: Builder) -> None:
+        convolved, stride, betas, beta_stride, alphas, alpha_stride = (
+            k.pointer(0), k.integer(1), k.pointer(2), k.integer(3), k.pointer(4), k.integer(5)
+        )  # fmt: skip
+        biases, factors, memories, out, out_stride = (
+            k.pointer(6), k.pointer(7), k.pointer(8), k.pointer(9), k.integer(10)
+        )  # fmt: skip
+        mixed, mixed_stride, earlier, state = k.pointer(11), k.integer(12), k.pointer(13), k.pointer(14)
+        count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
+        tokens = k.minimum(count, length)  # of one sequence
+        sequences = (count + (length - 1)) // length
+        parts, nothing = size // width, k.value(0.0, F32(lanes))
+        with k.loop(k.thread, sequences * (shape.value_heads * parts), k.threads) as item:
+            column, number = item % parts * (4 * width), item // parts
+            head, sequence = number % shape.value_heads, number // shape.value_heads
+            key_head, beta_column, alpha_column = columns_of(k, head)
+            memory = memories + number * (4 * size * size) + column
+            with k.when(start < 1), k.loop(0, 4 * size * size, 4 * size) as i:
+                for j in range(chunks):
+                    k.store(nothing, memory + i + 4 * lanes * j)
+            bias, factor = (k.load(F32(), at + head * 4) for at in (biases, factors))
+            with k.loop(0, tokens) as place:
+                token = sequence * length + place
+                q = convolved + token * stride + key_head * (4 * size)
+                key = q + 4 * shape.key_heads * size
+                v = convolved + token * stride + (head + 2 * shape.key_heads) * (4 * size) + column
+                beta = k.load(F32(), betas + token * beta_stride + beta_column * 4)
+                strength = k.value(1.0, F32()) / (k.exp(beta * -1.0) + 1.0)
+                alpha = k.load(F32(), alphas + token * alpha_stride + alpha_column * 4)
+                kept = k.exp(softplus(k, alpha + bias) * factor)
+                sums = [k.variable(nothing) for _ in range(chunks)]
+                with k.loop(0, size) as i:
+                    key_i, row = k.load(F32(), key + i * 4), memory + i * (4 * size)
+                    for j in range(chunks):
+                        sums[j].value = k.fma(k.load(F32(lanes), row + 4 * lanes * j), key_i, sums[j].value)
+                change = [
+                    (k.load(F32(lanes), v + 4 * lanes * j) - sums[j].value * kept) * strength for j in range(chunks)
+                ]
+                read = [k.variable(nothing) for _ in range(chunks)]
+                with k.loop(0, size) as i:
+                    key_i, q_i = k.load(F32(), key + i * 4), k.load(F32(), q + i * 4)
+                    row = memory + i * (4 * size)
+                    for j in range(chunks):
+                        at = row + 4 * lanes * j
+                        new = k.fma(change[j], key_i, k.load(F32(lanes), at) * kept)
+                        k.store(new, at)
+                        read[j].value = k.fma(new, q_i, read[j].value)
+                to = out + token * out_stride + head * (4 * size) + column
+                for j in range(chunks):
+                    k.store(read[j].value, to + 4 * lanes * j)
+        # those of the last tokens; from the first on, so that none is overwritten before it was moved
+        with k.loop(k.thread, sequences * shape.heads, k.threads) as item:
+            sequence, column = item // shape.heads, item % shape.heads * (4 * size)
+            for n in range(before):
+                place = tokens - (before - n)  # where it is among the new tokens, or how far before them
+                new = mixed + (sequence * length + place) * mixed_stride
+                old = earlier + (sequence * before + (place + before)) * row_bytes
+                row = k.select(place >= 0, new, old) + column
+                valid = (place >= 0) | (start > 0)
+                to = earlier + (sequence * before + n) * row_bytes + column
+                with k.loop(0, 4 * size, 4 * lanes) as i:
+                    k.store(k.select(valid, k.load(F32(lanes), row + i), nothing), to + i)
+
+    return compile_kernel(f"delta_{shape.label}", emit)
+
+
+@functools.cache
+def gated_norm_kernel(shape: DeltaShape, tokens: int) -> int:
+    """Each head of x = its RMS norm times SiLU(gate).
+
+    arguments: x, bytes of a row, gate, bytes of a row, weight [D], epsilon float32 [1], state
+    """
+    size, lanes = shape.size, width_of(shape.size)
+
+    def emit(k: Builder) -> None:
+        x, stride, gate, gate_stride = k.pointer(0), k.integer(1), k.pointer(2), k.integer(3)
+        weight, epsilon, state = k.pointer(4), k.load(F32(), k.pointer(5)), k.pointer(6)
+        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * shape.value_heads * size, 4 * size) as start:
+            row, gates = x + token * stride + start, gate + token * gate_stride + start
+            normalised(k, row, weight, epsilon, size, row)
+            with k.loop(0, 4 * size, 4 * lanes) as i:
+                k.store(k.load(F32(lanes), row + i) * _silu(k, k.load(F32(lanes), gates + i)), row + i)
+
+    return compile_kernel(f"gated_norm_{shape.label}_{tokens}", emit)
+
+
+@functools.cache
+def part_kernel(heads: int, size: int, tokens: int) -> int:
+    """Heads' queries and gates, which lie in turns, each by themselves.
+
+    arguments: both [token, heads · 2 · size], bytes of a row; queries, gates, bytes of a row of each; state
+    """
+    lanes = width_of(size)
+
+    def emit(k: Builder) -> None:
+        both, stride, queries, gates, q_stride, state = (
+            k.pointer(0), k.integer(1), k.pointer(2), k.pointer(3), k.integer(4), k.pointer(5)
+        )  # fmt: skip
+        with (
+            own_tokens(k, state, tokens) as token,
+            k.loop(0, heads) as head,
+            k.loop(0, 4 * size, 4 * lanes) as i,
+        ):
+            row, to = both + token * stride + head * (8 * size) + i, token * q_stride + head * (4 * size) + i
+            k.store(k.load(F32(lanes), row), queries + to)
+            k.store(k.load(F32(lanes), row + 4 * size), gates + to)
+
+    return compile_kernel(f"part_{heads}_{size}_{tokens}", emit)
+
+
+@functools.cache
+def logistic_kernel(columns: int, tokens: int) -> int:
+    """x *= logistic(gate). arguments: x, bytes of a row, gate, bytes of a row, state"""
+    lanes = width_of(columns)
+
+    def emit(k: Builder) -> None:
+        x, stride, gate, gate_stride, state = k.pointer(0), k.integer(1), k.pointer(2), k.integer(3), k.pointer(4)
+        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * columns, 4 * lanes) as i:
+            at = x + token * stride + i
+            g = k.load(F32(lanes), gate + token * gate_stride + i)
+            k.store(k.load(F32(lanes), at) / (k.exp(g * -1.0) + 1.0), at)
+
+    return compile_kernel(f"logistic_{columns}_{tokens}", emit)
+
+
+@functools.cache
+def shared_kernel(columns: int, tokens: int) -> int:
+    """x += y · logistic(read · gate), the product being one number of a token.
+
+    arguments: x, bytes of a row, y, bytes of a row, read, bytes of a row, gate [columns], state
+    """
+    lanes = width_of(columns)
+
+    def emit(k: Builder) -> None:
+        x, stride, y, y_stride, read, read_stride, gate, state = (
+            k.pointer(0), k.integer(1), k.pointer(2), k.integer(3), k.pointer(4), k.integer(5), k.pointer(6),
+            k.pointer(7),
+        )  # fmt: skip
+        with own_tokens(k, state, tokens) as token:
+            to, row, inputs = x + token * stride, y + token * y_stride, read + token * read_stride
+            sums = k.variable(k.value(0.0, F32(lanes)))
+            with k.loop(0, 4 * columns, 4 * lanes) as i:
+                sums.value = k.fma(k.load(F32(lanes), inputs + i), k.load(F32(lanes), gate + i), sums.value)
+            share = k.value(1.0, F32()) / (k.exp(sums.value.total() * -1.0) + 1.0)
+            with k.loop(0, 4 * columns, 4 * lanes) as i:
+                k.store(k.fma(k.load(F32(lanes), row + i), share, k.load(F32(lanes), to + i)), to + i)
+
+    return compile_kernel(f"shared_{columns}_{tokens}", emit)
+
+
+def softplus(k: Builder, x: Value) -> Value:
+    """ln(1 + eˣ) of a float32, exact to some units in the last place where it is small, too (Kahan's ln(1 + y))."""
+    power = k.exp(x)
+    whole = power + 1.0
+    lost = k.select(whole > 1.0, power / (whole - 1.0), 1.0)  # what rounding took from or gave to 1 + y
+    found = k.select(whole > 1.0, _ln(k, whole) * lost, power)
+    return k.select(x > 20.0, x, found + (power - power))  # NaN stays NaN
+
+
+def _ln(k: Builder, x: Value) -> Value:
+    """Of a normal float32 above 0 (Cephes' polynomial)."""
+    bits = x.bits(I32())
+    exponent = (bits >> 23) - 126
+    part = ((bits & 0x7FFFFF) | 0x3F000000).bits(F32())  # 0.5 to 1
+    low = part < 0.70710678
+    exponent = k.select(low, exponent - 1, exponent)
+    m = k.select(low, part + part, part) - 1.0
+    p = k.value(7.0376836292e-2, F32())
+    for c in (
+        *(-1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1),
+        *(-1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1),
+    ):
+        p = k.fma(p, m, k.value(c, F32()))
+    e, square = exponent.float32(), m * m
+    tail = k.fma(p, m * square, e * -2.12194440e-4)
+    return e * 0.693359375 + (m + k.fma(square, -0.5, tail))
