@@ -94,7 +94,7 @@ _NORMS = {f"{name}.weight": (DIM,) for name in ("attn_norm", "ffn_norm")}
 LLAMA_7B = Shape("llama", DIM, HEADS, HEADS, DIM // HEADS, FFN, BLOCK_WEIGHTS, _NORMS)
 # By the mix; all others are of LLAMA_7B
 SHAPES = {
-    "30B-A3B-Q4_K_M": _mixture("qwen3moe", 2048, 32, 4, 128, 768, (128, 8)),
+    **dict.fromkeys(("30B-A3B-Q4_K_M", "30B-A3B-IQ2_M"), _mixture("qwen3moe", 2048, 32, 4, 128, 768, (128, 8))),
     "20B-MXFP4": _mixture("gpt-oss", 2880, 64, 8, 64, 2880, (32, 4)),
 }
 # Of a block: where its float16 numbers are; the second, of what is taken off, in units of the first
@@ -112,7 +112,10 @@ HALVES: dict[Q, dict[int, float]] = {
     Q.IQ4_NL: {0: 1.0},
     Q.IQ4_XS: {0: 1.0},
     Q.MXFP4: {},
+    **{qtype: {0: 1.0} for qtype in (Q.IQ1_S, Q.IQ2_XXS, Q.IQ2_XS, Q.IQ2_S, Q.IQ3_XXS, Q.IQ3_S)},
 }
+# Whose bytes are drawn from all there are: of a codebook that a file uses half of, more would stay in a cache
+_EVERY_BIT = {Q.MXFP4} | {qtype for qtype in HALVES if qtype.name[:3] in ("IQ1", "IQ2", "IQ3")}
 
 
 def _more_bits(block: int, blocks: int) -> bool:
@@ -141,21 +144,36 @@ def _q3_k_m(name: str, block: int, blocks: int) -> Q:
     return Q.Q4_K if name in ("attn_output", "ffn_down") else Q.Q3_K
 
 
-def _q2_k(name: str, block: int, blocks: int) -> Q:
-    return Q.Q3_K if name in ("attn_v", "attn_output", "ffn_down") else Q.Q2_K
+def _mix(
+    most: Q, named: Mapping[str, Q] = {}, first: Mapping[str, Q] = {}, middle: Mapping[str, Q] = {}
+) -> Callable[[str, int, int], Q]:
+    """named: weights that have another format; first, middle: in the first eighth of the blocks, and in all but the
+    first and the last."""
+
+    def choose(name: str, block: int, blocks: int) -> Q:
+        name = name.removesuffix("_exps")
+        if name in first and block < blocks // 8:
+            return first[name]
+        if name in middle and blocks // 8 <= block < 7 * blocks // 8:
+            return middle[name]
+        return named.get(name, most)
+
+    return choose
 
 
-def _iq4_xs(name: str, block: int, blocks: int) -> Q:
-    return Q.Q5_K if name == "ffn_down" and block < blocks // 8 else Q.IQ4_XS
+def _iq2(most: Q, better: Q, values: Q, output: Q) -> Callable[[str, int, int], Q]:
+    """IQ1 and IQ2, and what their values and outputs of attention have."""
+    return _mix(most, {"attn_v": values, "attn_output": output}, first={"ffn_down": better})
 
 
 def _mxfp4(name: str, block: int, blocks: int) -> Q:
     return Q.MXFP4 if name.endswith("_exps") else Q.Q8_0
 
 
+_GATED = ("ffn_gate", "ffn_up")
 # Formats of the blocks' weights, the embedding and the output layer
 MIXES: dict[str, tuple[Callable[[str, int, int], Q], Q, Q]] = {
-    "Q2_K": (_q2_k, Q.Q2_K, Q.Q6_K),
+    "Q2_K": (_mix(Q.Q2_K, dict.fromkeys(("attn_v", "attn_output", "ffn_down"), Q.Q3_K)), Q.Q2_K, Q.Q6_K),
     "Q3_K_M": (_q3_k_m, Q.Q3_K, Q.Q6_K),
     "Q4_0": (_uniform(Q.Q4_0), Q.Q4_0, Q.Q6_K),
     "Q4_K": (_uniform(Q.Q4_K), Q.Q4_K, Q.Q4_K),
@@ -163,8 +181,25 @@ MIXES: dict[str, tuple[Callable[[str, int, int], Q], Q, Q]] = {
     "Q5_K_M": (_k_mix(Q.Q5_K, Q.Q6_K), Q.Q5_K, Q.Q6_K),
     "Q6_K": (_uniform(Q.Q6_K), Q.Q6_K, Q.Q6_K),
     "Q8_0": (_uniform(Q.Q8_0), Q.Q8_0, Q.Q8_0),
-    "IQ4_XS": (_iq4_xs, Q.IQ4_XS, Q.Q6_K),
+    "IQ4_XS": (_mix(Q.IQ4_XS, first={"ffn_down": Q.Q5_K}), Q.IQ4_XS, Q.Q6_K),
+    "IQ1_S": (_iq2(Q.IQ1_S, Q.Q2_K, Q.Q2_K, Q.IQ2_XXS), Q.Q2_K, Q.Q5_K),
+    "IQ2_XXS": (_iq2(Q.IQ2_XXS, Q.Q2_K, Q.Q2_K, Q.IQ2_XXS), Q.Q2_K, Q.Q5_K),
+    "IQ2_XS": (_iq2(Q.IQ2_XS, Q.Q2_K, Q.Q2_K, Q.IQ2_XS), Q.Q2_K, Q.Q5_K),
+    "IQ2_M": (_iq2(Q.IQ2_S, Q.IQ3_S, Q.IQ3_S, Q.IQ3_S), Q.IQ3_S, Q.Q5_K),
+    "IQ3_XXS": (_mix(Q.IQ3_XXS, {"attn_q": Q.IQ2_S, "attn_k": Q.IQ2_S, "attn_output": Q.IQ3_S}), Q.IQ3_S, Q.Q5_K),
+    "IQ3_XS": (
+        _mix(Q.IQ3_S, dict.fromkeys(("attn_q", "attn_k"), Q.IQ3_XXS), middle=dict.fromkeys(_GATED, Q.IQ3_XXS)),
+        Q.IQ3_S,
+        Q.Q6_K,
+    ),
+    "IQ3_S": (_uniform(Q.IQ3_S), Q.IQ3_S, Q.Q6_K),
+    "IQ3_M": (
+        _mix(Q.IQ3_S, dict.fromkeys(("attn_v", "attn_output"), Q.Q4_K), first={"ffn_down": Q.Q4_K}),
+        Q.IQ3_S,
+        Q.Q6_K,
+    ),
     "30B-A3B-Q4_K_M": (_k_mix(Q.Q4_K, Q.Q6_K), Q.Q4_K, Q.Q6_K),
+    "30B-A3B-IQ2_M": (_iq2(Q.IQ2_S, Q.IQ3_S, Q.Q4_K, Q.IQ3_S), Q.IQ3_S, Q.Q5_K),
     "20B-MXFP4": (_mxfp4, Q.Q8_0, Q.Q8_0),
 }
 
@@ -181,9 +216,10 @@ def weights(qtype: Q, shape: tuple[int, ...]) -> np.ndarray:
     block_bytes = gguf.GGML_QUANT_SIZES[qtype][1]
     blocks = packed.reshape(-1, block_bytes)
 
-    if qtype == Q.MXFP4:  # scales are powers of two: a mix of the two nearest
+    if qtype in _EVERY_BIT:
         rng = np.random.default_rng(0)
         blocks[:] = rng.integers(0, 256, blocks.shape, dtype=np.uint8)
+    if qtype == Q.MXFP4:  # scales are powers of two: a mix of the two nearest
         blocks[:, 0] = 119 + (rng.random(len(blocks)) < 0.684)
         return packed
 

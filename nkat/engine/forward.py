@@ -40,7 +40,7 @@ from nkat.kernels.cpu.matmul import Rounding, embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
 from nkat.kernels.cpu.tree import tree_attention_kernel
 from nkat.lm.activation import kernel_clamp
-from nkat.lm.architectures import DELTA_LINEARS, FUSED_QKV, QK_NORMS, ROUTER, SHARED_EXPERT
+from nkat.lm.architectures import DELTA_LINEARS, FUSED_QKV, QK_NORMS, ROUTER
 from nkat.lm.attention import query_scales
 from nkat.lm.config import Turning
 from nkat.lm.delta_net import DeltaNet
@@ -357,17 +357,12 @@ class ForwardPass:
         """What the feed-forward network, or the experts, or both make of the residual stream; returns where that is."""
         rows, norms, read = self.expert_rows, block.norms, self._read(block, "ffn_norm")
         if rows is None:
-            return self._feed_forward(block, read)
-        if block.shared_gate is not None:
-            shared = self._gated(block, SHARED_EXPERT, read, rows.mixture.shared_length)
-            mixed = self._experts(block, read, read, rows)
-            parts = (mixed, mixed.strides[0], shared, shared.strides[0], read, read.strides[0])
-            kernel = shared_kernel(self.d, self.tokens)
-            self.program.add(kernel, (*parts, _numpy(block.shared_gate), self.state))
-            return mixed
-        if not block.gate_up:
+            return self._feed_forward(block, block.feed_forward, read)
+        if block.shared_expert:
+            return self._with_shared_expert(block, read, rows)
+        if not block.feed_forward:
             return self._experts(block, read, read, rows)
-        fed = self._feed_forward(block, read)
+        fed = self._feed_forward(block, block.feed_forward, read)
         stride, state = fed.strides[0], self.state
         weight = _numpy(norms["post_ffw_norm_1"])
         self.program.add(wide_norm_kernel(self.d, self.tokens), (fed, stride, weight, self.epsilon, state))
@@ -378,14 +373,22 @@ class ForwardPass:
         self.program.add(kernel, (fed, stride, mixed, mixed.strides[0], weight, self.epsilon, state))
         return fed
 
-    def _feed_forward(self, block: Block, x: np.ndarray) -> np.ndarray:
-        """Returns where the output is, as `_experts` does."""
-        return self._gated(block, (*block.gate_up, "ffn_down"), x, self.model.config.of(block.index).feed_forward)
+    def _with_shared_expert(self, block: Block, x: np.ndarray, rows: ExpertRows) -> np.ndarray:
+        """The same where all tokens go to one expert besides."""
+        fed = self._feed_forward(block, block.shared_expert, x)
+        mixed = self._experts(block, x, x, rows)
+        both = mixed, mixed.strides[0], fed, fed.strides[0]
+        if block.shared_gate is None:
+            self.program.add(add_kernel(self.d, self.tokens, False), (*both, 0, self.epsilon, self.state))
+        else:
+            gate = _numpy(block.shared_gate)
+            self.program.add(shared_kernel(self.d, self.tokens), (*both, x, x.strides[0], gate, self.state))
+        return mixed
 
-    def _gated(self, block: Block, names: Sequence[str], x: np.ndarray, ff: int) -> np.ndarray:
-        """names: gate and up, or both in one, then down"""
+    def _feed_forward(self, block: Block, names: Sequence[str], x: np.ndarray) -> np.ndarray:
+        """Returns where the output is, as `_experts` does. names: of the layers, down last"""
         *gate_up, down = names
-        architecture = self.model.config.architecture
+        ff, architecture = block.linear(down).shape[1], self.model.config.architecture
         self._linears({name: block.linear(name) for name in gate_up}, x)
         gate, up = self._parts(gate_up, (ff, ff))
         kernel = gate_kernel(ff, self.tokens, architecture.gelu, kernel_clamp(architecture))

@@ -9,7 +9,7 @@ import numpy as np
 
 from nkat.engine.forward import ForwardPass
 from nkat.kernels.cpu.blocks import likelihood_kernel
-from nkat.kernels.cpu.formats import ROWS
+from nkat.kernels.cpu.layout import ROWS
 from nkat.kernels.cpu.linear import token_state
 from nkat.kernels.cpu.program import Program, aligned
 

@@ -177,7 +177,7 @@ def make_plan(model: Transformer, cache: KVCache) -> Plan:
             attention_output=siblings(block.linear("attn_output")),
             post_attention_norm=norms.get("post_attention_norm"),
             feed_forward_norm=norms.get("ffn_norm"),
-            gate_up=siblings(*(block.linear(name) for name in block.gate_up)),
+            gate_up=siblings(*(block.linear(name) for name in block.feed_forward[:-1])),
             feed_forward_down=siblings(block.linear("ffn_down")),
             post_feed_forward_norm=norms.get("post_ffw_norm"),
         )

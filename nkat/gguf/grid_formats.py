@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 
+import numpy as np
 import torch
 from gguf import quants as gguf_quants
 from gguf.constants import GGMLQuantizationType
@@ -18,14 +19,19 @@ from torch import Tensor
 from nkat.gguf.blocks import BlockFormat, copy_of, float16_numbers
 
 
-@functools.cache
-def _table(name: str, times: int, device: torch.device) -> Tensor:
-    """The grid of a type, by its name, times a whole number: int64 (entries,) of eight int8 each, or int32 of four."""
+def grid(name: str) -> np.ndarray:
+    """The grid of a type, by its name: int8 [entries, neighbours]."""
     codebook = getattr(gguf_quants, name)
     codebook.init_grid()
-    entries, neighbours = codebook.grid_shape
-    grid = torch.from_numpy(codebook.grid * times).view(entries, neighbours).to(device, torch.int8)
-    return grid.view(torch.int64 if neighbours == 8 else torch.int32).squeeze(1)
+    numbers: np.ndarray = codebook.grid.reshape(codebook.grid_shape).astype(np.int8)
+    return numbers
+
+
+@functools.cache
+def _table(name: str, times: int, device: torch.device) -> Tensor:
+    """The grid times a whole number: int64 (entries,) of eight int8 each, or int32 of four."""
+    table = torch.from_numpy(grid(name)).to(device) * times
+    return table.view(torch.int64 if table.shape[1] == 8 else torch.int32).squeeze(1)
 
 
 def _entries(name: str, k: Tensor, times: int = 1) -> Tensor:

@@ -48,16 +48,21 @@ def star_term(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, kappa: floa
     return kappa * F.linear(F.linear(x, down), up)
 
 
+def activation_block(qtype: gguf.GGMLQuantizationType) -> int:
+    """Neighbouring inputs of a weight of this type that share a scale where they are rounded; 1: they are not."""
+    weights = GGML_QUANT_SIZES[qtype][0]
+    return weights if weights in (1, 256) else 32  # NVFP4 has 64
+
+
 def round_activations(x: torch.Tensor, qtype: gguf.GGMLQuantizationType) -> torch.Tensor:
     """x [..., n] rounded to INT8 and back as llama.cpp's CPU kernels do before they multiply by a weight of this type.
 
     One scale (absmax / 127) for each block: of 256 values for types in blocks of 256 (ggml's Q8_K, float32 scale), of
     32 for the other quantised types (Q8_0 and Q8_1, float16 scale); float weights take x as it is.
     """
-    weights = GGML_QUANT_SIZES[qtype][0]
-    if weights == 1:
+    block = activation_block(qtype)
+    if block == 1:
         return x
-    block = 256 if weights == 256 else 32  # NVFP4 has 64
     blocks = x.float().unflatten(-1, (-1, block))
     scale = blocks.abs().amax(dim=-1, keepdim=True) / 127
     rounded = torch.round(blocks / scale.clamp_min(torch.finfo(torch.float32).tiny))

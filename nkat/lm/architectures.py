@@ -14,11 +14,13 @@ QKV = ("attn_q", "attn_k", "attn_v")
 FUSED_QKV = "attn_qkv"
 GATE_UP = ("ffn_gate", "ffn_up")
 SHORT_ROPE, LONG_ROPE = "rope_factors_short", "rope_factors_long"
+FEED_FORWARD = (*GATE_UP, "ffn_down")
+SHARED_EXPERT = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 LAYER_INPUT_LINEARS = ("inp_gate", "proj")
 DELTA_LINEARS = (FUSED_QKV, "attn_gate", "ssm_out")  # of a recurrent block, which has no others but two small ones
-SHARED_EXPERT = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 SHARED_GATE = "ffn_gate_inp_shexp"
-BLOCK_LINEARS = (*QKV, FUSED_QKV, "attn_output", *GATE_UP, "ffn_down", *LAYER_INPUT_LINEARS)
+DENSE_LINEARS = (*QKV, FUSED_QKV, "attn_output", *FEED_FORWARD)
+BLOCK_LINEARS = (*DENSE_LINEARS, *SHARED_EXPERT, *LAYER_INPUT_LINEARS)
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # of a mixture of experts: [experts, outputs, inputs]
 GATE_UP_STACK = "ffn_gate_up_exps"  # in place of the first two
 ROUTER = "ffn_gate_inp"
@@ -72,14 +74,17 @@ class Routing:
     beside: a feed-forward network for all tokens is beside it, and both of them and the router have norms of their own
     (`nkat.lm.transformer.Block`); gate and up may be one weight (`GATE_UP_STACK`), and `ffn_down_exps.scale` may
     multiply each expert's outputs
-    shared: one more expert is every token's, as much as a gate of its own says; gate and up of the others may be one
-    weight here, too
+    shared_length: the key with the inner length of an expert that every token goes to, whose output is added as it is;
+    in a file without it, or with 0, there is none
+    gated: that expert there is in any case, and what it adds is multiplied by the logistic function of one more number
+    of a token (`SHARED_GATE`); gate and up of the others may be one weight here, too
     """
 
     optional: bool = False
     own_length: bool = True
     beside: bool = False
-    shared: bool = False
+    shared_length: str = ""
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +206,7 @@ TEMPERATURE = "attention.temperature_scale"
 SCALES = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
 ROPE_SWITCH = "rope.scaling.finetuned"
 ROPE_SECTIONS = "rope.dimension_sections"
+SHARED_LENGTH = "expert_shared_feed_forward_length"
 LAYER_INPUTS, SHARED_KV = "embedding_length_per_layer_input", "attention.shared_kv_layers"
 YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier")
 
@@ -209,7 +215,7 @@ _ROWS = (
     # later bring RoPE factors; with `expert_count` it is a Mixtral
     Architecture(
         "llama",
-        biases=BLOCK_LINEARS,
+        biases=DENSE_LINEARS,
         interleaved_rope=True,
         permuted_qk=True,
         rope_factors=True,
@@ -266,26 +272,39 @@ _ROWS = (
     # src/models/mistral3.cpp: Ministral 3, and Mistral Small where it was converted by that name
     Architecture(
         "mistral3",
-        biases=BLOCK_LINEARS,
+        biases=DENSE_LINEARS,
         interleaved_rope=True,
         permuted_qk=True,
         rope_factors=True,
         long_rope=True,
+        experts=Routing(optional=True, own_length=False),
         reads=(TEMPERATURE, *YARN_KEYS),
     ),
     # src/models/smollm3.cpp
     Architecture("smollm3", interleaved_rope=True, permuted_qk=True, unturned_period=4),
     # src/models/glm4.cpp: also GLM-Z1; RoPE turns a half of each head, and transformers turns the same pairs
     Architecture("glm4", interleaved_rope=True, post_norm=True, fused_gate_up=True),
-    # src/models/granite.cpp: dense Granite 3 and 4
+    # src/models/granite.cpp: Granite 3 and 4
     Architecture(
         "granite",
-        biases=BLOCK_LINEARS,
+        biases=DENSE_LINEARS,
         interleaved_rope=True,
         permuted_qk=True,
         rope_factors=True,
         long_rope=True,
+        experts=Routing(optional=True, own_length=False, shared_length=SHARED_LENGTH),
         reads=(*SCALES, ROPE_SWITCH),
+    ),
+    # src/models/granite-moe.cpp: Granite 3's mixtures; RoPE is never off
+    Architecture(
+        "granitemoe",
+        biases=DENSE_LINEARS,
+        interleaved_rope=True,
+        permuted_qk=True,
+        rope_factors=True,
+        long_rope=True,
+        experts=Routing(own_length=False, shared_length=SHARED_LENGTH),
+        reads=SCALES,
     ),
     # src/models/olmo2.cpp: also Olmo 3, whose windows come with YaRN
     Architecture(
@@ -320,7 +339,7 @@ _ROWS = (
     Architecture(
         "qwen35moe",
         qk_norm=True,
-        experts=Routing(shared=True),
+        experts=Routing(shared_length=SHARED_LENGTH, gated=True),
         gated_attention=True,
         recurrent=Recurrent(),
         ffn_norm="post_attention_norm",
@@ -330,7 +349,7 @@ _ROWS = (
     Architecture(
         "qwen3next",
         qk_norm=True,
-        experts=Routing(shared=True),
+        experts=Routing(shared_length=SHARED_LENGTH, gated=True),
         gated_attention=True,
         recurrent=Recurrent(grouped=True),
         ffn_norm="post_attention_norm",

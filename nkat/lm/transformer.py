@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
 from nkat.lm.activation import activate
-from nkat.lm.architectures import DELTA_LINEARS, FUSED_QKV, GATE_UP, QKV, ROUTER, SHARED_EXPERT
+from nkat.lm.architectures import DELTA_LINEARS, FEED_FORWARD, FUSED_QKV, QKV, ROUTER, SHARED_EXPERT
 from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
 from nkat.lm.cache import KeysValues, KVCache
 from nkat.lm.config import ModelConfig, Turning
@@ -110,7 +110,8 @@ class Block(nn.Module):
         self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
         own = config.has_own_kv(index) or delta_net is not None
         self.qkv = [name for name in self.linears if name in ((*QKV, FUSED_QKV) if own else QKV[:1])]  # of what is read
-        self.gate_up = [name for name in self.linears if name in GATE_UP]  # one or two
+        self.feed_forward = [name for name in self.linears if name in FEED_FORWARD]  # two or three, or none
+        self.shared_expert = [name for name in self.linears if name in SHARED_EXPERT]
         self.experts, self.delta_net = experts, delta_net
         self.register_buffer("shared_gate", shared_gate, persistent=False)
         self.register_buffer("sinks", sinks, persistent=False)
@@ -207,21 +208,24 @@ class Block(nn.Module):
         """What the feed-forward network, or the experts, or both make of the residual stream."""
         read = self._norm(x, "ffn_norm")
         if self.experts is None:
-            return self._feed_forward(read)
-        if self.shared_gate is not None:
-            gate, up, down = (self.linears[name] for name in SHARED_EXPERT)
-            shared = down(activate(self.config.architecture, gate(read), up(read))).to(x.dtype)
-            return self.experts(read) + shared * (read @ self.shared_gate).sigmoid()[..., None]
-        if not self.gate_up:
+            return self._feed_forward(read, self.feed_forward)
+        if self.shared_expert:
+            shared = self._feed_forward(read, self.shared_expert).to(x.dtype)
+            if self.shared_gate is not None:
+                shared = shared * (read @ self.shared_gate).sigmoid()[..., None]
+            return self.experts(read) + shared
+        if not self.feed_forward:
             return self.experts(read)
-        fed = self._norm(self._feed_forward(read).to(x.dtype), "post_ffw_norm_1")
+        fed = self._norm(self._feed_forward(read, self.feed_forward).to(x.dtype), "post_ffw_norm_1")
         mixed = self.experts(self._norm(x, "pre_ffw_norm_2"), self._norm(x, ROUTER))
         return fed + self._norm(mixed, "post_ffw_norm_2")
 
-    def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        outputs = [self.linears[name](x) for name in self.gate_up]
+    def _feed_forward(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+        """names: of its layers; gate and up may be one."""
+        *gate_up, down = names
+        outputs = [self.linears[name](x) for name in gate_up]
         gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
-        return self.linears["ffn_down"](activate(self.config.architecture, gate, up))
+        return self.linears[down](activate(self.config.architecture, gate, up))
 
 
 class Transformer(nn.Module):

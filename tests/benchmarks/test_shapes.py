@@ -25,6 +25,24 @@ def test_formats_are_those_of_the_real_files(mix, counts):
     assert Counter(qtype for _, qtype, _ in tensor_types(mix, 32)) == counts
 
 
+@pytest.mark.parametrize(
+    ("mix", "counts"),
+    [  # what llama-quantize --dry-run says of a file of 8 blocks
+        ("IQ1_S", {Q.IQ1_S: 39, Q.Q2_K: 10, Q.IQ2_XXS: 8, Q.Q5_K: 1}),
+        ("IQ2_XXS", {Q.IQ2_XXS: 47, Q.Q2_K: 10, Q.Q5_K: 1}),
+        ("IQ2_XS", {Q.IQ2_XS: 47, Q.Q2_K: 10, Q.Q5_K: 1}),
+        ("IQ2_M", {Q.IQ2_S: 39, Q.IQ3_S: 18, Q.Q5_K: 1}),
+        ("IQ3_XS", {Q.IQ3_S: 29, Q.IQ3_XXS: 28, Q.Q6_K: 1}),
+        ("IQ3_S", {Q.IQ3_S: 57, Q.Q6_K: 1}),
+        ("IQ3_M", {Q.IQ3_S: 40, Q.Q4_K: 17, Q.Q6_K: 1}),
+        ("Q2_K", {Q.Q2_K: 33, Q.Q3_K: 24, Q.Q6_K: 1}),
+        ("IQ4_XS", {Q.IQ4_XS: 56, Q.Q5_K: 1, Q.Q6_K: 1}),
+    ],
+)
+def test_formats_are_those_that_llama_quantize_chooses(mix, counts):
+    assert Counter(qtype for _, qtype, _ in tensor_types(mix, 8)) == counts
+
+
 @pytest.mark.parametrize("mix", MIXES)
 def test_weights_have_the_size_of_a_models(mix):
     for qtype in {qtype for _, qtype, _ in tensor_types(mix, 2)}:

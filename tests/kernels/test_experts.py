@@ -69,7 +69,9 @@ def drawn(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(count, EXPERTS, generator=generator), torch.randn(count, INPUTS, generator=generator)
 
 
-@pytest.mark.parametrize("qtype", [QType.F32, QType.BF16, QType.MXFP4, QType.Q4_K], ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize(
+    "qtype", [QType.F32, QType.BF16, QType.MXFP4, QType.Q4_K, QType.IQ2_XS, QType.IQ3_S], ids=lambda qtype: qtype.name
+)
 @pytest.mark.parametrize(("count", "in_place"), [(1, False), (37, False), (37, True)])
 def test_products_equal_the_reference(qtype, count, in_place):
     experts, weights, bias = make(qtype, in_place=in_place)

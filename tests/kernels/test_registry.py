@@ -1,6 +1,6 @@
 """Which types each device has a kernel for, and what becomes of a model with one of the others.
 
-The tests of the fall-back take away some of the CPU's kernels; `tests/measure/test_types.py` has the types without any.
+The tests of the fall-back take away some of the CPU's kernels, which has one for every type.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ KERNELS = {
     QType.IQ4_NL: {"cpu", "cuda"},
     QType.IQ4_XS: {"cpu", "cuda"},
     QType.MXFP4: {"cpu"},
-    QType.NVFP4: set(),
-    QType.TQ1_0: set(),
-    QType.TQ2_0: set(),
-    QType.IQ1_S: set(),
-    QType.IQ1_M: set(),
-    QType.IQ2_XXS: set(),
-    QType.IQ2_XS: set(),
-    QType.IQ2_S: set(),
-    QType.IQ3_XXS: set(),
-    QType.IQ3_S: set(),
+    QType.NVFP4: {"cpu"},
+    QType.TQ1_0: {"cpu"},
+    QType.TQ2_0: {"cpu"},
+    QType.IQ1_S: {"cpu"},
+    QType.IQ1_M: {"cpu"},
+    QType.IQ2_XXS: {"cpu"},
+    QType.IQ2_XS: {"cpu"},
+    QType.IQ2_S: {"cpu"},
+    QType.IQ3_XXS: {"cpu"},
+    QType.IQ3_S: {"cpu"},
 }
 
 # where the types without a kernel are: (types by tensor, further options of the tiny model, types, tensors)

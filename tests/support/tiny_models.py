@@ -74,11 +74,12 @@ class TinyOptions:
     expert_length: bool = True  # expert_feed_forward_length is in the file
     beside: bool = False  # gemma4: with a feed-forward network for all tokens beside it, more norms and scales
     fused_experts: bool = False  # gate and up in one weight
+    shared_expert: int = 0  # inner elements of an expert that every token goes to
     expert_bias: bool = False  # and of the router and the attention's output
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
     # qwen35: value heads of the blocks without attention (0: all blocks have it), their key heads, elements of a head,
-    # which blocks have attention; a gate on attention; M-RoPE's sections; the expert that is every token's
+    # which blocks have attention; a gate on attention; M-RoPE's sections; a gate on the expert that is every token's
     value_heads: int = 0
     key_heads: int = 2
     state: int = 16
@@ -87,7 +88,7 @@ class TinyOptions:
     grouped: bool = False
     attention_gate: bool = False
     sections: tuple[int, ...] | None = None
-    shared_length: int = 0
+    shared_gate: bool = False
     draft: int = 0  # blocks behind the others that foretell later tokens, and that no forward pass reads
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
@@ -143,6 +144,15 @@ ARCHITECTURES = {
         pre="refact",
         metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
     ),
+    "granitemoe": TinyOptions(
+        epsilon=1e-5,
+        pre="refact",
+        feed_forward=48,
+        experts=6,
+        expert_length=False,
+        shared_expert=40,
+        metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
+    ),
     "olmo2": TinyOptions(wide_qk_norm=True, pre_norm=False, post_norm=True, pre="dbrx"),
     "qwen3moe": TinyOptions(head_dim=24, qk_norm=True, feed_forward=48, experts=6),
     "gpt-oss": TinyOptions(
@@ -157,9 +167,17 @@ ARCHITECTURES = {
         pre="gpt-4o",
     ),
     "qwen35": _QWEN35,
-    "qwen35moe": replace(_QWEN35, feed_forward=48, experts=6, shared_length=32),
+    "qwen35moe": replace(_QWEN35, feed_forward=48, experts=6, shared_expert=32, shared_gate=True),
     "qwen3next": replace(
-        _QWEN35, feed_forward=48, experts=6, shared_length=32, grouped=True, sections=None, pre="qwen2", value_heads=6
+        _QWEN35,
+        feed_forward=48,
+        experts=6,
+        shared_expert=32,
+        shared_gate=True,
+        value_heads=6,
+        grouped=True,
+        sections=None,
+        pre="qwen2",
     ),
 }
 
@@ -205,6 +223,9 @@ MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3moe", {}),
     ("gpt-oss", {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 8}}),
     ("llama", {"experts": 6, "expert_length": False, "feed_forward": 48, "vocab": "spm", "add_bos": True}),
+    ("mistral3", {"experts": 6, "expert_length": False, "feed_forward": 48}),
+    ("granite", {"experts": 6, "expert_length": False, "feed_forward": 48}),
+    ("granitemoe", {}),
     ("gemma4", {**_26B, "fused_experts": True}),
     ("gemma4", _26B),
     ("qwen35moe", {"fused_experts": True}),
@@ -274,6 +295,8 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     if opts.experts:
         writer.add_expert_count(opts.experts)
         writer.add_expert_used_count(opts.experts_used)
+        if opts.shared_expert:
+            writer.add_expert_shared_feed_forward_length(opts.shared_expert)
         if opts.expert_length:
             writer.add_expert_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
@@ -295,8 +318,6 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
         writer.add_full_attention_interval(opts.interval)
     if opts.sections is not None:
         writer.add_rope_dimension_sections(opts.sections)
-    if opts.shared_length:
-        writer.add_expert_shared_feed_forward_length(opts.shared_length)
     writer.add_layer_norm_rms_eps(opts.epsilon)
     writer.add_rope_freq_base(opts.freq_base)
     if opts.rotary is not None:
@@ -414,12 +435,12 @@ def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[
         yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
         yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
     yield block + "ffn_down_exps.weight", (count, n, ff), 0.0, 1 / large / math.sqrt(ff)
-    if opts.shared_length:
-        inner = opts.shared_length
-        yield block + "ffn_gate_inp_shexp.weight", (n,), 0.0, 1 / math.sqrt(n)
-        yield block + "ffn_gate_shexp.weight", (inner, n), 0.0, 1.5 / math.sqrt(n)
-        yield block + "ffn_up_shexp.weight", (inner, n), 0.0, 1 / math.sqrt(n)
-        yield block + "ffn_down_shexp.weight", (n, inner), 0.0, 1 / math.sqrt(inner)
+    if shared := opts.shared_expert:
+        if opts.shared_gate:
+            yield block + "ffn_gate_inp_shexp.weight", (n,), 0.0, 1 / math.sqrt(n)
+        yield block + "ffn_gate_shexp.weight", (shared, n), 0.0, 1.5 / math.sqrt(n)
+        yield block + "ffn_up_shexp.weight", (shared, n), 0.0, 1 / math.sqrt(n)
+        yield block + "ffn_down_shexp.weight", (n, shared), 0.0, 1 / math.sqrt(shared)
     if opts.beside:
         yield block + "ffn_gate_inp.scale", (n,), 8.0, 2.0
         yield block + "ffn_down_exps.scale", (count,), 1.0, 0.3

@@ -6,7 +6,8 @@ scratch, which stays in its L2 cache while all panels go over it. Bytes come str
 of a repacked weight.
 
 In scratch, weights are float32 [column, 16 rows] where inputs are not rounded. Where they are, steps of 32 columns
-follow one another: their bytes q [8, 16 rows, 4], then s and m of each group of columns, float32 [16 rows].
+follow one another: their bytes q [8, 16 rows, 4], then s and m of each group of columns, float32 [16 rows]. Inputs of
+several bytes go over them again for each.
 """
 
 from __future__ import annotations
@@ -17,20 +18,36 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from llvmlite import ir
 
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, BlockLayout, Interleaver, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, unit_bytes
 from nkat.kernels.cpu.jit import best_isa, compile_kernel
+from nkat.kernels.cpu.layout import ROWS, BlockLayout, Interleaver
 from nkat.kernels.cpu.llvm import F32, I32, I64, Builder, Operand, Value, Variable
-from nkat.kernels.cpu.matmul import FLOAT_TYPES, add_bias_and_star, arguments, as_float32, panels, share, weights
+from nkat.kernels.cpu.matmul import (
+    EXACT,
+    FLOAT_TYPES,
+    Rounding,
+    add_bias_and_star,
+    arguments,
+    as_float32,
+    panels,
+    share,
+    weights,
+)
 from nkat.kernels.cpu.program import aligned
 
 _TILES = 8  # that are unpacked together
-_COLUMNS = {True: 512, False: 2048}  # exact or not: of an unpacked block, whose panel of inputs fits the L1 cache
+_INPUT_BYTES = 2048  # of a token, in the columns of an unpacked block: a panel of them fits the L1 cache
 _VECTOR = 4 * ROWS  # bytes
 
 
 def batch_tokens(isa: str | None = None) -> int:
     """Tokens of a panel: as many as the registers hold sums of."""
     return 12 if (isa or best_isa()) == "avx512-vnni" else 4
+
+
+def _block_columns(rounding: Rounding) -> int:
+    """Of a weight that are unpacked together."""
+    return _INPUT_BYTES // {1: 1, 3: 2}[rounding.digits] if rounding != EXACT else _INPUT_BYTES // 4
 
 
 def _step_bytes(group: int) -> int:
@@ -51,7 +68,9 @@ class ClampedRows(Interleaver):
 
 
 @functools.cache
-def batch_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, repacked: bool, isa: str | None = None) -> int:
+def batch_kernel(
+    qtype: GGMLQuantizationType, tokens: int, rounding: Rounding, repacked: bool, isa: str | None = None
+) -> int:
     """y = W x + bias + up·u. Each thread takes a part of the tiles.
 
     arguments: weight, bytes of a tile (of a row in the file's order), units (columns of a float weight), tiles, rows,
@@ -60,13 +79,14 @@ def batch_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, repacked
     repacked: the weight is in tiles; otherwise as the file has it
     """
     floats = qtype in FLOAT_TYPES
-    exact = exact or floats
+    exact = rounding == EXACT
     layout = None if floats else BLOCK_LAYOUTS[qtype]
     columns = 1 if layout is None else layout.columns
-    block_units = _COLUMNS[exact] // columns
+    block_units = _block_columns(rounding) // columns
     unit_scratch = columns * _VECTOR if exact or layout is None else columns // 32 * _step_bytes(layout.group)
     tile_scratch = block_units * unit_scratch
-    name = f"batch_{qtype.name}_{tokens}{'_exact' if exact else ''}{'_tiles' if repacked else ''}"
+    inputs = "_exact" if exact else f"_{rounding.digits}"
+    name = f"batch_{qtype.name}_{tokens}{inputs}{'_tiles' if repacked else ''}"
 
     def emit(k: Builder) -> None:
         weight, stride, units, tiles, rows, q, d, sums, y, y_stride, bias, up, terms, u, scratch, room, state = (
@@ -98,10 +118,11 @@ def batch_kernel(qtype: GGMLQuantizationType, tokens: int, exact: bool, repacked
                     _float_products(k, here, at, (stop - start) * columns, totals, 1 if floats else 4)
                 else:
                     number = panel * units + start
-                    at = q + number * (columns * tokens)
-                    scales = d + number * (columns // 32 * tokens * 4)
+                    at = q + number * (columns // 32 * rounding.step_bytes(tokens))
+                    given = at, d + number * (columns // 32 * tokens * 4)
                     unit_sums = sums + number * (columns // layout.group * tokens * 4)
-                    _byte_products(k, layout, here, (stop - start) * (columns // 32), at, scales, unit_sums, totals)
+                    steps = (stop - start) * (columns // 32)
+                    _byte_products(k, layout, rounding, here, steps, *given, unit_sums, totals)
                 with k.when(stop >= units):
                     add_bias_and_star(k, tile, panel, bias, up, terms, u, totals)
                 for total, out in zip(totals, outputs, strict=True):
@@ -175,6 +196,7 @@ def _float_products(k: Builder, at: Value, x: Value, columns: Value, totals: lis
 def _byte_products(
     k: Builder,
     layout: type[BlockLayout],
+    rounding: Rounding,
     at: Value,
     steps: Value,
     q: Value,
@@ -183,26 +205,45 @@ def _byte_products(
     totals: list[Variable],
 ) -> None:
     tokens, groups = len(totals), 32 // layout.group
-    with k.loop(0, steps) as step:
-        here, x, scale_at = at + step * _step_bytes(layout.group), q + step * (32 * tokens), d + step * (4 * tokens)
-        for group in range(groups):
-            dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
-            for quad in range(8 // groups * group, 8 // groups * (group + 1)):
+    quads = 8 // groups
+
+    def add(step: Value, group: int, digits: tuple[int, ...], unit: float) -> None:
+        """Adds s · Σ q·x̂ of a group, x̂ being these digits of the inputs, which count units of their scale."""
+        here, x = at + step * _step_bytes(layout.group), q + step * rounding.step_bytes(tokens)
+        dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
+        for digit in digits:
+            if digit != digits[0]:
+                dots = [dot << 8 for dot in dots]
+            for quad in range(quads * group, quads * (group + 1)):
                 four = k.load(I32(ROWS), here + quad * _VECTOR)
                 for t in range(tokens):
-                    byte = k.load(I32(), x + (t * 32 + quad * 4)).spread(ROWS)
+                    byte = k.load(I32(), x + ((digit * tokens + t) * 32 + quad * 4)).spread(ROWS)
                     dots[t] = k.dot4(dots[t], four, byte, seven_bit=layout.seven_bit)
-            s, m = (k.load(F32(ROWS), here + (8 + 2 * group + i) * _VECTOR) for i in range(2))
+        s = k.load(F32(ROWS), here + (8 + 2 * group) * _VECTOR)
+        for t, total in enumerate(totals):
+            scale = k.load(F32(), d + (step * tokens + t) * 4) * unit
+            total.value = k.fma(dots[t].float32() * scale, s, total.value)
+
+    with k.loop(0, steps) as step:
+        for group in range(groups):
+            add(step, group, rounding.whole, 1.0)
+            m = k.load(F32(ROWS), at + step * _step_bytes(layout.group) + (9 + 2 * group) * _VECTOR)
             for t, total in enumerate(totals):
-                scale = k.load(F32(), scale_at + t * 4)
-                added = k.fma(dots[t].float32() * scale, s, total.value)
                 sum_at = sums + ((step * groups + group) * tokens + t) * 4
-                total.value = k.fma(m, k.load(F32(), sum_at), added)
+                total.value = k.fma(m, k.load(F32(), sum_at), total.value)
+    if rounding.digits == 3:  # by itself: among the others it would cost the loop above its registers
+        with (
+            k.loop(0, steps) as step,
+            k.when(k.load(I64(), q + step * rounding.step_bytes(tokens) + 3 * tokens * 32) > 0),
+        ):
+            for group in range(groups):
+                add(step, group, (2,), 1 / 256)
 
 
 def make_scratch(threads: int, tokens: int) -> np.ndarray:
     """Scratch for every thread, whatever the types: uint8 [threads, bytes]; next to none for panels of one token."""
     if tokens == 1:
         return np.zeros((threads, 1), np.uint8)
-    nbytes = _TILES * max(_COLUMNS[True] * _VECTOR, _COLUMNS[False] // 32 * _step_bytes(16))
+    one_byte = Rounding(32, 16)
+    nbytes = _TILES * max(_block_columns(EXACT) * _VECTOR, _block_columns(one_byte) // 32 * _step_bytes(one_byte.group))
     return aligned((threads, nbytes), np.uint8)

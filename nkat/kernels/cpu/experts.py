@@ -15,11 +15,12 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nkat.kernels.cpu.batch import ClampedRows, batch_kernel
 from nkat.kernels.cpu.blocks import own_tokens, width_of
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, padded_rows, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, padded_rows, unit_bytes
 from nkat.kernels.cpu.jit import compile_kernel
+from nkat.kernels.cpu.layout import ROWS
 from nkat.kernels.cpu.linear import Panels
 from nkat.kernels.cpu.llvm import F32, I8, I16, I32, I64, Builder, Value
-from nkat.kernels.cpu.matmul import FLOAT_TYPES, arguments, matmul_kernel, rounding_of, share
+from nkat.kernels.cpu.matmul import FLOAT_TYPES, arguments, matmul_kernel, rounding_of, share, wide_rounding
 from nkat.kernels.cpu.program import Program, aligned
 
 
@@ -211,7 +212,7 @@ class CpuExperts:
         """
         count, m, n = shape
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
-        self.rounding = rounding_of(qtype, exact)
+        self.rounding = wide_rounding(qtype) if exact and in_place else rounding_of(qtype, exact)
         self.packed = packed.numpy().reshape(count, m, -1)
         self.units = n if qtype in FLOAT_TYPES else n // BLOCK_LAYOUTS[qtype].columns
         unit = ROWS * GGML_QUANT_SIZES[qtype][1] if qtype in FLOAT_TYPES else unit_bytes(qtype)
@@ -266,7 +267,7 @@ class CpuExperts:
             assert not self.in_place
             kernel = matmul_kernel(self.qtype, self.exact)
         else:
-            kernel = batch_kernel(self.qtype, panels.tokens, self.exact, not self.in_place)
+            kernel = batch_kernel(self.qtype, panels.tokens, self.rounding, not self.in_place)
         start = np.array([a.ctypes.data if isinstance(a, np.ndarray) else a for a, _, _ in words], np.int64)
         by_expert, by_panel = (np.array([word[i] for word in words], np.int64) for i in (1, 2))
         lazy = None if self.in_place else self.qtype

@@ -9,7 +9,8 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, padded_rows
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, padded_rows
+from nkat.kernels.cpu.layout import ROWS
 from nkat.kernels.cpu.matmul import (
     EXACT,
     FLOAT_TYPES,
@@ -19,6 +20,7 @@ from nkat.kernels.cpu.matmul import (
     matmul_kernel,
     round_kernel,
     rounding_of,
+    wide_rounding,
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.kernels.cpu.repack import repack, repack_float
@@ -45,7 +47,7 @@ class Panels:
             self.q = aligned((count, columns, tokens), np.float32)
             self.d = self.sums = np.zeros(1, np.float32)
         else:
-            self.q = aligned((count, columns // 32, tokens, 32), np.int8)
+            self.q = aligned((count, columns // 32, rounding.step_bytes(tokens)), np.int8)
             self.d = aligned((count, columns // 32, tokens), np.float32)
             self.sums = aligned((count, columns // rounding.group, tokens), np.float32)
 
@@ -142,10 +144,11 @@ class CpuLinear:
         in_place: bool = False,
     ) -> None:
         """exact: multiply the inputs as they are, in float32, instead of rounding them to INT8.
-        in_place: leave the weight as the file has it: it takes no memory, and multiplies many tokens only
+        in_place: leave the weight as the file has it: it takes no memory, and multiplies many tokens only; exact inputs
+        may be of three bytes then
         """
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
-        self.rounding = rounding_of(qtype, exact)
+        self.rounding = wide_rounding(qtype) if exact and in_place else rounding_of(qtype, exact)
         self.tiles: np.ndarray  # uint8, a row for each tile; for each row of the weight where it is left in place
         if in_place:
             self.tiles = packed.numpy().reshape(shape[0], -1)
@@ -223,7 +226,7 @@ class CpuLinear:
             words = program.add(kernel, (weight, self.tiles.shape[1], self.units, count, *inputs, y, *end))
         else:
             words = program.add(
-                batch_kernel(self.qtype, panels.tokens, self.exact, not self.in_place),
+                batch_kernel(self.qtype, panels.tokens, self.rounding, not self.in_place),
                 (
                     weight,
                     self.tiles.shape[1],

@@ -300,6 +300,13 @@ class Builder:
     def constant(self, kind: ir.Type, numbers: list[int] | list[float]) -> Value:
         return Value(self, ir.Constant(kind, numbers))
 
+    def table(self, numbers: list[int]) -> Value:
+        """Where these int32 stand, beside the code."""
+        kind = ir.ArrayType(_I32, len(numbers))
+        place = ir.GlobalVariable(self.module, kind, self.module.get_unique_name("table"))
+        place.linkage, place.global_constant, place.initializer = "private", True, ir.Constant(kind, numbers)
+        return Value(self, self.ir.inttoptr(self.ir.ptrtoint(place, _I64), _POINTER))
+
     def vector(self, lanes: list[Value]) -> Value:
         raw = ir.Constant(ir.VectorType(lanes[0].kind, len(lanes)), ir.Undefined)
         for i, lane in enumerate(lanes):
@@ -447,7 +454,7 @@ class Builder:
     @property
     def has_dot4(self) -> bool:
         """Whether the processor sums four products of bytes, whatever they are, in one instruction."""
-        return self.isa in ("avx512-vnni", "avx-vnni")
+        return has_dot4(self.isa)
 
     def dot4(self, total: Value, unsigned: Value, signed: Value, *, seven_bit: bool) -> Value:
         """total + the sums of four products of bytes in each int32 lane. seven_bit: the unsigned ones are below 128."""
@@ -520,6 +527,11 @@ class Builder:
         """Calls a C function of pointers and int64 that returns nothing."""
         kind = ir.FunctionType(ir.VoidType(), [a.kind for a in arguments])
         self.ir.call(_Callee(function.raw, kind), [a.raw for a in arguments])
+
+
+def has_dot4(isa: str) -> bool:
+    """Whether a processor of this kind sums four products of bytes in one instruction (`Builder.dot4`)."""
+    return isa in ("avx512-vnni", "avx-vnni")
 
 
 class _Callee:

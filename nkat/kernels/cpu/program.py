@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import platform
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -17,11 +18,15 @@ import numpy as np
 
 from nkat.errors import NKATError
 from nkat.kernels.cpu.jit import KERNEL, compile_kernel
-from nkat.kernels.cpu.llvm import I64, Builder
+from nkat.kernels.cpu.llvm import I64, Builder, Value
 
 Argument = np.ndarray | int
 
-_SPINS = 2000  # looks at the barrier before the thread lets others run: about the time of a short step
+_SPINS = 2000  # looks at the barrier before the thread sleeps: about the time of a short step
+# Linux' system call, by processor (include/uapi/asm-generic/unistd.h, arch/x86/entry/syscalls/syscall_64.tbl), and what
+# is asked of it (include/uapi/linux/futex.h), among the threads of one process
+_FUTEX = {"x86_64": 202, "aarch64": 98, "riscv64": 98}
+_WAIT, _WAKE = 0x80, 0x81
 
 
 class Program:
@@ -35,7 +40,7 @@ class Program:
         self._kernels: list[int] = []
         self._arguments: list[np.ndarray] = []
         self._kept: list[np.ndarray] = []
-        self._meeting = np.zeros(32, dtype=np.int64)  # arrived and round, on two cache lines
+        self._meeting = np.zeros(32, dtype=np.int64)  # arrived; round and asleep: on two cache lines
         self._steps: np.ndarray | None = None
 
     def add(self, kernel: int, arguments: Iterable[Argument]) -> np.ndarray:
@@ -53,7 +58,8 @@ class Program:
 
     def barrier(self) -> None:
         if self._kernels:
-            self.add(_barrier_kernel(), (self._meeting, self._meeting[16:], _yield_address()))
+            call, number = _pause()
+            self.add(_barrier_kernel(number != 0), (self._meeting, self._meeting[16:], call, number))
 
     def run(self, threads: Threads) -> None:
         if self._steps is None:
@@ -156,31 +162,50 @@ def _runner_kernel() -> int:
 
 
 @functools.cache
-def _barrier_kernel() -> int:
-    """arguments: int64 how many arrived, int64 round, address of a function that lets other threads run."""
+def _barrier_kernel(sleeps: bool) -> int:
+    """arguments: int64 how many arrived, int64 round and how many are asleep, what `_pause` gave.
+
+    Who waits longer than a short step sleeps, and is woken by the last to arrive. A thread that merely lets others run
+    gets the processor back when the system next looks round, milliseconds later: with some hundred barriers in a
+    token, one other busy program made everything tens of times slower.
+    """
 
     def emit(k: Builder) -> None:
-        arrived, round_, let_others = k.pointer(0), k.pointer(1), k.pointer(2)
+        arrived, round_, call, number = k.pointer(0), k.pointer(1), k.pointer(2), k.integer(3)
+        asleep, zero = round_ + 8, k.value(0, I64())
+
+        def futex(operation: int, value: Value) -> None:
+            k.call_address(call, [number, round_, k.value(operation, I64()), value, zero, zero, zero])
+
         now = k.load_shared(round_)
         last = (k.fetch_add(arrived, 1) + 1).equals(k.threads)
         with k.when(last):
-            k.store_shared(k.value(0, I64()), arrived)
+            k.store_shared(zero, arrived)
             k.store_shared(now + 1, round_)
-        looks = k.variable(k.value(0, I64()))
+            if sleeps:
+                with k.when(k.fetch_add(asleep, 0) > 0):
+                    futex(_WAKE, k.threads)
+        looks = k.variable(zero)
         with k.while_(lambda: k.load_shared(round_).equals(now)):
             looks.value = looks.value + 1
             k.pause()
             with k.when(looks.value > _SPINS):
-                k.call_address(let_others, [])
+                if sleeps:
+                    k.fetch_add(asleep, 1)
+                    futex(_WAIT, now)  # comes back at once where the round, its low 32 bits, is another by now
+                    k.fetch_add(asleep, -1)
+                else:
+                    k.call_address(call, [])
 
     return compile_kernel("barrier", emit)
 
 
 @functools.cache
-def _yield_address() -> int:
-    """A C function that gives the processor to another thread."""
+def _pause() -> tuple[int, int]:
+    """The address of `syscall` and the number of its futex; elsewhere of what lets other threads run, and 0."""
     if sys.platform == "win32":
-        function = ctypes.windll.kernel32.SwitchToThread
-    else:
-        function = ctypes.CDLL(None).sched_yield
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
+        return ctypes.cast(ctypes.windll.kernel32.SwitchToThread, ctypes.c_void_p).value or 0, 0
+    library = ctypes.CDLL(None)
+    number = _FUTEX.get(platform.machine(), 0) if sys.platform == "linux" else 0
+    function = library.syscall if number else library.sched_yield
+    return ctypes.cast(function, ctypes.c_void_p).value or 0, number

@@ -10,8 +10,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from nkat.gguf.formats import packed_nbytes
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, ROWS, Interleaver, unit_bytes
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, unit_bytes
 from nkat.kernels.cpu.jit import compile_kernel
+from nkat.kernels.cpu.layout import ROWS, Interleaver
 from nkat.kernels.cpu.llvm import Builder
 from nkat.kernels.cpu.program import aligned, pool
 
