@@ -377,12 +377,13 @@ class ForwardPass:
         """The same where all tokens go to one expert besides."""
         fed = self._feed_forward(block, block.shared_expert, x)
         mixed = self._experts(block, x, x, rows)
-        both = mixed, mixed.strides[0], fed, fed.strides[0]
+        parts = (mixed, mixed.strides[0], fed, fed.strides[0])
         if block.shared_gate is None:
-            self.program.add(add_kernel(self.d, self.tokens, False), (*both, 0, self.epsilon, self.state))
+            kernel = add_kernel(self.d, self.tokens, False)
+            self.program.add(kernel, (*parts, 0, self.epsilon, self.state))
         else:
-            gate = _numpy(block.shared_gate)
-            self.program.add(shared_kernel(self.d, self.tokens), (*both, x, x.strides[0], gate, self.state))
+            kernel = shared_kernel(self.d, self.tokens)
+            self.program.add(kernel, (*parts, x, x.strides[0], _numpy(block.shared_gate), self.state))
         return mixed
 
     def _feed_forward(self, block: Block, names: Sequence[str], x: np.ndarray) -> np.ndarray:

@@ -74,17 +74,16 @@ class Routing:
     beside: a feed-forward network for all tokens is beside it, and both of them and the router have norms of their own
     (`nkat.lm.transformer.Block`); gate and up may be one weight (`GATE_UP_STACK`), and `ffn_down_exps.scale` may
     multiply each expert's outputs
-    shared_length: the key with the inner length of an expert that every token goes to, whose output is added as it is;
-    in a file without it, or with 0, there is none
-    gated: that expert there is in any case, and what it adds is multiplied by the logistic function of one more number
-    of a token (`SHARED_GATE`); gate and up of the others may be one weight here, too
+    shared: one more expert is every token's, where the file has its inner length (`SHARED_LENGTH`)
+    shared_gate: it always is, as long as `feed_forward_length` says where the file has no length of its own, and counts
+    as much as a gate of its own says; gate and up of the others may be one weight here, too
     """
 
     optional: bool = False
     own_length: bool = True
     beside: bool = False
-    shared_length: str = ""
-    gated: bool = False
+    shared: bool = False
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +204,8 @@ ATTENTION_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 TEMPERATURE = "attention.temperature_scale"
 SCALES = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
 ROPE_SWITCH = "rope.scaling.finetuned"
-ROPE_SECTIONS = "rope.dimension_sections"
 SHARED_LENGTH = "expert_shared_feed_forward_length"
+ROPE_SECTIONS = "rope.dimension_sections"
 LAYER_INPUTS, SHARED_KV = "embedding_length_per_layer_input", "attention.shared_kv_layers"
 YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier")
 
@@ -292,7 +291,7 @@ _ROWS = (
         permuted_qk=True,
         rope_factors=True,
         long_rope=True,
-        experts=Routing(optional=True, own_length=False, shared_length=SHARED_LENGTH),
+        experts=Routing(optional=True, own_length=False, shared=True),
         reads=(*SCALES, ROPE_SWITCH),
     ),
     # src/models/granite-moe.cpp: Granite 3's mixtures; RoPE is never off
@@ -303,7 +302,7 @@ _ROWS = (
         permuted_qk=True,
         rope_factors=True,
         long_rope=True,
-        experts=Routing(own_length=False, shared_length=SHARED_LENGTH),
+        experts=Routing(own_length=False, shared=True),
         reads=SCALES,
     ),
     # src/models/olmo2.cpp: also Olmo 3, whose windows come with YaRN
@@ -339,7 +338,7 @@ _ROWS = (
     Architecture(
         "qwen35moe",
         qk_norm=True,
-        experts=Routing(shared_length=SHARED_LENGTH, gated=True),
+        experts=Routing(shared=True, shared_gate=True),
         gated_attention=True,
         recurrent=Recurrent(),
         ffn_norm="post_attention_norm",
@@ -349,7 +348,7 @@ _ROWS = (
     Architecture(
         "qwen3next",
         qk_norm=True,
-        experts=Routing(shared_length=SHARED_LENGTH, gated=True),
+        experts=Routing(shared=True, shared_gate=True),
         gated_attention=True,
         recurrent=Recurrent(grouped=True),
         ffn_norm="post_attention_norm",

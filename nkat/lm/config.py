@@ -189,7 +189,7 @@ class ModelConfig:
         """(outputs, inputs) of the linear layers of a block's feed-forward network, by name."""
         ff, d, mixture = self.of(block).feed_forward, self.embedding_length, self.mixture
         if mixture is not None and not mixture.beside:
-            return mixture.linears(d)
+            return mixture.shared_linears(d)
         up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
         return {**{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
 
@@ -468,7 +468,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             required |= {f"{block}{name}.weight": shape for name, shape in weights.items()}
             biases = {name: shape[:-1] for name, shape in weights.items() if architecture.may_have_bias(name)}
             optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
-            if architecture.experts is not None and architecture.experts.gated:
+            if architecture.experts is not None and architecture.experts.shared_gate:
                 required[f"{block}{SHARED_GATE}.weight"] = (d,)
             if config.mixture.beside:
                 required[f"{block}{ROUTER}.scale"] = (d,)

@@ -45,7 +45,7 @@ _OTHER_NAMES = {
 
 def adaptable_layers(tensors: Mapping[str, TensorInfo]) -> list[str]:
     """The 2-D linear weights inside the blocks (attention q, k, v, gate, output; what leads into and out of a recurrent
-    part; FFN gate, up, down, of a mixture those that every token goes to), in block order."""
+    part; FFN gate, up, down, also of an expert that is every token's), in block order."""
     unread = draft_blocks(tensors)  # llama.cpp refuses an adapter for what it has not loaded
     names = [name for name, info in tensors.items() if _BLOCK_LINEAR.fullmatch(name) and len(info.shape) == 2]
     return sorted((name for name in names if block_number(name) not in unread), key=block_number)

@@ -73,7 +73,8 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     if config.mixture is not None:
         assert (config.mixture.count, config.mixture.used, config.active_experts) == (6, 2, 1 / 3)
         assert list(config.mixture.stacks(64).values()) == [(6, 48, 64), (6, 48, 64), (6, 64, 48)]
-        assert list(linears) == [*QKV, "attn_output", *(SHARED_EXPERT if tiny.shared_expert else ())]
+        shared = SHARED_EXPERT if tiny.shared_length else ()
+        assert list(linears) == [*QKV, "attn_output", *shared]
         return
     assert linears["ffn_up"] == (192 if tiny.fused_gate_up else 96, 64)
     assert linears["ffn_down"] == (64, 96)
@@ -482,10 +483,10 @@ def test_blocks_that_foretell_later_tokens_are_left_out(tmp_path):
 
 def test_the_shared_expert_is_a_feed_forward_network_of_its_own_length(tmp_path):
     config = config_of(tmp_path, "granitemoe")
-    assert config.mixture == Mixture(6, 2, 48, shared=40)
+    assert config.mixture == Mixture(6, 2, 48, shared_length=40)
     assert config.linears(0)["ffn_gate_shexp"] == (40, 64)
     assert config.linears(0)["ffn_down_shexp"] == (64, 40)
-    without = config_of(tmp_path, "granitemoe", shared_expert=0)
+    without = config_of(tmp_path, "granitemoe", shared_length=0)
     assert without.mixture == Mixture(6, 2, 48)
     with pytest.raises(ConfigError, match=r"tensor blk\.0\.ffn_gate_shexp\.weight is unknown"):
         config_of(tmp_path, "granitemoe", {"expert_shared_feed_forward_length": 0})

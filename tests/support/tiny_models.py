@@ -74,12 +74,13 @@ class TinyOptions:
     expert_length: bool = True  # expert_feed_forward_length is in the file
     beside: bool = False  # gemma4: with a feed-forward network for all tokens beside it, more norms and scales
     fused_experts: bool = False  # gate and up in one weight
-    shared_expert: int = 0  # inner elements of an expert that every token goes to
+    shared_length: int = 0  # inner elements of an expert that every token goes to
+    shared_gate: bool = False  # of that expert
     expert_bias: bool = False  # and of the router and the attention's output
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
     # qwen35: value heads of the blocks without attention (0: all blocks have it), their key heads, elements of a head,
-    # which blocks have attention; a gate on attention; M-RoPE's sections; a gate on the expert that is every token's
+    # which blocks have attention; a gate on attention; M-RoPE's sections
     value_heads: int = 0
     key_heads: int = 2
     state: int = 16
@@ -88,7 +89,6 @@ class TinyOptions:
     grouped: bool = False
     attention_gate: bool = False
     sections: tuple[int, ...] | None = None
-    shared_gate: bool = False
     draft: int = 0  # blocks behind the others that foretell later tokens, and that no forward pass reads
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
@@ -96,6 +96,7 @@ class TinyOptions:
     chat_template: str | None = None
 
 
+_GATED_EXPERTS: dict[str, Any] = {"feed_forward": 48, "experts": 6, "shared_length": 32, "shared_gate": True}
 _QWEN35 = TinyOptions(
     blocks=4,
     head_dim=24,
@@ -150,7 +151,7 @@ ARCHITECTURES = {
         feed_forward=48,
         experts=6,
         expert_length=False,
-        shared_expert=40,
+        shared_length=40,
         metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
     ),
     "olmo2": TinyOptions(wide_qk_norm=True, pre_norm=False, post_norm=True, pre="dbrx"),
@@ -167,18 +168,8 @@ ARCHITECTURES = {
         pre="gpt-4o",
     ),
     "qwen35": _QWEN35,
-    "qwen35moe": replace(_QWEN35, feed_forward=48, experts=6, shared_expert=32, shared_gate=True),
-    "qwen3next": replace(
-        _QWEN35,
-        feed_forward=48,
-        experts=6,
-        shared_expert=32,
-        shared_gate=True,
-        value_heads=6,
-        grouped=True,
-        sections=None,
-        pre="qwen2",
-    ),
+    "qwen35moe": replace(_QWEN35, **_GATED_EXPERTS),
+    "qwen3next": replace(_QWEN35, **_GATED_EXPERTS, grouped=True, sections=None, pre="qwen2", value_heads=6),
 }
 
 # What the architectures with features of their own are tested with, by the model, the compiled program, the GPU step.
@@ -295,8 +286,8 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     if opts.experts:
         writer.add_expert_count(opts.experts)
         writer.add_expert_used_count(opts.experts_used)
-        if opts.shared_expert:
-            writer.add_expert_shared_feed_forward_length(opts.shared_expert)
+        if opts.shared_length:
+            writer.add_expert_shared_feed_forward_length(opts.shared_length)
         if opts.expert_length:
             writer.add_expert_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
@@ -435,7 +426,7 @@ def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[
         yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
         yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
     yield block + "ffn_down_exps.weight", (count, n, ff), 0.0, 1 / large / math.sqrt(ff)
-    if shared := opts.shared_expert:
+    if shared := opts.shared_length:
         if opts.shared_gate:
             yield block + "ffn_gate_inp_shexp.weight", (n,), 0.0, 1 / math.sqrt(n)
         yield block + "ffn_gate_shexp.weight", (shared, n), 0.0, 1.5 / math.sqrt(n)

@@ -27,7 +27,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, unit_bytes
 from nkat.kernels.cpu.jit import best_isa, compile_kernel
 from nkat.kernels.cpu.layout import ROWS, BlockLayout, Interleaver
-from nkat.kernels.cpu.llvm import F16, F32, I8, I16, I32, I64, Builder, Value, Variable, has_dot4
+from nkat.kernels.cpu.llvm import DOT4, F16, F32, I8, I16, I32, I64, Builder, Value, Variable
 from nkat.kernels.reference import activation_block
 
 FLOAT_TYPES = {
@@ -81,7 +81,7 @@ def rounding_of(qtype: GGMLQuantizationType, exact: bool) -> Rounding:
 
 def wide_rounding(qtype: GGMLQuantizationType, isa: str | None = None) -> Rounding:
     """How exact inputs of many tokens are multiplied fastest: in three bytes where products of bytes are that fast."""
-    if qtype in FLOAT_TYPES or not has_dot4(isa or best_isa()):
+    if qtype in FLOAT_TYPES or (isa or best_isa()) not in DOT4:
         return EXACT
     return Rounding(32, BLOCK_LAYOUTS[qtype].group, digits=3)
 
