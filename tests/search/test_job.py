@@ -290,7 +290,7 @@ def test_the_list_of_settings_is_what_trials_draw_from() -> None:
 
 
 def test_the_layers_of_a_group_are_all_layers_of_its_kind(tmp_path: Path) -> None:
-    """Also of a model with other blocks; and no pattern is given on that matches nothing, which the converter refuses."""
+    """Also of a model with other blocks; a pattern that matches nothing, which the converter refuses, is left out."""
     for arch, attention in (("qwen35", 3 * 3 + 4), ("llama", 3 * 4)):
         tensors = open_model_file(write_tiny_model(tmp_path / "m.gguf", arch)).require_base().tensors
         names = select_layers(tensors, None)

@@ -1,10 +1,11 @@
 """The CPU kernels of a gated delta net, between its linear layers; what they compute is in `nkat.lm.delta_net`.
 
 Everything is float32. A block keeps of each sequence the last tokens' inputs of the convolution [kernel − 1, channels]
-and each value head's memory [D, D], keys by values. A pass that begins at position 0 does not look at what is in them.
+and each value head's memory, keys by values. A pass that begins at position 0 does not look at what is in them.
 
-The memory is worked on a few columns at a time, over all tokens of a sequence, for which it stays in the first cache:
-what a token does to a column depends on no other.
+The memory is worked on a few columns at a time, which stay in the first cache over some tokens, and so do these tokens'
+queries and keys: what a token does to a column depends on no other. So that columns that are worked on together lie
+together, a memory is kept as [D / width, D, width].
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import astuple, dataclass
 
 from nkat.kernels.cpu.blocks import normalised, own_tokens, width_of
 from nkat.kernels.cpu.jit import compile_kernel
-from nkat.kernels.cpu.llvm import F32, I32, I64, Builder, Value
+from nkat.kernels.cpu.llvm import F32, I32, I64, Builder, Value, Variable
+
+_TOKENS = 32  # that go through a memory's columns before the next columns are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +40,21 @@ class DeltaShape:
         return 2 * self.key_heads + self.value_heads
 
     @property
+    def width(self) -> int:
+        """Columns of a memory that are worked on together."""
+        lanes = width_of(self.size)
+        return 2 * lanes if self.size % (2 * lanes) == 0 else lanes
+
+    @property
     def label(self) -> str:
         return "_".join(str(int(x)) for x in astuple(self))
+
+
+def _total(sums: list[list[Variable]], column: int) -> Value:
+    first, *others = (row[column].value for row in sums)
+    for value in others:
+        first = first + value
+    return first
 
 
 def _silu(k: Builder, x: Value) -> Value:
@@ -98,24 +114,49 @@ def convolve_kernel(shape: DeltaShape) -> int:
 def delta_kernel(shape: DeltaShape) -> int:
     """The delta rule, token by token, and the inputs that later tokens' convolution needs.
 
-    Each thread takes some of the (sequence, value head, columns) triples.
+    Each thread takes some of the (sequence, value head) pairs.
 
     arguments: convolved (see `convolve_kernel`), bytes of a row; what β and g come from, bytes of a row of each, twice
-    the same where they are one weight's; biases and factors of g float32 [H]; memory float32 [sequence, H, D, D]; out,
+    the same where they are one weight's; biases and factors of g float32 [H]; memories float32 [sequence, H, ...]; out,
     bytes of a row; mixed, bytes of a row, earlier inputs (as of `convolve_kernel`); state
     """
-    size, lanes = shape.size, width_of(shape.size)
-    chunks = 2 if size % (2 * lanes) == 0 else 1
-    width, ratio, before = lanes * chunks, shape.value_heads // shape.key_heads, shape.kernel - 1
+    size, lanes, width = shape.size, width_of(shape.size), shape.width
+    chunks, unroll = width // lanes, math.gcd(size, 2)
+    ratio, before = shape.value_heads // shape.key_heads, shape.kernel - 1
     row_bytes = 4 * shape.heads * size
 
-    def columns_of(k: Builder, head: Value) -> tuple[Value, Value, Value]:
+    def columns_of(head: Value) -> tuple[Value, Value, Value]:
         """A value head's key head, and the columns of what its β and g come from."""
         if not shape.grouped:
             return head % shape.key_heads, head, head
         key_head = head // ratio
         beta = key_head * (2 * ratio) + head % ratio
         return key_head, beta, beta + ratio
+
+    def learn(
+        k: Builder, memory: Value, q: Value, key: Value, v: Value, strength: Value, kept: Value, to: Value
+    ) -> None:
+        """One token, some columns."""
+        nothing = k.value(0.0, F32(lanes))
+        # several sums of each column, for the processor to work on side by side
+        sums = [[k.variable(nothing) for _ in range(chunks)] for _ in range(unroll)]
+        with k.loop(0, size, unroll) as i:
+            for u in range(unroll):
+                key_i, row = k.load(F32(), key + (i + u) * 4), memory + (i + u) * (4 * width)
+                for j in range(chunks):
+                    sums[u][j].value = k.fma(k.load(F32(lanes), row + 4 * lanes * j), key_i, sums[u][j].value)
+        change = [(k.load(F32(lanes), v + 4 * lanes * j) - _total(sums, j) * kept) * strength for j in range(chunks)]
+        read = [[k.variable(nothing) for _ in range(chunks)] for _ in range(unroll)]
+        with k.loop(0, size, unroll) as i:
+            for u in range(unroll):
+                key_i, q_i = k.load(F32(), key + (i + u) * 4), k.load(F32(), q + (i + u) * 4)
+                for j in range(chunks):
+                    at = memory + (i + u) * (4 * width) + 4 * lanes * j
+                    new = k.fma(change[j], key_i, k.load(F32(lanes), at) * kept)
+                    k.store(new, at)
+                    read[u][j].value = k.fma(new, q_i, read[u][j].value)
+        for j in range(chunks):
+            k.store(_total(read, j), to + 4 * lanes * j)
 
     def emit(k: Builder) -> None:
         convolved, stride, betas, beta_stride, alphas, alpha_stride = (
@@ -128,45 +169,31 @@ def delta_kernel(shape: DeltaShape) -> int:
         count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
         tokens = k.minimum(count, length)  # of one sequence
         sequences = (count + (length - 1)) // length
-        parts, nothing = size // width, k.value(0.0, F32(lanes))
-        with k.loop(k.thread, sequences * (shape.value_heads * parts), k.threads) as item:
-            column, number = item % parts * (4 * width), item // parts
-            head, sequence = number % shape.value_heads, number // shape.value_heads
-            key_head, beta_column, alpha_column = columns_of(k, head)
-            memory = memories + number * (4 * size * size) + column
-            with k.when(start < 1), k.loop(0, 4 * size * size, 4 * size) as i:
-                for j in range(chunks):
-                    k.store(nothing, memory + i + 4 * lanes * j)
+        nothing = k.value(0.0, F32(lanes))
+        strengths, decays = k.local(4 * _TOKENS), k.local(4 * _TOKENS)
+        with k.loop(k.thread, sequences * shape.value_heads, k.threads) as item:
+            head, sequence = item % shape.value_heads, item // shape.value_heads
+            key_head, beta_column, alpha_column = columns_of(head)
+            whole = memories + item * (4 * size * size)
+            with k.when(start < 1), k.loop(0, 4 * size * size, 4 * lanes) as i:
+                k.store(nothing, whole + i)
             bias, factor = (k.load(F32(), at + head * 4) for at in (biases, factors))
-            with k.loop(0, tokens) as place:
-                token = sequence * length + place
-                q = convolved + token * stride + key_head * (4 * size)
-                key = q + 4 * shape.key_heads * size
-                v = convolved + token * stride + (head + 2 * shape.key_heads) * (4 * size) + column
-                beta = k.load(F32(), betas + token * beta_stride + beta_column * 4)
-                strength = k.value(1.0, F32()) / (k.exp(beta * -1.0) + 1.0)
-                alpha = k.load(F32(), alphas + token * alpha_stride + alpha_column * 4)
-                kept = k.exp(softplus(k, alpha + bias) * factor)
-                sums = [k.variable(nothing) for _ in range(chunks)]
-                with k.loop(0, size) as i:
-                    key_i, row = k.load(F32(), key + i * 4), memory + i * (4 * size)
-                    for j in range(chunks):
-                        sums[j].value = k.fma(k.load(F32(lanes), row + 4 * lanes * j), key_i, sums[j].value)
-                change = [
-                    (k.load(F32(lanes), v + 4 * lanes * j) - sums[j].value * kept) * strength for j in range(chunks)
-                ]
-                read = [k.variable(nothing) for _ in range(chunks)]
-                with k.loop(0, size) as i:
-                    key_i, q_i = k.load(F32(), key + i * 4), k.load(F32(), q + i * 4)
-                    row = memory + i * (4 * size)
-                    for j in range(chunks):
-                        at = row + 4 * lanes * j
-                        new = k.fma(change[j], key_i, k.load(F32(lanes), at) * kept)
-                        k.store(new, at)
-                        read[j].value = k.fma(new, q_i, read[j].value)
-                to = out + token * out_stride + head * (4 * size) + column
-                for j in range(chunks):
-                    k.store(read[j].value, to + 4 * lanes * j)
+            with k.loop(0, tokens, _TOKENS) as first:
+                some = k.minimum(tokens - first, _TOKENS)
+                begin = sequence * length + first
+                with k.loop(0, some) as place:
+                    beta = k.load(F32(), betas + (begin + place) * beta_stride + beta_column * 4)
+                    k.store(k.value(1.0, F32()) / (k.exp(beta * -1.0) + 1.0), strengths + place * 4)
+                    alpha = k.load(F32(), alphas + (begin + place) * alpha_stride + alpha_column * 4)
+                    k.store(k.exp(softplus(k, alpha + bias) * factor), decays + place * 4)
+                with k.loop(0, 4 * size, 4 * width) as column, k.loop(0, some) as place:
+                    row = convolved + (begin + place) * stride
+                    q = row + key_head * (4 * size)
+                    v = row + (head + 2 * shape.key_heads) * (4 * size) + column
+                    to = out + (begin + place) * out_stride + head * (4 * size) + column
+                    strength, kept = (k.load(F32(), at + place * 4) for at in (strengths, decays))
+                    key = q + 4 * shape.key_heads * size
+                    learn(k, whole + column * size, q, key, v, strength, kept, to)
         # those of the last tokens; from the first on, so that none is overwritten before it was moved
         with k.loop(k.thread, sequences * shape.heads, k.threads) as item:
             sequence, column = item // shape.heads, item % shape.heads * (4 * size)
