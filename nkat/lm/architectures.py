@@ -120,10 +120,9 @@ class Architecture:
     attention_cap, logit_cap: what attention scores and logits are kept within (c·tanh(x/c)), where the file does not
     say otherwise; 0: not at all
     unturned_period: the last of so many blocks has no RoPE; 0: all have
-    varied: heads' length, KV heads and feed-forward length may differ from block to block, later blocks may use the
-    keys and values of earlier ones, and where there is no attn_v, the keys before norm and RoPE are the values
+    varied: heads' length, KV heads and feed-forward length may differ from block to block, and where there is no
+    attn_v, the keys before norm and RoPE are the values
     value_norm: every head's v has an RMS norm, without a weight
-    layer_inputs: every block may add something of its own about each token (`nkat.lm.transformer.LayerInputs`)
     block_scale: what leaves a block may be multiplied by `layer_output_scale.weight`, one number
     experts: of models whose feed-forward network is a mixture of experts; None: there are none
     clamped_gate: feed-forward activation of gpt-oss (`nkat.lm.activation`)
@@ -132,7 +131,9 @@ class Architecture:
     recurrent: of models in which most blocks have no attention; None: all have
     sinks: each query head has a score of its own, `attn_sinks`, that takes part in the softmax and stands for nothing
     ffn_norm: what the file calls the norm before the feed-forward network
-    reads: keys of the metadata that mean something in few architectures, this one among them; others refuse them
+    reads: keys of the metadata that mean something in few architectures, this one among them
+    refuses: such keys that llama.cpp reads here, too, but whose meaning is not computed
+    unread: tensors that its models may have and that have no part in the logits
     """
 
     name: str
@@ -155,7 +156,6 @@ class Architecture:
     unturned_period: int = 0
     varied: bool = False
     value_norm: bool = False
-    layer_inputs: bool = False
     block_scale: bool = False
     experts: Routing | None = None
     clamped_gate: bool = False
@@ -164,6 +164,8 @@ class Architecture:
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
     reads: tuple[str, ...] = ()
+    refuses: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def may_have_bias(self, linear: str) -> bool:
         """Whether a linear layer of a block may have one; fused ones go by their parts."""
@@ -204,6 +206,7 @@ ATTENTION_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 TEMPERATURE = "attention.temperature_scale"
 SCALES = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
 ROPE_SWITCH = "rope.scaling.finetuned"
+DEEPSTACK = "deepstack_mapping"
 SHARED_LENGTH = "expert_shared_feed_forward_length"
 ROPE_SECTIONS = "rope.dimension_sections"
 LAYER_INPUTS, SHARED_KV = "embedding_length_per_layer_input", "attention.shared_kv_layers"
@@ -224,7 +227,7 @@ _ROWS = (
     # src/models/qwen2.cpp
     Architecture("qwen2", biases=(*QKV, "output")),
     # src/models/qwen3.cpp
-    Architecture("qwen3", qk_norm=True),
+    Architecture("qwen3", qk_norm=True, unread=("cls.output.weight",)),
     # src/models/gemma3.cpp
     Architecture(
         "gemma3",
@@ -235,6 +238,7 @@ _ROWS = (
         attention_scale=_gemma_scale(62),
         window=Window(period=6, rope_base=10000.0),
         reads=(LOGIT_CAP,),
+        unread=("dense_2.weight", "dense_3.weight"),
     ),
     # src/models/gemma2.cpp
     Architecture(
@@ -261,7 +265,6 @@ _ROWS = (
         logit_cap=30.0,
         varied=True,
         value_norm=True,
-        layer_inputs=True,
         block_scale=True,
         experts=Routing(optional=True, beside=True),
         reads=(LOGIT_CAP, LAYER_INPUTS, SHARED_KV),
@@ -282,7 +285,7 @@ _ROWS = (
     # src/models/smollm3.cpp
     Architecture("smollm3", interleaved_rope=True, permuted_qk=True, unturned_period=4),
     # src/models/glm4.cpp: also GLM-Z1; RoPE turns a half of each head, and transformers turns the same pairs
-    Architecture("glm4", interleaved_rope=True, post_norm=True, fused_gate_up=True),
+    Architecture("glm4", interleaved_rope=True, post_norm=True, fused_gate_up=True, refuses=(ROPE_SECTIONS,)),
     # src/models/granite.cpp: Granite 3 and 4
     Architecture(
         "granite",
@@ -293,6 +296,7 @@ _ROWS = (
         long_rope=True,
         experts=Routing(optional=True, own_length=False, shared=True),
         reads=(*SCALES, ROPE_SWITCH),
+        refuses=(DEEPSTACK,),
     ),
     # src/models/granite-moe.cpp: Granite 3's mixtures; RoPE is never off
     Architecture(

@@ -2,8 +2,8 @@
 
 Models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
 (https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
-another one than the file asks for is refused: experts in groups, keys that another architecture reads, RoPE scaling
-other than linear, YaRN and longrope, unknown tensors.
+another one than llama.cpp's is refused: experts in groups, RoPE scaling other than linear, YaRN and longrope, unknown
+tensors. Keys that mean something in other architectures only get a warning, as llama.cpp does not look at them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from nkat.lm.architectures import (
     LONG_ROPE,
     QK_NORMS,
     QKV,
-    ROPE_SECTIONS,
     ROPE_SWITCH,
     ROUTER,
     SCALES,
@@ -37,38 +36,15 @@ from nkat.lm.architectures import (
     SINKS,
     STACKS,
     TEMPERATURE,
-    YARN_KEYS,
     Architecture,
     Sizes,
 )
 from nkat.lm.keys import ConfigError, Keys
 from nkat.lm.mixture import Mixture
 from nkat.lm.recurrence import Recurrence
+from nkat.lm.refused import refuse
 from nkat.lm.rope import Rope, read_rope
 from nkat.theta.set import SUFFIXES
-
-# Keys that change the forward pass in a way that is not computed, unless the architecture's row says that it reads
-# them; and the values with which they do not.
-_REFUSED: dict[str, tuple[bool | float, ...]] = {
-    "expert_group_count": (0, 1),
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    ATTENTION_CAP: (0.0,),
-    LOGIT_CAP: (0.0,),
-    TEMPERATURE: (0.0,),
-    LAYER_INPUTS: (0,),
-    SHARED_KV: (0,),
-    **dict.fromkeys(SCALES, (0.0, 1.0)),
-    "attention.scale": (0.0,),
-    "deepstack_mapping": (-1,),
-    ROPE_SECTIONS: (0,),
-    "rope.scaling.alpha": (0.0,),
-    "rope.scaling.yarn_ext_factor": (1.0,),
-    "rope.scaling.yarn_attn_factor": (1.0,),
-    **dict(zip(YARN_KEYS, ((32.0,), (1.0,), (0.0,)), strict=True)),
-}
-
 
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
@@ -249,15 +225,19 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         raise ConfigError("metadata general.architecture is missing: this GGUF is not a language model")
     architecture = ARCHITECTURES.get(arch) if isinstance(arch, str) else None
     if architecture is None:
-        raise ConfigError(f"architecture {arch!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}")
+        raise ConfigError(
+            f"architecture {arch!r} is not supported; nkat_gguf_converter.py makes a Θ for it from its weights, and "
+            "llama-perplexity --lora measures that as an adapter (--export-lora); the supported ones are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     keys = Keys(metadata, architecture)
-    _refuse(keys)
+    refuse(keys)
     mixture = Mixture.read(keys, tensors)
 
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(without_ones(embedding.shape, 2)) != 2:
         raise ConfigError("tensor token_embd.weight is missing or not 2-D: this GGUF is not a language model")
-    vocab_size = keys.integer("vocab_size", embedding.shape[-2])
+    vocab_size = embedding.shape[-2]  # whatever `vocab_size` says: llama.cpp goes by the tokenizer's tokens
 
     d = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
@@ -276,12 +256,13 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     head_dim = keys.integer("attention.key_length", d // heads)
     if head_dim > MAX_HEAD:
         raise ConfigError(f"metadata {arch}.attention.key_length: a head of {head_dim} elements, more than {MAX_HEAD}")
-    local_dim = keys.integer("attention.key_length_swa", head_dim, maximum=MAX_HEAD)
-    for key, length in (
-        ("attention.value_length", head_dim),
-        ("attention.key_length_swa", local_dim if architecture.varied else head_dim),
-        ("attention.value_length_swa", local_dim),
-    ):
+    has_window = architecture.window is not None
+    local_dim = keys.integer("attention.key_length_swa", head_dim, maximum=MAX_HEAD) if has_window else head_dim
+    lengths = [("attention.value_length", head_dim)]
+    if has_window:
+        lengths.append(("attention.key_length_swa", local_dim if architecture.varied else head_dim))
+        lengths.append(("attention.value_length_swa", local_dim))
+    for key, length in lengths:
         if keys.integer(key, length) != length:
             raise ConfigError(
                 f"metadata {arch}.{key} {keys.get(key)} differs from the key length {length}: not supported"
@@ -289,7 +270,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
 
     context = keys.integer("context_length")
     rope, local_rope = read_rope(keys, head_dim, local_dim, context)
-    temperature = 0.0 if keys.get(TEMPERATURE) in (None, 0) else keys.number(TEMPERATURE)
+    temperature = keys.number(TEMPERATURE) if TEMPERATURE in architecture.reads and keys.get(TEMPERATURE) else 0.0
     window, local_blocks = _read_window(keys, blocks)
     embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
     residual = residual_scale or 1.0
@@ -328,7 +309,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
             if block.kv_block != i and name in tensors
         ),
         mixture=mixture,
-        layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
+        layer_input_length=_if_read(keys, LAYER_INPUTS),
         recurrence=recurrence,
         recurrent_blocks=recurrent_blocks,
         draft_blocks=range(blocks, in_file),
@@ -355,7 +336,7 @@ def _read_sizes(
     The last blocks, where the file says so, use the keys and values of the last block of their kind before them.
     """
     blocks = len(local_blocks)
-    own = blocks - keys.integer(SHARED_KV, 0, minimum=0)
+    own = blocks - _if_read(keys, SHARED_KV)
 
     def kv_block(i: int) -> int:
         if i < own:
@@ -380,6 +361,11 @@ def _read_sizes(
     )
 
 
+def _if_read(keys: Keys, key: str) -> int:
+    """0: the file has none, or the architecture does not look at it"""
+    return keys.integer(key, 0, minimum=0) if key in keys.architecture.reads else 0
+
+
 def _read_scale(keys: Keys, key: str) -> float:
     """0: the file has none, or the architecture does not look at it"""
     if key not in keys.architecture.reads or keys.get(key) in (None, 0):
@@ -396,17 +382,8 @@ def _is_unturned(keys: Keys, block: int) -> bool:
 
 def _read_cap(keys: Keys, key: str, usual: float) -> float:
     """0: none"""
-    value = keys.get(key)
+    value = keys.get(key) if key in keys.architecture.reads else None
     return usual if value is None else 0.0 if value == 0 else keys.number(key)
-
-
-def _refuse(keys: Keys) -> None:
-    for key, neutral in _REFUSED.items():
-        if key in keys.architecture.reads:
-            continue
-        value = keys.get(key)
-        if value is not None and value not in neutral:
-            raise ConfigError(f"metadata {keys.name(key)} = {value!r} is not supported")
 
 
 def _read_window(keys: Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
@@ -484,6 +461,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
         elif without_ones(info.shape, len(shape)) != shape:
             raise ConfigError(f"tensor {name} has shape {info.shape}, expected {shape}")
     known = required.keys() | optional.keys()
+    known |= {*architecture.unread}
     for name in tensors:
         if name not in known and not name.endswith(SUFFIXES):
             raise ConfigError(

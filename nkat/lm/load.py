@@ -79,7 +79,6 @@ def load_model(
     known = source if isinstance(source, LoadedModel) else None
     source = source.file if isinstance(source, LoadedModel) else source
     model_file = source if isinstance(source, ModelFile) else open_model_file(source)
-    path = model_file.path
     base = model_file.require_base()
     if thetas is None and model_file.theta is not None:
         thetas = model_file.theta.layers
@@ -91,7 +90,7 @@ def load_model(
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     gguf, tensors = base.file, base.tensors
-    config, tokenizer = _read(path, gguf, tensors) if known is None else (known.config, known.tokenizer)
+    config, tokenizer = _read(model_file) if known is None else (known.config, known.tokenizer)
     model = _Assembler(gguf, tensors, device, dtype, keep_dense).transformer(config)
     if thetas is not None:
         model.set_thetas(thetas)
@@ -103,13 +102,19 @@ def load_model(
     return LoadedModel(model, tokenizer, config, model_file, gguf, tensors, gamma if thetas else None)
 
 
-def _read(path: Path, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> tuple[ModelConfig, Tokenizer]:
+def read_config(model_file: ModelFile) -> ModelConfig:
+    """What a model is, without its weights. Raises ConfigError for one that cannot be run."""
+    base = model_file.require_base()
     try:
-        config = ModelConfig.from_gguf(gguf.metadata, tensors)
+        return ModelConfig.from_gguf(base.file.metadata, base.tensors)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{model_file.path}: {error}") from None
+
+
+def _read(model_file: ModelFile) -> tuple[ModelConfig, Tokenizer]:
+    path, config = model_file.path, read_config(model_file)
     try:
-        tokenizer = Tokenizer.from_metadata(gguf.metadata)
+        tokenizer = Tokenizer.from_metadata(model_file.require_base().file.metadata)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
     if tokenizer.vocab_size != config.vocab_size:

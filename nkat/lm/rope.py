@@ -45,7 +45,8 @@ def read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[
         raise ConfigError(
             f"metadata {keys.name('rope.dimension_count')} must be even and at most {head_dim}, got {dimensions}"
         )
-    local_dimensions = keys.integer("rope.dimension_count_swa", dimensions)
+    window = keys.architecture.window
+    local_dimensions = dimensions if window is None else keys.integer("rope.dimension_count_swa", dimensions)
     if local_dimensions != dimensions and not keys.architecture.varied:
         raise ConfigError(f"metadata {keys.name('rope.dimension_count_swa')} differs from the other: not supported")
     if keys.architecture.varied and (local_dimensions % 2 or local_dimensions > local_dim):
@@ -79,13 +80,12 @@ def read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[
         base=keys.number("rope.freq_base", 10000.0, above=1.0),
         scale=1.0 / factor,
         yarn=kind == "yarn",
-        original_context=keys.integer("rope.scaling.original_context_length", context),
+        original_context=keys.integer("rope.scaling.original_context_length", 0, minimum=0) or context,
         magnitude=attention_factor * warmth,
         fast=fast,
         slow=slow,
         still=_read_still(keys, dimensions // 2),
     )
-    window = keys.architecture.window
     if window is not None and window.plain_rope:
         return rope, replace(rope, scale=1.0, yarn=False, magnitude=1.0)
     if window is None or window.rope_base is None:

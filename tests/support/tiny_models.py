@@ -8,7 +8,7 @@ are those that `tests.support.random_blocks` can make (no K-quants).
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -225,10 +225,21 @@ MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Path:
+Packed = tuple[np.ndarray, gguf.GGMLQuantizationType]
+
+
+def write_tiny_model(
+    path: Path,
+    arch: str,
+    seed: int = 0,
+    *,
+    make: Callable[[str, tuple[int, ...]], Packed | None] | None = None,
+    **options: Any,
+) -> Path:
     """Write a tiny GGUF model to `path` (overwritten) and return `path`.
 
-    The same arguments give bit-equal weights everywhere. `options` are the fields of `TinyOptions`; an unknown one is a
+    The same arguments give bit-equal weights everywhere. make: weights of its own, packed, by name and shape; None: the
+    usual ones. `options` are the fields of `TinyOptions`; an unknown one is a
     TypeError, an unknown architecture or vocabulary a ValueError.
     """
     if arch not in ARCHITECTURES:
@@ -238,6 +249,9 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
     _add_hyperparameters(writer, arch, opts)
     vocab_size = _add_vocabulary(writer, opts)
     for name, shape, mean, std in _tensor_list(opts, vocab_size):
+        if make is not None and (own := make(name, shape)) is not None:
+            writer.add_tensor(name, own[0], raw_dtype=own[1])
+            continue
         values = _random_tensor(seed, name, shape, mean, std)
         qtype = (opts.qtypes or {}).get(name, opts.qtype)
         if len(shape) > 1 and qtype != gguf.GGMLQuantizationType.F32:
