@@ -40,6 +40,14 @@ _WIDE: dict[str, Any] = {
     "rotary": None,
 }
 _MIXTURE: dict[str, Any] = {**_WIDE, "blocks": 4, "feed_forward": 768, "experts": 16, "experts_used": 4}
+_DELTA: dict[str, Any] = {
+    "blocks": 4,
+    "rotary": 64,
+    "sections": (11, 11, 10, 0),
+    "key_heads": 16,
+    "value_heads": 16,
+    "state": 128,
+}
 # What an architecture has otherwise
 _OWN: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 512},
@@ -54,7 +62,10 @@ _OWN: dict[str, dict[str, Any]] = {
     "glm4": {"rotary": 64},
     "olmo2": {"sliding_window": 512},
     "qwen3moe": _MIXTURE,
-    "granitemoe": {**_MIXTURE, "shared_expert": 1024},
+    "granitemoe": {**_MIXTURE, "shared_length": 1024},
+    "qwen35": _DELTA,
+    "qwen35moe": {**_MIXTURE, **_DELTA, "shared_length": 512},
+    "qwen3next": {**_MIXTURE, **_DELTA, "shared_length": 512, "sections": None, "value_heads": 32},
     "gpt-oss": {**_MIXTURE, "experts": 8, "feed_forward": 1536, "sliding_window": 128},
 }
 
