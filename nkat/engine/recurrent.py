@@ -15,18 +15,25 @@ from nkat.lm.delta_net import DeltaNet
 from nkat.lm.recurrence import Recurrence
 
 
+def delta_shape(sizes: Recurrence) -> DeltaShape:
+    """What the kernels are made for."""
+    return DeltaShape(sizes.key_heads, sizes.value_heads, sizes.size, sizes.kernel, sizes.row.grouped, sizes.fused)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class BlockState:
-    """Of one block, float32: earlier inputs [sequence, kernel − 1, channels], memory [sequence, H, D, D]."""
+    """Of one block, float32: earlier inputs [sequence, kernel − 1, channels], memory [sequence, H, D / width, D, width]
+    (`nkat.kernels.cpu.delta`)."""
 
     earlier: np.ndarray
     memory: np.ndarray
 
     @classmethod
     def of(cls, sizes: Recurrence, sequences: int) -> BlockState:
-        shape = sequences, sizes.value_heads, sizes.size, sizes.size
+        width = delta_shape(sizes).width
         earlier = aligned((sequences, sizes.kernel - 1, sizes.channels), np.float32)
-        return cls(earlier, aligned(shape, np.float32))
+        memory = sequences, sizes.value_heads, sizes.size // width, sizes.size, width
+        return cls(earlier, aligned(memory, np.float32))
 
     @property
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +97,7 @@ class DeltaRows:
     """
 
     def __init__(self, sizes: Recurrence, capacity: int, tokens: int, state: np.ndarray, epsilon: np.ndarray) -> None:
-        self.shape = DeltaShape(sizes.key_heads, sizes.value_heads, sizes.size, sizes.kernel, sizes.row.grouped)
+        self.shape = delta_shape(sizes)
         self.sizes, self.tokens, self.state, self.epsilon = sizes, tokens, state, epsilon
         self.convolved = aligned((capacity, sizes.channels), np.float32)
 
@@ -98,7 +105,8 @@ class DeltaRows:
         self, program: Program, outputs: Mapping[str, np.ndarray], net: DeltaNet, held: BlockState, out: np.ndarray
     ) -> None:
         """Adds the steps from what the block's first linear layers gave to what its last one reads, in `out`."""
-        mixed, gate, *strengths = (outputs[name] for name in self.sizes.inputs)
+        mixed, *others = (outputs[name] for name in self.sizes.inputs)
+        gate, *strengths = (mixed, *others) if self.sizes.fused else others
         kernel, biases, factors, norm = (
             np.ascontiguousarray(vector.numpy(), np.float32)
             for vector in (net.kernel.mT, net.time_bias, net.decay, net.norm)

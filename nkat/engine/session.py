@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from nkat.engine.decoder import make_decoder
-from nkat.engine.generate import Generation, Sampler, generate, prefill
+from nkat.engine.generate import PREFILL_PIECE, Generation, Sampler, generate, prefill
 from nkat.engine.tree import in_common
 from nkat.errors import NKATError
 from nkat.lm.cache import KEPT_STATES
@@ -104,12 +104,15 @@ class Session:
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         # Noted before it is done: whatever of it a Ctrl-C lets arrive, the decoder's length counts from the front.
         self._seen[self.decoder.length :] = tokens
-        if self.model.config.recurrent_blocks and len(tokens) > 1:
-            # the same prompt may come again, and one that goes on from it
+        if self.model.config.recurrent_blocks and 1 < len(tokens) < PREFILL_PIECE:
+            # a prompt's end: the same one may come again, or another that goes on from it
             self.decoder.prefill(tokens[:-1])
             self.decoder.keep_state()
             tokens = tokens[-1:]
-        return self.decoder.prefill(tokens)
+        logits = self.decoder.prefill(tokens)
+        if len(tokens) >= PREFILL_PIECE:
+            self.decoder.keep_state()
+        return logits
 
     def step(self, token: int) -> torch.Tensor:
         if self._sliding is not None and self.decoder.length == self._room:

@@ -23,6 +23,7 @@ SHAPES = {
     "as Qwen 3.5": Recurrence(2, 4, 16, 4, Recurrent()),
     "neighbours": Recurrence(2, 6, 32, 4, Recurrent(grouped=True)),
     "odd lengths": Recurrence(1, 3, 12, 2, Recurrent()),
+    "by key head": Recurrence(2, 6, 16, 4, Recurrent(grouped=True), fused=True),
     "no convolution": Recurrence(3, 3, 8, 1, Recurrent(grouped=True)),
 }
 
@@ -56,8 +57,13 @@ class Kernels:
             array[:count, : given.shape[2]] = given.flatten(0, 1).numpy()
         self.state[:3] = count, start, tokens
         self.program.run(self.threads)
-        values = self.held.memory.shape[1] * self.held.memory.shape[2]
+        values = self.held.memory.shape[1] * self.held.memory.shape[3]
         return torch.from_numpy(self.out[:count, :values].copy()).view(self.sequences, tokens, -1)
+
+    @property
+    def memory(self) -> torch.Tensor:
+        """[sequence, H, D, D]"""
+        return torch.from_numpy(self.held.memory).movedim(2, 3).flatten(3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -73,12 +79,11 @@ def test_kernels_equal_the_module(shape: str, sequences: int) -> None:
         outputs = [torch.randn(sequences, tokens, rows, generator=generator) for rows in sizes.inputs.values()]
         if begins:
             state, start = None, 0
-        mixed, gate, *strengths = outputs
-        expected, state = net(mixed, gate, strengths, state)
+        expected, state = net(outputs, state)
         found, other = (each.run(outputs, start) for each in kernels)
         assert (found - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
         assert torch.equal(found, other)  # threads change no bit
-        assert (torch.from_numpy(kernels[0].held.memory) - state.memory).abs().max() < 2e-5
+        assert (kernels[0].memory - state.memory).abs().max() < 2e-5
         assert torch.equal(torch.from_numpy(kernels[0].held.earlier), state.inputs)
         start += tokens
 

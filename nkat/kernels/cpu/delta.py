@@ -1,10 +1,11 @@
 """The CPU kernels of a gated delta net, between its linear layers; what they compute is in `nkat.lm.delta_net`.
 
 Everything is float32. A block keeps of each sequence the last tokens' inputs of the convolution [kernel − 1, channels]
-and each value head's memory [D, D], keys by values. A pass that begins at position 0 does not look at what is in them.
+and each value head's memory, keys by values. A pass that begins at position 0 does not look at what is in them.
 
-The memory is worked on a few columns at a time, over all tokens of a sequence, for which it stays in the first cache:
-what a token does to a column depends on no other.
+The memory is worked on a few columns at a time, which stay in the first cache over some tokens, and so do these tokens'
+queries and keys: what a token does to a column depends on no other. So that columns that are worked on together lie
+together, a memory is kept as [D / width, D, width].
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import astuple, dataclass
 
 from nkat.kernels.cpu.blocks import normalised, own_tokens, width_of
 from nkat.kernels.cpu.jit import compile_kernel
-from nkat.kernels.cpu.llvm import F32, I32, I64, Builder, Value
+from nkat.kernels.cpu.llvm import F32, I32, I64, Builder, Value, Variable
+
+_TOKENS = 32  # that go through a memory's columns before the next columns are taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class DeltaShape:
     """Heads of keys and of values, elements of each, tokens that the convolution sees.
 
     grouped: the value heads of a key head are neighbours (`nkat.lm.architectures.Recurrent`)
+    fused: queries, keys, values and gates lie by key head in one row (`nkat.lm.recurrence.Recurrence`)
     """
 
     key_heads: int
@@ -30,6 +34,25 @@ class DeltaShape:
     size: int
     kernel: int
     grouped: bool
+    fused: bool = False
+
+    def mixed_column(self, k: Builder, head: Value) -> Value:
+        """Where a head of the convolution's channels is in a row of what is convolved, in bytes."""
+        if not self.fused:
+            return head * (4 * self.size)
+        keys, ratio = self.key_heads, self.value_heads // self.key_heads
+        value = k.maximum(head - 2 * keys, 0)
+        key_head = k.select(head < 2 * keys, head % keys, value // ratio)
+        query, key = (k.value(part, I64()) for part in (0, 1))
+        part = k.select(head < keys, query, k.select(head < 2 * keys, key, value % ratio + 2))
+        return (key_head * (2 + 2 * ratio) + part) * (4 * self.size)
+
+    def gate_column(self, head: Value) -> Value:
+        """The same of a value head's gate."""
+        if not self.fused:
+            return head * (4 * self.size)
+        ratio = self.value_heads // self.key_heads
+        return (head // ratio * (2 + 2 * ratio) + head % ratio + (2 + ratio)) * (4 * self.size)
 
     @property
     def heads(self) -> int:
@@ -37,8 +60,21 @@ class DeltaShape:
         return 2 * self.key_heads + self.value_heads
 
     @property
+    def width(self) -> int:
+        """Columns of a memory that are worked on together."""
+        lanes = width_of(self.size)
+        return 2 * lanes if self.size % (2 * lanes) == 0 else lanes
+
+    @property
     def label(self) -> str:
         return "_".join(str(int(x)) for x in astuple(self))
+
+
+def _total(sums: list[list[Variable]], column: int) -> Value:
+    first, *others = (row[column].value for row in sums)
+    for value in others:
+        first = first + value
+    return first
 
 
 def _silu(k: Builder, x: Value) -> Value:
@@ -67,13 +103,13 @@ def convolve_kernel(shape: DeltaShape) -> int:
         with k.loop(k.thread, count * shape.heads, k.threads) as item:
             token, head = item // shape.heads, item % shape.heads
             sequence, place = token // length, token % length
-            column = head * (4 * size)
+            column, source = head * (4 * size), shape.mixed_column(k, head)
             rows, there = [], []
             for n in range(shape.kernel):  # the last one is the token's own
                 back = before - n
                 inside = place >= back
                 old = earlier + (sequence * before + (place + n)) * row_bytes
-                rows.append(k.select(inside, mixed + (token - back) * stride, old) + column)
+                rows.append(k.select(inside, mixed + ((token - back) * stride + source), old + column))
                 there.append(inside | (start > 0))
             to = out + token * out_stride + column
             squares = k.variable(nothing)
@@ -98,24 +134,49 @@ def convolve_kernel(shape: DeltaShape) -> int:
 def delta_kernel(shape: DeltaShape) -> int:
     """The delta rule, token by token, and the inputs that later tokens' convolution needs.
 
-    Each thread takes some of the (sequence, value head, columns) triples.
+    Each thread takes some of the (sequence, value head) pairs.
 
     arguments: convolved (see `convolve_kernel`), bytes of a row; what β and g come from, bytes of a row of each, twice
-    the same where they are one weight's; biases and factors of g float32 [H]; memory float32 [sequence, H, D, D]; out,
+    the same where they are one weight's; biases and factors of g float32 [H]; memories float32 [sequence, H, ...]; out,
     bytes of a row; mixed, bytes of a row, earlier inputs (as of `convolve_kernel`); state
     """
-    size, lanes = shape.size, width_of(shape.size)
-    chunks = 2 if size % (2 * lanes) == 0 else 1
-    width, ratio, before = lanes * chunks, shape.value_heads // shape.key_heads, shape.kernel - 1
+    size, lanes, width = shape.size, width_of(shape.size), shape.width
+    chunks, unroll = width // lanes, math.gcd(size, 2)
+    ratio, before = shape.value_heads // shape.key_heads, shape.kernel - 1
     row_bytes = 4 * shape.heads * size
 
-    def columns_of(k: Builder, head: Value) -> tuple[Value, Value, Value]:
+    def columns_of(head: Value) -> tuple[Value, Value, Value]:
         """A value head's key head, and the columns of what its β and g come from."""
         if not shape.grouped:
             return head % shape.key_heads, head, head
         key_head = head // ratio
         beta = key_head * (2 * ratio) + head % ratio
         return key_head, beta, beta + ratio
+
+    def learn(
+        k: Builder, memory: Value, q: Value, key: Value, v: Value, strength: Value, kept: Value, to: Value
+    ) -> None:
+        """One token, some columns."""
+        nothing = k.value(0.0, F32(lanes))
+        # several sums of each column, for the processor to work on side by side
+        sums = [[k.variable(nothing) for _ in range(chunks)] for _ in range(unroll)]
+        with k.loop(0, size, unroll) as i:
+            for u in range(unroll):
+                key_i, row = k.load(F32(), key + (i + u) * 4), memory + (i + u) * (4 * width)
+                for j in range(chunks):
+                    sums[u][j].value = k.fma(k.load(F32(lanes), row + 4 * lanes * j), key_i, sums[u][j].value)
+        change = [(k.load(F32(lanes), v + 4 * lanes * j) - _total(sums, j) * kept) * strength for j in range(chunks)]
+        read = [[k.variable(nothing) for _ in range(chunks)] for _ in range(unroll)]
+        with k.loop(0, size, unroll) as i:
+            for u in range(unroll):
+                key_i, q_i = k.load(F32(), key + (i + u) * 4), k.load(F32(), q + (i + u) * 4)
+                for j in range(chunks):
+                    at = memory + (i + u) * (4 * width) + 4 * lanes * j
+                    new = k.fma(change[j], key_i, k.load(F32(lanes), at) * kept)
+                    k.store(new, at)
+                    read[u][j].value = k.fma(new, q_i, read[u][j].value)
+        for j in range(chunks):
+            k.store(_total(read, j), to + 4 * lanes * j)
 
     def emit(k: Builder) -> None:
         convolved, stride, betas, beta_stride, alphas, alpha_stride = (
@@ -128,53 +189,40 @@ def delta_kernel(shape: DeltaShape) -> int:
         count, start, length = (k.load(I64(), state + 8 * i) for i in range(3))
         tokens = k.minimum(count, length)  # of one sequence
         sequences = (count + (length - 1)) // length
-        parts, nothing = size // width, k.value(0.0, F32(lanes))
-        with k.loop(k.thread, sequences * (shape.value_heads * parts), k.threads) as item:
-            column, number = item % parts * (4 * width), item // parts
-            head, sequence = number % shape.value_heads, number // shape.value_heads
-            key_head, beta_column, alpha_column = columns_of(k, head)
-            memory = memories + number * (4 * size * size) + column
-            with k.when(start < 1), k.loop(0, 4 * size * size, 4 * size) as i:
-                for j in range(chunks):
-                    k.store(nothing, memory + i + 4 * lanes * j)
+        nothing = k.value(0.0, F32(lanes))
+        strengths, decays = k.local(4 * _TOKENS), k.local(4 * _TOKENS)
+        with k.loop(k.thread, sequences * shape.value_heads, k.threads) as item:
+            head, sequence = item % shape.value_heads, item // shape.value_heads
+            key_head, beta_column, alpha_column = columns_of(head)
+            whole = memories + item * (4 * size * size)
+            with k.when(start < 1), k.loop(0, 4 * size * size, 4 * lanes) as i:
+                k.store(nothing, whole + i)
             bias, factor = (k.load(F32(), at + head * 4) for at in (biases, factors))
-            with k.loop(0, tokens) as place:
-                token = sequence * length + place
-                q = convolved + token * stride + key_head * (4 * size)
-                key = q + 4 * shape.key_heads * size
-                v = convolved + token * stride + (head + 2 * shape.key_heads) * (4 * size) + column
-                beta = k.load(F32(), betas + token * beta_stride + beta_column * 4)
-                strength = k.value(1.0, F32()) / (k.exp(beta * -1.0) + 1.0)
-                alpha = k.load(F32(), alphas + token * alpha_stride + alpha_column * 4)
-                kept = k.exp(softplus(k, alpha + bias) * factor)
-                sums = [k.variable(nothing) for _ in range(chunks)]
-                with k.loop(0, size) as i:
-                    key_i, row = k.load(F32(), key + i * 4), memory + i * (4 * size)
-                    for j in range(chunks):
-                        sums[j].value = k.fma(k.load(F32(lanes), row + 4 * lanes * j), key_i, sums[j].value)
-                change = [
-                    (k.load(F32(lanes), v + 4 * lanes * j) - sums[j].value * kept) * strength for j in range(chunks)
-                ]
-                read = [k.variable(nothing) for _ in range(chunks)]
-                with k.loop(0, size) as i:
-                    key_i, q_i = k.load(F32(), key + i * 4), k.load(F32(), q + i * 4)
-                    row = memory + i * (4 * size)
-                    for j in range(chunks):
-                        at = row + 4 * lanes * j
-                        new = k.fma(change[j], key_i, k.load(F32(lanes), at) * kept)
-                        k.store(new, at)
-                        read[j].value = k.fma(new, q_i, read[j].value)
-                to = out + token * out_stride + head * (4 * size) + column
-                for j in range(chunks):
-                    k.store(read[j].value, to + 4 * lanes * j)
+            with k.loop(0, tokens, _TOKENS) as first:
+                some = k.minimum(tokens - first, _TOKENS)
+                begin = sequence * length + first
+                with k.loop(0, some) as place:
+                    beta = k.load(F32(), betas + (begin + place) * beta_stride + beta_column * 4)
+                    k.store(k.value(1.0, F32()) / (k.exp(beta * -1.0) + 1.0), strengths + place * 4)
+                    alpha = k.load(F32(), alphas + (begin + place) * alpha_stride + alpha_column * 4)
+                    k.store(k.exp(softplus(k, alpha + bias) * factor), decays + place * 4)
+                with k.loop(0, 4 * size, 4 * width) as column, k.loop(0, some) as place:
+                    row = convolved + (begin + place) * stride
+                    q = row + key_head * (4 * size)
+                    v = row + (head + 2 * shape.key_heads) * (4 * size) + column
+                    to = out + (begin + place) * out_stride + head * (4 * size) + column
+                    strength, kept = (k.load(F32(), at + place * 4) for at in (strengths, decays))
+                    key = q + 4 * shape.key_heads * size
+                    learn(k, whole + column * size, q, key, v, strength, kept, to)
         # those of the last tokens; from the first on, so that none is overwritten before it was moved
         with k.loop(k.thread, sequences * shape.heads, k.threads) as item:
-            sequence, column = item // shape.heads, item % shape.heads * (4 * size)
+            sequence, head = item // shape.heads, item % shape.heads
+            column, source = head * (4 * size), shape.mixed_column(k, head)
             for n in range(before):
                 place = tokens - (before - n)  # where it is among the new tokens, or how far before them
-                new = mixed + (sequence * length + place) * mixed_stride
+                new = mixed + ((sequence * length + place) * mixed_stride + source)
                 old = earlier + (sequence * before + (place + before)) * row_bytes
-                row = k.select(place >= 0, new, old) + column
+                row = k.select(place >= 0, new, old + column)
                 valid = (place >= 0) | (start > 0)
                 to = earlier + (sequence * before + n) * row_bytes + column
                 with k.loop(0, 4 * size, 4 * lanes) as i:
@@ -194,8 +242,8 @@ def gated_norm_kernel(shape: DeltaShape, tokens: int) -> int:
     def emit(k: Builder) -> None:
         x, stride, gate, gate_stride = k.pointer(0), k.integer(1), k.pointer(2), k.integer(3)
         weight, epsilon, state = k.pointer(4), k.load(F32(), k.pointer(5)), k.pointer(6)
-        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * shape.value_heads * size, 4 * size) as start:
-            row, gates = x + token * stride + start, gate + token * gate_stride + start
+        with own_tokens(k, state, tokens) as token, k.loop(0, shape.value_heads) as head:
+            row, gates = x + token * stride + head * (4 * size), gate + token * gate_stride + shape.gate_column(head)
             normalised(k, row, weight, epsilon, size, row)
             with k.loop(0, 4 * size, 4 * lanes) as i:
                 k.store(k.load(F32(lanes), row + i) * _silu(k, k.load(F32(lanes), gates + i)), row + i)

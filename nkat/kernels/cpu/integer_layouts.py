@@ -25,7 +25,7 @@ from nkat.kernels.cpu.layout import (
     whole,
     word_at,
 )
-from nkat.kernels.cpu.llvm import F32, I8, I32, Builder, Value
+from nkat.kernels.cpu.llvm import F32, I8, I32, I64, Builder, Operand, Value
 
 
 class Q4_0(BlockLayout, block=integer_formats.Q4_0):
@@ -299,27 +299,27 @@ class TQ1_0(TQ2_0, block=integer_formats.TQ1_0):
 
     @staticmethod
     def interleave(rows: Interleaver) -> None:
-        def digit(byte: int, place: int) -> Value:
-            """Of four bytes: what v·3^place is modulo 256, times 3, over 256."""
-            v = rows.vector(I32(), byte)
-            both = [(v >> shift & 0x00FF00FF) * 3**place & 0x00FF00FF for shift in (0, 8)]
-            even, odd = (part * 3 >> 8 & 0x00030003 for part in both)
-            return even | odd << 8
+        def word(*quads: tuple[Operand, Operand]) -> list[Value]:
+            """Of four quads, each of whose digits are in four bytes: the first byte, and 3^place."""
+            q = [_digits(rows.vector(I32(), byte), power) for byte, power in quads]
+            return [q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6]
 
         rows.halves(52, 1)
-        for quad in range(16):
-            places = [(quad // 8 * 32 + 8 * i + quad % 8) * 4 for i in range(4)]  # columns of a word's four quads
-            q = [digit(*_trits(column)) for column in places]
-            rows.store(q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6, WORD)
+        rows.bundles(8, 1, lambda i: word(*((i * 4, 3**place) for place in range(4))))
+        rows.bundles(4, 1, lambda i: word((i * 4, 81), *((i * 4 + 32, power) for power in (1, 9, 81))))
+        powers = rows.k.value(0x1B090301, I64())  # of the four places of the last four bytes
+
+        def last(i: Value) -> list[Value]:
+            power = ((powers >> i * 8) & 0xFF).narrow(I32())
+            return word((i * 4 + 16, 81), (i * 4 + 32, 3), (i * 4 + 32, 27), (48, power))
+
+        rows.bundles(4, 1, last)
 
 
-def _trits(column: int) -> tuple[int, int]:
-    """Byte and place of a column's digit in a block of TQ1_0."""
-    for first, byte, count in ((0, 0, 32), (160, 32, 16), (240, 48, 4)):
-        if column < first + 5 * count:
-            place, i = divmod(column - first, count)
-            return byte + i, place
-    raise ValueError(f"a block has no column {column}")
+def _digits(v: Value, power: Operand) -> Value:
+    """Of four bytes v: what v·3^place is modulo 256, times 3, over 256."""
+    even, odd = ((((v >> shift & 0x00FF00FF) * power & 0x00FF00FF) * 3 >> 8) & 0x00030003 for shift in (0, 8))
+    return even | odd << 8
 
 
 LAYOUTS: tuple[type[BlockLayout], ...] = (
