@@ -17,7 +17,7 @@ from nkat.lm.recurrence import Recurrence
 
 def delta_shape(sizes: Recurrence) -> DeltaShape:
     """What the kernels are made for."""
-    return DeltaShape(sizes.key_heads, sizes.value_heads, sizes.size, sizes.kernel, sizes.row.grouped)
+    return DeltaShape(sizes.key_heads, sizes.value_heads, sizes.size, sizes.kernel, sizes.row.grouped, sizes.fused)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +105,8 @@ class DeltaRows:
         self, program: Program, outputs: Mapping[str, np.ndarray], net: DeltaNet, held: BlockState, out: np.ndarray
     ) -> None:
         """Adds the steps from what the block's first linear layers gave to what its last one reads, in `out`."""
-        mixed, gate, *strengths = (outputs[name] for name in self.sizes.inputs)
+        mixed, *others = (outputs[name] for name in self.sizes.inputs)
+        gate, *strengths = (mixed, *others) if self.sizes.fused else others
         kernel, biases, factors, norm = (
             np.ascontiguousarray(vector.numpy(), np.float32)
             for vector in (net.kernel.mT, net.time_bias, net.decay, net.norm)

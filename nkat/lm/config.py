@@ -275,7 +275,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
     residual = residual_scale or 1.0
     feed_forward = _by_block(keys, "feed_forward_length", blocks, None if mixture is None or mixture.beside else 1)
-    recurrence, recurrent_blocks = Recurrence.read(keys, blocks)
+    recurrence, recurrent_blocks = Recurrence.read(keys, blocks, tensors)
     sizes = _read_sizes(keys, local_blocks, (head_dim, local_dim), kv_heads, feed_forward, tensors)
     return ModelConfig(
         architecture=architecture,

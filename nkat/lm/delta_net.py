@@ -51,15 +51,18 @@ class DeltaNet(nn.Module):
         self.register_buffer("decay", decay, persistent=False)
         self.register_buffer("norm", norm, persistent=False)
 
-    def forward(
-        self, mixed: torch.Tensor, gate: torch.Tensor, strengths: Sequence[torch.Tensor], state: State | None
-    ) -> tuple[torch.Tensor, State]:
+    def forward(self, outputs: Sequence[torch.Tensor], state: State | None) -> tuple[torch.Tensor, State]:
         """What the block's linear layers made of the new tokens → what its last one reads [B, T, H·D], and the state.
 
-        mixed: queries, keys and values before the convolution [B, T, channels];  gate: [B, T, H·D]
-        strengths: what β and g come from, [B, T, H] each, or both in one, by key head;  state: None: before any token
+        outputs: [B, T, rows] of each of `sizes.inputs`: queries, keys and values before the convolution, the gate, and
+        what β and g come from, [B, T, H] each or both in one, by key head;  state: None: before any token
         """
         sizes = self.sizes
+        if sizes.fused:
+            both, *strengths = outputs
+            mixed, gate = self._unfused(both)
+        else:
+            mixed, gate, *strengths = outputs
         convolved, inputs = self._convolved(mixed, state)
         q, k, v = F.silu(convolved).split((sizes.keys, sizes.keys, sizes.values), dim=-1)
         q, k = (self._spread(unit(heads.unflatten(-1, (-1, sizes.size)), self.epsilon)) for heads in (q, k))
@@ -79,6 +82,13 @@ class DeltaNet(nn.Module):
         parts = [padded[:, i : i + count] * self.kernel[:, i] for i in range(self.sizes.kernel)]
         # cloned, so that the new tokens' inputs are not kept with it
         return torch.stack(parts).sum(dim=0), padded[:, count:].clone()
+
+    def _unfused(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is convolved, and the gate, of an output that has by key head its query, key, values and gates."""
+        sizes = self.sizes
+        some = sizes.values // sizes.key_heads
+        *mixed, gate = both.unflatten(-1, (sizes.key_heads, -1)).split((sizes.size, sizes.size, some, some), dim=-1)
+        return torch.cat([part.flatten(2) for part in mixed], dim=-1), gate.flatten(2)
 
     def _spread(self, heads: torch.Tensor) -> torch.Tensor:
         """Key heads [B, T, heads, D] → one for each value head."""

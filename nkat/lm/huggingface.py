@@ -36,6 +36,7 @@ _MODULES = {
 _RECURRENT_MODULES = {
     FUSED_QKV: "linear_attn.in_proj_qkv",
     "attn_gate": "linear_attn.in_proj_z",
+    "ssm_in": "linear_attn.in_proj_qkvz",
     "ssm_beta": "linear_attn.in_proj_b",
     "ssm_alpha": "linear_attn.in_proj_a",
     "ssm_ba": "linear_attn.in_proj_ba",

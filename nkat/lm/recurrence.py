@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,8 @@ class Recurrence:
     key_heads, value_heads: of `size` elements each; every key head serves as many value heads
     kernel: tokens that the convolution sees
     row: how the architecture orders them
+    fused: queries, keys, values and gates come of one weight, `ssm_in`, which has them by key head (old files of
+    qwen3next)
     """
 
     key_heads: int
@@ -27,9 +30,10 @@ class Recurrence:
     size: int
     kernel: int
     row: Recurrent
+    fused: bool = False
 
     @classmethod
-    def read(cls, keys: Keys, blocks: int) -> tuple[Recurrence | None, frozenset[int]]:
+    def read(cls, keys: Keys, blocks: int, tensors: Container[str]) -> tuple[Recurrence | None, frozenset[int]]:
         """None: the model has none; and which of so many blocks are recurrent.
 
         Raises ConfigError naming the key that is wrong.
@@ -51,7 +55,9 @@ class Recurrence:
                 f"metadata {keys.name('ssm.inner_size')} {inner} is not ssm.time_step_rank {value_heads} times "
                 f"ssm.state_size {size}: not supported"
             )
-        return cls(key_heads, value_heads, size, kernel, row), _recurrent(keys, blocks)
+        recurrent = _recurrent(keys, blocks)
+        fused = row.grouped and any(f"blk.{i}.ssm_in.weight" in tensors for i in recurrent)
+        return cls(key_heads, value_heads, size, kernel, row, fused), recurrent
 
     @property
     def keys(self) -> int:
@@ -69,10 +75,13 @@ class Recurrence:
 
     @property
     def inputs(self) -> dict[str, int]:
-        """Outputs of the linear layers that read the residual stream: what is convolved, the gate, the strengths."""
+        """Outputs of the linear layers that read the residual stream: what is convolved and the gate, or both in one,
+        then the strengths."""
         qkv, gate, _ = DELTA_LINEARS
         heads = self.value_heads
         strengths = {"ssm_ba": 2 * heads} if self.row.grouped else {"ssm_beta": heads, "ssm_alpha": heads}
+        if self.fused:
+            return {"ssm_in": self.channels + self.values, **strengths}
         return {qkv: self.channels, gate: self.values, **strengths}
 
     def linears(self, d: int) -> dict[str, tuple[int, int]]:

@@ -185,9 +185,9 @@ class Block(nn.Module):
 
     def _recurred(self, delta_net: DeltaNet, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """What a gated delta net makes of the new tokens, in attention's place."""
-        mixed, gate, *strengths = (self.linears[name](x).to(x.dtype) for name in delta_net.sizes.inputs)
+        outputs = [self.linears[name](x).to(x.dtype) for name in delta_net.sizes.inputs]
         state = None if cache is None else cache.state(self.index)
-        mixed, state = delta_net(mixed, gate, strengths, state)
+        mixed, state = delta_net(outputs, state)
         if cache is not None:
             cache.put_state(self.index, state)
         return self.linears[DELTA_LINEARS[-1]](mixed)

@@ -33,6 +33,7 @@ _OTHER_NAMES = {
     "mlp.gate_up_proj": "ffn_up",
     "linear_attn.in_proj_qkv": "attn_qkv",
     "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_qkvz": "ssm_in",
     "linear_attn.in_proj_b": "ssm_beta",
     "linear_attn.in_proj_a": "ssm_alpha",
     "linear_attn.in_proj_ba": "ssm_ba",

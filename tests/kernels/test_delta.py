@@ -23,6 +23,7 @@ SHAPES = {
     "as Qwen 3.5": Recurrence(2, 4, 16, 4, Recurrent()),
     "neighbours": Recurrence(2, 6, 32, 4, Recurrent(grouped=True)),
     "odd lengths": Recurrence(1, 3, 12, 2, Recurrent()),
+    "by key head": Recurrence(2, 6, 16, 4, Recurrent(grouped=True), fused=True),
     "no convolution": Recurrence(3, 3, 8, 1, Recurrent(grouped=True)),
 }
 
@@ -78,8 +79,7 @@ def test_kernels_equal_the_module(shape: str, sequences: int) -> None:
         outputs = [torch.randn(sequences, tokens, rows, generator=generator) for rows in sizes.inputs.values()]
         if begins:
             state, start = None, 0
-        mixed, gate, *strengths = outputs
-        expected, state = net(mixed, gate, strengths, state)
+        expected, state = net(outputs, state)
         found, other = (each.run(outputs, start) for each in kernels)
         assert (found - expected).abs().max() < 2e-5 * max(1.0, float(expected.abs().max()))
         assert torch.equal(found, other)  # threads change no bit

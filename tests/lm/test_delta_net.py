@@ -160,3 +160,17 @@ def test_its_bytes_are_those_of_keys_values_and_states(tmp_path: Path) -> None:
         assert cache.nbytes == keys_and_values + state  # the same one
         model(IDS[:, 9:10], cache)
         assert cache.nbytes == keys_and_values + 2 * state
+
+
+def test_computing_a_block_again_changes_no_gradient(tmp_path: Path) -> None:
+    """As a fit does it where the activations of all blocks have no room."""
+    model = load_model(write_tiny_model(tmp_path / "tiny.gguf", "qwen35", blocks=2), dtype=torch.float64).model
+    decay = model.blocks[0].delta_net
+    assert decay is not None
+    decay.decay.requires_grad_()
+    gradients = []
+    for recompute in (False, True):
+        hidden = model.hidden(IDS[:, :20], recompute=recompute)
+        gradients.append(torch.autograd.grad(hidden.sin().sum(), decay.decay)[0])
+    assert float(gradients[0].abs().max()) > 1e-4
+    assert gap(gradients[1], gradients[0]) < 1e-12

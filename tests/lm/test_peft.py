@@ -206,6 +206,9 @@ def test_modules_of_recurrent_blocks(tmp_path: Path) -> None:
     assert module_name("blk.3.attn_q.weight", config) == "model.layers.3.self_attn.q_proj"
     loaded = load_model(write_tiny_model(tmp_path / "m.gguf", "qwen3next"))
     assert module_name("blk.0.ssm_ba.weight", loaded.config) == "model.layers.0.linear_attn.in_proj_ba"
+    old = load_model(write_tiny_model(tmp_path / "old.gguf", "qwen3next", fused_inputs=True)).config
+    assert module_name("blk.0.ssm_in.weight", old) == "model.layers.0.linear_attn.in_proj_qkvz"
+    assert weight_name("model.layers.0.linear_attn.in_proj_qkvz") == "blk.0.ssm_in.weight"
     with pytest.raises(NKATError, match=r"blk.0.attn_qkv.weight: .* which it is not in transformers; --export-lora"):
         peft_files(seeded_theta_set(loaded.tensors), 0.5, loaded.file)
 

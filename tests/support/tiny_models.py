@@ -87,6 +87,7 @@ class TinyOptions:
     kernel: int = 4
     interval: int = 4
     grouped: bool = False
+    fused_inputs: bool = False  # old files of qwen3next: one weight for queries, keys, values and gates
     attention_gate: bool = False
     sections: tuple[int, ...] | None = None
     draft: int = 0  # blocks behind the others that foretell later tokens, and that no forward pass reads
@@ -221,6 +222,7 @@ MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("gemma4", _26B),
     ("qwen35moe", {"fused_experts": True}),
     ("qwen35moe", {}),
+    ("qwen3next", {"fused_inputs": True}),
     ("qwen3next", {}),
 ]
 
@@ -465,8 +467,11 @@ def _recurrent_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tup
     so far from its key that the norm of what it reads is one of rounding errors."""
     n, heads, values = opts.embedding, opts.value_heads, opts.value_heads * opts.state
     channels = 2 * opts.key_heads * opts.state + values
-    yield block + "attn_qkv.weight", (channels, n), 0.0, 2 / math.sqrt(n)
-    yield block + "attn_gate.weight", (values, n), 0.0, 1.5 / math.sqrt(n)
+    if opts.fused_inputs:
+        yield block + "ssm_in.weight", (channels + values, n), 0.0, 2 / math.sqrt(n)
+    else:
+        yield block + "attn_qkv.weight", (channels, n), 0.0, 2 / math.sqrt(n)
+        yield block + "attn_gate.weight", (values, n), 0.0, 1.5 / math.sqrt(n)
     yield block + "ssm_conv1d.weight", (channels, opts.kernel), 0.8, 0.3
     yield block + "ssm_dt.bias", (heads,), -1.0, 0.5
     yield block + "ssm_a", (heads,), -0.4, 0.15

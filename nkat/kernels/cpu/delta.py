@@ -26,6 +26,7 @@ class DeltaShape:
     """Heads of keys and of values, elements of each, tokens that the convolution sees.
 
     grouped: the value heads of a key head are neighbours (`nkat.lm.architectures.Recurrent`)
+    fused: queries, keys, values and gates lie by key head in one row (`nkat.lm.recurrence.Recurrence`)
     """
 
     key_heads: int
@@ -33,6 +34,25 @@ class DeltaShape:
     size: int
     kernel: int
     grouped: bool
+    fused: bool = False
+
+    def mixed_column(self, k: Builder, head: Value) -> Value:
+        """Where a head of the convolution's channels is in a row of what is convolved, in bytes."""
+        if not self.fused:
+            return head * (4 * self.size)
+        keys, ratio = self.key_heads, self.value_heads // self.key_heads
+        value = k.maximum(head - 2 * keys, 0)
+        key_head = k.select(head < 2 * keys, head % keys, value // ratio)
+        query, key = (k.value(part, I64()) for part in (0, 1))
+        part = k.select(head < keys, query, k.select(head < 2 * keys, key, value % ratio + 2))
+        return (key_head * (2 + 2 * ratio) + part) * (4 * self.size)
+
+    def gate_column(self, head: Value) -> Value:
+        """The same of a value head's gate."""
+        if not self.fused:
+            return head * (4 * self.size)
+        ratio = self.value_heads // self.key_heads
+        return (head // ratio * (2 + 2 * ratio) + head % ratio + (2 + ratio)) * (4 * self.size)
 
     @property
     def heads(self) -> int:
@@ -83,13 +103,13 @@ def convolve_kernel(shape: DeltaShape) -> int:
         with k.loop(k.thread, count * shape.heads, k.threads) as item:
             token, head = item // shape.heads, item % shape.heads
             sequence, place = token // length, token % length
-            column = head * (4 * size)
+            column, source = head * (4 * size), shape.mixed_column(k, head)
             rows, there = [], []
             for n in range(shape.kernel):  # the last one is the token's own
                 back = before - n
                 inside = place >= back
                 old = earlier + (sequence * before + (place + n)) * row_bytes
-                rows.append(k.select(inside, mixed + (token - back) * stride, old) + column)
+                rows.append(k.select(inside, mixed + ((token - back) * stride + source), old + column))
                 there.append(inside | (start > 0))
             to = out + token * out_stride + column
             squares = k.variable(nothing)
@@ -196,12 +216,13 @@ def delta_kernel(shape: DeltaShape) -> int:
                     learn(k, whole + column * size, q, key, v, strength, kept, to)
         # those of the last tokens; from the first on, so that none is overwritten before it was moved
         with k.loop(k.thread, sequences * shape.heads, k.threads) as item:
-            sequence, column = item // shape.heads, item % shape.heads * (4 * size)
+            sequence, head = item // shape.heads, item % shape.heads
+            column, source = head * (4 * size), shape.mixed_column(k, head)
             for n in range(before):
                 place = tokens - (before - n)  # where it is among the new tokens, or how far before them
-                new = mixed + (sequence * length + place) * mixed_stride
+                new = mixed + ((sequence * length + place) * mixed_stride + source)
                 old = earlier + (sequence * before + (place + before)) * row_bytes
-                row = k.select(place >= 0, new, old) + column
+                row = k.select(place >= 0, new, old + column)
                 valid = (place >= 0) | (start > 0)
                 to = earlier + (sequence * before + n) * row_bytes + column
                 with k.loop(0, 4 * size, 4 * lanes) as i:
@@ -221,8 +242,8 @@ def gated_norm_kernel(shape: DeltaShape, tokens: int) -> int:
     def emit(k: Builder) -> None:
         x, stride, gate, gate_stride = k.pointer(0), k.integer(1), k.pointer(2), k.integer(3)
         weight, epsilon, state = k.pointer(4), k.load(F32(), k.pointer(5)), k.pointer(6)
-        with own_tokens(k, state, tokens) as token, k.loop(0, 4 * shape.value_heads * size, 4 * size) as start:
-            row, gates = x + token * stride + start, gate + token * gate_stride + start
+        with own_tokens(k, state, tokens) as token, k.loop(0, shape.value_heads) as head:
+            row, gates = x + token * stride + head * (4 * size), gate + token * gate_stride + shape.gate_column(head)
             normalised(k, row, weight, epsilon, size, row)
             with k.loop(0, 4 * size, 4 * lanes) as i:
                 k.store(k.load(F32(lanes), row + i) * _silu(k, k.load(F32(lanes), gates + i)), row + i)
