@@ -90,25 +90,9 @@ def batch_kernel(
 
     def emit(k: Builder) -> None:
         (
-            weight,
-            stride,
-            units,
-            tiles,
-            rows,
-            q,
-            d,
-            sums,
-            y,
-            y_stride,
-            bias,
-            up,
-            up_bytes,
-            terms,
-            u,
-            scratch,
-            room,
+            weight, stride, units, tiles, rows, q, d, sums, y, y_stride, bias, up, up_bytes, terms, u, scratch, room,
             state,
-        ) = arguments(k, "piiii ppp pi p piip pi p")
+        ) = arguments(k, "piiii ppp pi p piip pi p")  # fmt: skip
         count = panels(k, state, tokens)
         own = scratch + k.thread * room
         spare = k.local(unit_bytes(qtype)) if layout is not None and not repacked else own

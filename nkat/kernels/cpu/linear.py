@@ -114,7 +114,7 @@ class CpuStar:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StarStep:
-    """What of a step's arguments depends on Θ. terms: int64 [1], 0 is off; outputs: whether it is added to them there."""
+    """What of a step's arguments depends on Θ. terms: int64 [1], 0 is off; outputs: whether the step makes outputs."""
 
     star: CpuStar
     terms: np.ndarray
@@ -142,8 +142,8 @@ class CpuLinear:
         """exact: multiply the inputs as they are, in float32, instead of rounding them to INT8.
         in_place: leave the weight as the file has it: it takes no memory, and multiplies many tokens only; exact inputs
         may be of three bytes then
-        room: columns of Θ whose rows for the outputs are to lie behind each tile of the weight: read on the way from tile
-        to tile, they cost a fifth of what they cost elsewhere
+        room: columns of Θ whose rows for the outputs are to lie behind each tile of the weight. Read on the way from
+        tile to tile, they cost a fifth of what they cost elsewhere
         """
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
         self.rounding = wide_rounding(qtype) if exact and in_place else rounding_of(qtype, exact)
