@@ -19,7 +19,7 @@ from nkat.kernels.cpu.program import aligned, pool
 
 @functools.cache
 def _repack_kernel(qtype: GGMLQuantizationType) -> int:
-    """arguments: packed rows, bytes of a row, units, tiles, out, bytes of a tile there. Each thread takes some tiles."""
+    """arguments: packed rows, bytes of a row, units, tiles, out, bytes of its tiles. Each thread takes some tiles."""
     layout = BLOCK_LAYOUTS[qtype]
 
     def emit(k: Builder) -> None:
