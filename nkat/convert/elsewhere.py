@@ -17,7 +17,7 @@ _CHUNKS = 16
 
 def is_run_here(model: ModelFile) -> bool:
     """Whether its architecture is one of those that the forward pass computes."""
-    return architecture_of(model.require_base().file) in ARCHITECTURES
+    return model.require_base().file.metadata.get("general.architecture") in ARCHITECTURES
 
 
 def check_what_is_asked(options: ConvertOptions, model: ModelFile) -> None:
