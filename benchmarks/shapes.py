@@ -3,13 +3,15 @@
     python -m benchmarks.shapes Q4_K_M model.gguf                32 blocks, 4.1 GB
     python -m benchmarks.shapes Q6_K model.gguf --blocks 8       a quarter of the blocks, where memory is short
     python -m benchmarks.shapes 30B-A3B-Q4_K_M model.gguf --blocks 8         a mixture of experts: 2.9 GB
+    python -m benchmarks.shapes 9B-delta-Q4_K_M model.gguf --blocks 8        with gated delta nets: 1.3 GB
 
 Speed depends on shapes and formats, not on the values, so that such a file stands for the files that people run; its
 text means nothing. The shape is Llama 2 7B's (d 4096, FFN 11008, 32 heads, vocabulary 32000) or, with that vocabulary,
-of a mixture of experts: Qwen3 30B-A3B's (8 of 128 experts), gpt-oss 20B's (4 of 32, in MXFP4). Which tensor gets which
-format follows llama.cpp (`llama_tensor_get_type` in src/llama-quant.cpp); llama.cpp reads the files too. Weights have
-mean near 0 and a standard deviation of 0.02. One block's weights stand in every block of its format: neither program
-reads values twice for that, since the file holds each copy.
+of a mixture of experts: Qwen3 30B-A3B's (8 of 128 experts), gpt-oss 20B's (4 of 32, in MXFP4), or of a model with gated
+delta nets: Qwen 3.5 9B's. Which tensor gets which format follows llama.cpp (`llama_tensor_get_type` in
+src/llama-quant.cpp); llama.cpp reads the files too. Weights have mean near 0 and a standard deviation of 0.02. One
+block's weights stand in every block of its format: neither program reads values twice for that, since the file holds
+each copy.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ class Shape:
 
     weights, vectors: shapes of a block's quantised weights, and of its norms and biases (all ones), by name
     routers: of weights that are F32 in every file;  experts: how many there are, and how many a token goes to
+    recurrent: of all blocks but every fourth one;  states: key heads and value heads of these, elements of each
     """
 
     architecture: str
@@ -68,6 +71,11 @@ class Shape:
     routers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     experts: tuple[int, int] = (0, 0)
     window: int = 0
+    recurrent: Shape | None = None
+    states: tuple[int, int, int] = (0, 0, 0)
+
+    def of(self, block: int) -> Shape:
+        return self if self.recurrent is None or block % 4 == 3 else self.recurrent
 
 
 def _mixture(
@@ -90,12 +98,36 @@ def _mixture(
     return Shape(architecture, dim, heads, kv_heads, head_dim, inner, weights, vectors, routers, experts, window)
 
 
+def _hybrid(dim: int, heads: int, kv_heads: int, head_dim: int, inner: int, states: tuple[int, int, int]) -> Shape:
+    """Of qwen35."""
+    key_heads, value_heads, size = states
+    rows, kv_rows, values = heads * head_dim, kv_heads * head_dim, value_heads * size
+    channels = 2 * key_heads * size + values
+    feed_forward = {"ffn_gate": (inner, dim), "ffn_up": (inner, dim), "ffn_down": (dim, inner)}
+    attention = {
+        "attn_q": (2 * rows, dim),
+        "attn_k": (kv_rows, dim),
+        "attn_v": (kv_rows, dim),
+        "attn_output": (dim, rows),
+    }
+    inputs = {"attn_qkv": channels, "attn_gate": values, "ssm_alpha": value_heads, "ssm_beta": value_heads}
+    net = {**{name: (outputs, dim) for name, outputs in inputs.items()}, "ssm_out": (dim, values)}
+    norms = {"attn_norm.weight": (dim,), "post_attention_norm.weight": (dim,)}
+    qk_norms = {"attn_q_norm.weight": (head_dim,), "attn_k_norm.weight": (head_dim,)}
+    by_head = {"ssm_dt.bias": (value_heads,), "ssm_a": (value_heads,), "ssm_norm.weight": (size,)}
+    vectors = {**norms, **by_head, "ssm_conv1d.weight": (channels, 4)}
+    sizes = ("qwen35", dim, heads, kv_heads, head_dim, inner)
+    recurrent = Shape(*sizes, {**net, **feed_forward}, vectors)
+    return Shape(*sizes, {**attention, **feed_forward}, {**norms, **qk_norms}, recurrent=recurrent, states=states)
+
+
 _NORMS = {f"{name}.weight": (DIM,) for name in ("attn_norm", "ffn_norm")}
 LLAMA_7B = Shape("llama", DIM, HEADS, HEADS, DIM // HEADS, FFN, BLOCK_WEIGHTS, _NORMS)
 # By the mix; all others are of LLAMA_7B
 SHAPES = {
     **dict.fromkeys(("30B-A3B-Q4_K_M", "30B-A3B-IQ2_M"), _mixture("qwen3moe", 2048, 32, 4, 128, 768, (128, 8))),
     "20B-MXFP4": _mixture("gpt-oss", 2880, 64, 8, 64, 2880, (32, 4)),
+    "9B-delta-Q4_K_M": _hybrid(4096, 16, 4, 256, 12288, (16, 32, 128)),
 }
 # Of a block: where its float16 numbers are; the second, of what is taken off, in units of the first
 HALVES: dict[Q, dict[int, float]] = {
@@ -131,7 +163,8 @@ def _k_mix(most: Q, better: Q) -> Callable[[str, int, int], Q]:
     """Q4_K_M and Q5_K_M."""
 
     def choose(name: str, block: int, blocks: int) -> Q:
-        return better if name.removesuffix("_exps") in ("attn_v", "ffn_down") and _more_bits(block, blocks) else most
+        much = name.removesuffix("_exps") in ("attn_v", "attn_qkv", "ffn_down")
+        return better if much and _more_bits(block, blocks) else most
 
     return choose
 
@@ -201,6 +234,7 @@ MIXES: dict[str, tuple[Callable[[str, int, int], Q], Q, Q]] = {
     "30B-A3B-Q4_K_M": (_k_mix(Q.Q4_K, Q.Q6_K), Q.Q4_K, Q.Q6_K),
     "30B-A3B-IQ2_M": (_iq2(Q.IQ2_S, Q.IQ3_S, Q.Q4_K, Q.IQ3_S), Q.IQ3_S, Q.Q5_K),
     "20B-MXFP4": (_mxfp4, Q.Q8_0, Q.Q8_0),
+    "9B-delta-Q4_K_M": (_k_mix(Q.Q4_K, Q.Q6_K), Q.Q4_K, Q.Q6_K),
 }
 
 
@@ -238,7 +272,7 @@ def tensor_types(mix: str, blocks: int) -> Iterator[tuple[str, Q, tuple[int, ...
     model = SHAPES.get(mix, LLAMA_7B)
     yield "token_embd.weight", embedding, (VOCABULARY, model.dim)
     for block in range(blocks):
-        for name, shape in model.weights.items():
+        for name, shape in model.of(block).weights.items():
             yield f"blk.{block}.{name}.weight", choose(name, block, blocks), shape
         for name, shape in model.routers.items():
             yield f"blk.{block}.{name}.weight", Q.F32, shape
@@ -255,10 +289,19 @@ def _describe(writer: gguf.GGUFWriter, model: Shape, blocks: int) -> None:
     writer.add_head_count(model.heads)
     writer.add_head_count_kv(model.kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(model.head_dim)
-    if model.experts[0]:
+    writer.add_rope_dimension_count(model.head_dim // (1 if model.recurrent is None else 4))
+    if model is not LLAMA_7B:
         writer.add_key_length(model.head_dim)
         writer.add_value_length(model.head_dim)
+    if model.recurrent is not None:
+        key_heads, value_heads, size = model.states
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_inner_size(value_heads * size)
+        writer.add_ssm_state_size(size)
+        writer.add_ssm_time_step_rank(value_heads)
+        writer.add_ssm_group_count(key_heads)
+        writer.add_rope_dimension_sections([11, 11, 10, 0])
+    if model.experts[0]:
         writer.add_expert_count(model.experts[0])
         writer.add_expert_used_count(model.experts[1])
         writer.add_expert_feed_forward_length(model.feed_forward)
@@ -283,9 +326,10 @@ def write_shaped(path: Path, mix: str, blocks: int = BLOCKS) -> int:
         if (qtype, shape) not in packed:
             packed[qtype, shape] = weights(qtype, shape)
         writer.add_tensor(name, packed[qtype, shape], raw_dtype=qtype)
-    vectors = {f"blk.{i}.{name}": shape for i in range(blocks) for name, shape in model.vectors.items()}
+    vectors = {f"blk.{i}.{name}": shape for i in range(blocks) for name, shape in model.of(i).vectors.items()}
     for name, shape in {**vectors, "output_norm.weight": (model.dim,)}.items():
-        writer.add_tensor(name, np.ones(shape, np.float32))
+        value = -1.0 if name.endswith("ssm_a") else 1.0  # a memory that fades
+        writer.add_tensor(name, np.full(shape, value, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file(progress=True)

@@ -81,23 +81,35 @@ def settings_to_try(threads: int) -> list[Setting]:
 
 def best_settings(program: Path, model: Path, threads: int) -> tuple[Setting, Setting]:
     """What llama-bench is fastest with, in prefill and in decoding, with at most so many threads."""
+    records = _try_settings(program, model, threads, PREFILL // 2)
+    return _best([r for r in records if r["n_gen"] == 0]), _best([r for r in records if r["n_gen"]])
+
+
+def best_for_decoding(program: Path, model: Path, threads: int) -> Setting:
+    """The same, without the prefill."""
+    return _best(_try_settings(program, model, threads, 0))
+
+
+def _try_settings(program: Path, model: Path, threads: int, prefill: int) -> list[dict[str, Any]]:
     counts = sorted({setting.threads for setting in settings_to_try(threads)})
     flags = ["-t", ",".join(map(str, counts)), "-fa", "0,1"]
-    records = _bench(program, model, [*flags, "-p", PREFILL // 2, "-n", DECODE // 4])
+    return _bench(program, model, [*flags, "-p", prefill, "-n", DECODE // 4])
 
-    def best(prefill: bool) -> Setting:
-        found = max((r for r in records if (r["n_gen"] == 0) == prefill), key=lambda r: r["avg_ts"])
-        return Setting(found["n_threads"], bool(found["flash_attn"]))
 
-    return best(True), best(False)
+def _best(records: list[dict[str, Any]]) -> Setting:
+    found = max(records, key=lambda r: r["avg_ts"])
+    return Setting(found["n_threads"], bool(found["flash_attn"]))
 
 
 def llama_bench(program: Path, model: Path, settings: tuple[Setting, Setting]) -> Speeds:
     prefill, decode = settings
-    return (
-        _bench(program, model, [*prefill.words, "-p", PREFILL, "-n", 0])[0]["avg_ts"],
-        _bench(program, model, [*decode.words, "-p", 0, "-n", DECODE])[0]["avg_ts"],
-    )
+    speed = _bench(program, model, [*prefill.words, "-p", PREFILL, "-n", 0])[0]["avg_ts"]
+    return speed, decoding_speed(program, model, decode)
+
+
+def decoding_speed(program: Path, model: Path, setting: Setting, steps: int = DECODE) -> float:
+    """llama-bench's tokens a second in decoding."""
+    return float(_bench(program, model, [*setting.words, "-p", 0, "-n", steps])[0]["avg_ts"])
 
 
 def _bench(program: Path, model: Path, words: list[Any]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from nkat.convert import exchange, merge, rank_search, repair, tables
 from nkat.convert.card import write_model_card
+from nkat.convert.elsewhere import check_what_is_asked, is_run_here, suggest_measuring
 from nkat.convert.inputs import Inputs
 from nkat.convert.options import ConvertOptions, parse_arguments
 from nkat.convert.outputs import check_outputs, layout_of, size, write, write_unless_dry
@@ -82,6 +83,7 @@ def _run(options: ConvertOptions) -> None:
     recorder = Recorder(
         options.json, options.force, {"machine": hardware.describe(hardware.pick_device(allow_cuda=False))}
     )
+    check_what_is_asked(options, model)
     if options.save_imatrix is not None and is_first():
         recorder.add({"imatrix": (gathered := exchange.save_imatrix(options, inputs))})
         recorder.keep({})
@@ -107,6 +109,10 @@ def _run(options: ConvertOptions) -> None:
     recorder.finish(record)
     if not record.get("fit", {}).get("finished", True):
         sys.exit(INTERRUPTED)
+    if not is_run_here(model) and not (options.dry_run or options.remove):
+        output = record.get("output")
+        suggest_measuring(options, model, None if output is None else Path(output))
+        return
     suggest_next(options, record)
 
 

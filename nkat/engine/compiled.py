@@ -10,16 +10,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache, ForwardPass, PositionTables
+from nkat.engine.forward import ForwardPass, PositionTables
+from nkat.engine.kernel_cache import Cache
 from nkat.errors import NKATError
 from nkat.kernels.cpu.agreed import KEYS
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import StarStep, token_state
 from nkat.kernels.cpu.program import Program, aligned, pool
+from nkat.lm.cache import FIRST_ROOM, KEPT_STATES, cache_memory, next_room
 from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
-from nkat.lm.transformer import FIRST_ROOM, Transformer, cache_memory, next_room
+from nkat.lm.transformer import Transformer
 
 PREFILL_TOKENS = 256  # at once: enough to spread the work of taking a weight apart, few enough for the L2 cache
 
@@ -29,12 +31,21 @@ class CompiledDecoder:
     embedding be of a type that they have; see `nkat.engine.decoder.make_decoder`."""
 
     def __init__(self, model: Transformer, capacity: int, threads: int) -> None:
-        self.model, self.capacity, self.length = model, capacity, 0
+        self.model, self.capacity, self._length = model, capacity, 0
         self.name = f"compiled CPU program, {threads} thread{'s' if threads > 1 else ''}"
         half = model.output.int8_activations  # as in llama.cpp
         self.cache = Cache(model, min(capacity, FIRST_ROOM), half=half)
         self._one = _LastLogits(self, threads, 1, 1)
         self._many = _LastLogits(self, threads, min(PREFILL_TOKENS, capacity), batch_tokens())
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self.cache.states.go_to(value)
+        self._length = value
 
     @property
     def cache_nbytes(self) -> int:
@@ -49,16 +60,28 @@ class CompiledDecoder:
         logits = None
         for start in range(0, len(tokens), PREFILL_TOKENS):
             part = tokens[start : start + PREFILL_TOKENS]
-            logits = self._many.run(part, self.length, start + len(part) == len(tokens))
-            self.length += len(part)
+            logits = self._run(self._many, part, start + len(part) == len(tokens))
         assert logits is not None
         return logits
 
     def step(self, token: int) -> torch.Tensor:
         self._check_room(1)
-        logits = self._one.run([token], self.length, True)
-        self.length += 1
+        return self._run(self._one, [token], True)
+
+    def _run(self, forward: _LastLogits, tokens: Sequence[int], want_logits: bool) -> torch.Tensor:
+        if self.reach(self.length) != self.length:
+            raise RuntimeError(f"a pass behind {self.length} tokens was interrupted: set the length to what is left")
+        self.cache.states.begin()
+        logits = forward.run(tokens, self.length, want_logits)
+        self.cache.states.end(self.length + len(tokens))
+        self._length += len(tokens)
         return logits
+
+    def reach(self, length: int) -> int:
+        return self.cache.states.reach(length)
+
+    def keep_state(self, most: int = KEPT_STATES) -> None:
+        self.cache.states.keep(most)
 
     def set_gamma(self, gamma: float | None) -> None:
         self.model.set_gamma(gamma)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nkat.engine.forward import Cache
+from nkat.engine.kernel_cache import Cache
 from nkat.engine.likelihoods import Likelihoods
 from nkat.kernels.cpu.batch import batch_tokens
 from nkat.kernels.cpu.experts import CpuExperts

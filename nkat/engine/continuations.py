@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from nkat.lm.attention import capped
 from nkat.lm.transformer import Transformer
 
 _LOGIT_ROWS = 128  # at once, of the whole vocabulary
+_AHEAD = 16  # sequences, in whose beginnings a recurrent model's states are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def predict(
         by_sequence.setdefault(each.read, []).append((number, each))
     turning = model.config.rope.original_context  # beyond it some models turn otherwise, also the tokens before
     short, long = (sorted(s for s in by_sequence if (len(s) > turning) == beyond) for beyond in (False, True))
-    way = _compiled if has_kernels(model) else _eager
+    way = _compiled if has_kernels(model) and not model.config.recurrent_blocks else _one_by_one
     for sequences in (short, long):
         for number, found in way(model, sequences, by_sequence, most) if sequences else ():
             if not np.isfinite(found.nll).all():
@@ -89,27 +92,80 @@ def _compiled(
             yield number, Prediction(nll, best)
 
 
+class Reader(Protocol):
+    """One sequence at a time, which may go on from where another one has left it."""
+
+    def go_to(self, length: int) -> int:
+        """Forgets what it has read behind at most so many tokens; returns how many are left."""
+        ...
+
+    def keep_state(self) -> None:
+        """It can come back to where it is now."""
+        ...
+
+    def read(self, tokens: Tokens) -> torch.Tensor:
+        """More tokens → a row for each, [T, d], for `predict`."""
+        ...
+
+    def predict(self, rows: torch.Tensor, targets: Tokens) -> tuple[np.ndarray, np.ndarray]:
+        """−ln p of a target by each row, float64, and whether no token is likelier, bool."""
+        ...
+
+
 @torch.inference_mode()
-def _eager(
+def _one_by_one(
     model: Transformer, sequences: Sequence[Tokens], wanted: Mapping[tuple[int, ...], _Wanted], most: int | None
 ) -> Iterator[tuple[int, Prediction]]:
-    """One sequence at a time; what it has in common with the one before stays in the cache."""
-    cache = model.new_cache(1, max(map(len, sequences)), growing=True)
-    before: Tokens = ()
-    for sequence in sequences:
-        asked = wanted[tuple(sequence)]
-        kept = min(in_common(before, sequence), *(each.first - 1 for _, each in asked))
-        cache.length, before = kept, sequence
-        hidden = model.hidden(torch.tensor([sequence[kept:]], dtype=torch.int64, device=model.device), cache)[0]
-        for number, each in asked:
-            targets = torch.tensor(each.tokens[each.first :], dtype=torch.int64, device=model.device)
-            rows = hidden[each.first - 1 - kept :][: len(targets)]
-            parts = [
-                _likelihoods(model, *pair)
-                for pair in zip(rows.split(_LOGIT_ROWS), targets.split(_LOGIT_ROWS), strict=True)
-            ]
-            nll, best = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-            yield number, Prediction(nll, best)
+    """What a sequence has in common with the one before is not read again, as far as that can be."""
+    reader = _make_reader(model, max(map(len, sequences)))
+    pairs = pairwise(sequences)
+    shared = [min(in_common(a, b), *(each.first - 1 for _, each in wanted[tuple(b)])) for a, b in pairs]
+    for i, sequence in enumerate(sequences):
+        kept = start = reader.go_to(shared[i - 1] if i else 0)
+        parts = []
+        # where later sequences go on: only recurrent models have to be told, and gain by it
+        lengths = accumulate(shared[i : i + _AHEAD], min) if model.config.recurrent_blocks else ()
+        for end in sorted({length for length in lengths if kept < length < len(sequence)} | {len(sequence)}):
+            parts.append(reader.read(sequence[start:end]))
+            reader.keep_state()
+            start = end
+        rows = torch.cat(parts)
+        for number, each in wanted[tuple(sequence)]:
+            targets = each.tokens[each.first :]
+            yield number, Prediction(*reader.predict(rows[each.first - 1 - kept :][: len(targets)], targets))
+
+
+def _make_reader(model: Transformer, longest: int) -> Reader:
+    if has_kernels(model):
+        from nkat.engine.chain_scorer import ChainScorer  # LLVM is loaded only where it is used
+
+        return ChainScorer(model, longest, torch.get_num_threads())
+    return _EagerReader(model, longest)
+
+
+class _EagerReader:
+    """The model's own forward pass."""
+
+    def __init__(self, model: Transformer, longest: int) -> None:
+        self.model, self.cache = model, model.new_cache(1, longest, growing=True)
+
+    def go_to(self, length: int) -> int:
+        self.cache.length = self.cache.reach(length)
+        return self.cache.length
+
+    def keep_state(self) -> None:
+        self.cache.keep_state()
+
+    def read(self, tokens: Tokens) -> torch.Tensor:
+        ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.model.device)
+        return self.model.hidden(ids, self.cache)[0]
+
+    def predict(self, rows: torch.Tensor, targets: Tokens) -> tuple[np.ndarray, np.ndarray]:
+        ids = torch.tensor(targets, dtype=torch.int64, device=self.model.device)
+        pairs = zip(rows.split(_LOGIT_ROWS), ids.split(_LOGIT_ROWS), strict=True)
+        found = [_likelihoods(self.model, *pair) for pair in pairs]
+        nll, best = (torch.cat(column).cpu().numpy() for column in zip(*found, strict=True))
+        return nll, best
 
 
 def _likelihoods(model: Transformer, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -59,7 +59,7 @@ class StaticDecoder(EagerDecoder):
         self._token.fill_(token)
         self._position.fill_(self.cache.length)
         logits = self._run(self._star)
-        self.cache.length += 1
+        self.cache.advance(1)
         return logits
 
     def can_follow(self) -> bool:

@@ -13,6 +13,7 @@ import torch
 from nkat.engine.eager import EagerDecoder
 from nkat.host.console import note
 from nkat.kernels.registry import kernel_types
+from nkat.lm.cache import KEPT_STATES
 from nkat.lm.experts import ExpertStack
 from nkat.lm.transformer import Transformer
 
@@ -21,7 +22,7 @@ class Decoder(Protocol):
     """A model, a KV cache for one sequence, and how many tokens are in it.
 
     name: what runs the steps, for people ("compiled CPU step", "CUDA graph", ...)
-    length: tokens in the cache; setting it to a smaller value forgets the tokens after it
+    length: tokens in the cache; setting it to a smaller value, which `reach` gave, forgets the tokens after it
     capacity: how many tokens fit; going beyond raises NKATError
     cache_nbytes: bytes of the KV cache
     """
@@ -45,6 +46,15 @@ class Decoder(Protocol):
         """Adds one token; returns the logits after it, float32 [V]. Valid until the next call."""
         ...
 
+    def reach(self, length: int) -> int:
+        """How many of its first `length` tokens can be kept when those behind them are forgotten: all of them, or where
+        there are recurrent states, as many as there were when one was kept."""
+        ...
+
+    def keep_state(self, most: int = KEPT_STATES) -> None:
+        """`length` can be set to what it is now later on, and to as many such lengths as `most` says, the last ones."""
+        ...
+
     def set_gamma(self, gamma: float | None) -> None:
         """Strength of Θ from the next token on; None or 1 turns it off."""
         ...
@@ -62,7 +72,7 @@ def make_decoder(model: Transformer, capacity: int) -> Decoder:
 
     One tensor that has no CPU kernel is enough to leave the compiled program, which has no step for the reference: then
     the model decodes an operation at a time, its other layers still by their kernels. So does, on a GPU, one whose
-    blocks differ in more than `nkat.engine.plan` knows of.
+    blocks compute what `nkat.engine.plan` has no steps for.
     """
     layers = model.multipliers().values()
     compiled = all(layer.compiled is not None for layer in layers)

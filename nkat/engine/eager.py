@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nkat.lm.cache import KEPT_STATES
 from nkat.lm.transformer import Transformer
 
 
@@ -35,6 +36,12 @@ class EagerDecoder:
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         ids = torch.tensor([list(tokens)], dtype=torch.int64, device=self.model.device)
         return self.model(ids, self.cache, logits="last")[0, -1].float()
+
+    def reach(self, length: int) -> int:
+        return self.cache.reach(length)
+
+    def keep_state(self, most: int = KEPT_STATES) -> None:
+        self.cache.keep_state(most)
 
     def step(self, token: int) -> torch.Tensor:
         return self.prefill([token])

@@ -14,13 +14,14 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES
 
 from nkat.engine.expert_rows import ExpertRows
+from nkat.engine.kernel_cache import Cache
+from nkat.engine.recurrent import DeltaRows
 from nkat.engine.tree import TokenTree
 from nkat.errors import NKATError
 from nkat.gguf.formats import packed_nbytes
 from nkat.kernels.cpu.batch import make_scratch
 from nkat.kernels.cpu.blocks import (
     KEYS,
-    Heads,
     add_kernel,
     attention_kernel,
     cap_kernel,
@@ -31,6 +32,7 @@ from nkat.kernels.cpu.blocks import (
     scale_kernel,
     wide_norm_kernel,
 )
+from nkat.kernels.cpu.delta import logistic_kernel, part_kernel, shared_kernel
 from nkat.kernels.cpu.experts import CpuExperts
 from nkat.kernels.cpu.formats import padded_rows
 from nkat.kernels.cpu.linear import CpuLinear, Panels, StarStep, token_state
@@ -38,59 +40,13 @@ from nkat.kernels.cpu.matmul import Rounding, embedding_kernel
 from nkat.kernels.cpu.program import Program, Threads, aligned
 from nkat.kernels.cpu.tree import tree_attention_kernel
 from nkat.lm.activation import kernel_clamp
-from nkat.lm.architectures import FUSED_QKV, QK_NORMS, ROUTER
+from nkat.lm.architectures import DELTA_LINEARS, FUSED_QKV, QK_NORMS, ROUTER
 from nkat.lm.attention import query_scales
 from nkat.lm.config import Turning
+from nkat.lm.delta_net import DeltaNet
 from nkat.lm.experts import ExpertStack
 from nkat.lm.linear import StarLinear
-from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer, cache_memory
-
-
-class Cache:
-    """Keys and values of every block; see `nkat.kernels.cpu.blocks`. `room`: tokens that there is memory for.
-
-    sequences: how many lie behind one another
-    kept: everything stays for the tokens to come; otherwise only until no later block needs it
-    half: as float16, otherwise float32
-    """
-
-    def __init__(self, model: Transformer, room: int, sequences: int = 1, *, kept: bool = True, half: bool) -> None:
-        self.heads, self.sequences, self.room = block_heads(model, half=half), sequences, 0
-        self.places = _places(model, kept)  # number of the arrays that a block's keys and values are in
-        shapes = dict(zip(self.places, self.heads, strict=True))
-        self._shapes = [shapes[place] for place in range(len(shapes))]
-        self.keys = [self._array(heads, 0) for heads in self._shapes]
-        self.values = [self._array(heads, 0) for heads in self._shapes]
-        self.grow(room)
-
-    def _array(self, heads: Heads, room: int) -> np.ndarray:
-        return aligned((self.sequences * heads.kv, room, heads.size), np.float16 if heads.half else np.float32)
-
-    def of(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and values of a block."""
-        place = self.places[block]
-        return self.keys[place], self.values[place]
-
-    def grow(self, room: int) -> None:
-        """Memory for more tokens. Where there is none, nothing has changed.
-
-        The new arrays take no memory until they are written to, so that no more than one is there twice.
-        """
-        room = -(-room // KEYS) * KEYS
-        with cache_memory(room):
-            new = [[self._array(heads, room) for heads in self._shapes] for _ in range(2)]
-        for arrays, larger in zip((self.keys, self.values), new, strict=True):
-            for i, array in enumerate(larger):
-                array[:, : self.room] = arrays[i]  # whole blocks of keys, whose order within is the same
-                arrays[i] = array
-        self.room = room
-
-    def head_bytes(self, block: int) -> int:
-        return self.room * self.heads[block].size * self.heads[block].cache_bytes
-
-    @property
-    def nbytes(self) -> int:
-        return sum(a.nbytes for a in (*self.keys, *self.values))
+from nkat.lm.transformer import Block, Embedding, LayerInputs, Transformer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,12 +111,20 @@ class ForwardPass:
             self.expert_rows = ExpertRows(config, self.capacity, tokens, self.state, self.scratch)
             self.router_logits = self._rows(padded_rows(config.mixture.count))
             self.routed = self._rows(self.d) if config.mixture.beside else self.normed
-        self.mixed = self._rows(max(heads.queries * heads.size for heads in cache.heads))
+        mixed = [heads.queries * heads.size for heads in cache.heads]
+        if config.architecture.gated_attention:
+            self.queries, self.gates = self._rows(max(mixed)), self._rows(max(mixed))
+        self.delta_rows: DeltaRows | None = None
+        if config.recurrence is not None:
+            if tree:
+                raise ValueError("a tree of sequences through recurrent blocks, which have a state for each sequence")
+            self.delta_rows = DeltaRows(config.recurrence, self.capacity, tokens, self.state, self.epsilon)
+            mixed.append(config.recurrence.values)
+        self.mixed = self._rows(max(mixed))
         self.ones = np.ones(max(heads.size for heads in cache.heads), np.float32)
         self.layer_inputs = None if model.layer_inputs is None else self._layer_inputs(model.layer_inputs)
         self.rows = 8 if tokens > 1 else max(r for r in (1, 2, 4) if r == 1 or r < 2 * config.head_count)
-        self.ropes: list[np.ndarray] = []  # arguments of each block's kernels that read the cache
-        self.attentions: list[np.ndarray] = []
+        self.readers: list[tuple[Block, np.ndarray, np.ndarray]] = []  # arguments of kernels that read the cache
         for block in model.blocks:
             self._block(block)
         self.program.barrier()
@@ -174,7 +138,7 @@ class ForwardPass:
         """Tells the steps where the cache is, which moves when it grows."""
         self.scores, self.tables = scores, tables
         cache, score_bytes = self.cache, scores.shape[2]
-        for block, rope, attention in zip(self.model.blocks, self.ropes, self.attentions, strict=True):
+        for block, rope, attention in self.readers:
             keys, values = (a.ctypes.data for a in cache.of(block.index))
             cosines, sines = (table.ctypes.data for table in tables.angles[block.turning])
             rope[6], rope[7], rope[11] = cosines, sines, tables.scales.ctypes.data
@@ -185,7 +149,7 @@ class ForwardPass:
     def use_tree(self, tree: TokenTree) -> None:
         """Tells the steps where the tokens of the next pass belong."""
         self.token_tree = tree  # the steps know its arrays by their addresses
-        for rope, attention in zip(self.ropes, self.attentions, strict=True):
+        for _, rope, attention in self.readers:
             rope[17] = tree.places.ctypes.data
             attention[11], attention[14] = tree.tiles.ctypes.data, tree.blocks.ctypes.data
 
@@ -323,12 +287,35 @@ class ForwardPass:
         return own
 
     def _block(self, block: Block) -> None:
-        program, y, state, norms = self.program, self.y, self.state, block.norms
-        config = self.model.config
+        read = self._read(block, "attn_norm")
+        net = block.delta_net
+        attended = self._attention(block, read) if net is None else self._recurred(block, net, read)
+        self._add(attended, block, "post_attention_norm")
+        self._add(self._fed(block), block, "post_ffw_norm")
+        if self.layer_inputs is not None:
+            self._add_layer_input(block, self.layer_inputs)
+        if block.scale is not None:
+            kernel = scale_kernel(self.d, self.tokens)
+            self.program.add(kernel, (self.x, _numpy(block.scale), self.state))
+
+    def _recurred(self, block: Block, net: DeltaNet, x: np.ndarray) -> np.ndarray:
+        """As `_attention`, of a block that has a gated delta net in its place."""
+        assert self.delta_rows is not None
+        self._linears({name: block.linear(name) for name in net.sizes.inputs}, x)
+        self.delta_rows.add(self.program, self.y, net, self.cache.states.by_block[block.index], self.mixed)
+        return self._linear(block, DELTA_LINEARS[-1], self.mixed)
+
+    def _attention(self, block: Block, x: np.ndarray) -> np.ndarray:
+        """Returns where the output is."""
+        program, state, norms, config = self.program, self.state, block.norms, self.model.config
         heads = self.cache.heads[block.index]
-        layers = {name: block.linear(name) for name in block.linears}
-        self._linears({n: layers[n] for n in block.qkv}, self._read(block, "attn_norm"))
+        self._linears({name: block.linear(name) for name in block.qkv}, x)
         q, k, v = self._qkv(block)
+        if config.architecture.gated_attention:
+            parts = (q, q.strides[0], self.queries, self.gates, self.queries.strides[0], state)
+            program.add(part_kernel(heads.queries, heads.size, self.tokens), parts)
+            program.barrier()
+            q = self.queries
         if config.architecture.wide_qk_norm:
             for x, name, rows in zip((q, k), QK_NORMS, config.qkv_rows(block.index), strict=False):
                 kernel = wide_norm_kernel(rows, self.tokens)
@@ -343,7 +330,6 @@ class ForwardPass:
                 *(later, later, later, later, state, self.ones, later),
             ),
         )
-        self.ropes.append(rope)
         program.barrier()
         window = config.sliding_window if block.local else 1 << 40
         attend = tree_attention_kernel if self.tree else attention_kernel
@@ -355,15 +341,17 @@ class ForwardPass:
                 *(window, state, self.attention_cap, 0 if block.sinks is None else _numpy(block.sinks), later),
             ),
         )
-        self.attentions.append(attention)
+        self.readers.append((block, rope, attention))
         program.barrier()
-        self._linears({"attn_output": layers["attn_output"]}, self.mixed)
-        self._add(y["attn_output"], block, "post_attention_norm")
-        self._add(self._fed(block), block, "post_ffw_norm")
-        if self.layer_inputs is not None:
-            self._add_layer_input(block, self.layer_inputs)
-        if block.scale is not None:
-            program.add(scale_kernel(self.d, self.tokens), (self.x, _numpy(block.scale), state))
+        if config.architecture.gated_attention:
+            kernel, gates = logistic_kernel(heads.queries * heads.size, self.tokens), self.gates
+            program.add(kernel, (self.mixed, self.mixed.strides[0], gates, gates.strides[0], state))
+        return self._linear(block, "attn_output", self.mixed)
+
+    def _linear(self, block: Block, name: str, x: np.ndarray) -> np.ndarray:
+        """A single layer; returns where its output is."""
+        self._linears({name: block.linear(name)}, x)
+        return self.y[name]
 
     def _fed(self, block: Block) -> np.ndarray:
         """What the feed-forward network, or the experts, or both make of the residual stream; returns where that is."""
@@ -389,9 +377,14 @@ class ForwardPass:
         """The same where all tokens go to one expert besides."""
         fed = self._feed_forward(block, block.shared_expert, x)
         mixed = self._experts(block, x, x, rows)
-        kernel = add_kernel(self.d, self.tokens, False)
-        self.program.add(kernel, (fed, fed.strides[0], mixed, mixed.strides[0], 0, self.epsilon, self.state))
-        return fed
+        parts = (mixed, mixed.strides[0], fed, fed.strides[0])
+        if block.shared_gate is None:
+            kernel = add_kernel(self.d, self.tokens, False)
+            self.program.add(kernel, (*parts, 0, self.epsilon, self.state))
+        else:
+            kernel = shared_kernel(self.d, self.tokens)
+            self.program.add(kernel, (*parts, x, x.strides[0], _numpy(block.shared_gate), self.state))
+        return mixed
 
     def _feed_forward(self, block: Block, names: Sequence[str], x: np.ndarray) -> np.ndarray:
         """Returns where the output is, as `_experts` does. names: of the layers, down last"""
@@ -401,8 +394,7 @@ class ForwardPass:
         gate, up = self._parts(gate_up, (ff, ff))
         kernel = gate_kernel(ff, self.tokens, architecture.gelu, kernel_clamp(architecture))
         self.program.add(kernel, (gate, up, gate.strides[0], up.strides[0], self.state))
-        self._linears({down: block.linear(down)}, gate)
-        return self.y[down]
+        return self._linear(block, down, gate)
 
     def _add_layer_input(self, block: Block, inputs: np.ndarray) -> None:
         length = self.model.config.layer_input_length
@@ -410,8 +402,7 @@ class ForwardPass:
         self._linears({"inp_gate": block.linear("inp_gate")}, self.x)
         kernel = gate_kernel(length, self.tokens, True)
         self.program.add(kernel, (gate, up, gate.strides[0], up.strides[0], self.state))
-        self._linears({"proj": block.linear("proj")}, gate)
-        self._add(self.y["proj"], block, "post_norm")
+        self._add(self._linear(block, "proj", gate), block, "post_norm")
 
     def _qkv(self, block: Block) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """A block's q, k and v; v is k where it has no weight of its own, and any memory will do for what it lacks."""
@@ -444,44 +435,6 @@ class ForwardPass:
             return [self.y[name] for name in names]
         ends = np.cumsum(rows)
         return [self.y[names[0]][:, end - count : end] for count, end in zip(rows, ends, strict=True)]
-
-
-def block_heads(model: Transformer, *, half: bool) -> list[Heads]:
-    """The shape of each block's attention; half: the KV cache is float16."""
-    config = model.config
-    return [
-        Heads(
-            config.head_count,
-            config.of(block.index).kv_heads,
-            config.of(block.index).head_dim,
-            (config.local_rope if block.local else config.rope).dimensions,
-            config.rope.interleaved,
-            config.architecture.qk_norm,
-            half=half,
-            capped=config.attention_cap != 0.0,
-            own=config.has_own_kv(block.index),
-            value_norm=config.architecture.value_norm,
-            sinks=config.architecture.sinks,
-        )
-        for block in model.blocks
-    ]
-
-
-def _places(model: Transformer, kept: bool) -> list[int]:
-    """Which arrays each block's keys and values are in.
-
-    Where nothing is kept, blocks with heads of one shape take turns; those with a window are by themselves where later
-    blocks use the keys of the last one of their kind.
-    """
-    config, numbers = model.config, dict[object, int]()
-
-    def key(block: Block) -> object:
-        sizes = config.of(block.index)
-        if kept:
-            return sizes.kv_block
-        return sizes.kv_heads, sizes.head_dim, block.local and bool(config.shared_blocks)
-
-    return [numbers.setdefault(key(block), len(numbers)) for block in model.blocks]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,9 +23,10 @@ from nkat.kernels.cuda.planes import PackedWeight, PlaneWeight
 from nkat.kernels.cuda.step import Attention, Group, Input, Siblings
 from nkat.lm.architectures import QK_NORMS
 from nkat.lm.attention import View, attend, capped, query_scales, rotate
+from nkat.lm.cache import KVCache
 from nkat.lm.config import Turning
 from nkat.lm.linear import PackedModule, StarLinear
-from nkat.lm.transformer import Block, Embedding, KVCache, Transformer
+from nkat.lm.transformer import Block, Embedding, Transformer
 
 
 class StepOps(Protocol):

@@ -14,9 +14,10 @@ from dataclasses import replace
 import torch
 
 from nkat.engine.decoder import make_decoder
-from nkat.engine.generate import Generation, Sampler, generate, prefill
+from nkat.engine.generate import PREFILL_PIECE, Generation, Sampler, generate, prefill
 from nkat.engine.tree import in_common
 from nkat.errors import NKATError
+from nkat.lm.cache import KEPT_STATES
 from nkat.lm.tokenizer import Tokenizer
 from nkat.lm.transformer import Transformer
 
@@ -75,13 +76,20 @@ class Session:
         """From the next token on; what is in the cache stays, until `reuse` finds that it is another strength's."""
         self.decoder.set_gamma(gamma)
 
+    def reach(self, length: int) -> int:
+        return self.decoder.reach(length)
+
+    def keep_state(self, most: int = KEPT_STATES) -> None:
+        self.decoder.keep_state(most)
+
     def can_follow(self) -> bool:
         return self.decoder.can_follow()
 
     def reuse(self, prompt: Sequence[int]) -> int:
         """Forgets what the cache holds behind its longest common beginning with `prompt`; returns how long that is.
 
-        At most all but the last token of the prompt, whose logits nobody has kept. The rest is for `prefill`.
+        At most all but the last token of the prompt, whose logits nobody has kept, and where the model has recurrent
+        states no more than up to one of them that was kept. The rest is for `prefill`.
         """
         if self._strength != self._computed_with:
             if not self.decoder.can_follow():
@@ -89,13 +97,22 @@ class Session:
             self.decoder.length = 0
         self._computed_with = self._strength
         same = in_common(self.tokens, prompt[:-1])
+        same = self.decoder.reach(same)
         self.decoder.length = same
         return same
 
     def prefill(self, tokens: Sequence[int]) -> torch.Tensor:
         # Noted before it is done: whatever of it a Ctrl-C lets arrive, the decoder's length counts from the front.
         self._seen[self.decoder.length :] = tokens
-        return self.decoder.prefill(tokens)
+        if self.model.config.recurrent_blocks and 1 < len(tokens) < PREFILL_PIECE:
+            # a prompt's end: the same one may come again, or another that goes on from it
+            self.decoder.prefill(tokens[:-1])
+            self.decoder.keep_state()
+            tokens = tokens[-1:]
+        logits = self.decoder.prefill(tokens)
+        if len(tokens) >= PREFILL_PIECE:
+            self.decoder.keep_state()
+        return logits
 
     def step(self, token: int) -> torch.Tensor:
         if self._sliding is not None and self.decoder.length == self._room:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nkat.engine.compiled_scorer import experts_of, linear_of, tokens_together
-from nkat.engine.forward import Cache
+from nkat.engine.kernel_cache import Cache
 from nkat.engine.likelihoods import Likelihoods
 from nkat.engine.tree import Tokens, token_tree
 from nkat.kernels.cpu.agreed import KEYS

@@ -8,7 +8,7 @@ import re
 _OTHER_FILES = (
     (b"version https://git-lfs", "but a pointer of Git LFS, which stands for the model: fetch it with git lfs pull"),
     (
-        rb"\s*<(?:!doctype|html|\?xml)",
+        rb"(?:\xef\xbb\xbf)?\s*(?:<!--.*?-->\s*)*<(?:!doctype|html|head|body|\?xml|error)\b",
         "but a page of a web site, saved in place of the model: download the model again",
     ),
     (
@@ -18,6 +18,10 @@ _OTHER_FILES = (
     (
         rb"PK\x03\x04",
         "but a zip archive, as PyTorch's checkpoints are: convert it with llama.cpp's convert_hf_to_gguf.py",
+    ),
+    (
+        rb"\x80[\x02-\x05]",
+        "but a pickle, as old checkpoints of PyTorch are: convert it with llama.cpp's convert_hf_to_gguf.py",
     ),
     (rb".{8}\{\s*\"", "but safetensors: convert its folder with llama.cpp's convert_hf_to_gguf.py"),
     (rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|BZh|7z\xbc\xaf", "but a compressed file: unpack it first"),
@@ -48,6 +52,9 @@ def what_it_is(beginning: bytes) -> str:
     for pattern, what in _OTHER_FILES:
         if re.match(pattern, beginning, re.IGNORECASE | re.DOTALL):
             return f", {what}"
+    line = beginning.strip().partition(b"\n")[0].strip()
+    if len(line) > 4 and line.isascii() and line.decode().isprintable():
+        return f", but text, which may say why a download failed: {line.decode()[:80]!r}"
     return f" (found {beginning[:4]!r})"
 
 

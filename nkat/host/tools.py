@@ -6,6 +6,7 @@ The setup check uses this where nothing else is installed: standard library alon
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nkat.host import output
@@ -58,7 +59,12 @@ def tool_words(tool: str) -> list[str]:
 
 def suggest(tool: str, *arguments: object, why: str = "") -> None:
     """The command that a user may want next, as the last line on stderr: stdout is for results. Not with --quiet."""
+    suggest_program([*tool_words(tool), *arguments], why)
+
+
+def suggest_program(words: Sequence[object], why: str = "") -> None:
+    """The same for a program that is not ours: its name, then what it is given."""
     if output.is_quiet():
         return
-    line = shell_line([*tool_words(tool), *arguments])
+    line = shell_line(words)
     print(f"\nnext{', ' if why else ''}{why}: {printable(line)}", file=sys.stderr, flush=True)

@@ -44,7 +44,7 @@ from nkat.inference.tables import (
 )
 from nkat.inference.writing import prompt_text, sampler_for, write_text
 from nkat.lm.config import ModelConfig
-from nkat.lm.load import LoadedModel
+from nkat.lm.load import LoadedModel, read_config
 from nkat.lm.request import Request
 from nkat.measure.base_file import open_base_file
 from nkat.measure.compare import Base, check_base
@@ -105,8 +105,7 @@ class Job:
 
     @cached_property
     def config(self) -> ModelConfig:
-        base = self.model_file.require_base()
-        return ModelConfig.from_gguf(base.file.metadata, base.tensors)
+        return read_config(self.model_file)
 
     @cached_property
     def folder(self) -> Path | None:

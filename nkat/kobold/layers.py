@@ -35,7 +35,7 @@ class ModelMemory:
     """Bytes of a model's parts.
 
     blocks: weights of each block, with its share of the adapter
-    cache: KV cache of one block
+    cache: KV cache of one block, on average where some have a state of fixed size in its place
     output: output matrix and norm; a matrix shared with the embedding is copied to the GPU
     compute: buffers for a batch
     largest: the largest weight; it is copied to the GPU for large batches when it does not live there
@@ -100,13 +100,14 @@ def model_memory(
     key = _largest(metadata.get(f"{arch}.attention.key_length", head_size))
     value = _largest(metadata.get(f"{arch}.attention.value_length", head_size))
     cells = -(-(context + _EXTRA_CELLS) // _CELL_MULTIPLE) * _CELL_MULTIPLE
+    keys_and_values = cells * (
+        _row_bytes(kv_heads * key, cache_type) + _row_bytes(kv_heads * value, cache_type if flash_attention else F16)
+    )
+    recurrent = len(_recurrent_blocks(tensors))
+    held = (count - recurrent) * keys_and_values + recurrent * _state_bytes(metadata, arch)
     return ModelMemory(
         blocks=tuple(blocks),
-        cache=cells
-        * (
-            _row_bytes(kv_heads * key, cache_type)
-            + _row_bytes(kv_heads * value, cache_type if flash_attention else F16)
-        ),
+        cache=-(-held // max(1, count)),  # blocks of both kinds take turns
         output=matrix.nbytes + (norm.nbytes if norm else 0),
         compute=compute_bytes(
             vocabulary=embedding.shape[0],
@@ -118,6 +119,21 @@ def model_memory(
         context=context,
         cache_type=cache_type,
     )
+
+
+def _recurrent_blocks(tensors: Mapping[str, TensorInfo]) -> set[int]:
+    """Those that have a state in place of keys and values."""
+    states, keys = (
+        {block_number(name) for name in tensors if name.endswith(end)} for end in (".ssm_out.weight", ".attn_k.weight")
+    )
+    return states - keys
+
+
+def _state_bytes(metadata: Mapping[str, Any], arch: str) -> int:
+    """Of a recurrent block: the convolution's inputs and the state, float32 (llama.cpp's src/llama-hparams.cpp)."""
+    keys = ("conv_kernel", "inner_size", "state_size", "group_count")
+    kernel, inner, size, groups = (_largest(metadata.get(f"{arch}.ssm.{key}", 0)) for key in keys)
+    return 4 * (max(0, kernel - 1) * (inner + 2 * groups * size) + inner * size)
 
 
 def _row_bytes(count: int, cache_type: str) -> int:

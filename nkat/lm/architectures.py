@@ -17,6 +17,8 @@ SHORT_ROPE, LONG_ROPE = "rope_factors_short", "rope_factors_long"
 FEED_FORWARD = (*GATE_UP, "ffn_down")
 SHARED_EXPERT = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 LAYER_INPUT_LINEARS = ("inp_gate", "proj")
+DELTA_LINEARS = (FUSED_QKV, "attn_gate", "ssm_out")  # of a recurrent block, which has no others but two small ones
+SHARED_GATE = "ffn_gate_inp_shexp"
 DENSE_LINEARS = (*QKV, FUSED_QKV, "attn_output", *FEED_FORWARD)
 BLOCK_LINEARS = (*DENSE_LINEARS, *SHARED_EXPERT, *LAYER_INPUT_LINEARS)
 STACKS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")  # of a mixture of experts: [experts, outputs, inputs]
@@ -72,14 +74,27 @@ class Routing:
     beside: a feed-forward network for all tokens is beside it, and both of them and the router have norms of their own
     (`nkat.lm.transformer.Block`); gate and up may be one weight (`GATE_UP_STACK`), and `ffn_down_exps.scale` may
     multiply each expert's outputs
-    shared_length: the key with the inner length of an expert that every token goes to, whose output is added as it is;
-    in a file without it, or with 0, there is none
+    shared: one more expert is every token's, where the file has its inner length (`SHARED_LENGTH`)
+    shared_gate: it always is, as long as `feed_forward_length` says where the file has no length of its own, and counts
+    as much as a gate of its own says; gate and up of the others may be one weight here, too
     """
 
     optional: bool = False
     own_length: bool = True
     beside: bool = False
-    shared_length: str = ""
+    shared: bool = False
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recurrent:
+    """Of models in which most blocks have a gated delta net in place of attention (`nkat.lm.delta_net`).
+
+    grouped: the value heads of a key head are neighbours, and a token's strengths come of one weight (`ssm_ba`); else
+    value head i belongs to key head i modulo their number, and there are two weights (`ssm_beta`, `ssm_alpha`)
+    """
+
+    grouped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +120,20 @@ class Architecture:
     attention_cap, logit_cap: what attention scores and logits are kept within (c·tanh(x/c)), where the file does not
     say otherwise; 0: not at all
     unturned_period: the last of so many blocks has no RoPE; 0: all have
-    varied: heads' length, KV heads and feed-forward length may differ from block to block, later blocks may use the
-    keys and values of earlier ones, and where there is no attn_v, the keys before norm and RoPE are the values
+    varied: heads' length, KV heads and feed-forward length may differ from block to block, and where there is no
+    attn_v, the keys before norm and RoPE are the values
     value_norm: every head's v has an RMS norm, without a weight
-    layer_inputs: every block may add something of its own about each token (`nkat.lm.transformer.LayerInputs`)
     block_scale: what leaves a block may be multiplied by `layer_output_scale.weight`, one number
     experts: of models whose feed-forward network is a mixture of experts; None: there are none
     clamped_gate: feed-forward activation of gpt-oss (`nkat.lm.activation`)
+    gated_attention: every head's outputs are multiplied by the logistic function of as many more outputs of attn_q,
+    which follow those of its query
+    recurrent: of models in which most blocks have no attention; None: all have
     sinks: each query head has a score of its own, `attn_sinks`, that takes part in the softmax and stands for nothing
     ffn_norm: what the file calls the norm before the feed-forward network
-    reads: keys of the metadata that mean something in few architectures, this one among them; others refuse them
+    reads: keys of the metadata that mean something in few architectures, this one among them
+    refuses: such keys that llama.cpp reads here, too, but whose meaning is not computed
+    unread: tensors that its models may have and that have no part in the logits
     """
 
     name: str
@@ -137,13 +156,16 @@ class Architecture:
     unturned_period: int = 0
     varied: bool = False
     value_norm: bool = False
-    layer_inputs: bool = False
     block_scale: bool = False
     experts: Routing | None = None
     clamped_gate: bool = False
+    gated_attention: bool = False
+    recurrent: Recurrent | None = None
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
     reads: tuple[str, ...] = ()
+    refuses: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
     def may_have_bias(self, linear: str) -> bool:
         """Whether a linear layer of a block may have one; fused ones go by their parts."""
@@ -157,7 +179,7 @@ class Architecture:
     def has_gpu_step(self) -> bool:
         """Whether `nkat.engine.plan` has operations for all that its models compute, those without experts."""
         mixtures_only = self.experts is not None and not self.experts.optional
-        return not (self.varied or mixtures_only or self.sinks)
+        return not (self.varied or mixtures_only or self.sinks or self.gated_attention or self.recurrent)
 
     @property
     def block_norms(self) -> tuple[str, ...]:
@@ -184,7 +206,9 @@ ATTENTION_CAP, LOGIT_CAP = "attn_logit_softcapping", "final_logit_softcapping"
 TEMPERATURE = "attention.temperature_scale"
 SCALES = ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")
 ROPE_SWITCH = "rope.scaling.finetuned"
+DEEPSTACK = "deepstack_mapping"
 SHARED_LENGTH = "expert_shared_feed_forward_length"
+ROPE_SECTIONS = "rope.dimension_sections"
 LAYER_INPUTS, SHARED_KV = "embedding_length_per_layer_input", "attention.shared_kv_layers"
 YARN_KEYS = ("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_log_multiplier")
 
@@ -203,7 +227,7 @@ _ROWS = (
     # src/models/qwen2.cpp
     Architecture("qwen2", biases=(*QKV, "output")),
     # src/models/qwen3.cpp
-    Architecture("qwen3", qk_norm=True),
+    Architecture("qwen3", qk_norm=True, unread=("cls.output.weight",)),
     # src/models/gemma3.cpp
     Architecture(
         "gemma3",
@@ -214,6 +238,7 @@ _ROWS = (
         attention_scale=_gemma_scale(62),
         window=Window(period=6, rope_base=10000.0),
         reads=(LOGIT_CAP,),
+        unread=("dense_2.weight", "dense_3.weight"),
     ),
     # src/models/gemma2.cpp
     Architecture(
@@ -240,7 +265,6 @@ _ROWS = (
         logit_cap=30.0,
         varied=True,
         value_norm=True,
-        layer_inputs=True,
         block_scale=True,
         experts=Routing(optional=True, beside=True),
         reads=(LOGIT_CAP, LAYER_INPUTS, SHARED_KV),
@@ -261,7 +285,7 @@ _ROWS = (
     # src/models/smollm3.cpp
     Architecture("smollm3", interleaved_rope=True, permuted_qk=True, unturned_period=4),
     # src/models/glm4.cpp: also GLM-Z1; RoPE turns a half of each head, and transformers turns the same pairs
-    Architecture("glm4", interleaved_rope=True, post_norm=True, fused_gate_up=True),
+    Architecture("glm4", interleaved_rope=True, post_norm=True, fused_gate_up=True, refuses=(ROPE_SECTIONS,)),
     # src/models/granite.cpp: Granite 3 and 4
     Architecture(
         "granite",
@@ -270,8 +294,9 @@ _ROWS = (
         permuted_qk=True,
         rope_factors=True,
         long_rope=True,
-        experts=Routing(optional=True, own_length=False, shared_length=SHARED_LENGTH),
+        experts=Routing(optional=True, own_length=False, shared=True),
         reads=(*SCALES, ROPE_SWITCH),
+        refuses=(DEEPSTACK,),
     ),
     # src/models/granite-moe.cpp: Granite 3's mixtures; RoPE is never off
     Architecture(
@@ -281,7 +306,7 @@ _ROWS = (
         permuted_qk=True,
         rope_factors=True,
         long_rope=True,
-        experts=Routing(own_length=False, shared_length=SHARED_LENGTH),
+        experts=Routing(own_length=False, shared=True),
         reads=SCALES,
     ),
     # src/models/olmo2.cpp: also Olmo 3, whose windows come with YaRN
@@ -302,6 +327,34 @@ _ROWS = (
         experts=Routing(),
         clamped_gate=True,
         sinks=True,
+        ffn_norm="post_attention_norm",
+    ),
+    # src/models/qwen35.cpp: dense Qwen 3.5 and 3.6
+    Architecture(
+        "qwen35",
+        qk_norm=True,
+        gated_attention=True,
+        recurrent=Recurrent(),
+        ffn_norm="post_attention_norm",
+        reads=(ROPE_SECTIONS,),
+    ),
+    # src/models/qwen35moe.cpp
+    Architecture(
+        "qwen35moe",
+        qk_norm=True,
+        experts=Routing(shared=True, shared_gate=True),
+        gated_attention=True,
+        recurrent=Recurrent(),
+        ffn_norm="post_attention_norm",
+        reads=(ROPE_SECTIONS,),
+    ),
+    # src/models/qwen3next.cpp
+    Architecture(
+        "qwen3next",
+        qk_norm=True,
+        experts=Routing(shared=True, shared_gate=True),
+        gated_attention=True,
+        recurrent=Recurrent(grouped=True),
         ffn_norm="post_attention_norm",
     ),
 )

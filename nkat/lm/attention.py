@@ -27,6 +27,7 @@ def rope_frequencies(rope: Rope, factors: torch.Tensor | None = None) -> torch.T
     half = rope.dimensions // 2
     index = torch.arange(half, dtype=torch.float64)
     frequencies = rope.base ** (-index / half)
+    frequencies[list(rope.still)] = 0.0
     if factors is not None:
         frequencies = frequencies / factors.double().cpu()
     if not rope.yarn:

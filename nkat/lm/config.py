@@ -2,8 +2,8 @@
 
 Models of the architectures in `nkat.lm.architectures`, with the meaning llama.cpp gives their keys
 (https://github.com/ggml-org/llama.cpp, src/models/*.cpp and src/llama-model.cpp). Whatever would make the forward pass
-another one than the file asks for is refused: experts in groups, keys that another architecture reads, RoPE scaling
-other than linear, YaRN and longrope, unknown tensors.
+another one than llama.cpp's is refused: experts in groups, RoPE scaling other than linear, YaRN and longrope, unknown
+tensors. Keys that mean something in other architectures only get a warning, as llama.cpp does not look at them.
 """
 
 from __future__ import annotations
@@ -30,42 +30,21 @@ from nkat.lm.architectures import (
     ROPE_SWITCH,
     ROUTER,
     SCALES,
+    SHARED_GATE,
     SHARED_KV,
     SHORT_ROPE,
     SINKS,
     STACKS,
     TEMPERATURE,
-    YARN_KEYS,
     Architecture,
     Sizes,
 )
 from nkat.lm.keys import ConfigError, Keys
 from nkat.lm.mixture import Mixture
+from nkat.lm.recurrence import Recurrence
+from nkat.lm.refused import refuse
 from nkat.lm.rope import Rope, read_rope
 from nkat.theta.set import SUFFIXES
-
-# Keys that change the forward pass in a way that is not computed, unless the architecture's row says that it reads
-# them; and the values with which they do not.
-_REFUSED: dict[str, tuple[bool | float, ...]] = {
-    "expert_group_count": (0, 1),
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    ATTENTION_CAP: (0.0,),
-    LOGIT_CAP: (0.0,),
-    TEMPERATURE: (0.0,),
-    LAYER_INPUTS: (0,),
-    SHARED_KV: (0,),
-    **dict.fromkeys(SCALES, (0.0, 1.0)),
-    "attention.scale": (0.0,),
-    "deepstack_mapping": (-1,),
-    "rope.dimension_sections": (0,),
-    "rope.scaling.alpha": (0.0,),
-    "rope.scaling.yarn_ext_factor": (1.0,),
-    "rope.scaling.yarn_attn_factor": (1.0,),
-    **dict(zip(YARN_KEYS, ((32.0,), (1.0,), (0.0,)), strict=True)),
-}
-
 
 # Elements of one attention head, of which every thread keeps one on its stack: 16 KB. The largest in use have 576.
 MAX_HEAD = 4096
@@ -129,6 +108,8 @@ class ModelConfig:
     idle: frozenset[str] = frozenset()  # weights that nothing reads: k and v of blocks that use an earlier one's
     mixture: Mixture | None = None  # in place of the one feed-forward network of every block, or beside it
     layer_input_length: int = 0  # of what every block adds about each token; 0: nothing
+    recurrence: Recurrence | None = None
+    recurrent_blocks: frozenset[int] = frozenset()  # which have what `recurrence` says in place of attention
     draft_blocks: range = range(0)  # blocks of the file that foretell later tokens, and that are left out
 
     @classmethod
@@ -168,30 +149,40 @@ class ModelConfig:
         return frozenset(sizes.kv_block for i, sizes in enumerate(self.sizes) if sizes.kv_block != i)
 
     def has_own_kv(self, block: int) -> bool:
-        return self.of(block).kv_block == block
+        return self.of(block).kv_block == block and block not in self.recurrent_blocks
 
     def qkv_rows(self, block: int) -> tuple[int, int, int]:
-        """Outputs of a block's q, k and v."""
+        """Outputs of a block's q, with those of its gate where it has one, k and v."""
         sizes = self.of(block)
         kv = sizes.kv_heads * sizes.head_dim
-        return self.head_count * sizes.head_dim, kv, kv
+        return self._head_rows(block) * (2 if self.architecture.gated_attention else 1), kv, kv
+
+    def _head_rows(self, block: int) -> int:
+        """Elements of all query heads."""
+        return self.head_count * self.of(block).head_dim
+
+    def feed_forward(self, block: int) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of the linear layers of a block's feed-forward network, by name."""
+        ff, d, mixture = self.of(block).feed_forward, self.embedding_length, self.mixture
+        if mixture is not None and not mixture.beside:
+            return mixture.shared_linears(d)
+        up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
+        return {**{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
 
     def linears(self, block: int) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of a block's linear layers, by name, in the order of their computation."""
-        sizes, d, length = self.of(block), self.embedding_length, self.layer_input_length
-        ff, rows = sizes.feed_forward, self.qkv_rows(block)
+        d, length, rows = self.embedding_length, self.layer_input_length, self.qkv_rows(block)
+        if self.recurrence is not None and block in self.recurrent_blocks:
+            return {**self.recurrence.linears(d), **self.feed_forward(block)}
         qkv = {FUSED_QKV: sum(rows)} if block in self.fused_qkv else dict(zip(QKV, rows, strict=True))
         if not self.has_own_kv(block):
             qkv = {"attn_q": rows[0]}
-        elif not sizes.has_value:
+        elif not self.of(block).has_value:
             del qkv["attn_v"]
-        up = {"ffn_up": 2 * ff} if self.architecture.fused_gate_up else {"ffn_gate": ff, "ffn_up": ff}
-        feed_forward = {**{name: (outputs, d) for name, outputs in up.items()}, "ffn_down": (d, ff)}
         return {
             **{name: (outputs, d) for name, outputs in qkv.items()},
-            "attn_output": (d, rows[0]),
-            **({} if self.mixture is not None and not self.mixture.beside else feed_forward),
-            **({} if self.mixture is None else self.mixture.linears(d)),
+            "attn_output": (d, self._head_rows(block)),
+            **self.feed_forward(block),
             **({"inp_gate": (length, d), "proj": (d, length)} if length else {}),
             **{name: (rows[1], d) for name in QKV[1:] if f"blk.{block}.{name}.weight" in self.idle},
         }
@@ -209,6 +200,8 @@ class ModelConfig:
     def norms(self, block: int) -> dict[str, tuple[int]]:
         """Lengths of the RMS norms of a block, by name (`Architecture.norm_in_file`)."""
         names = [name for name in self.architecture.block_norms if name != "attn_k_norm" or self.has_own_kv(block)]
+        if block in self.recurrent_blocks:
+            names = [name for name in names if name not in QK_NORMS]
         lengths = dict.fromkeys(names, self.embedding_length)
         wide = dict(zip(QK_NORMS, self.qkv_rows(block)[:2], strict=True))
         for name in lengths.keys() & wide.keys():
@@ -232,15 +225,19 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         raise ConfigError("metadata general.architecture is missing: this GGUF is not a language model")
     architecture = ARCHITECTURES.get(arch) if isinstance(arch, str) else None
     if architecture is None:
-        raise ConfigError(f"architecture {arch!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}")
+        raise ConfigError(
+            f"architecture {arch!r} is not supported; nkat_gguf_converter.py makes a Θ for it from its weights, and "
+            "llama-perplexity --lora measures that as an adapter (--export-lora); the supported ones are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     keys = Keys(metadata, architecture)
-    _refuse(keys)
+    refuse(keys)
     mixture = Mixture.read(keys, tensors)
 
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(without_ones(embedding.shape, 2)) != 2:
         raise ConfigError("tensor token_embd.weight is missing or not 2-D: this GGUF is not a language model")
-    vocab_size = keys.integer("vocab_size", embedding.shape[-2])
+    vocab_size = embedding.shape[-2]  # whatever `vocab_size` says: llama.cpp goes by the tokenizer's tokens
 
     d = keys.integer("embedding_length")
     heads = keys.integer("attention.head_count")
@@ -259,12 +256,13 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
     head_dim = keys.integer("attention.key_length", d // heads)
     if head_dim > MAX_HEAD:
         raise ConfigError(f"metadata {arch}.attention.key_length: a head of {head_dim} elements, more than {MAX_HEAD}")
-    local_dim = keys.integer("attention.key_length_swa", head_dim, maximum=MAX_HEAD)
-    for key, length in (
-        ("attention.value_length", head_dim),
-        ("attention.key_length_swa", local_dim if architecture.varied else head_dim),
-        ("attention.value_length_swa", local_dim),
-    ):
+    has_window = architecture.window is not None
+    local_dim = keys.integer("attention.key_length_swa", head_dim, maximum=MAX_HEAD) if has_window else head_dim
+    lengths = [("attention.value_length", head_dim)]
+    if has_window:
+        lengths.append(("attention.key_length_swa", local_dim if architecture.varied else head_dim))
+        lengths.append(("attention.value_length_swa", local_dim))
+    for key, length in lengths:
         if keys.integer(key, length) != length:
             raise ConfigError(
                 f"metadata {arch}.{key} {keys.get(key)} differs from the key length {length}: not supported"
@@ -272,11 +270,12 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
 
     context = keys.integer("context_length")
     rope, local_rope = read_rope(keys, head_dim, local_dim, context)
-    temperature = 0.0 if keys.get(TEMPERATURE) in (None, 0) else keys.number(TEMPERATURE)
+    temperature = keys.number(TEMPERATURE) if TEMPERATURE in architecture.reads and keys.get(TEMPERATURE) else 0.0
     window, local_blocks = _read_window(keys, blocks)
     embedding_scale, residual_scale, attention_scale, logit_scale = (_read_scale(keys, key) for key in SCALES)
     residual = residual_scale or 1.0
     feed_forward = _by_block(keys, "feed_forward_length", blocks, None if mixture is None or mixture.beside else 1)
+    recurrence, recurrent_blocks = Recurrence.read(keys, blocks, tensors)
     sizes = _read_sizes(keys, local_blocks, (head_dim, local_dim), kv_heads, feed_forward, tensors)
     return ModelConfig(
         architecture=architecture,
@@ -295,7 +294,7 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
         sliding_window=window,
         attention_scale=attention_scale or architecture.attention_scale(Sizes(blocks, d, heads, head_dim)),
         embedding_scale=(d**0.5 if architecture.scaled_embedding else embedding_scale or 1.0) / residual,
-        fused_qkv=frozenset(i for i in range(blocks) if f"blk.{i}.{FUSED_QKV}.weight" in tensors),
+        fused_qkv=frozenset(i for i in range(blocks) if f"blk.{i}.{FUSED_QKV}.weight" in tensors) - recurrent_blocks,
         attention_cap=_read_cap(keys, ATTENTION_CAP, architecture.attention_cap),
         logit_cap=_read_cap(keys, LOGIT_CAP, architecture.logit_cap),
         temperature=temperature,
@@ -310,7 +309,9 @@ def _read(metadata: Mapping[str, object], tensors: Mapping[str, TensorInfo]) -> 
             if block.kv_block != i and name in tensors
         ),
         mixture=mixture,
-        layer_input_length=keys.integer(LAYER_INPUTS, 0, minimum=0) if architecture.layer_inputs else 0,
+        layer_input_length=_if_read(keys, LAYER_INPUTS),
+        recurrence=recurrence,
+        recurrent_blocks=recurrent_blocks,
         draft_blocks=range(blocks, in_file),
     )
 
@@ -335,7 +336,7 @@ def _read_sizes(
     The last blocks, where the file says so, use the keys and values of the last block of their kind before them.
     """
     blocks = len(local_blocks)
-    own = blocks - keys.integer(SHARED_KV, 0, minimum=0)
+    own = blocks - _if_read(keys, SHARED_KV)
 
     def kv_block(i: int) -> int:
         if i < own:
@@ -360,6 +361,11 @@ def _read_sizes(
     )
 
 
+def _if_read(keys: Keys, key: str) -> int:
+    """0: the file has none, or the architecture does not look at it"""
+    return keys.integer(key, 0, minimum=0) if key in keys.architecture.reads else 0
+
+
 def _read_scale(keys: Keys, key: str) -> float:
     """0: the file has none, or the architecture does not look at it"""
     if key not in keys.architecture.reads or keys.get(key) in (None, 0):
@@ -376,15 +382,8 @@ def _is_unturned(keys: Keys, block: int) -> bool:
 
 def _read_cap(keys: Keys, key: str, usual: float) -> float:
     """0: none"""
-    value = keys.get(key)
+    value = keys.get(key) if key in keys.architecture.reads else None
     return usual if value is None else 0.0 if value == 0 else keys.number(key)
-
-
-def _refuse(keys: Keys) -> None:
-    for key, neutral in _REFUSED.items():
-        value = keys.get(key)
-        if value is not None and value not in neutral and key not in keys.architecture.reads:
-            raise ConfigError(f"metadata {keys.name(key)} = {value!r} is not supported")
 
 
 def _read_window(keys: Keys, blocks: int) -> tuple[int, tuple[bool, ...]]:
@@ -431,7 +430,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
         block = f"blk.{i}."
         for linear, (outputs, inputs) in config.linears(i).items():
             required[f"{block}{linear}.weight"] = (outputs, inputs)
-            if architecture.may_have_bias(linear):
+            if architecture.may_have_bias(linear) and i not in config.recurrent_blocks:
                 optional[f"{block}{linear}.bias"] = (outputs,)
         norms = config.norms(i).items()
         required |= {f"{block}{architecture.norm_in_file(norm)}.weight": shape for norm, shape in norms}
@@ -439,11 +438,15 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
             optional[f"{block}attn_k_norm.weight"] = (config.of(i).head_dim,)  # llama.cpp, too, reads past it
         if architecture.sinks:
             required[f"{block}{SINKS}.weight"] = (config.head_count,)
+        if config.recurrence is not None and i in config.recurrent_blocks:
+            required |= {f"{block}{name}": shape for name, shape in config.recurrence.vectors().items()}
         if config.mixture is not None:
             weights = config.mixture.weights(d)
             required |= {f"{block}{name}.weight": shape for name, shape in weights.items()}
             biases = {name: shape[:-1] for name, shape in weights.items() if architecture.may_have_bias(name)}
             optional |= {f"{block}{name}.bias": shape for name, shape in biases.items()}
+            if architecture.experts is not None and architecture.experts.shared_gate:
+                required[f"{block}{SHARED_GATE}.weight"] = (d,)
             if config.mixture.beside:
                 required[f"{block}{ROUTER}.scale"] = (d,)
                 optional[f"{block}{STACKS[-1]}.scale"] = (config.mixture.count,)
@@ -458,6 +461,7 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
         elif without_ones(info.shape, len(shape)) != shape:
             raise ConfigError(f"tensor {name} has shape {info.shape}, expected {shape}")
     known = required.keys() | optional.keys()
+    known |= {*architecture.unread}
     for name in tensors:
         if name not in known and not name.endswith(SUFFIXES):
             raise ConfigError(

@@ -16,8 +16,9 @@ import torch
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantise, packed_tensor
 from nkat.kernels.registry import say_fallbacks
-from nkat.lm.architectures import LONG_ROPE, ROUTER, SHORT_ROPE, SINKS
+from nkat.lm.architectures import LONG_ROPE, ROUTER, SHARED_GATE, SHORT_ROPE, SINKS
 from nkat.lm.config import ModelConfig
+from nkat.lm.delta_net import DeltaNet
 from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.keys import ConfigError
 from nkat.lm.linear import StarLinear
@@ -78,7 +79,6 @@ def load_model(
     known = source if isinstance(source, LoadedModel) else None
     source = source.file if isinstance(source, LoadedModel) else source
     model_file = source if isinstance(source, ModelFile) else open_model_file(source)
-    path = model_file.path
     base = model_file.require_base()
     if thetas is None and model_file.theta is not None:
         thetas = model_file.theta.layers
@@ -90,7 +90,7 @@ def load_model(
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     gguf, tensors = base.file, base.tensors
-    config, tokenizer = _read(path, gguf, tensors) if known is None else (known.config, known.tokenizer)
+    config, tokenizer = _read(model_file) if known is None else (known.config, known.tokenizer)
     model = _Assembler(gguf, tensors, device, dtype, keep_dense).transformer(config)
     if thetas is not None:
         model.set_thetas(thetas)
@@ -102,13 +102,19 @@ def load_model(
     return LoadedModel(model, tokenizer, config, model_file, gguf, tensors, gamma if thetas else None)
 
 
-def _read(path: Path, gguf: GGUFFile, tensors: Mapping[str, TensorInfo]) -> tuple[ModelConfig, Tokenizer]:
+def read_config(model_file: ModelFile) -> ModelConfig:
+    """What a model is, without its weights. Raises ConfigError for one that cannot be run."""
+    base = model_file.require_base()
     try:
-        config = ModelConfig.from_gguf(gguf.metadata, tensors)
+        return ModelConfig.from_gguf(base.file.metadata, base.tensors)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{model_file.path}: {error}") from None
+
+
+def _read(model_file: ModelFile) -> tuple[ModelConfig, Tokenizer]:
+    path, config = model_file.path, read_config(model_file)
     try:
-        tokenizer = Tokenizer.from_metadata(gguf.metadata)
+        tokenizer = Tokenizer.from_metadata(model_file.require_base().file.metadata)
     except TokenizerError as error:
         raise TokenizerError(f"{path}: {error}") from None
     if tokenizer.vocab_size != config.vocab_size:
@@ -185,9 +191,17 @@ class _Assembler:
         if config.mixture is not None and config.mixture.beside:
             norms[ROUTER] = self.vector(f"{prefix}{ROUTER}.scale") * config.embedding_length**-0.5
         linears = {name: self.linear(prefix + name, shape) for name, shape in config.linears(index).items()}
-        names = [f"{prefix}{name}.weight" for name in ("layer_output_scale", SINKS)]
-        scale, sinks = (self.vector(name) if name in self.tensors else None for name in names)
-        return Block(config, index, linears, norms, scale, sinks, self.experts(config, prefix))
+        names = [f"{prefix}{name}.weight" for name in ("layer_output_scale", SINKS, SHARED_GATE)]
+        scale, sinks, gate = (self.vector(name) if name in self.tensors else None for name in names)
+        experts, delta_net = self.experts(config, prefix), self.delta_net(config, index)
+        return Block(config, index, linears, norms, scale, sinks, experts, gate, delta_net)
+
+    def delta_net(self, config: ModelConfig, index: int) -> DeltaNet | None:
+        sizes = config.recurrence
+        if sizes is None or index not in config.recurrent_blocks:
+            return None
+        vectors = {name: self.vector(f"blk.{index}.{name}").view(shape) for name, shape in sizes.vectors().items()}
+        return DeltaNet(sizes, config.rms_epsilon, *vectors.values())
 
     def experts(self, config: ModelConfig, prefix: str) -> Experts | None:
         mixture, d = config.mixture, config.embedding_length

@@ -54,27 +54,38 @@ class _BPE:
         while gap in token_ids:
             gap += "\0"
         self._gap_id = len(token_ids)
-        model = tokenizers.models.BPE
-        try:
-            unique = dict.fromkeys(merges)  # of a repeated merge the first rank holds
-            pairs = [(left, right) for merge in unique for left, right in (merge.split(" "),)]
-            bpe = model(
-                token_ids | {gap: self._gap_id},
-                pairs,
-                unk_token=gap,
-                ignore_merges=pre.ignore_merges,
-                byte_fallback=byte_fallback,
+        unique = dict.fromkeys(merges)  # of a repeated merge the first rank holds
+        pairs = [(merge[: (at := merge.index(" ", 1))], merge[at + 1 :]) for merge in unique]
+        pairs = [(left, right) for left, right in pairs if right and " " not in right]  # no word has a space
+        unknown = {text: None for left, right in pairs for text in (left, right, left + right) if text not in token_ids}
+        unknown.pop(gap, None)
+        if unknown:
+            odd = next(iter(unknown))
+            warnings.warn(
+                f"{KEY}merges: {len(unknown)} of the texts that they merge are no tokens, as {odd[:80]!r}; "
+                "where a text comes to one it is spelled, as by llama.cpp",
+                stacklevel=5,
             )
-        except Exception as error:  # a merge is not a pair, or has unknown tokens: a bare Exception of the library
-            problem = _bad_merge(merges, token_ids)
-            if problem is None:
-                raise
-            raise problem from error
+        no_tokens = {text: self._gap_id + 1 + i for i, text in enumerate(unknown)}
+        self._spelled = {token: self._spell(text, token_ids) for text, token in no_tokens.items()}
+        bpe = tokenizers.models.BPE(
+            token_ids | {gap: self._gap_id} | no_tokens,
+            pairs,
+            unk_token=gap,
+            ignore_merges=pre.ignore_merges,
+            byte_fallback=byte_fallback,
+        )
         self._tokenizer = tokenizers.Tokenizer(bpe)
         self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*cuts(pre), *alphabet])
 
     def _merge(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [each for token in ids for each in self._spelled.get(token, (token,))] if self._spelled else ids
+
+    @staticmethod
+    def _spell(text: str, token_ids: Mapping[str, int]) -> list[int]:
+        """What llama.cpp makes of a merged text that is no token."""
+        raise NotImplementedError
 
 
 class ByteBPE(_BPE):
@@ -95,6 +106,11 @@ class ByteBPE(_BPE):
             )
             ids = [token for token in ids if token != self._gap_id]
         return ids
+
+    @staticmethod
+    def _spell(text: str, token_ids: Mapping[str, int]) -> list[int]:
+        """Byte by byte of the text as it is written: characters beyond ASCII, as that of the space, are lost."""
+        return [token_ids[char] for char in text if char.isascii() and char in token_ids]
 
     @staticmethod
     def piece(text: str) -> bytes:
@@ -123,19 +139,12 @@ class CharacterBPE(_BPE):
         return ids
 
     @staticmethod
+    def _spell(text: str, token_ids: Mapping[str, int]) -> list[int]:
+        return [token_ids[f"<0x{byte:02X}>"] for byte in text.encode()]
+
+    @staticmethod
     def piece(text: str) -> bytes:
         return text.replace(SPACE, " ").encode()
-
-
-def _bad_merge(merges: list[str], token_ids: Mapping[str, int]) -> TokenizerError | None:
-    for at, merge in enumerate(merges):
-        parts = merge.split(" ")
-        if len(parts) != 2:
-            return TokenizerError(f"{KEY}merges[{at}] is {merge[:80]!r}, not two tokens separated by a space")
-        for text in (*parts, "".join(parts)):
-            if text not in token_ids:
-                return TokenizerError(f"{KEY}merges[{at}] is {merge[:80]!r}, but {text[:80]!r} is not a token")
-    return None
 
 
 class SentencePiece:

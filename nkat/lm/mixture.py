@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 
-from nkat.lm.architectures import GATE_UP_STACK, ROUTER, SHARED_EXPERT, STACKS, Routing
+from nkat.lm.architectures import GATE_UP_STACK, ROUTER, SHARED_EXPERT, SHARED_LENGTH, STACKS, Routing
 from nkat.lm.keys import ConfigError, Keys
 
 MAX_EXPERTS = 1024  # as in llama.cpp
@@ -16,7 +16,7 @@ class Mixture:
     """How many experts there are, how many a token goes to, the length of an expert's inner vector.
 
     fused: gate and up are one weight; beside: see `nkat.lm.architectures.Routing`
-    shared: inner length of the expert that every token goes to; 0: there is none
+    shared_length: of the inner vector of the expert that every token goes to; 0: there is none
     """
 
     count: int
@@ -24,7 +24,7 @@ class Mixture:
     feed_forward_length: int
     fused: bool = False
     beside: bool = False
-    shared: int = 0
+    shared_length: int = 0
 
     @classmethod
     def read(cls, keys: Keys, tensors: Container[str]) -> Mixture | None:
@@ -36,8 +36,8 @@ class Mixture:
         _check_form(tensors)
         count = keys.integer("expert_count", minimum=2, maximum=MAX_EXPERTS)
         used = keys.integer("expert_used_count", maximum=count)
-        fused = routing.beside and f"blk.0.{GATE_UP_STACK}.weight" in tensors
-        shared = keys.integer(routing.shared_length, 0, minimum=0) if routing.shared_length else 0
+        fused = (routing.beside or routing.shared_gate) and f"blk.0.{GATE_UP_STACK}.weight" in tensors
+        shared = _shared_length(keys, routing) if routing.shared else 0
         return cls(count, used, _length(keys, routing, used), fused, routing.beside, shared)
 
     @property
@@ -53,10 +53,11 @@ class Mixture:
             return {GATE_UP_STACK: (self.count, 2 * inner, d), down: (self.count, d, inner)}
         return {gate: (self.count, inner, d), up: (self.count, inner, d), down: (self.count, d, inner)}
 
-    def linears(self, d: int) -> dict[str, tuple[int, int]]:
+    def shared_linears(self, d: int) -> dict[str, tuple[int, int]]:
         """(outputs, inputs) of the shared expert's layers, by name."""
-        shapes = ((self.shared, d), (self.shared, d), (d, self.shared))
-        return dict(zip(SHARED_EXPERT, shapes, strict=True)) if self.shared else {}
+        gate, up, down = SHARED_EXPERT
+        inner = self.shared_length
+        return {gate: (inner, d), up: (inner, d), down: (d, inner)} if inner else {}
 
     def weights(self, d: int) -> dict[str, tuple[int, ...]]:
         """The same, with the router's; a bias has the shape without its last length."""
@@ -70,6 +71,12 @@ def _length(keys: Keys, routing: Routing, used: int) -> int:
         return keys.integer("expert_feed_forward_length")
     # older files of qwen3moe have no length of an expert's own (src/models/qwen3moe.cpp)
     return keys.integer("expert_feed_forward_length", keys.integer("feed_forward_length", 0, minimum=0) // used)
+
+
+def _shared_length(keys: Keys, routing: Routing) -> int:
+    if routing.shared_gate and keys.get(SHARED_LENGTH) in (None, 0):
+        return keys.integer("feed_forward_length")
+    return keys.integer(SHARED_LENGTH, 0, minimum=0)
 
 
 def _refuse(keys: Keys) -> None:

@@ -22,7 +22,7 @@ from nkat.errors import NKATError
 from nkat.host.files import atomic_output, make_folder
 from nkat.host.record import parse_json
 from nkat.lm.config import ModelConfig
-from nkat.lm.huggingface import module_name, rows_for_gguf, rows_for_hf, weight_name
+from nkat.lm.huggingface import inputs_for_gguf, inputs_for_hf, module_name, rows_for_gguf, rows_for_hf, weight_name
 from nkat.theta.algebra import ThetaError, coupling, low_rank_form
 from nkat.theta.card import hub_repository
 from nkat.theta.lowrank import LowRank
@@ -79,7 +79,7 @@ def read_peft(path: Path, config: ModelConfig) -> dict[str, LowRank]:
             raise NKATError(f"{weights}: {module}: there is no matrix lora_A, or none lora_B, of it")
         down, up = pair["A"].float(), pair["B"].float() * _scale(settings, module, len(pair["A"]))
         try:
-            terms[name] = LowRank(rows_for_gguf(name, up, config), down)
+            terms[name] = LowRank(rows_for_gguf(name, up, config), inputs_for_gguf(name, down, config))
         except (ThetaError, RuntimeError) as error:  # torch: rows that are no whole heads of this model
             raise NKATError(f"{weights}: {module}: {str(error).splitlines()[0]}") from None
     return terms
@@ -98,12 +98,13 @@ def peft_files(theta_set: ThetaSet, gamma: float, model: ModelFile) -> dict[str,
     for name, theta in theta_set.layers.items():
         module = module_name(name, config)
         if theta.experts is not None or module is None:
+            what = "it" if theta.experts is None else "a mixture's experts"
             raise NKATError(
-                f"{name}: a PEFT LoRA acts on linear modules, which a mixture's experts are not in transformers; "
-                "--export-lora writes one for llama.cpp, which has them"
+                f"{name}: a PEFT LoRA acts on linear modules, which {what} {'is' if what == 'it' else 'are'} not in "
+                "transformers; --export-lora writes one for llama.cpp"
             )
         down, up = low_rank_form(*theta.factors(), *_shape(name, config))
-        tensors[f"{_PREFIX}{module}.lora_A.weight"] = down.contiguous()
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = inputs_for_hf(name, down, config).contiguous()
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = rows_for_hf(name, kappa * up, config).contiguous()
         ranks[module] = 2 * theta.rank
     return {CONFIG: _config(ranks, config, base), WEIGHTS: _packed(tensors)}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from nkat.lm.architectures import YARN_KEYS
+import numpy as np
+
+from nkat.lm.architectures import ROPE_SECTIONS, YARN_KEYS
 from nkat.lm.keys import ConfigError, Keys
 
 
@@ -20,6 +22,7 @@ class Rope:
     yarn: blend between scaled and unscaled by pair, for a model trained on `original_context` tokens: pairs that turn
     more than `fast` times in them are not scaled, those that turn less than `slow` times are
     magnitude: multiplies both sine and cosine
+    still: pairs that a text's positions do not turn
     The factors for long contexts (longrope) take effect where there is room for more than `original_context` tokens.
     """
 
@@ -32,6 +35,7 @@ class Rope:
     magnitude: float
     fast: float = 32.0
     slow: float = 1.0
+    still: frozenset[int] = frozenset()
 
 
 def read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[Rope, Rope]:
@@ -41,7 +45,8 @@ def read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[
         raise ConfigError(
             f"metadata {keys.name('rope.dimension_count')} must be even and at most {head_dim}, got {dimensions}"
         )
-    local_dimensions = keys.integer("rope.dimension_count_swa", dimensions)
+    window = keys.architecture.window
+    local_dimensions = dimensions if window is None else keys.integer("rope.dimension_count_swa", dimensions)
     if local_dimensions != dimensions and not keys.architecture.varied:
         raise ConfigError(f"metadata {keys.name('rope.dimension_count_swa')} differs from the other: not supported")
     if keys.architecture.varied and (local_dimensions % 2 or local_dimensions > local_dim):
@@ -75,12 +80,12 @@ def read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[
         base=keys.number("rope.freq_base", 10000.0, above=1.0),
         scale=1.0 / factor,
         yarn=kind == "yarn",
-        original_context=keys.integer("rope.scaling.original_context_length", context),
+        original_context=keys.integer("rope.scaling.original_context_length", 0, minimum=0) or context,
         magnitude=attention_factor * warmth,
         fast=fast,
         slow=slow,
+        still=_read_still(keys, dimensions // 2),
     )
-    window = keys.architecture.window
     if window is not None and window.plain_rope:
         return rope, replace(rope, scale=1.0, yarn=False, magnitude=1.0)
     if window is None or window.rope_base is None:
@@ -88,3 +93,26 @@ def read_rope(keys: Keys, head_dim: int, local_dim: int, context: int) -> tuple[
     local_base = keys.number("rope.freq_base_swa", window.rope_base, above=1.0)
     local = replace(rope, base=local_base, scale=1.0, yarn=False, magnitude=attention_factor)
     return rope, replace(local, dimensions=local_dimensions)
+
+
+def _read_still(keys: Keys, pairs: int) -> frozenset[int]:
+    """Pairs of a position's fourth part, which is 0 in text, where the others are its place (interleaved M-RoPE,
+    `ggml_mrope_cache_init` in llama.cpp's ggml/src/ggml-cpu/ops.cpp).
+
+    Every third pair is of the same one of the first three parts, as far as that part's section reaches.
+    """
+    if ROPE_SECTIONS not in keys.architecture.reads:
+        return frozenset()
+    value = keys.metadata.get(keys.name(ROPE_SECTIONS))
+    if value is None:
+        return frozenset()
+    lengths = value.tolist() if isinstance(value, np.ndarray) else [value] * 4
+    sections = [n for n in lengths if isinstance(n, int) and not isinstance(n, bool) and n >= 0]
+    total = sum(sections)
+    if len(sections) != len(lengths) or len(sections) > 4 or not 0 < total <= 2 * pairs:
+        raise ConfigError(
+            f"metadata {keys.name(ROPE_SECTIONS)} must be at most four lengths, together 1 to {2 * pairs}, "
+            f"got {lengths[:9]}"
+        )
+    sections += [0] * (4 - len(sections))
+    return frozenset(i for i in range(pairs) if (place := i % total) >= 3 * sections[place % 3])

@@ -178,12 +178,20 @@ class Tokenizer:
         self._user_defined = sorted(self._tokens[token] for token in user_defined)
 
         self._bytes: dict[int, bytes] = {}
+        odd: list[str] = []
         for token in of_type(TokenType.BYTE):
             text = self._tokens[token]
             match = re.fullmatch("<0x([0-9A-Fa-f]{2})>", text)
             if match is None:
-                raise TokenizerError(f"{KEY}tokens[{token}] is {text[:80]!r}, but its type says byte: '<0xNN>'")
-            self._bytes[token] = bytes.fromhex(match[1])
+                odd.append(text)
+            else:
+                self._bytes[token] = bytes.fromhex(match[1])
+        if odd:
+            warnings.warn(
+                f"{KEY}token_type says byte of {len(odd)} tokens that name none (<0xNN>), as {odd[0][:80]!r}; they are "
+                "taken as text",
+                stacklevel=4,
+            )
 
         # llama.cpp goes by the model's name here: Phi-3's special tokens swallow the white space that follows them.
         self._strips: frozenset[str] = frozenset()

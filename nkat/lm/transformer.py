@@ -9,8 +9,7 @@ turns gradients off: callers that only evaluate use `torch.inference_mode()`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -22,9 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
 from nkat.lm.activation import activate
-from nkat.lm.architectures import FEED_FORWARD, FUSED_QKV, QKV, ROUTER, SHARED_EXPERT
+from nkat.lm.architectures import DELTA_LINEARS, FEED_FORWARD, FUSED_QKV, QKV, ROUTER, SHARED_EXPERT
 from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
+from nkat.lm.cache import KeysValues, KVCache
 from nkat.lm.config import ModelConfig, Turning
+from nkat.lm.delta_net import DeltaNet
 from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.linear import PackedModule, StarLinear
 from nkat.theta.algebra import Term
@@ -33,92 +34,6 @@ if TYPE_CHECKING:
     from nkat.kernels.cuda.planes import PackedWeight
 
 _TILE_ELEMENTS = 1 << 22  # logits, or weights, of one vocabulary tile: 16 MB in float32
-
-
-FIRST_ROOM = 2048  # tokens: most prompts and answers together, so that most caches never grow
-
-
-def next_room(room: int, needed: int, capacity: int) -> int:
-    """Tokens that a cache grows to: twice as many, so that a token is moved once on average."""
-    return min(capacity, max(needed, 2 * room))
-
-
-@contextmanager
-def cache_memory(tokens: int) -> Iterator[None]:
-    """Says in one line that the memory for so many tokens is not there."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise NKATError(
-            f"the KV cache for {tokens} tokens does not fit into the GPU's memory: give fewer (--max-tokens, --seq-len)"
-        ) from None
-    except (MemoryError, OverflowError, RuntimeError, ValueError):  # no memory, or more bytes than can be counted
-        raise NKATError(
-            f"there is no memory for a KV cache of {tokens} tokens: give fewer (--max-tokens, --seq-len)"
-        ) from None
-
-
-class KVCache:
-    """Keys (after RoPE) and values of every block: [B, H_kv, room, D] each.
-
-    `length` tokens of it are filled. Setting `length` to a smaller value forgets the tokens after it.
-    room: tokens that there is memory for: `capacity`, or with `growing` as many as were needed so far, or some more
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        growing: bool = False,
-    ) -> None:
-        self.batch, self.capacity = batch, capacity
-        self.room = min(capacity, FIRST_ROOM) if growing else capacity
-        self.length = 0
-        heads = [
-            (config.of(i).kv_heads if config.has_own_kv(i) else 0, config.of(i).head_dim)
-            for i in range(config.block_count)
-        ]
-        with cache_memory(self.room):
-            self.keys, self.values = (
-                [torch.zeros(batch, count, self.room, size, dtype=dtype, device=device) for count, size in heads]
-                for _ in range(2)
-            )
-
-    def check_room(self, batch: int, tokens: int) -> None:
-        if batch != self.batch:
-            raise NKATError(f"the KV cache was made for {self.batch} sequences, not {batch}")
-        if self.length + tokens > self.capacity:
-            raise NKATError(
-                f"the KV cache holds {self.capacity} tokens; {self.length} are in it and {tokens} more do not fit"
-            )
-        if self.length + tokens > self.room:
-            self._grow(next_room(self.room, self.length + tokens, self.capacity))
-
-    def _grow(self, room: int) -> None:
-        """Memory for more tokens, an array at a time, so that no more than one is there twice."""
-        with cache_memory(room):
-            for arrays in (self.keys, self.values):
-                for i, old in enumerate(arrays):
-                    arrays[i] = old.new_zeros(*old.shape[:2], room, old.shape[3])
-                    arrays[i][:, :, : self.length] = old[:, :, : self.length]
-        self.room = room
-
-    def extend(self, block: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes one block's new keys and values behind `length`; returns all of that block's, [B, H_kv, S, D]."""
-        end = self.length + k.shape[2]
-        self.keys[block][:, :, self.length : end] = k
-        self.values[block][:, :, self.length : end] = v
-        return self.keys[block][:, :, :end], self.values[block][:, :, :end]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.keys, *self.values))
-
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]  # [B, H_kv, S, D] each
 
 
 class Embedding(PackedModule):
@@ -164,9 +79,10 @@ class LayerInputs(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: attention, then the gated feed-forward network or a mixture of them, each added to the
-    residual stream."""
+    """One transformer block: attention or a gated delta net, then the gated feed-forward network or a mixture of them,
+    each added to the residual stream."""
 
+    shared_gate: torch.Tensor | None
     sinks: torch.Tensor | None
     scale: torch.Tensor | None
 
@@ -179,22 +95,25 @@ class Block(nn.Module):
         scale: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
         experts: Experts | None = None,
+        shared_gate: torch.Tensor | None = None,
+        delta_net: DeltaNet | None = None,
     ) -> None:
         """linears: by name, those of `config.linears`; norms: RMS norm weights, those of `config.norms`, and ROUTER's
         where it has a norm of its own.
 
         scale: of what leaves the block, [1]; sinks: [H], see `nkat.lm.attention.attend`; experts: where
-        `config.mixture` says so
+        `config.mixture` says so; shared_gate: [d], of the expert that is every token's; delta_net: in attention's place
         """
         super().__init__()
         self.config, self.index = config, index
         self.local, self.turning = config.local_blocks[index], config.turning(index)
         self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
-        own = config.has_own_kv(index)
+        own = config.has_own_kv(index) or delta_net is not None
         self.qkv = [name for name in self.linears if name in ((*QKV, FUSED_QKV) if own else QKV[:1])]  # of what is read
         self.feed_forward = [name for name in self.linears if name in FEED_FORWARD]  # two or three, or none
         self.shared_expert = [name for name in self.linears if name in SHARED_EXPERT]
-        self.experts = experts
+        self.experts, self.delta_net = experts, delta_net
+        self.register_buffer("shared_gate", shared_gate, persistent=False)
         self.register_buffer("sinks", sinks, persistent=False)
         self.norms = nn.ParameterDict({k: nn.Parameter(v, requires_grad=False) for k, v in norms.items()})
         self.register_buffer("scale", scale, persistent=False)
@@ -213,8 +132,8 @@ class Block(nn.Module):
         cache: KVCache | None,
         given: KeysValues | None = None,
         layer_input: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, KeysValues]:
-        """Residual stream [B, T, d] → [B, T, d], and the keys and values that its queries met.
+    ) -> tuple[torch.Tensor, KeysValues | None]:
+        """Residual stream [B, T, d] → [B, T, d], and the keys and values that its queries met, where it has queries.
 
         given: those of an earlier block, for a block without its own;  layer_input: see `LayerInputs`, [B, T, p]
         """
@@ -235,12 +154,17 @@ class Block(nn.Module):
 
     def _attention(
         self, x: torch.Tensor, view: View, cache: KVCache | None, given: KeysValues | None
-    ) -> tuple[torch.Tensor, KeysValues]:
+    ) -> tuple[torch.Tensor, KeysValues | None]:
+        if self.delta_net is not None:
+            return self._recurred(self.delta_net, x, cache), None
         config = self.config
         outputs = [self.linears[name](x) for name in self.qkv]
         compute_dtype = outputs[0].dtype
         parts = outputs[0].split(config.qkv_rows(self.index), dim=-1) if self.qkv == [FUSED_QKV] else outputs
         q, *own = parts
+        gate = None
+        if config.architecture.gated_attention:
+            q, gate = (t.flatten(2) for t in q.unflatten(-1, (config.head_count, 2, -1)).unbind(-2))
         q = self._turned(q.to(x.dtype), "attn_q_norm", view)
         if view.warmth is not None:
             q = q * view.warmth[:, None, None]
@@ -254,7 +178,19 @@ class Block(nn.Module):
             raise TypeError(f"block {self.index} has no keys of its own and was given none")
         q = q.to(compute_dtype).transpose(1, 2)
         mixed = attend(q, *given, view, config.attention_scale, config.attention_cap, self.sinks)
-        return self.linears["attn_output"](mixed.transpose(1, 2).flatten(2)), given
+        mixed = mixed.transpose(1, 2).flatten(2)
+        if gate is not None:
+            mixed = mixed.to(x.dtype) * gate.to(x.dtype).sigmoid()
+        return self.linears["attn_output"](mixed), given
+
+    def _recurred(self, delta_net: DeltaNet, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+        """What a gated delta net makes of the new tokens, in attention's place."""
+        outputs = [self.linears[name](x).to(x.dtype) for name in delta_net.sizes.inputs]
+        state = None if cache is None else cache.state(self.index)
+        mixed, state = delta_net(outputs, state)
+        if cache is not None:
+            cache.put_state(self.index, state)
+        return self.linears[DELTA_LINEARS[-1]](mixed)
 
     def _heads(self, outputs: torch.Tensor) -> torch.Tensor:
         """[B, T, H·D] → [B, T, H, D]"""
@@ -274,7 +210,10 @@ class Block(nn.Module):
         if self.experts is None:
             return self._feed_forward(read, self.feed_forward)
         if self.shared_expert:
-            return self.experts(read) + self._feed_forward(read, self.shared_expert).to(x.dtype)
+            shared = self._feed_forward(read, self.shared_expert).to(x.dtype)
+            if self.shared_gate is not None:
+                shared = shared * (read @ self.shared_gate).sigmoid()[..., None]
+            return self.experts(read) + shared
         if not self.feed_forward:
             return self.experts(read)
         fed = self._norm(self._feed_forward(read, self.feed_forward).to(x.dtype), "post_ffw_norm_1")
@@ -486,12 +425,12 @@ class Transformer(nn.Module):
                 *(met.get(config.of(i).kv_block), None if inputs is None else inputs[i]),
             )
             x, own = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
-            if i in config.shared_blocks:
+            if i in config.shared_blocks and own is not None:
                 met[i] = own
             if trace is not None:
                 trace[f"blk.{block.index}"] = x
         if cache is not None:
-            cache.length += count
+            cache.advance(count)
         x = F.rms_norm(x, self.output_norm.shape, self.output_norm, config.rms_epsilon)
         if trace is not None:
             trace["output_norm"] = x

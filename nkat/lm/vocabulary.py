@@ -38,9 +38,19 @@ def strings(metadata: Mapping[str, Any], name: str) -> list[str]:
 
 
 def read_merges(metadata: Mapping[str, Any]) -> list[str]:
-    """Those of texts: others would make tokens that are none (see `read_tokens`)."""
+    """Those of two texts: others would make tokens that are none (see `read_tokens`)."""
     merges = strings(metadata, "merges")
-    return merges if is_text("".join(merges)) else [merge for merge in merges if is_text(merge)]
+    if not is_text("".join(merges)):
+        merges = [merge for merge in merges if is_text(merge)]
+    pairs = [merge for merge in merges if " " in merge[1:]]
+    if len(pairs) < len(merges):
+        odd = next(merge for merge in merges if " " not in merge[1:])
+        warnings.warn(
+            f"{KEY}merges: {len(merges) - len(pairs)} are not two tokens with a space between, as {odd[:80]!r}; they "
+            "are not used, as by llama.cpp",
+            stacklevel=4,
+        )
+    return pairs
 
 
 def read_numbers(metadata: Mapping[str, Any], name: str, length: int) -> np.ndarray:

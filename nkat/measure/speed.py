@@ -164,7 +164,7 @@ def bench_decode(
     blocks warms up. gamma: as for `bench_prefill`. The cache then holds `start` tokens and those of the last block.
     """
     _check(len(tokens), repetitions)
-    if not 0 < start <= decoder.length:
+    if not 0 < start <= decoder.length or decoder.reach(start) != start:
         raise NKATError(f"decoding starts behind {start} tokens, but {decoder.length} are in the KV cache")
     blocks = [(start + i, tokens[i : i + block]) for i in range(0, len(tokens), block)]
 
@@ -172,6 +172,7 @@ def bench_decode(
         position, fed = blocks[index]
         decoder.set_gamma(strength)
         decoder.length = position
+        decoder.keep_state(len(blocks) + 1)
         _wait(decoder.step(fed[0]))
         decoder.length = position
         seconds = []

@@ -25,7 +25,6 @@ from nkat.search import report
 from nkat.search.learned import has_begun
 from nkat.search.objective import (
     BASE,
-    GROUPS,
     GUARD,
     RANKS,
     OverheadLimit,
@@ -35,6 +34,7 @@ from nkat.search.objective import (
     apply_setting,
     make_objective,
     make_pruner,
+    patterns_of,
     summary,
 )
 from nkat.search.optimal import write_none, write_optimal
@@ -203,7 +203,8 @@ def made_theta(prepared: Prepared, setting: Setting) -> ThetaSet:
         return apply_setting(prepared.theta_set, setting)
     model = prepared.loaded.file
     base = model.require_base()
-    names = select_layers(base.tensors, GROUPS[setting.layers] if setting.layers != "both" else None)
+    patterns = None if setting.layers == "both" else patterns_of(setting.layers, prepared.theta_set.layers)
+    names = select_layers(base.tensors, patterns)
     made_as = replace(prepared.made_as, rank=setting.rank, gamma=setting.gamma)
     thetas = make_thetas(base.file, names, made_as)
     return apply_setting(describe_theta_set(model, thetas, made_as, prepared.theta_set.base_sha256), setting)

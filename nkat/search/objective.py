@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -35,9 +35,9 @@ GAMMAS = (0.90, 0.99, 0.01)  # lowest, highest, step
 LEARNED_GAMMAS = (0.95, 0.995, 0.005)
 # Layer groups as patterns of weight names, which `--selective-layers` of the converter takes too.
 GROUPS = {
-    "attention": ("blk.*.attn_*.weight",),
+    "attention": ("blk.*.attn_*.weight", "blk.*.ssm_*.weight"),  # or what stands in its place
     "ffn": ("blk.*.ffn_*.weight",),
-    "both": ("blk.*.attn_*.weight", "blk.*.ffn_*.weight"),
+    "both": ("blk.*.attn_*.weight", "blk.*.ssm_*.weight", "blk.*.ffn_*.weight"),
 }
 GUIDE_DEFAULT = {"rank": 4, "gamma": 0.97, "layers": "both", "depth_decay": False}
 BASE = "base"  # the user attribute that marks the trial of the model without Θ
@@ -113,6 +113,12 @@ class Space:
     def _allowed(self, point: Mapping[str, Any]) -> dict[str, Any]:
         rank = point["rank"] if point["rank"] in self.ranks else self.ranks[0]
         return {**point, "rank": rank, "gamma": point["gamma"] if self.gamma is None else self.gamma}
+
+
+def patterns_of(layers: str, names: Iterable[str]) -> list[str]:
+    """Those of a group that some of a model's layers match: the converter refuses others."""
+    known = list(names)
+    return [pattern for pattern in GROUPS[layers] if any(fnmatchcase(name, pattern) for name in known)]
 
 
 def apply_setting(theta_set: ThetaSet, setting: Setting) -> ThetaSet:

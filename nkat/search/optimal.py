@@ -21,7 +21,7 @@ from nkat.host.record import toolkit_version, write_json
 from nkat.host.tools import tool_command
 from nkat.measure.gains import gain_table
 from nkat.measure.guard import prices_table
-from nkat.search.objective import GROUPS, GUARD, Setting
+from nkat.search.objective import GUARD, Setting, patterns_of
 from nkat.search.options import SearchOptions
 from nkat.search.prepare import Prepared
 from nkat.theta.card import CARD, Card, may_write, write_card
@@ -127,7 +127,7 @@ def converter_command(options: SearchOptions, prepared: Prepared, setting: Setti
         words += ["--theta-rank", setting.rank, "--theta-gamma", f"{setting.gamma:g}", "--seed", options.study.seed]
         words += ["--threads", torch.get_num_threads()]  # sums of another number of threads may round otherwise
     if setting.layers != "both":
-        words += ["--selective-layers", *GROUPS[setting.layers]]
+        words += ["--selective-layers", *patterns_of(setting.layers, prepared.theta_set.layers)]
     if setting.depth_decay:
         words.append("--depth-decay")
     if options.theta_source == "residual" and options.reference is not None:

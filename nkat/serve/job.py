@@ -14,8 +14,7 @@ from nkat.errors import NKATError
 from nkat.host import console, hardware
 from nkat.host.console import note
 from nkat.hub.fetch import local_model
-from nkat.lm.config import ModelConfig
-from nkat.lm.load import DTYPES, LoadedModel, load_model
+from nkat.lm.load import DTYPES, LoadedModel, load_model, read_config
 from nkat.serve.api import Api
 from nkat.serve.arms import LARGEST_WEIGHT, Arms, theta_names
 from nkat.serve.model import Served
@@ -100,8 +99,7 @@ def load(options: ServeOptions, model_file: ModelFile) -> LoadedModel:
 
 def context_of(options: ServeOptions, model_file: ModelFile) -> int:
     """Tokens of a prompt and its answer. Raises NKATError for more than the model was made for."""
-    base = model_file.require_base()
-    made_for = ModelConfig.from_gguf(base.file.metadata, base.tensors).context_length
+    made_for = read_config(model_file).context_length
     if options.context is not None and options.context > made_for:
         raise NKATError(f"--context: {options.context} tokens are more than the {made_for} that the model was made for")
     return options.context or min(USUAL_CONTEXT, made_for)

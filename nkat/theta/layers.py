@@ -11,7 +11,7 @@ from nkat.errors import NKATError
 from nkat.gguf.file import TensorInfo
 from nkat.gguf.names import EXPERTS_IN_NAME, block_number, draft_blocks
 
-_BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down)(_shexp)?)\.weight")
+_BLOCK_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output|gate)|ssm_(in|out)|ffn_(gate|up|down)(_shexp)?)\.weight")
 
 # Names the same matrices have in Meta's LLaMA checkpoints and in Hugging Face's, and what GGUF calls them.
 _OTHER_NAMES = {
@@ -31,12 +31,22 @@ _OTHER_NAMES = {
     "mlp.up_proj": "ffn_up",
     "self_attn.qkv_proj": "attn_qkv",
     "mlp.gate_up_proj": "ffn_up",
+    "linear_attn.in_proj_qkv": "attn_qkv",
+    "linear_attn.in_proj_z": "attn_gate",
+    "linear_attn.in_proj_qkvz": "ssm_in",
+    "linear_attn.in_proj_b": "ssm_beta",
+    "linear_attn.in_proj_a": "ssm_alpha",
+    "linear_attn.in_proj_ba": "ssm_ba",
+    "linear_attn.out_proj": "ssm_out",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
 }
 
 
 def adaptable_layers(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """The 2-D linear weights inside the blocks (attention q, k, v, output; FFN gate, up, down, of a mixture those that
-    every token goes to), in block order."""
+    """The 2-D linear weights inside the blocks (attention q, k, v, gate, output; what leads into and out of a recurrent
+    part; FFN gate, up, down, also of an expert that is every token's), in block order."""
     unread = draft_blocks(tensors)  # llama.cpp refuses an adapter for what it has not loaded
     names = [name for name, info in tensors.items() if _BLOCK_LINEAR.fullmatch(name) and len(info.shape) == 2]
     return sorted((name for name in names if block_number(name) not in unread), key=block_number)

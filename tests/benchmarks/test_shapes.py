@@ -37,6 +37,7 @@ def test_formats_are_those_of_the_real_files(mix, counts):
         ("IQ3_M", {Q.IQ3_S: 40, Q.Q4_K: 17, Q.Q6_K: 1}),
         ("Q2_K", {Q.Q2_K: 33, Q.Q3_K: 24, Q.Q6_K: 1}),
         ("IQ4_XS", {Q.IQ4_XS: 56, Q.Q5_K: 1, Q.Q6_K: 1}),
+        ("9B-delta-Q4_K_M", {Q.Q4_K: 55, Q.Q6_K: 9}),
     ],
 )
 def test_formats_are_those_that_llama_quantize_chooses(mix, counts):

@@ -254,7 +254,7 @@ def test_a_cache_that_grew_holds_the_same(tmp_path, monkeypatch, family, int8_ac
 def test_the_model_s_own_cache_grows_too(tmp_path, monkeypatch):
     loaded = load(tmp_path, "gemma3 window", repack=False)
     whole = EagerDecoder(loaded.model, 600)
-    monkeypatch.setattr("nkat.lm.transformer.FIRST_ROOM", 16)
+    monkeypatch.setattr("nkat.lm.cache.FIRST_ROOM", 16)
     growing = EagerDecoder(loaded.model, 600)
     small = growing.cache_nbytes
     for count in (1, 14, 3, 300, 1, 1):

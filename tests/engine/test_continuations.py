@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nkat.engine import tree_scorer
+from nkat.engine import continuations, tree_scorer
 from nkat.engine.continuations import Continuation, Prediction, predict
 from nkat.engine.scoring import make_scorer
 from nkat.engine.tree import batches, in_common, token_tree
@@ -98,6 +98,30 @@ def test_without_kernels(tmp_path, monkeypatch, options):
     monkeypatch.setattr("nkat.engine.continuations.has_kernels", lambda model: False)
     found = found_in(loaded)
     assert distance(found, [expected_of(loaded, each) for each in CONTINUATIONS]) < 1e-4
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_a_recurrent_model_goes_on_from_states_that_it_kept(tmp_path, monkeypatch, kernels):
+    """It computes no token more than a model that can forget any number of them."""
+    monkeypatch.setattr("nkat.engine.chain_scorer._PASS_TOKENS", 16)
+    computed = {}
+    for arch, has_kernels in (("llama", False), ("qwen35", kernels)):
+        monkeypatch.setattr("nkat.engine.continuations.has_kernels", lambda model, has=has_kernels: has)
+        loaded = load_model(write_tiny_model(tmp_path / "tiny.gguf", arch))
+        expected = [expected_of(loaded, each) for each in CONTINUATIONS]
+        make, counts = continuations._make_reader, []
+
+        def watched(*arguments, make=make, counts=counts):
+            reader = make(*arguments)
+            read = reader.read
+            reader.read = lambda tokens: counts.append(len(tokens)) or read(tokens)
+            return reader
+
+        with monkeypatch.context() as patch:
+            patch.setattr(continuations, "_make_reader", watched)
+            assert distance(found_in(loaded), expected) < 3e-4
+        computed[arch] = sum(counts)
+    assert computed["qwen35"] == computed["llama"] < sum(map(len, {each.read for each in CONTINUATIONS})) - 100
 
 
 @pytest.mark.parametrize("int8_activations", [False, True])

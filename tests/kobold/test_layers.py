@@ -49,6 +49,13 @@ def test_a_partial_split_as_koboldcpp_logs_it(smollm2: Path) -> None:
     assert (memory.compute + memory.largest) / MIB == pytest.approx(125.81, rel=0.01)
 
 
+def test_recurrent_blocks_have_a_state_in_place_of_a_cache(tmp_path: Path) -> None:
+    """llama.cpp b11434 with -c 8192: "KV buffer size = 3.00 MiB", "RS buffer size = 3.28 MiB"."""
+    path = write_tiny_model(tmp_path / "m.gguf", "qwen35", blocks=8, state=64, value_heads=32, key_heads=16)
+    memory = memory_of(path, 8192 - 128)
+    assert memory.cache * len(memory.blocks) / MIB == pytest.approx(3.00 + 3.28, abs=0.01)
+
+
 def test_blocks_are_the_bytes_of_their_tensors(tmp_path: Path) -> None:
     path = write_tiny_model(tmp_path / "m.gguf", "llama", blocks=5, qtype=gguf.GGMLQuantizationType.Q8_0)
     with GGUFFile.open(path) as file:

@@ -17,6 +17,7 @@ from nkat.lm.architectures import (
     SCALES,
     STACKS,
     Architecture,
+    Recurrent,
     Routing,
     Sizes,
     Window,
@@ -34,7 +35,7 @@ from tests.support.tiny_models import write_tiny_model
 
 GOLDEN = read_golden("tiny_logits")
 # Flags that let a tensor or a key be there: a file without it does not notice.
-PERMISSIONS = {"rope_factors", "long_rope", "varied", "layer_inputs", "block_scale"}
+PERMISSIONS = {"rope_factors", "long_rope", "varied", "block_scale"}
 # Flags that say how other programs' files are read, and nothing of the forward pass: tests/lm/test_peft.py judges it.
 ELSEWHERE = {"permuted_qk"}
 FLAGS = [field.name for field in fields(Architecture) if field.type == "bool"]
@@ -126,7 +127,6 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
         ("gemma2_caps", "window", Window(period=3, rope_base=None)),
         ("gemma2_caps", "window", Window(period=2, rope_base=500.0)),
         ("gemma4", "varied", False),
-        ("gemma4", "layer_inputs", False),
         ("gemma4", "block_scale", False),
         ("gemma4", "reads", ()),
         ("gemma4", "experts", Routing()),
@@ -146,6 +146,13 @@ def test_each_flag_counts(agrees: Agrees, arch: str) -> None:
         ("gpt-oss", "window", None),
         ("gpt-oss", "window", Window(period=3, rope_base=None)),
         ("gpt-oss", "ffn_norm", "ffn_norm"),
+        ("qwen35", "recurrent", None),
+        ("qwen35", "ffn_norm", "ffn_norm"),
+        ("qwen35_still", "reads", ()),
+        ("qwen35_still", "recurrent", Recurrent(grouped=True)),
+        ("qwen35moe", "experts", None),
+        ("qwen35moe", "experts", Routing()),
+        ("qwen3next", "recurrent", Recurrent()),
         ("gpt-oss_yarn", "window", Window(period=2, rope_base=10000.0)),
     ],
 )

@@ -16,7 +16,7 @@ from nkat.lm.architectures import BLOCK_LINEARS, QKV, SHARED_EXPERT, STACKS
 from nkat.lm.config import ModelConfig, Turning
 from nkat.lm.keys import ConfigError
 from nkat.lm.mixture import Mixture
-from tests.support.tiny_models import ARCHITECTURES, MIXTURE_FAMILIES, write_tiny_model
+from tests.support.tiny_models import ARCHITECTURES, MIXTURE_FAMILIES, TinyOptions, write_tiny_model
 
 MIXTRAL = dict(MIXTURE_FAMILIES)["llama"]
 
@@ -61,6 +61,10 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     scale = 8.0 if arch.startswith("gemma") else asked.get("embedding_scale", 1.0) / asked.get("residual_scale", 1.0)
     assert config.embedding_scale == pytest.approx(scale)
     linears = config.linears(1)
+    if tiny.value_heads:
+        check_recurrent(config, tiny)
+        linears = config.linears(3)
+        assert linears["attn_q"] == (8 * head_dim, 64)  # and its gate
     if tiny.fused_qkv:
         assert linears["attn_qkv"] == (8 * head_dim, 64)
     else:
@@ -69,11 +73,66 @@ def test_lengths_heads_and_flags(tmp_path, arch):
     if config.mixture is not None:
         assert (config.mixture.count, config.mixture.used, config.active_experts) == (6, 2, 1 / 3)
         assert list(config.mixture.stacks(64).values()) == [(6, 48, 64), (6, 48, 64), (6, 64, 48)]
-        assert list(linears) == [*QKV, "attn_output", *(SHARED_EXPERT if tiny.shared_expert else ())]
+        shared = SHARED_EXPERT if tiny.shared_length else ()
+        assert list(linears) == [*QKV, "attn_output", *shared]
         return
     assert linears["ffn_up"] == (192 if tiny.fused_gate_up else 96, 64)
     assert linears["ffn_down"] == (64, 96)
     assert list(linears) == [name for name in BLOCK_LINEARS if name in linears]  # in the order of the computation
+
+
+def check_recurrent(config: ModelConfig, tiny: TinyOptions) -> None:
+    assert config.recurrent_blocks == {0, 1, 2}
+    rows = 16 * (tiny.value_heads + 2 * tiny.key_heads)  # of queries and keys, too
+    assert config.linears(1)["attn_qkv"] == (rows, 64)
+    assert config.linears(1)["attn_gate"] == (16 * tiny.value_heads, 64)
+    assert config.linears(1)["ssm_out"] == (64, 16 * tiny.value_heads)
+    strengths = {"ssm_ba": 2} if tiny.grouped else {"ssm_beta": 1, "ssm_alpha": 1}
+    assert {name: config.linears(1)[name] for name in strengths} == {
+        name: (times * tiny.value_heads, 64) for name, times in strengths.items()
+    }
+    assert "attn_q" not in config.linears(1)
+    assert "attn_q_norm" in config.norms(3)
+    assert "attn_q_norm" not in config.norms(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ssm.conv_kernel": None}, "ssm.conv_kernel is missing"),
+        ({"ssm.conv_kernel": 17}, "ssm.conv_kernel must be at most 16, got 17"),
+        ({"ssm.inner_size": 65}, "ssm.inner_size 65 is not ssm.time_step_rank 4 times ssm.state_size 16"),
+        ({"ssm.group_count": 3}, "ssm.time_step_rank 4 is no multiple of ssm.group_count 3"),
+        ({"ssm.state_size": "16"}, "ssm.state_size must be an integer, got '16'"),
+        ({"full_attention_interval": 2}, r"tensor blk\.1\.attn_qkv\.weight has shape \(128, 64\), expected \(288"),
+        ({"full_attention_interval": 0}, "full_attention_interval must be at least 1"),
+        ({"attention.recurrent_layers": np.array([True, True])}, "recurrent_layers has 2 values for 4 blocks"),
+        ({"rope.dimension_sections": np.array([7, 7, 0, 0])}, "at most four lengths, together 1 to 12, got"),
+        ({"rope.dimension_sections": np.array([0, 0, 0, 0])}, "at most four lengths, together 1 to 12, got"),
+        ({"rope.dimension_sections": np.array([-1, 2, 0, 0])}, "at most four lengths, together 1 to 12, got"),
+        ({"expert_count": 4}, "mixtures of experts are not supported in qwen35 models"),
+    ],
+)
+def test_what_is_wrong_with_recurrent_blocks(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(tmp_path, "qwen35", changes)
+
+
+def test_which_blocks_are_recurrent(tmp_path):
+    listed = np.array([True, True, True, False])
+    assert config_of(tmp_path, "qwen35", {"attention.recurrent_layers": listed}).recurrent_blocks == {0, 1, 2}
+    assert config_of(tmp_path, "qwen35", {"full_attention_interval": None}).recurrent_blocks == {0, 1, 2}
+    assert config_of(tmp_path, "qwen35", interval=2).recurrent_blocks == {0, 2}
+    assert config_of(tmp_path, "qwen35", draft=1).recurrent_blocks == {0, 1, 2}
+    assert config_of(tmp_path, "qwen3").recurrent_blocks == set()
+
+
+@pytest.mark.parametrize(
+    ("sections", "still"),
+    [((2, 2, 2, 0), set()), ((2, 1, 1, 2), {4, 5}), ((1, 2, 0, 0), {2, 5}), ((0, 0, 0, 3), {0, 1, 2, 3, 4, 5})],
+)
+def test_pairs_that_a_position_of_text_does_not_turn(tmp_path, sections, still):
+    assert config_of(tmp_path, "qwen35", sections=sections).rope.still == still
 
 
 def test_real_models(smollm2, gemma3, qwen):
@@ -186,16 +245,14 @@ def test_theta_tensors_are_not_the_models_own(tmp_path):
         ("qwen3", "rope.scaling.type", "longrope", r"rope\.scaling\.type 'longrope' is not supported"),
         ("llama", "rope.scaling.type", 3, r"rope\.scaling\.type must be a string"),
         ("llama", "rope.scaling.factor", -2.0, r"rope\.scaling\.factor must be a finite number above 0"),
-        ("llama", "rope.scaling.yarn_beta_fast", 16.0, r"rope\.scaling\.yarn_beta_fast = 16\.0 is not supported"),
         ("qwen3", "expert_count", 8, r"expert_count is 8: mixtures of experts are not supported in qwen3 models"),
         ("llama", "expert_count", 8, r"metadata llama\.expert_used_count is missing"),
         ("llama", "expert_used_count", 2, r"expert_used_count is 2, but there is no llama\.expert_count"),
         ("llama", "attention.causal", False, r"attention\.causal = False is not supported"),
-        ("llama", "vocab_size", 99, r"tensor token_embd\.weight has shape \(\d+, 64\), expected \(99, 64\)"),
         ("qwen3", "attention.value_length", 32, r"value_length 32 differs from the key length 24"),
-        ("qwen3", "final_logit_softcapping", 30.0, r"qwen3\.final_logit_softcapping = 30\.0 is not supported"),
-        ("qwen3", "attention.temperature_scale", 0.1, r"qwen3\.attention\.temperature_scale = 0\.1 is not supported"),
-        ("gemma3", "attn_logit_softcapping", 50.0, r"gemma3\.attn_logit_softcapping = 50\.0 is not supported"),
+        ("glm4", "rope.dimension_sections", np.array([8, 12, 12, 0]), r"sections = \[8, 12, 12, 0\] is not supported"),
+        ("granite", "deepstack_mapping", np.array([-1, 0, 1]), r"deepstack_mapping = \[-1, 0, 1\] is not supported"),
+        ("qwen3moe", "expert_group_count", 4, r"expert_group_count = 4 is not supported"),
         ("gemma3", "attention.sliding_window", -1, r"sliding_window must be at least 0, got -1"),
         ("gemma3", "attention.sliding_window_pattern", np.array([True]), r"has 1 values for 3 blocks"),
         ("gemma3", "rope.freq_base_swa", 0.0, r"rope\.freq_base_swa must be a finite number above 1"),
@@ -270,7 +327,6 @@ def test_unknown_tensors_are_refused(tmp_path, arch, name):
         ("context_length", 1 << 31),
         ("attention.sliding_window", (1 << 64) - 1),
         ("feed_forward_length", 1 << 40),
-        ("vocab_size", 1 << 31),
         ("block_count", 1 << 20),
         ("rope.scaling.original_context_length", (1 << 64) - 1),
     ],
@@ -347,10 +403,51 @@ def test_scales_of_the_stream_go_into_embedding_and_epsilon(tmp_path):
     assert plain.rms_epsilon == pytest.approx(1e-5)
 
 
-@pytest.mark.parametrize("key", ["embedding_scale", "residual_scale", "attention.scale", "logit_scale"])
-def test_a_scale_that_is_not_computed_is_refused_by_name(tmp_path, key):
-    with pytest.raises(ConfigError, match=rf"metadata llama\.{key} = 0\.5 is not supported"):
-        config_of(tmp_path, "llama", {key: 0.5})
+@pytest.mark.parametrize(
+    ("arch", "key", "value"),
+    [
+        *(("llama", key, 0.5) for key in ("embedding_scale", "residual_scale", "attention.scale", "logit_scale")),
+        ("llama", "rope.scaling.yarn_beta_fast", 16.0),
+        ("llama", "attention.shared_kv_layers", 1),
+        ("llama", "embedding_length_per_layer_input", 4),
+        ("llama", "rope.dimension_sections", np.array([8, 12, 12, 0])),
+        ("qwen3", "final_logit_softcapping", 30.0),
+        ("qwen3", "attention.temperature_scale", 0.1),
+        ("qwen3", "attention.clamp_kqv", 1.0),
+        ("gemma3", "attn_logit_softcapping", 50.0),
+    ],
+)
+def test_what_means_something_elsewhere_only_is_not_used(tmp_path, arch, key, value):
+    """llama.cpp does not read it in such a model, whose perplexity there stays the same."""
+    expected = config_of(tmp_path, arch, sliding_window=8)
+    with pytest.warns(
+        UserWarning, match=rf"metadata {arch}\.{key} = .* means nothing in {arch} models, and is not used"
+    ):
+        assert config_of(tmp_path, arch, {key: value}, sliding_window=8) == expected
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", 99),
+        ("attention.key_length_swa", 4),
+        ("attention.value_length_swa", 4),
+        ("rope.dimension_count_swa", 4),
+        ("rope.scaling.original_context_length", 0),
+    ],
+)
+def test_what_is_not_used_is_not_checked(tmp_path, key, value):
+    assert config_of(tmp_path, "llama", {key: value}) == config_of(tmp_path, "llama")
+
+
+@pytest.mark.parametrize(("arch", "name"), [("qwen3", "cls.output.weight"), ("gemma3", "dense_2.weight")])
+def test_tensors_that_have_no_part_in_the_logits_are_left_alone(tmp_path, arch, name):
+    metadata, tensors = read_tiny(tmp_path, arch)
+    assert ModelConfig.from_gguf(metadata, {**tensors, name: tensor(name, 3, 64)}) == config_of(tmp_path, arch)
+    with pytest.raises(ConfigError, match="is unknown in a llama model"):
+        metadata, tensors = read_tiny(tmp_path, "llama")
+        ModelConfig.from_gguf(metadata, {**tensors, name: tensor(name, 3, 64)})
 
 
 def test_blocks_without_rope(tmp_path):
@@ -360,13 +457,6 @@ def test_blocks_without_rope(tmp_path):
     assert granite.unturned_blocks == {0, 1, 2}
     assert config_of(tmp_path, "granite", {"rope.scaling.finetuned": True}).unturned_blocks == set()
     assert config_of(tmp_path, "llama", {"rope.scaling.finetuned": False}).unturned_blocks == set()
-
-
-def test_positions_for_pictures_and_their_streams_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"metadata glm4\.rope\.dimension_sections differs"):
-        config_of(tmp_path, "glm4", {"rope.dimension_sections": np.array([8, 12, 12, 0])})
-    with pytest.raises(ConfigError, match=r"metadata granite\.deepstack_mapping"):
-        config_of(tmp_path, "granite", {"deepstack_mapping": np.array([-1, 0, 1])})
 
 
 def test_a_mixtral_is_a_llama_whose_experts_are_as_long_as_the_whole(tmp_path):
@@ -423,10 +513,10 @@ def test_blocks_that_foretell_later_tokens_are_left_out(tmp_path):
 
 def test_the_shared_expert_is_a_feed_forward_network_of_its_own_length(tmp_path):
     config = config_of(tmp_path, "granitemoe")
-    assert config.mixture == Mixture(6, 2, 48, shared=40)
+    assert config.mixture == Mixture(6, 2, 48, shared_length=40)
     assert config.linears(0)["ffn_gate_shexp"] == (40, 64)
     assert config.linears(0)["ffn_down_shexp"] == (64, 40)
-    without = config_of(tmp_path, "granitemoe", shared_expert=0)
+    without = config_of(tmp_path, "granitemoe", shared_length=0)
     assert without.mixture == Mixture(6, 2, 48)
     with pytest.raises(ConfigError, match=r"tensor blk\.0\.ffn_gate_shexp\.weight is unknown"):
         config_of(tmp_path, "granitemoe", {"expert_shared_feed_forward_length": 0})

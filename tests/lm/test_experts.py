@@ -102,14 +102,15 @@ def test_experts_that_no_token_goes_to_are_not_read(tmp_path, repack):
 
 @every_mixture
 def test_a_fit_learns_through_the_experts(tmp_path, arch):
-    """Θ of attention before a mixture: a step along its gradient lowers the loss by what the gradient says."""
+    """Θ of what is before a mixture: a step along its gradient lowers the loss by what the gradient says."""
     model = load(tmp_path, arch, dtype=torch.float64).model
     generator = torch.Generator().manual_seed(0)
-    start = {
-        "blk.0.attn_v.weight": tuple(0.1 * torch.randn(64, 2, dtype=torch.float64, generator=generator) for _ in "pq")
-    }
+    linears = model.star_linears()
+    name = next(f"blk.0.{name}.weight" for name in ("attn_v", "ssm_out") if f"blk.0.{name}.weight" in linears)
+    size = max(linears[name].shape)
+    start = {name: tuple(0.1 * torch.randn(size, 2, dtype=torch.float64, generator=generator) for _ in "pq")}
     with fitted_layers(model, start) as (layers, _):
-        parameters = list(layers["blk.0.attn_v.weight"].parameters())
+        parameters = list(layers[name].parameters())
 
         def loss() -> torch.Tensor:
             return model.nll(model.hidden(IDS)[0, :-1], IDS[0, 1:]).mean()
@@ -138,7 +139,7 @@ def test_mxfp4_experts_decode_by_the_compiled_program(tmp_path):
 
 # --- Θ on experts
 
-PATTERNS = ["blk.*.ffn_down_exps.weight", "blk.1.ffn_gate_exps.weight", "blk.0.attn_q.weight"]
+PATTERNS = ["blk.*.ffn_down_exps.weight", "blk.1.ffn_gate_exps.weight", "blk.0.attn_q*.weight"]
 
 
 def with_theta(path: Path) -> tuple[GGUFFile, dict[str, Theta]]:

@@ -19,7 +19,7 @@ from nkat.errors import NKATError
 from nkat.gguf.writer import write_gguf
 from nkat.lm.adapters import lora_set, open_adapter
 from nkat.lm.architectures import ARCHITECTURES
-from nkat.lm.huggingface import module_name, rows_for_gguf, rows_for_hf, weight_name
+from nkat.lm.huggingface import inputs_for_gguf, inputs_for_hf, module_name, rows_for_gguf, rows_for_hf, weight_name
 from nkat.lm.load import LoadedModel, load_model
 from nkat.lm.peft import CONFIG, WEIGHTS, peft_files, read_peft
 from nkat.theta.lora import lora_parts
@@ -31,13 +31,14 @@ from tests.support.tiny_models import write_tiny_model
 LOGITS = read_golden("exchange/peft_logits")
 ARCHS = pytest.mark.parametrize("arch", LOGITS["adapters"])
 TOLERANCE = 2e-4  # as of the other tiny models' logits
-NAMES = ("llama", "phi3", "glm4", "qwen3", "gemma3")
+NAMES = ("llama", "phi3", "glm4", "qwen3", "gemma3", "qwen35")
+OPTIONS = {"qwen35": {"interval": 2}}  # a recurrent block, and one with attention
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LoadedModel]:
     folder = tmp_path_factory.mktemp("tiny")
-    return lambda arch: load_model(write_tiny_model(folder / f"{arch}.gguf", arch, blocks=2))
+    return lambda arch: load_model(write_tiny_model(folder / f"{arch}.gguf", arch, blocks=2, **OPTIONS.get(arch, {})))
 
 
 def adapter(arch: str) -> Path:
@@ -86,7 +87,8 @@ def test_the_order_of_rows_counts_in_each_architecture(
 ) -> None:
     """Against PEFT's logits the row as it is agrees, and with the flag turned it does not."""
     known = "llama" if arch in LIKE_LLAMA else arch
-    path = write_tiny_model(tmp_path / "m.gguf", arch, blocks=2, **LIKE_LLAMA.get(arch, {}))
+    options = LIKE_LLAMA.get(arch, OPTIONS.get(arch, {}))
+    path = write_tiny_model(tmp_path / "m.gguf", arch, blocks=2, **options)
 
     def agrees(permuted: bool) -> bool:
         monkeypatch.setitem(ARCHITECTURES, arch, replace(row, permuted_qk=permuted))
@@ -171,6 +173,44 @@ def test_names_and_rows(tiny: Callable[[str], LoadedModel]) -> None:
     assert torch.equal(rows_for_hf("blk.0.attn_q.weight", turned, config), rows)
     assert torch.equal(rows_for_gguf("blk.0.attn_v.weight", rows, config), rows)
     assert torch.equal(rows_for_gguf("blk.0.attn_q.weight", rows, tiny("qwen3").config), rows)
+
+
+def test_value_heads_of_recurrent_blocks(tmp_path: Path) -> None:
+    """Rows of queries and keys stay, those of values and what they lead to take another order."""
+    path = write_tiny_model(tmp_path / "m.gguf", "qwen35", value_heads=6, state=2)
+    config = load_model(path).config
+    here = torch.arange(8.0 + 12)[:, None]  # two key heads: queries, keys, then three value heads of each in turn
+    there = rows_for_hf("blk.0.attn_qkv.weight", here, config)[:, 0].tolist()
+    assert there == [*range(8), 8, 9, 12, 13, 16, 17, 10, 11, 14, 15, 18, 19]
+    for name, rows in (("attn_qkv", 20), ("attn_gate", 12), ("ssm_beta", 6), ("ssm_alpha", 6), ("ffn_up", 96)):
+        values = torch.arange(float(rows))[:, None]
+        back = rows_for_gguf(f"blk.0.{name}.weight", rows_for_hf(f"blk.0.{name}.weight", values, config), config)
+        assert torch.equal(back, values)
+    strengths = rows_for_hf("blk.0.ssm_beta.weight", torch.arange(6.0)[:, None], config)[:, 0].tolist()
+    assert strengths == [0, 2, 4, 1, 3, 5]
+    columns = torch.arange(12.0)[None]
+    turned = inputs_for_hf("blk.0.ssm_out.weight", columns, config)
+    assert turned[0].tolist() == [0, 1, 4, 5, 8, 9, 2, 3, 6, 7, 10, 11]
+    assert torch.equal(inputs_for_gguf("blk.0.ssm_out.weight", turned, config), columns)
+    assert torch.equal(inputs_for_hf("blk.3.attn_output.weight", columns, config), columns)
+
+
+def test_modules_of_recurrent_blocks(tmp_path: Path) -> None:
+    config = load_model(write_tiny_model(tmp_path / "m.gguf", "qwen35moe")).config
+    for linear, module in (
+        *(("attn_qkv", "linear_attn.in_proj_qkv"), ("attn_gate", "linear_attn.in_proj_z")),
+        *(("ssm_out", "linear_attn.out_proj"), ("ffn_gate_shexp", "mlp.shared_expert.gate_proj")),
+    ):
+        assert module_name(f"blk.0.{linear}.weight", config) == f"model.layers.0.{module}"
+        assert weight_name(f"model.layers.0.{module}") == f"blk.0.{linear}.weight"
+    assert module_name("blk.3.attn_q.weight", config) == "model.layers.3.self_attn.q_proj"
+    loaded = load_model(write_tiny_model(tmp_path / "m.gguf", "qwen3next"))
+    assert module_name("blk.0.ssm_ba.weight", loaded.config) == "model.layers.0.linear_attn.in_proj_ba"
+    old = load_model(write_tiny_model(tmp_path / "old.gguf", "qwen3next", fused_inputs=True)).config
+    assert module_name("blk.0.ssm_in.weight", old) == "model.layers.0.linear_attn.in_proj_qkvz"
+    assert weight_name("model.layers.0.linear_attn.in_proj_qkvz") == "blk.0.ssm_in.weight"
+    with pytest.raises(NKATError, match=r"blk.0.attn_qkv.weight: .* which it is not in transformers; --export-lora"):
+        peft_files(seeded_theta_set(loaded.tensors), 0.5, loaded.file)
 
 
 @pytest.fixture

@@ -91,7 +91,12 @@ def test_logits_equal_llama_cpp(tiny, variant):
 
 
 def test_golden_variants_differ_so_that_equality_means_something():
-    same = [{"llama", "llama_scaling_none"}, {"llama_linear", "llama_linear_untyped"}, {"glm4", "glm4_draft"}]
+    same = [
+        {"llama", "llama_scaling_none"},
+        {"llama_linear", "llama_linear_untyped"},
+        {"glm4", "glm4_draft"},
+        {"qwen35", "qwen35_draft"},
+    ]
     for a, b in itertools.combinations(TINY["variants"], 2):
         difference = (
             (torch.tensor(TINY["variants"][a]["logits"]) - torch.tensor(TINY["variants"][b]["logits"])).abs().max()
@@ -105,9 +110,10 @@ def test_golden_variants_differ_so_that_equality_means_something():
 
 
 @pytest.mark.parametrize(("arch", "options"), FAMILIES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("steps", [[1] * 12, [5, 1, 1, 3, 2], [11, 1]])
 def test_decoding_through_the_cache_equals_one_pass(tiny, arch, options, dtype, tolerance, steps):
+    """float64 says whether it is the same; what float32 loses grows where short vectors are made unit ones."""
     model = tiny(arch, options, dtype=dtype).model
     ids = torch.cat([IDS, IDS.flip(1)])
     whole = run(model, ids)

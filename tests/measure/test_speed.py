@@ -46,6 +46,12 @@ class FakeMachine:
         self._work("step", [token])
         return torch.zeros(4)
 
+    def reach(self, length):
+        return length
+
+    def keep_state(self, most):
+        pass
+
     def set_gamma(self, gamma):
         self.gamma = gamma
 
@@ -188,9 +194,10 @@ def test_mistakes(machine: FakeMachine) -> None:
 
 
 @pytest.mark.isa
-def test_both_arms_are_the_model_without_and_with_theta(tmp_path) -> None:
+@pytest.mark.parametrize("arch", ["llama", "qwen35"])  # the latter goes back to states that were kept
+def test_both_arms_are_the_model_without_and_with_theta(tmp_path, arch: str) -> None:
     """The logits under the stopwatch are those of a model that never saw the other arm; with γ = 1 the arms agree."""
-    loaded = load_model(write_tiny_model(tmp_path / "llama.gguf", "llama"))
+    loaded = load_model(write_tiny_model(tmp_path / "tiny.gguf", arch))
     model = loaded.model
     generator = torch.Generator().manual_seed(0)
     factors = [torch.randn(96, 2, generator=generator, dtype=torch.float64) for _ in range(2)]

@@ -35,6 +35,7 @@ from nkat.search.objective import (
     apply_setting,
     log_tpe,
     make_objective,
+    patterns_of,
 )
 from nkat.search.report import what_came_out
 from nkat.sources.make import describe_theta_set, make_thetas
@@ -286,6 +287,17 @@ def test_the_list_of_settings_is_what_trials_draw_from() -> None:
             assert key(trial.params) in listed
         assert all(key(point) in listed for point in space.first())
         assert space.first()[0] == space.guide_default()
+
+
+def test_the_layers_of_a_group_are_all_layers_of_its_kind(tmp_path: Path) -> None:
+    """Also of a model with other blocks; a pattern that matches nothing, which the converter refuses, is left out."""
+    for arch, attention in (("qwen35", 3 * 3 + 4), ("llama", 3 * 4)):
+        tensors = open_model_file(write_tiny_model(tmp_path / "m.gguf", arch)).require_base().tensors
+        names = select_layers(tensors, None)
+        chosen = {layers: select_layers(tensors, patterns_of(layers, names)) for layers in ("attention", "ffn", "both")}
+        assert len(chosen["attention"]) == attention
+        assert {*chosen["attention"], *chosen["ffn"]} == {*chosen["both"]} == {*names}
+        assert not {*chosen["attention"]} & {*chosen["ffn"]}
 
 
 def test_another_models_reports_are_not_replaced_unasked(script, fails, tmp_path: Path) -> None:

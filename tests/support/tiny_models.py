@@ -8,7 +8,7 @@ are those that `tests.support.random_blocks` can make (no K-quants).
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,16 +74,41 @@ class TinyOptions:
     expert_length: bool = True  # expert_feed_forward_length is in the file
     beside: bool = False  # gemma4: with a feed-forward network for all tokens beside it, more norms and scales
     fused_experts: bool = False  # gate and up in one weight
-    shared_expert: int = 0  # inner elements of an expert that every token goes to
+    shared_length: int = 0  # inner elements of an expert that every token goes to
+    shared_gate: bool = False  # of that expert
     expert_bias: bool = False  # and of the router and the attention's output
     sinks: bool = False
     ffn_norm: str = "ffn_norm"
+    # qwen35: value heads of the blocks without attention (0: all blocks have it), their key heads, elements of a head,
+    # which blocks have attention; a gate on attention; M-RoPE's sections
+    value_heads: int = 0
+    key_heads: int = 2
+    state: int = 16
+    kernel: int = 4
+    interval: int = 4
+    grouped: bool = False
+    fused_inputs: bool = False  # old files of qwen3next: one weight for queries, keys, values and gates
+    attention_gate: bool = False
+    sections: tuple[int, ...] | None = None
     draft: int = 0  # blocks behind the others that foretell later tokens, and that no forward pass reads
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
     add_bos: bool = False
     chat_template: str | None = None
 
+
+_GATED_EXPERTS: dict[str, Any] = {"feed_forward": 48, "experts": 6, "shared_length": 32, "shared_gate": True}
+_QWEN35 = TinyOptions(
+    blocks=4,
+    head_dim=24,
+    rotary=12,
+    qk_norm=True,
+    ffn_norm="post_attention_norm",
+    value_heads=4,
+    attention_gate=True,
+    sections=(2, 2, 2, 0),
+    pre="qwen35",
+)
 
 # An architecture's usual choices. On purpose not made from the toolkit's own rows: llama.cpp is the judge of both.
 ARCHITECTURES = {
@@ -127,7 +152,7 @@ ARCHITECTURES = {
         feed_forward=48,
         experts=6,
         expert_length=False,
-        shared_expert=40,
+        shared_length=40,
         metadata={"embedding_scale": 3.0, "residual_scale": 0.4, "attention.scale": 0.1, "logit_scale": 1.5},
     ),
     "olmo2": TinyOptions(wide_qk_norm=True, pre_norm=False, post_norm=True, pre="dbrx"),
@@ -143,6 +168,9 @@ ARCHITECTURES = {
         sliding_window=6,
         pre="gpt-4o",
     ),
+    "qwen35": _QWEN35,
+    "qwen35moe": replace(_QWEN35, **_GATED_EXPERTS),
+    "qwen3next": replace(_QWEN35, **_GATED_EXPERTS, grouped=True, sections=None, pre="qwen2", value_heads=6),
 }
 
 # What the architectures with features of their own are tested with, by the model, the compiled program, the GPU step.
@@ -169,6 +197,7 @@ FURTHER_FAMILIES: list[tuple[str, dict[str, Any]]] = [
             "rope_scaling": {"type": "yarn", "factor": 4.0, "original_context_length": 7},
         },
     ),
+    ("qwen35", {"sections": (2, 1, 1, 2), "interval": 2, "value_heads": 6, "key_heads": 3}),
 ]
 
 # As Gemma 4 26B-A4B is.
@@ -191,13 +220,28 @@ MIXTURE_FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("granitemoe", {}),
     ("gemma4", {**_26B, "fused_experts": True}),
     ("gemma4", _26B),
+    ("qwen35moe", {"fused_experts": True}),
+    ("qwen35moe", {}),
+    ("qwen3next", {"fused_inputs": True}),
+    ("qwen3next", {}),
 ]
 
 
-def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Path:
+Packed = tuple[np.ndarray, gguf.GGMLQuantizationType]
+
+
+def write_tiny_model(
+    path: Path,
+    arch: str,
+    seed: int = 0,
+    *,
+    make: Callable[[str, tuple[int, ...]], Packed | None] | None = None,
+    **options: Any,
+) -> Path:
     """Write a tiny GGUF model to `path` (overwritten) and return `path`.
 
-    The same arguments give bit-equal weights everywhere. `options` are the fields of `TinyOptions`; an unknown one is a
+    The same arguments give bit-equal weights everywhere. make: weights of its own, packed, by name and shape; None: the
+    usual ones. `options` are the fields of `TinyOptions`; an unknown one is a
     TypeError, an unknown architecture or vocabulary a ValueError.
     """
     if arch not in ARCHITECTURES:
@@ -207,6 +251,9 @@ def write_tiny_model(path: Path, arch: str, seed: int = 0, **options: Any) -> Pa
     _add_hyperparameters(writer, arch, opts)
     vocab_size = _add_vocabulary(writer, opts)
     for name, shape, mean, std in _tensor_list(opts, vocab_size):
+        if make is not None and (own := make(name, shape)) is not None:
+            writer.add_tensor(name, own[0], raw_dtype=own[1])
+            continue
         values = _random_tensor(seed, name, shape, mean, std)
         qtype = (opts.qtypes or {}).get(name, opts.qtype)
         if len(shape) > 1 and qtype != gguf.GGMLQuantizationType.F32:
@@ -255,8 +302,8 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
     if opts.experts:
         writer.add_expert_count(opts.experts)
         writer.add_expert_used_count(opts.experts_used)
-        if opts.shared_expert:
-            writer.add_expert_shared_feed_forward_length(opts.shared_expert)
+        if opts.shared_length:
+            writer.add_expert_shared_feed_forward_length(opts.shared_length)
         if opts.expert_length:
             writer.add_expert_feed_forward_length(opts.feed_forward)
     writer.add_head_count(opts.heads)
@@ -269,6 +316,15 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, arch: str, opts: TinyOptions) 
         writer.add_key_length_swa(opts.local_head_dim)
         writer.add_value_length_swa(opts.local_head_dim)
         writer.add_rope_dimension_count_swa(opts.local_head_dim)
+    if opts.value_heads:
+        writer.add_ssm_conv_kernel(opts.kernel)
+        writer.add_ssm_inner_size(opts.value_heads * opts.state)
+        writer.add_ssm_state_size(opts.state)
+        writer.add_ssm_time_step_rank(opts.value_heads)
+        writer.add_ssm_group_count(opts.key_heads)
+        writer.add_full_attention_interval(opts.interval)
+    if opts.sections is not None:
+        writer.add_rope_dimension_sections(opts.sections)
     writer.add_layer_norm_rms_eps(opts.epsilon)
     writer.add_rope_freq_base(opts.freq_base)
     if opts.rotary is not None:
@@ -320,13 +376,22 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
             yield block + "nextn.hnorm.weight", (n,), 1.0, 0.2
         head_dim, kv_heads, ff = _sizes(opts, i)
         n_q, n_kv = opts.heads * head_dim, kv_heads * head_dim
-        own = i < opts.blocks - opts.shared_kv
+        own = not opts.blocks - opts.shared_kv <= i < opts.blocks
         if opts.pre_norm:
             yield block + "attn_norm.weight", (n,), 1.0, 0.2
-        qkv = [("attn_q", n_q, SCORE_GAIN), ("attn_k", n_kv, SCORE_GAIN), ("attn_v", n_kv, 1.0)]
+        recurrent = opts.value_heads > 0 and i < opts.blocks and (i + 1) % opts.interval > 0
+        if recurrent:
+            yield from _recurrent_tensors(block, opts)
+        qkv = [
+            ("attn_q", n_q * (2 if opts.attention_gate else 1), SCORE_GAIN),
+            ("attn_k", n_kv, SCORE_GAIN),
+            ("attn_v", n_kv, 1.0),
+        ]
         if opts.fused_qkv:
             qkv = [("attn_qkv", n_q + 2 * n_kv, SCORE_GAIN)]
-        if not own and not opts.idle_kv:
+        if recurrent:
+            qkv = []
+        elif not own and not opts.idle_kv:
             qkv = qkv[:1]
         elif opts.keys_are_values and opts.local is not None and not opts.local[i]:
             qkv = qkv[:2]
@@ -334,11 +399,12 @@ def _tensor_list(opts: TinyOptions, vocab_size: int) -> Iterator[tuple[str, tupl
             yield f"{block}{name}.weight", (rows, n), 0.0, gain / math.sqrt(n)
             if opts.qkv_bias:
                 yield f"{block}{name}.bias", (rows,), 0.0, 0.5
-        if opts.qk_norm or opts.wide_qk_norm:
+        if (opts.qk_norm or opts.wide_qk_norm) and not recurrent:
             yield block + "attn_q_norm.weight", (n_q if opts.wide_qk_norm else head_dim,), opts.qk_gain, 0.3
             if own or opts.idle_kv:
                 yield block + "attn_k_norm.weight", (n_kv if opts.wide_qk_norm else head_dim,), opts.qk_gain, 0.3
-        yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
+        if not recurrent:
+            yield block + "attn_output.weight", (n, n_q), 0.0, 1 / math.sqrt(n_q)
         if opts.sinks:
             yield block + "attn_sinks.weight", (opts.heads,), 1.0, 1.5
         if opts.pre_norm:
@@ -376,7 +442,9 @@ def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[
         yield block + "ffn_gate_exps.weight", (count, ff, n), 0.0, 1.5 * large / math.sqrt(n)
         yield block + "ffn_up_exps.weight", (count, ff, n), 0.0, large / math.sqrt(n)
     yield block + "ffn_down_exps.weight", (count, n, ff), 0.0, 1 / large / math.sqrt(ff)
-    if shared := opts.shared_expert:
+    if shared := opts.shared_length:
+        if opts.shared_gate:
+            yield block + "ffn_gate_inp_shexp.weight", (n,), 0.0, 1 / math.sqrt(n)
         yield block + "ffn_gate_shexp.weight", (shared, n), 0.0, 1.5 / math.sqrt(n)
         yield block + "ffn_up_shexp.weight", (shared, n), 0.0, 1 / math.sqrt(n)
         yield block + "ffn_down_shexp.weight", (n, shared), 0.0, 1 / math.sqrt(shared)
@@ -392,6 +460,28 @@ def _expert_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[
         yield block + "ffn_gate_exps.bias", (count, ff), 0.0, 0.5
         yield block + "ffn_up_exps.bias", (count, ff), 0.0, 0.5
         yield block + "ffn_down_exps.bias", (count, n), 0.0, 0.5
+
+
+def _recurrent_tensors(block: str, opts: TinyOptions) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+    """Of a gated delta net. A memory's half-life is some tokens, strengths lie on both sides of a half, and no query is
+    so far from its key that the norm of what it reads is one of rounding errors."""
+    n, heads, values = opts.embedding, opts.value_heads, opts.value_heads * opts.state
+    channels = 2 * opts.key_heads * opts.state + values
+    if opts.fused_inputs:
+        yield block + "ssm_in.weight", (channels + values, n), 0.0, 2 / math.sqrt(n)
+    else:
+        yield block + "attn_qkv.weight", (channels, n), 0.0, 2 / math.sqrt(n)
+        yield block + "attn_gate.weight", (values, n), 0.0, 1.5 / math.sqrt(n)
+    yield block + "ssm_conv1d.weight", (channels, opts.kernel), 0.8, 0.3
+    yield block + "ssm_dt.bias", (heads,), -1.0, 0.5
+    yield block + "ssm_a", (heads,), -0.4, 0.15
+    if opts.grouped:
+        yield block + "ssm_ba.weight", (2 * heads, n), 0.0, 1.5 / math.sqrt(n)
+    else:
+        yield block + "ssm_beta.weight", (heads, n), 0.0, 1.5 / math.sqrt(n)
+        yield block + "ssm_alpha.weight", (heads, n), 0.0, 1.5 / math.sqrt(n)
+    yield block + "ssm_norm.weight", (opts.state,), 1.0, 0.3
+    yield block + "ssm_out.weight", (n, values), 0.0, 1 / math.sqrt(values)
 
 
 def _random_tensor(seed: int, name: str, shape: tuple[int, ...], mean: float, std: float) -> np.ndarray:

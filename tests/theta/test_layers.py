@@ -24,6 +24,18 @@ def test_default_is_the_seven_linear_weights_of_each_block_in_order(tensors) -> 
     assert not any("norm" in name or "embd" in name or name.startswith("output") for name in names)
 
 
+def test_default_of_recurrent_blocks_and_experts(tmp_path: Path) -> None:
+    """What leads into and out of them, and the expert that is every token's; the others where they are named."""
+    tensors = GGUFFile.open(write_tiny_model(tmp_path / "t.gguf", "qwen35moe")).tensors
+    shared = ["ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp"]
+    of_block = {
+        i: {name.split(".")[2] for name in adaptable_layers(tensors) if name.startswith(f"blk.{i}.")} for i in (0, 3)
+    }
+    assert of_block[0] == {"attn_qkv", "attn_gate", "ssm_out", *shared}
+    assert of_block[3] == {"attn_q", "attn_k", "attn_v", "attn_output", *shared}
+    assert len(select_layers(tensors, ["blk.*.ffn_down_exps.weight"])) == 4
+
+
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [

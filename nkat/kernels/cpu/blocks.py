@@ -41,7 +41,7 @@ def _capped(k: Builder, x: Value, cap: Value) -> Value:
     return cap - (cap + cap) / (k.exp(x * (k.value(2.0, cap.kind) / cap)) + 1.0)
 
 
-def _normalised(k: Builder, row: Value, weight: Value, epsilon: Value, columns: int, out: Value) -> None:
+def normalised(k: Builder, row: Value, weight: Value, epsilon: Value, columns: int, out: Value) -> None:
     """RMS norm of a row of float32; `out` may be the row itself."""
     lanes = width_of(columns)
     squares = k.variable(k.value(0.0, F32(lanes)))
@@ -62,7 +62,7 @@ def norm_kernel(columns: int, tokens: int) -> int:
         x, weight, epsilon, out, state = (k.pointer(i) for i in range(5))
         with own_tokens(k, state, tokens) as token:
             at = token * (4 * columns)
-            _normalised(k, x + at, weight, k.load(F32(), epsilon), columns, out + at)
+            normalised(k, x + at, weight, k.load(F32(), epsilon), columns, out + at)
 
     return compile_kernel(f"norm_{columns}_{tokens}", emit)
 
@@ -76,7 +76,7 @@ def wide_norm_kernel(columns: int, tokens: int) -> int:
         weight, epsilon, state = (k.pointer(i) for i in (2, 3, 4))
         with own_tokens(k, state, tokens) as token:
             row = x + token * stride
-            _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
+            normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
 
     return compile_kernel(f"wide_norm_{columns}_{tokens}", emit)
 
@@ -95,7 +95,7 @@ def add_kernel(columns: int, tokens: int, normalise: bool) -> int:
         with own_tokens(k, state, tokens) as token:
             to, row = x + token * x_stride, y + token * stride
             if normalise:
-                _normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
+                normalised(k, row, weight, k.load(F32(), epsilon), columns, row)
             with k.loop(0, 4 * columns, 4 * lanes) as i:
                 k.store(k.load(F32(lanes), to + i) + k.load(F32(lanes), row + i), to + i)
 
@@ -162,7 +162,7 @@ def layer_input_kernel(length: int, blocks: int, tokens: int) -> int:
         lanes = width_of(length)
         with own_tokens(k, state, tokens) as token, k.loop(0, 4 * length * blocks, 4 * length) as start:
             to, row = own + token * own_stride + start, projected + token * stride + start
-            _normalised(k, row, weight, epsilon, length, row)
+            normalised(k, row, weight, epsilon, length, row)
             with k.loop(0, 4 * length, 4 * lanes) as i:
                 k.store((k.load(F32(lanes), to + i) + k.load(F32(lanes), row + i)) * math.sqrt(0.5), to + i)
 
@@ -284,7 +284,7 @@ def rope_kernel(heads: Heads, tree: bool = False) -> int:
             with k.when(head < heads.queries):
                 row = q + token * q_stride + head * (4 * size)
                 if heads.norm:
-                    _normalised(k, row, q_norm, epsilon, size, row)
+                    normalised(k, row, q_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
                 factor = k.load(F32(), scale + position * 4)
                 with k.loop(0, 4 * size, 4 * width_of(size)) as i:
@@ -294,14 +294,14 @@ def rope_kernel(heads: Heads, tree: bool = False) -> int:
                 row = v + token * v_stride + kv * (4 * size)
                 cached = (sequence * heads.kv + kv) * head_bytes
                 if heads.value_norm:
-                    _normalised(k, row, k.pointer(16), epsilon, size, turned)
+                    normalised(k, row, k.pointer(16), epsilon, size, turned)
                     row = turned
                 to = values + cached + place * (width * size)
                 with k.loop(0, size, width_of(size)) as i:
                     heads.store(k, k.load(F32(width_of(size)), row + i * 4), to + i * width)
                 row = key + token * k_stride + kv * (4 * size)
                 if heads.norm:
-                    _normalised(k, row, k_norm, epsilon, size, row)
+                    normalised(k, row, k_norm, epsilon, size, row)
                 rotate(k, row, cosines + angle, sines + angle, turned)
                 block, lane = place // KEYS, place % KEYS
                 to = keys + cached + (block * (KEYS * size) + lane) * width

@@ -26,6 +26,7 @@ from nkat.host.hardware import is_x86
 _POINTER = ir.PointerType()
 _BIT, _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 MAX_LOCAL_BYTES = 1 << 16  # of a thread's stack, which has 8 MiB on Linux and 512 KiB on macOS
+DOT4 = ("avx512-vnni", "avx-vnni")  # the `isa` with one instruction for the sum of four products of bytes
 Operand: TypeAlias = "Value | int | float"
 
 
@@ -454,7 +455,7 @@ class Builder:
     @property
     def has_dot4(self) -> bool:
         """Whether the processor sums four products of bytes, whatever they are, in one instruction."""
-        return has_dot4(self.isa)
+        return self.isa in DOT4
 
     def dot4(self, total: Value, unsigned: Value, signed: Value, *, seven_bit: bool) -> Value:
         """total + the sums of four products of bytes in each int32 lane. seven_bit: the unsigned ones are below 128."""
@@ -527,11 +528,6 @@ class Builder:
         """Calls a C function of pointers and int64 that returns nothing."""
         kind = ir.FunctionType(ir.VoidType(), [a.kind for a in arguments])
         self.ir.call(_Callee(function.raw, kind), [a.raw for a in arguments])
-
-
-def has_dot4(isa: str) -> bool:
-    """Whether a processor of this kind sums four products of bytes in one instruction (`Builder.dot4`)."""
-    return isa in ("avx512-vnni", "avx-vnni")
 
 
 class _Callee:
