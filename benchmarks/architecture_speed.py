@@ -30,6 +30,7 @@ from nkat.measure.tpe import bytes_per_token
 from tests.support.tiny_models import write_tiny_model
 
 STEPS = 64
+_FLOAT32 = ("ffn_gate_inp", "ssm_conv1d", "ssm_ba", "ssm_beta", "ssm_alpha")  # small, and left so
 _WIDE: dict[str, Any] = {
     "blocks": 6,
     "embedding": 2048,
@@ -40,14 +41,7 @@ _WIDE: dict[str, Any] = {
     "rotary": None,
 }
 _MIXTURE: dict[str, Any] = {**_WIDE, "blocks": 4, "feed_forward": 768, "experts": 16, "experts_used": 4}
-_DELTA: dict[str, Any] = {
-    "blocks": 4,
-    "rotary": 64,
-    "sections": (11, 11, 10, 0),
-    "key_heads": 16,
-    "value_heads": 16,
-    "state": 128,
-}
+_DELTA_NET: dict[str, Any] = {"blocks": 4, "value_heads": 32, "key_heads": 16, "state": 128}
 # What an architecture has otherwise
 _OWN: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 512},
@@ -63,9 +57,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "olmo2": {"sliding_window": 512},
     "qwen3moe": _MIXTURE,
     "granitemoe": {**_MIXTURE, "shared_length": 1024},
-    "qwen35": _DELTA,
-    "qwen35moe": {**_MIXTURE, **_DELTA, "shared_length": 512},
-    "qwen3next": {**_MIXTURE, **_DELTA, "shared_length": 512, "sections": None, "value_heads": 32},
+    "qwen35": {**_DELTA_NET, "rotary": 64, "sections": (11, 11, 10, 0)},
+    "qwen35moe": {**_MIXTURE, **_DELTA_NET, "rotary": 64, "sections": (11, 11, 10, 0), "shared_length": 512},
+    "qwen3next": {**_MIXTURE, **_DELTA_NET, "rotary": 64, "shared_length": 512},
     "gpt-oss": {**_MIXTURE, "experts": 8, "feed_forward": 1536, "sliding_window": 128},
 }
 
@@ -79,7 +73,7 @@ def write_wide_model(path: Path, arch: str) -> Path:
 
     def make(name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, Q] | None:
         part = name.split(".")
-        if part[-1] != "weight" or len(shape) < 2 or shape[-1] % 256 or "ffn_gate_inp" in name:
+        if part[-1] != "weight" or len(shape) < 2 or shape[-1] % 256 or any(word in name for word in _FLOAT32):
             return None
         tables = {"token_embd": embedding, "per_layer_token_embd": embedding, "output": output}
         qtype = choose(part[2], int(part[1]), options["blocks"]) if part[0] == "blk" else tables.get(part[0], Q.Q6_K)

@@ -21,15 +21,20 @@ def test_a_wide_model_is_loaded_and_packed_in_k_quants(
 ) -> None:
     """With as many blocks and as narrow as a test can bear; only what is no multiple of 256 stays as it is."""
     own = architecture_speed._OWN.get(arch, {})
-    narrow = {"embedding": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "feed_forward": 256}
-    monkeypatch.setattr(architecture_speed, "_WIDE", {**architecture_speed._WIDE, **narrow})
+    narrow = {"embedding": 256, "heads": 4, "kv_heads": 2, "head_dim": 64, "feed_forward": 256, "state": 64}
+    narrow |= {"value_heads": 4, "key_heads": 2}
+    wide = architecture_speed._WIDE
+    monkeypatch.setattr(architecture_speed, "_WIDE", {**wide, **{k: narrow[k] for k in wide.keys() & narrow.keys()}})
     monkeypatch.setitem(architecture_speed._OWN, arch, {k: narrow.get(k, v) for k, v in own.items()})
     replace(ARCHITECTURES[arch], **own)  # no field that there is not
     file = GGUFFile.open(architecture_speed.write_wide_model(tmp_path / "wide.gguf", arch))
     weights = [info for name, info in file.tensors.items() if len(info.shape) > 1 and name.endswith(".weight")]
     types = {info.type for info in weights}
     assert (Q.MXFP4 if arch == "gpt-oss" else Q.Q4_K) in types
-    assert all(info.type != Q.F32 for info in weights if "ffn_gate_inp" not in info.name and info.shape[-1] % 256 == 0)
+    large = [
+        info for info in weights if info.shape[-1] % 256 == 0 and "inp" not in info.name and "ssm" not in info.name
+    ]
+    assert all(info.type != Q.F32 for info in large)
     loaded = load_model(tmp_path / "wide.gguf")
     with torch.inference_mode():
         assert loaded.model(torch.tensor([[1, 5]])).isfinite().all()
