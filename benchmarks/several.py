@@ -55,7 +55,7 @@ def measure(loaded: LoadedModel, sets: dict[str, ThetaSet]) -> dict[str, Any]:
         mix.set_weights(on)
         decoder.length = 0
         decoder.step(1)
-        return sum(sum(layer.shape) * int(step.terms[0]) for layer, step in decoder.stars if step.up is not None)
+        return sum(sum(layer.shape) * int(step.terms[0]) for layer, step in decoder.stars if step.outputs)
 
     stars = [layer.require_compiled().star for layer in layers]
     record = {

@@ -145,7 +145,10 @@ class StarLinear(PackedModule):
             return
         from nkat.kernels.cpu.linear import CpuLinear  # LLVM is loaded only where it is used
 
-        self.compiled = CpuLinear(self.file_bytes, self.qtype, self.shape, self.bias, exact=not self.int8_activations)
+        room = max(self.room, 0 if self.theta is None else self.theta.columns)
+        self.compiled = CpuLinear(
+            self.file_bytes, self.qtype, self.shape, self.bias, exact=not self.int8_activations, room=room
+        )
         self.set_theta(self.theta)
 
     def require_compiled(self) -> CpuLinear:

@@ -125,7 +125,7 @@ def multiply(
     program.add(round_kernel(panels.rounding, tokens, isa), arguments)
     program.barrier()
     units = n // BLOCK_LAYOUTS[qtype].columns
-    given, star = (panels.q, panels.d, panels.sums, y), (0, 0, 0, 0)
+    given, star = (panels.q, panels.d, panels.sums, y), (0, 0, 0, 0, 0)
     if tokens == 1:
         program.add(matmul_kernel(qtype, exact, isa), (weight, weight.shape[1], units, tiles, *given, *star))
     else:
@@ -367,6 +367,30 @@ def test_star_term_equals_the_reference(qtype, exact, rank, size, count):
     expected = rounded.double() @ dequantise(packed, qtype, (M, N)).double().T + term
     assert error(linear.rows(x, 0, M, KAPPA, 1), expected) < 3e-6
     assert error(expected - 2 * term, expected) > 1e-3  # a wrong sign would be noticed
+
+
+@pytest.mark.parametrize("qtype", [QType.Q4_0, QType.Q6_K], ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("count", [1, 10])
+def test_theta_behind_the_tiles_gives_the_same_bits(qtype, rank, count):
+    packed, x = packed_weight(qtype), inputs(count)
+    apart, behind = (CpuLinear(packed, qtype, (M, N), room=room) for room in (0, rank))
+    plain = apart.rows(x, 0, M, KAPPA, 1)
+    assert torch.equal(behind.rows(x, 0, M, KAPPA, 1), plain)
+    with_theta = []
+    for theta in (make_theta(N, rank), make_theta(N, rank, seed=1)):
+        for linear in (apart, behind):
+            linear.set_theta(theta)
+        with_theta.append(behind.rows(x, 0, M, KAPPA, 1))
+        assert torch.equal(apart.rows(x, 0, M, KAPPA, 1), with_theta[-1])
+    assert not torch.equal(with_theta[0], with_theta[1])
+    assert np.shares_memory(behind.star.up, behind.tiles)
+    assert apart.nbytes == behind.nbytes or behind.nbytes - apart.nbytes < 64 * len(behind.tiles)  # to whole lines
+    for linear in (apart, behind):
+        linear.set_theta(make_theta(N, rank + 1))  # more than there is room for
+    assert not np.shares_memory(behind.star.up, behind.tiles)
+    assert torch.equal(behind.rows(x, 0, M, KAPPA, 1), apart.rows(x, 0, M, KAPPA, 1))
+    assert torch.equal(behind.rows(x, 0, M, 0.0, 1), plain)
 
 
 def test_no_strength_changes_no_bit():

@@ -74,8 +74,8 @@ def batch_kernel(
     """y = W x + bias + up·u. Each thread takes a part of the tiles.
 
     arguments: weight, bytes of a tile (of a row in the file's order), units (columns of a float weight), tiles, rows,
-    q, d, sums (of the panels), y, bytes of a row of y, bias [m] or 0, up int8 [tile, terms, 16], terms (0: no star
-    term), u [panel, terms, token], scratch, its bytes for one thread, state
+    q, d, sums (of the panels), y, bytes of a row of y, bias [m] or 0, up int8 [tile, term, 16], bytes of a tile of
+    it, terms (0: no star term), u [panel, terms, token], scratch, its bytes for one thread, state
     repacked: the weight is in tiles; otherwise as the file has it
     """
     floats = qtype in FLOAT_TYPES
@@ -89,9 +89,10 @@ def batch_kernel(
     name = f"batch_{qtype.name}_{tokens}{inputs}{'_tiles' if repacked else ''}"
 
     def emit(k: Builder) -> None:
-        weight, stride, units, tiles, rows, q, d, sums, y, y_stride, bias, up, terms, u, scratch, room, state = (
-            arguments(k, "piiii ppp pi p pip pi p")
-        )
+        (
+            weight, stride, units, tiles, rows, q, d, sums, y, y_stride, bias, up, up_bytes, terms, u, scratch, room,
+            state,
+        ) = arguments(k, "piiii ppp pi p piip pi p")  # fmt: skip
         count = panels(k, state, tokens)
         own = scratch + k.thread * room
         spare = k.local(unit_bytes(qtype)) if layout is not None and not repacked else own
@@ -124,7 +125,7 @@ def batch_kernel(
                     steps = (stop - start) * (columns // 32)
                     _byte_products(k, layout, rounding, here, steps, *given, unit_sums, totals)
                 with k.when(stop >= units):
-                    add_bias_and_star(k, tile, panel, bias, up, terms, u, totals)
+                    add_bias_and_star(k, tile, panel, bias, up + tile * up_bytes, terms, u, totals)
                 for total, out in zip(totals, outputs, strict=True):
                     k.store(total.value, out)
 

@@ -260,7 +260,7 @@ class CpuExperts:
             *([] if one else [(m, 0, 0)]),
             (panels.q, 0, moving[0]), (panels.d, 0, moving[1]), (panels.sums, 0, moving[2]),
             (y, 0, by_row), *([] if one else [(y.strides[0], 0, 0)]),
-            (end, by_bias, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0),
+            (end, by_bias, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 0, 0),
             *([] if one else [(scratch, 0, 0), (scratch.shape[1], 0, 0), (state, 0, 0)]),
         ]  # fmt: skip
         if one:

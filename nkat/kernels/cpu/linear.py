@@ -9,7 +9,7 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from nkat.kernels.cpu.batch import batch_kernel, batch_tokens, make_scratch
-from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, padded_rows
+from nkat.kernels.cpu.formats import BLOCK_LAYOUTS, padded_rows, unit_bytes
 from nkat.kernels.cpu.layout import ROWS
 from nkat.kernels.cpu.matmul import (
     EXACT,
@@ -64,11 +64,13 @@ class CpuStar:
     terms: of the Θ that is there, two for each of its columns
     """
 
-    def __init__(self, shape: tuple[int, int], float_inputs: bool, room: int) -> None:
-        self.shape, self.float_inputs, self.room, self.terms = shape, float_inputs, room, 0
+    def __init__(self, shape: tuple[int, int], float_inputs: bool, up: np.ndarray) -> None:
+        """up: int8 [tile, at least 2 · room · 16]: where the rows of `up` go, wherever that is"""
+        self.room = room = up.shape[1] // (2 * ROWS)
+        self.shape, self.float_inputs, self.terms = shape, float_inputs, 0
         self.rows = ROWS if float_inputs else STAR_ROWS  # of a tile of `down`
         self.product, self.strength = np.zeros((2, 2 * room), np.float32)
-        self.up = np.zeros(padded_rows(shape[0]) * 2 * room, np.int8)
+        self.up = up
         self.down = np.zeros(-(-2 * room // self.rows) * self.rows * shape[1], np.int8)
         self._factors: tuple[torch.Tensor, torch.Tensor] | None = None
         self._theta: Term | None = None
@@ -92,7 +94,7 @@ class CpuStar:
         terms = len(some_down)
         up = np.zeros((padded_rows(m), terms), np.int8)
         up[:m] = some_up
-        self.up[: up.size] = up.reshape(-1, ROWS, terms).transpose(0, 2, 1).reshape(-1)
+        self.up[:, : terms * ROWS] = up.reshape(-1, ROWS, terms).transpose(0, 2, 1).reshape(len(self.up), -1)
         down = np.zeros((-(-terms // self.rows) * self.rows, n), np.int8)
         down[:terms] = some_down
         if self.float_inputs:
@@ -105,10 +107,6 @@ class CpuStar:
     def set_kappa(self, kappa: float) -> None:
         self.strength[:] = self.product * np.float32(kappa)
 
-    def up_address(self, first_tile: int) -> int:
-        """Where the rows of a tile of outputs begin, which depends on how many terms there are."""
-        return self.up.ctypes.data + first_tile * self.terms * ROWS
-
     @property
     def nbytes(self) -> int:
         return self.up.nbytes + self.down.nbytes
@@ -116,18 +114,15 @@ class CpuStar:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StarStep:
-    """What of a step's arguments depends on Θ. terms: int64 [1], 0 is off; up: where its outputs' factors begin."""
+    """What of a step's arguments depends on Θ. terms: int64 [1], 0 is off; outputs: whether the step makes outputs."""
 
     star: CpuStar
     terms: np.ndarray
-    up: np.ndarray | None = None
-    first_tile: int = 0
+    outputs: bool = False
 
     def switch(self, on: bool) -> None:
         """Follows the Θ that is there now, or leaves it out."""
         self.terms[0] = self.star.terms if on else 0
-        if self.up is not None:
-            self.up[0] = self.star.up_address(self.first_tile)
 
 
 class CpuLinear:
@@ -142,20 +137,25 @@ class CpuLinear:
         *,
         exact: bool = False,
         in_place: bool = False,
+        room: int = 0,
     ) -> None:
         """exact: multiply the inputs as they are, in float32, instead of rounding them to INT8.
         in_place: leave the weight as the file has it: it takes no memory, and multiplies many tokens only; exact inputs
         may be of three bytes then
+        room: columns of Θ whose rows for the outputs are to lie behind each tile of the weight. Read on the way from
+        tile to tile, they cost a fifth of what they cost elsewhere
         """
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
         self.rounding = wide_rounding(qtype) if exact and in_place else rounding_of(qtype, exact)
+        self.behind = 0  # bytes behind the weight of each tile
         self.tiles: np.ndarray  # uint8, a row for each tile; for each row of the weight where it is left in place
         if in_place:
             self.tiles = packed.numpy().reshape(shape[0], -1)
         elif qtype in FLOAT_TYPES:
             self.tiles = repack_float(packed, qtype, shape)
         else:
-            self.tiles = repack(packed, qtype, shape, torch.get_num_threads())
+            self.behind = 2 * ROWS * room
+            self.tiles = repack(packed, qtype, shape, torch.get_num_threads(), self.behind)
         self.units = shape[1] if qtype in FLOAT_TYPES else shape[1] // BLOCK_LAYOUTS[qtype].columns
         self.bias: np.ndarray | None = None
         if bias is not None:
@@ -171,15 +171,23 @@ class CpuLinear:
     @property
     def nbytes(self) -> int:
         """Bytes of the repacked weight and Θ."""
-        return self.tiles.nbytes + (0 if self.star is None else self.star.nbytes)
+        return self.tiles.nbytes - len(self.tiles) * self.behind + (0 if self.star is None else self.star.nbytes)
 
     def set_theta(self, theta: Term | None, room: int = 0) -> None:
         """Puts another Θ in place. room: columns that there is to be room for, whatever this one has."""
         room = max(room, 0 if theta is None else theta.columns)
         if self.star is None or self.star.room < room or (theta is None and room == 0):
-            self.star = CpuStar(self.shape, self.rounding == EXACT, room) if room else None
+            self.star = CpuStar(self.shape, self.rounding == EXACT, self._place_of_up(room)) if room else None
         if self.star is not None:
             self.star.put(theta)
+
+    def _place_of_up(self, room: int) -> np.ndarray:
+        """int8 [tile, 2 · room · 16]: behind the tiles of the weight where there is as much room, else by itself."""
+        nbytes = 2 * ROWS * room
+        if nbytes <= self.behind:
+            start = self.units * unit_bytes(self.qtype)
+            return self.tiles.view(np.int8)[:, start : start + nbytes]
+        return np.zeros((self.padded_rows // ROWS, nbytes), np.int8)
 
     def down(self, program: Program, panels: Panels, u: np.ndarray) -> StarStep:
         """Adds the step of the star term that reads the inputs. u: float32 [panel, at least the terms, token]"""
@@ -216,7 +224,8 @@ class CpuLinear:
         inputs = (panels.q, panels.d, panels.sums)
         end = (
             0 if self.bias is None else self.bias[first_row:],
-            0 if star is None else star.up_address(first_tile),
+            0 if star is None else star.up[first_tile:],
+            0 if star is None else star.up.strides[0],
             0 if star is None else star.terms,
             0 if u is None else u,
         )
@@ -244,9 +253,8 @@ class CpuLinear:
             )
         if star is None:
             return None
-        program.keep(star.up)
-        place = 9 if panels.tokens == 1 else 11
-        return StarStep(star, words[place + 1 : place + 2], words[place : place + 1], first_tile)
+        place = 11 if panels.tokens == 1 else 13
+        return StarStep(star, words[place : place + 1], outputs=True)
 
     def rows(self, x: torch.Tensor, start: int, stop: int, kappa: float, threads: int) -> torch.Tensor:
         """Outputs [start, stop) for x [..., n]; float32 [..., stop - start]. `start` is a multiple of 16."""

@@ -183,12 +183,14 @@ def matmul_kernel(qtype: GGMLQuantizationType, exact: bool, isa: str | None = No
     """y = W x + bias + up·u of one token. Each thread takes a part of the tiles.
 
     arguments: weight, bytes of a tile, units (columns of a float weight), tiles, q, d, sums (of the panel), y, bias [m]
-    or 0, up int8 [tile, terms, 16], terms (0: no star term), u [terms]
+    or 0, up int8 [tile, term, 16], bytes of a tile of it, terms (0: no star term), u [terms]
     """
     name = f"matmul_{qtype.name}{'_exact' if exact else ''}"
 
     def emit(k: Builder) -> None:
-        weight, tile_bytes, units, tiles, q, d, sums, y, bias, up, terms, u = arguments(k, "piii ppp p p pip")
+        weight, tile_bytes, units, tiles, q, d, sums, y, bias, up, up_bytes, terms, u = arguments(
+            k, "piii ppp p p piip"
+        )
         first, last = share(k, tiles)
         with k.loop(first, last) as tile:
             total = k.variable(k.value(0.0, F32(ROWS)))
@@ -205,7 +207,7 @@ def matmul_kernel(qtype: GGMLQuantizationType, exact: bool, isa: str | None = No
                         scales = d + unit * (layout.columns // 32 * 4)
                         unit_sums = sums + unit * (layout.columns // layout.group * 4)
                         _unit(k, layout, here, q + unit * layout.columns, scales, unit_sums, total)
-            add_bias_and_star(k, tile, k.value(0, I64()), bias, up, terms, u, [total])
+            add_bias_and_star(k, tile, k.value(0, I64()), bias, up + tile * up_bytes, terms, u, [total])
             k.store(total.value, y + tile * (4 * ROWS))
 
     return compile_kernel(name, emit, isa)
@@ -220,7 +222,7 @@ def add_bias_and_star(
         for total in totals:
             total.value = total.value + offset
     with k.loop(0, terms) as term:
-        factor = k.load(I8(ROWS), up + (tile * terms + term) * ROWS).signed(I32()).float32()
+        factor = k.load(I8(ROWS), up + term * ROWS).signed(I32()).float32()
         for t, total in enumerate(totals):
             strength = k.load(F32(), u + ((panel * terms + term) * len(totals) + t) * 4)
             total.value = k.fma(factor, strength, total.value)

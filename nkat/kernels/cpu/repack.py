@@ -19,36 +19,44 @@ from nkat.kernels.cpu.program import aligned, pool
 
 @functools.cache
 def _repack_kernel(qtype: GGMLQuantizationType) -> int:
-    """arguments: packed rows, bytes of a row, units, tiles, out. Each thread takes some of the tiles."""
+    """arguments: packed rows, bytes of a row, units, tiles, out, bytes of its tiles. Each thread takes some tiles."""
     layout = BLOCK_LAYOUTS[qtype]
 
     def emit(k: Builder) -> None:
-        packed, row_bytes, units, tiles, out = (k.pointer(0), k.integer(1), k.integer(2), k.integer(3), k.pointer(4))
+        packed, row_bytes, units, tiles, out, stride = (
+            k.pointer(0), k.integer(1), k.integer(2), k.integer(3), k.pointer(4), k.integer(5)
+        )  # fmt: skip
         with (
             k.loop(tiles * k.thread // k.threads, tiles * (k.thread + 1) // k.threads) as tile,
             k.loop(0, units) as unit,
         ):
             block = packed + (tile * row_bytes * ROWS + unit * layout.block.block_bytes)
-            rows = Interleaver(k, block, row_bytes, out + (tile * units + unit) * unit_bytes(qtype))
+            rows = Interleaver(k, block, row_bytes, out + tile * stride + unit * unit_bytes(qtype))
             layout.interleave(rows)
             assert rows.size == unit_bytes(qtype)
 
     return compile_kernel(f"repack_{qtype.name}", emit)
 
 
-def repack(packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, int], threads: int = 1) -> np.ndarray:
-    """A block-quantised weight [m, n] in tiles: uint8 [ceil(m / 16), bytes of a tile], rows beyond m zero."""
+def repack(
+    packed: Tensor, qtype: GGMLQuantizationType, shape: tuple[int, int], threads: int = 1, behind: int = 0
+) -> np.ndarray:
+    """A block-quantised weight [m, n] in tiles: uint8 [ceil(m / 16), bytes of a tile], rows beyond m zero.
+
+    behind: bytes behind each tile, zero, and as many more as end on a cache line
+    """
     m, n = shape
     units, row_bytes = n // BLOCK_LAYOUTS[qtype].columns, packed_nbytes(qtype, shape) // m
     rows = packed.numpy()
-    out = aligned((-(-m // ROWS), units * unit_bytes(qtype)), np.uint8)
+    stride = -(-(units * unit_bytes(qtype) + behind) // 64) * 64 if behind else units * unit_bytes(qtype)
+    out = aligned((-(-m // ROWS), stride), np.uint8)
     whole = m // ROWS
-    arguments = np.array([rows.ctypes.data, row_bytes, units, whole, out.ctypes.data], np.int64)
+    arguments = np.array([rows.ctypes.data, row_bytes, units, whole, out.ctypes.data, stride], np.int64)
     pool(threads).run(_repack_kernel(qtype), arguments)
     if whole < len(out):
         rest = np.zeros(ROWS * row_bytes, np.uint8)
         rest[: (m - whole * ROWS) * row_bytes] = rows[whole * ROWS * row_bytes :]
-        arguments[:] = rest.ctypes.data, row_bytes, units, 1, out[whole:].ctypes.data
+        arguments[:] = rest.ctypes.data, row_bytes, units, 1, out[whole:].ctypes.data, stride
         pool(threads).run(_repack_kernel(qtype), arguments)
     return out
 
