@@ -22,7 +22,7 @@ from gguf.constants import GGMLQuantizationType
 from nkat.gguf.file import TensorInfo
 from nkat.gguf.formats import dequantise
 from nkat.gguf.quantise import quantisation_steps, quantise
-from nkat.gguf.weights import read_weight
+from nkat.gguf.weights import read_weight, scale_beside
 from nkat.gguf.writer import (
     Part,
     Progress,
@@ -273,7 +273,8 @@ def _merged_parts(
     def merged(info: TensorInfo) -> np.ndarray:
         try:
             weight = read_weight(base.file, info.name)
-            packed, losses[info.name] = merge_weight(weight, thetas[info.name], kappa, info.type)
+            own = kappa / scale_beside(base.file, info.name)  # which multiplies the merged weight, too
+            packed, losses[info.name] = merge_weight(weight, thetas[info.name], own, info.type)
         except ThetaError as error:
             raise ThetaError(f"{model.path}: {info.name}: {error}") from None
         base.file.release(info.name)

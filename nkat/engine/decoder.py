@@ -83,7 +83,8 @@ def make_decoder(model: Transformer, capacity: int) -> Decoder:
         from nkat.engine.compiled import CompiledDecoder  # LLVM is loaded only where it is used
 
         return CompiledDecoder(model, capacity, torch.get_num_threads())
-    if model.output.device_weight is not None and model.config.has_gpu_step:
+    packed = all(layer.device_weight is not None for layer in model.all_linears().values())
+    if packed and model.config.has_gpu_step:
         from nkat.engine.cuda_graph import CudaGraphDecoder  # Triton is loaded only where it is used
         from nkat.engine.step_check import step_works
 

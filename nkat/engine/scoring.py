@@ -85,10 +85,12 @@ def has_kernels(model: Transformer) -> bool:
     experts = [block.experts for block in model.blocks if block.experts is not None]
     linears += [each.router for each in experts]
     stacks = [each.stack(name) for each in experts for name in each.names]
-    if not all(stack.dtype == torch.float32 and stack.theta is None and stack.qtype in kernels for stack in stacks):
+    if any(stack.dtype != torch.float32 or stack.theta is not None or stack.scales_inside for stack in stacks):
+        return False
+    if not all(stack.qtype in kernels for stack in stacks):
         return False
     return all(table.qtype in kernels for table in model.tables()) and all(
-        isinstance(layer, StarLinear) and layer.dtype == torch.float32 and layer.qtype in kernels
+        isinstance(layer, StarLinear) and layer.dtype == torch.float32 and layer.qtype in kernels and layer.scale == 1.0
         for layer in (*linears, model.output)
     )
 

@@ -31,6 +31,9 @@ PRE_NORMS = ("attn_norm", "ffn_norm")
 POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
 
+SCALED = (*QKV, FUSED_QKV, "attn_output", "output")
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """One model's, as its metadata give them; lengths in elements."""
@@ -133,6 +136,8 @@ class Architecture:
     ffn_norm: what the file calls the norm before the feed-forward network
     reads: keys of the metadata that mean something in few architectures, this one among them
     refuses: such keys that llama.cpp reads here, too, but whose meaning is not computed
+    scaled: weights, of BLOCK_LINEARS, STACKS or "output", beside which there may be a number that multiplies their
+    products (`blk.0.attn_q.scale`); llama.cpp takes those of attention and of the output everywhere
     unread: tensors that its models may have and that have no part in the logits
     """
 
@@ -165,6 +170,7 @@ class Architecture:
     ffn_norm: str = "ffn_norm"
     reads: tuple[str, ...] = ()
     refuses: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = SCALED
     unread: tuple[str, ...] = ()
 
     def may_have_bias(self, linear: str) -> bool:
@@ -223,11 +229,12 @@ _ROWS = (
         rope_factors=True,
         long_rope=True,
         experts=Routing(optional=True, own_length=False),
+        scaled=(*SCALED, *FEED_FORWARD, *STACKS),
     ),
     # src/models/qwen2.cpp
     Architecture("qwen2", biases=(*QKV, "output")),
     # src/models/qwen3.cpp
-    Architecture("qwen3", qk_norm=True, unread=("cls.output.weight",)),
+    Architecture("qwen3", qk_norm=True, scaled=(*SCALED, *FEED_FORWARD), unread=("cls.output.weight",)),
     # src/models/gemma3.cpp
     Architecture(
         "gemma3",
@@ -268,6 +275,7 @@ _ROWS = (
         block_scale=True,
         experts=Routing(optional=True, beside=True),
         reads=(LOGIT_CAP, LAYER_INPUTS, SHARED_KV),
+        scaled=(*SCALED, *FEED_FORWARD, *STACKS),
     ),
     # src/models/phi3.cpp: also Phi-4; it does not look at the window that their files name
     Architecture("phi3", fused_gate_up=True, long_rope=True),
@@ -281,6 +289,7 @@ _ROWS = (
         long_rope=True,
         experts=Routing(optional=True, own_length=False),
         reads=(TEMPERATURE, *YARN_KEYS),
+        scaled=(*SCALED, *FEED_FORWARD, *STACKS),
     ),
     # src/models/smollm3.cpp
     Architecture("smollm3", interleaved_rope=True, permuted_qk=True, unturned_period=4),
@@ -318,7 +327,7 @@ _ROWS = (
         window=Window(period=4, rope_base=None, plain_rope=True),
     ),
     # src/models/qwen3moe.cpp
-    Architecture("qwen3moe", qk_norm=True, experts=Routing()),
+    Architecture("qwen3moe", qk_norm=True, experts=Routing(), scaled=(*SCALED, *STACKS)),
     # src/models/openai-moe.cpp
     Architecture(
         "gpt-oss",
@@ -332,6 +341,7 @@ _ROWS = (
     # src/models/qwen35.cpp: dense Qwen 3.5 and 3.6
     Architecture(
         "qwen35",
+        scaled=(*SCALED, *FEED_FORWARD, *DELTA_LINEARS),
         qk_norm=True,
         gated_attention=True,
         recurrent=Recurrent(),
@@ -341,6 +351,7 @@ _ROWS = (
     # src/models/qwen35moe.cpp
     Architecture(
         "qwen35moe",
+        scaled=(*SCALED, *STACKS, *SHARED_EXPERT, *DELTA_LINEARS),
         qk_norm=True,
         experts=Routing(shared=True, shared_gate=True),
         gated_attention=True,

@@ -34,7 +34,6 @@ from nkat.lm.architectures import (
     SHARED_KV,
     SHORT_ROPE,
     SINKS,
-    STACKS,
     TEMPERATURE,
     Architecture,
     Sizes,
@@ -409,6 +408,20 @@ def without_ones(shape: tuple[int, ...], dimensions: int) -> tuple[int, ...]:
     return shape[extra:] if extra > 0 and set(shape[:extra]) == {1} else shape
 
 
+def _scales(architecture: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Numbers beside the weights of these shapes, as NVFP4 files have them: one of each, or one of each expert.
+
+    What the inputs were divided by when they were packed is not used, as by llama.cpp.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        stem, _, kind = name.rpartition(".")
+        one = (shape[0],) if len(shape) == 3 else (1,)
+        if kind == "weight" and stem.rpartition(".")[2] in architecture.scaled:
+            found |= {f"{stem}.scale": one, f"{stem}.input_scale": one}
+    return found
+
+
 def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> None:
     """Every tensor that the model needs is there, has the shape it must have, and there is none besides."""
     architecture, d, v = config.architecture, config.embedding_length, config.vocab_size
@@ -449,9 +462,10 @@ def _check_tensors(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> No
                 required[f"{block}{SHARED_GATE}.weight"] = (d,)
             if config.mixture.beside:
                 required[f"{block}{ROUTER}.scale"] = (d,)
-                optional[f"{block}{STACKS[-1]}.scale"] = (config.mixture.count,)
         if architecture.block_scale:
             optional[f"{block}layer_output_scale.weight"] = (1,)
+
+    optional |= _scales(architecture, required | optional)
 
     for name, shape in (required | optional).items():
         info = tensors.get(name)

@@ -27,7 +27,8 @@ class ExpertStack(nn.Module):
     """The weights [m, n] of all experts of one name: `shape` is (experts, m, n).
 
     packed: uint8, the file's bytes of all of them; bias: [experts, m]
-    scale: [experts], what `Experts` multiplies their outputs by; as in llama.cpp, that is no part of Θ's
+    scale: [experts], what their products are multiplied by; as in llama.cpp, that is no part of Θ's
+    outside: `Experts` does that, with their weights; else each expert's layer does
     """
 
     packed: torch.Tensor
@@ -43,9 +44,11 @@ class ExpertStack(nn.Module):
         dtype: torch.dtype = torch.float32,
         bias: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
+        outside: bool = True,
         keep_dense: bool = False,
     ) -> None:
         super().__init__()
+        self.scales_inside = scale is not None and not outside
         self.qtype, self.shape, self.dtype, self.keep_dense = qtype, shape, dtype, keep_dense
         self.int8_activations = False  # as of StarLinear
         self.register_buffer("packed", packed, persistent=False)
@@ -70,10 +73,11 @@ class ExpertStack(nn.Module):
                 bias=None if self.bias is None else self.bias[index],
                 theta=None if self.theta is None else self.theta.expert(index),
                 keep_dense=self.keep_dense,
+                scale=float(self.scale[index]) if self.scale is not None and self.scales_inside else 1.0,
             )
             self._layers[index] = layer
         layer.int8_activations, layer.kappa = self.int8_activations, self.kappa
-        if self.scale is not None and self.theta is not None:
+        if self.scale is not None and self.theta is not None and not self.scales_inside:
             layer.kappa /= float(self.scale[index])
         return layer
 
@@ -108,7 +112,7 @@ class ExpertStack(nn.Module):
 
     def repack(self) -> None:
         """Room for the weights as the CPU's kernels read them, which an expert's take when a token first needs it."""
-        if self.packed.device.type == "cpu" and self.qtype in kernel_types("cpu"):
+        if self.packed.device.type == "cpu" and self.qtype in kernel_types("cpu") and not self.scales_inside:
             from nkat.kernels.cpu.experts import CpuExperts  # LLVM is loaded only where it is used
 
             self.compiled = CpuExperts(self.packed, self.qtype, self.shape, self.bias, exact=not self.int8_activations)

@@ -57,6 +57,7 @@ class StarLinear(PackedModule):
     packed: uint8 [nbytes] of W [m, n] = `shape`, in block format `qtype`
     dtype:  of the multiplication; x is cast to it
     theta:  acts on the leading block that fits W; its strength is set by `set_gamma`, off until then
+    scale:  multiplies W x, and nothing else (`nkat.gguf.weights.scale_beside`); such a layer has no kernel
     down, up: its factors as numbers (`nkat.theta.algebra.low_rank_form`), where the CPU's kernels do not have it
     keep_dense: also keep W dequantised in `dtype`, for models small enough that repeated decoding gains from it
     """
@@ -76,20 +77,22 @@ class StarLinear(PackedModule):
         bias: torch.Tensor | None = None,
         theta: Term | None = None,
         keep_dense: bool = False,
+        scale: float = 1.0,
     ) -> None:
         super().__init__(packed, qtype, shape)
-        self.dtype = dtype
+        self.dtype, self.scale = dtype, scale
         self.kappa = 0.0
         self.int8_activations = False  # round W's inputs as llama.cpp does: to compare with its figures
         self.register_buffer("bias", None if bias is None else bias.to(packed.device, dtype), persistent=False)
-        dense = dequantise(packed, qtype, shape).to(dtype) if keep_dense else None
-        self.register_buffer("dense", dense, persistent=False)
+        self.register_buffer("dense", None, persistent=False)
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
         self.device = packed.device
         self.compiled: CpuLinear | None = None  # what `repack` made, on the CPU; None where its type has no kernel
         self.room = 0  # columns of Θ that a decoder has room for, whatever the present one has
         self.set_theta(theta)
+        if keep_dense:
+            self.keep_weight()
 
     def check_theta(self, theta: Term) -> None:
         """Raises ThetaError when it does not fit the layer."""
@@ -136,6 +139,8 @@ class StarLinear(PackedModule):
         On a GPU the file's bytes are let go, and 16-bit inputs are multiplied as they are, with sums in float32. W of a
         type without a kernel stays as the file has it and is multiplied by the reference.
         """
+        if self.scale != 1.0:
+            return
         if self.device.type == "cuda":
             from nkat.kernels.cuda.packing import pack  # Triton is loaded only where it is used
 
@@ -166,7 +171,8 @@ class StarLinear(PackedModule):
         """W [m, n] in the layer's dtype: the one that is kept, or dequantised anew from the file's bytes."""
         if self.dense is not None:
             return self.dense
-        return dequantise(self.file_bytes, self.qtype, self.shape).to(self.dtype)
+        weight = dequantise(self.file_bytes, self.qtype, self.shape)
+        return (weight if self.scale == 1.0 else weight * self.scale).to(self.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.rows(x, 0, self.shape[0])
@@ -194,7 +200,10 @@ class StarLinear(PackedModule):
             y = F.linear(inputs, self.dense[start:stop], bias)
         else:
             packed = reference.packed_rows(self.file_bytes, self.shape[0], start, stop)
-            y = reference.linear(packed, self.qtype, (stop - start, self.shape[1]), inputs, bias)
+            plain = self.scale == 1.0
+            y = reference.linear(packed, self.qtype, (stop - start, self.shape[1]), inputs, bias if plain else None)
+            if not plain:
+                y = y * self.scale if bias is None else y * self.scale + bias
         down, up = self.down, self.up
         if self.kappa == 0.0 or down is None or up is None:
             return y

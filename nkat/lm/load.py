@@ -15,8 +15,9 @@ import torch
 
 from nkat.gguf.file import GGUFFile, TensorInfo
 from nkat.gguf.formats import SUPPORTED_TYPES, UnsupportedTypeError, dequantise, packed_tensor
+from nkat.gguf.weights import scale_beside
 from nkat.kernels.registry import say_fallbacks
-from nkat.lm.architectures import LONG_ROPE, ROUTER, SHARED_GATE, SHORT_ROPE, SINKS
+from nkat.lm.architectures import LONG_ROPE, ROUTER, SHARED_GATE, SHORT_ROPE, SINKS, STACKS, Architecture
 from nkat.lm.config import ModelConfig
 from nkat.lm.delta_net import DeltaNet
 from nkat.lm.experts import Experts, ExpertStack
@@ -91,7 +92,7 @@ def load_model(
 
     gguf, tensors = base.file, base.tensors
     config, tokenizer = _read(model_file) if known is None else (known.config, known.tokenizer)
-    model = _Assembler(gguf, tensors, device, dtype, keep_dense).transformer(config)
+    model = _Assembler(gguf, tensors, config.architecture, device, dtype, keep_dense).transformer(config)
     if thetas is not None:
         model.set_thetas(thetas)
         model.set_gamma(gamma)
@@ -149,6 +150,7 @@ def _repack(model: Transformer, gguf: GGUFFile, tensors: Mapping[str, TensorInfo
 class _Assembler:
     gguf: GGUFFile
     tensors: Mapping[str, TensorInfo]
+    architecture: Architecture
     device: torch.device
     dtype: torch.dtype
     keep_dense: bool
@@ -216,9 +218,14 @@ class _Assembler:
         info, name = self.tensors[stem + ".weight"], stem + ".bias"
         bias = self.vector(name).view(shape[:2]) if name in self.tensors else None
         scale = self.vector(stem + ".scale") if stem + ".scale" in self.tensors else None
-        packed = self.packed(info.name)
+        packed, outside = self.packed(info.name), stem.endswith(STACKS[-1])
         return ExpertStack(
-            packed, info.type, shape, dtype=self.dtype, bias=bias, scale=scale, keep_dense=self.keep_dense
+            *(packed, info.type, shape),
+            dtype=self.dtype,
+            bias=bias,
+            scale=scale,
+            outside=outside,
+            keep_dense=self.keep_dense,
         )
 
     def linear(
@@ -231,7 +238,11 @@ class _Assembler:
         info = self.tensors[stem + ".weight"]
         bias = self.vector(stem + ".bias") if stem + ".bias" in self.tensors else None
         packed = self.packed(info.name) if packed is None else packed
-        return StarLinear(packed, info.type, shape, dtype=dtype or self.dtype, bias=bias, keep_dense=self.keep_dense)
+        scaled = stem.rpartition(".")[2] in self.architecture.scaled and stem != "token_embd"
+        scale = scale_beside(self.gguf, info.name) if scaled else 1.0
+        return StarLinear(
+            packed, info.type, shape, dtype=dtype or self.dtype, bias=bias, keep_dense=self.keep_dense, scale=scale
+        )
 
     @property
     def stream(self) -> torch.dtype:

@@ -10,7 +10,7 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.gguf.file import GGUFFile, TensorInfo
-from nkat.gguf.weights import read_weight, same_weights
+from nkat.gguf.weights import read_scaled_weight, same_weights
 from nkat.gguf.writer import MetadataValue
 from nkat.sources.options import SOURCES, ThetaOptions
 from nkat.sources.residual import ErrorsLeft, errors_left, factors_from_residual
@@ -73,7 +73,7 @@ def make_thetas(
         check_reference_is_better(file, options.reference, names)
 
     def make(name: str) -> Theta:
-        weight = read_weight(file, name)
+        weight = read_scaled_weight(file, name)
         if weight.ndim == 2:
             return quantise_factors(*_factors(weight, name, options))
         return of_experts([quantise_factors(*_factors(expert, name, options)) for expert in weight])
@@ -87,7 +87,7 @@ def residual_errors(
     """For each Θ made with source `residual`: the error it leaves, and what else the same bytes could do."""
 
     def compare(name: str) -> ErrorsLeft:
-        residual, moments = _residual(read_weight(file, name), name, options)
+        residual, moments = _residual(read_scaled_weight(file, name), name, options)
         return errors_left(residual, thetas[name], coupling(options.gamma), moments, options.seed, options.target_size)
 
     return _two_at_a_time(file, list(thetas), compare, on_layer)
@@ -149,7 +149,7 @@ def _factors(weight: torch.Tensor, name: str, options: ThetaOptions) -> tuple[to
 def _residual(weight: torch.Tensor, name: str, options: ThetaOptions) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the reference has and the weight lost, and the second moments of the layer's inputs where they are known."""
     assert options.reference is not None
-    residual = read_weight(options.reference, name) - weight
+    residual = read_scaled_weight(options.reference, name) - weight
     options.reference.release(name)
     return residual, options.input_weights[name] if options.input_weights else None
 

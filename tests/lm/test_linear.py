@@ -8,7 +8,7 @@ from gguf.constants import GGMLQuantizationType as QType
 
 from nkat.kernels import reference
 from nkat.lm.linear import StarLinear
-from nkat.theta.algebra import Theta, ThetaError, coupling, quantise_factors
+from nkat.theta.algebra import Theta, ThetaError, coupling, low_rank_form, quantise_factors
 from tests.support.oracle import star_product
 
 pytestmark = pytest.mark.isa
@@ -194,3 +194,24 @@ def test_rounded_activations_are_gguf_pys_q8_0_and_q8_k() -> None:
     assert bool(((by_256 - x).unflatten(-1, (-1, 256)).abs() <= 0.5001 * step).all())
     assert not torch.equal(by_256, found)
     assert torch.equal(reference.round_activations(x, gguf.GGMLQuantizationType.F16), x)
+
+
+# --- a scale beside a weight
+
+
+@pytest.mark.parametrize("keep_dense", [False, True])
+def test_a_scale_multiplies_the_weight_and_neither_bias_nor_theta(keep_dense: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(32, 64, generator=generator), torch.randn(5, 64, generator=generator)
+    bias = torch.randn(32, generator=generator)
+    theta = quantise_factors(*torch.randn(2, 64, 3, generator=generator))
+    packed = weight.view(torch.uint8).flatten()
+    layer = StarLinear(packed, QType.F32, (32, 64), bias=bias, theta=theta, keep_dense=keep_dense, scale=0.3)
+    layer.set_gamma(0.9)
+    down, up = low_rank_form(*theta.factors(), 32, 64)
+    expected = 0.3 * (x @ weight.T) + coupling(0.9) * (x @ down.T @ up.T) + bias
+    assert (layer(x) - expected).abs().max() < 1e-4
+    assert torch.equal(layer.weight(), 0.3 * weight)
+    layer.repack()
+    assert layer.compiled is None
+    assert (layer(x) - expected).abs().max() < 1e-4

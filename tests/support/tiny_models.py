@@ -90,6 +90,7 @@ class TinyOptions:
     fused_inputs: bool = False  # old files of qwen3next: one weight for queries, keys, values and gates
     attention_gate: bool = False
     sections: tuple[int, ...] | None = None
+    scaled: tuple[str, ...] = ()  # weights with a scale beside them, and one of their inputs that nobody reads
     draft: int = 0  # blocks behind the others that foretell later tokens, and that no forward pass reads
     vocab: str = "gpt2"  # or "spm"
     pre: str = "qwen2"  # tokenizer.ggml.pre of a gpt2 vocabulary
@@ -260,6 +261,12 @@ def write_tiny_model(
             writer.add_tensor(name, pack(values, qtype), raw_dtype=qtype)
         else:
             writer.add_tensor(name, values)
+    for name, shape, _, _ in _tensor_list(opts, vocab_size):
+        if name.endswith("weight") and name.split(".")[-2] in opts.scaled:
+            one = shape[:1] if len(shape) == 3 else (1,)
+            for kind in ("scale", "input_scale"):
+                beside = name.removesuffix("weight") + kind
+                writer.add_tensor(beside, _random_tensor(seed, beside, one, 0.8, 0.3))
     if opts.rope_factors:
         writer.add_tensor("rope_freqs.weight", np.linspace(1.0, 8.0, _rotary(opts) // 2, dtype=np.float32))
     if opts.long_factors:

@@ -14,7 +14,7 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.gguf.scales import has_scales, put_scales, stored_scales
-from nkat.gguf.weights import read_weight
+from nkat.gguf.weights import read_weight, scale_beside
 from nkat.gguf.writer import FileRange, sha256_of_parts
 from nkat.host import console, interrupts
 from nkat.host.console import note
@@ -85,7 +85,8 @@ class RepairResult:
 
 def repairable(loaded: LoadedModel, names: Sequence[str]) -> list[str]:
     """Those of the weights whose type stores scales. Raises NKATError where there is none."""
-    found = [name for name in names if has_scales(loaded.tensors[name].type)]
+    beside = {name for name in names if scale_beside(loaded.gguf, name) != 1.0}  # which the learned ones do not know
+    found = [name for name in names if has_scales(loaded.tensors[name].type) and name not in beside]
     if not found:
         types = ", ".join(sorted({loaded.tensors[name].type_name for name in names}))
         raise NKATError(
