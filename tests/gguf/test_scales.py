@@ -1,83 +1,73 @@
-"""Numbers beside weights (`blk.0.attn_q.scale`), as NVFP4 files have them: whoever reads such a weight knows."""
+"""The stored scales: where they are, that nothing else moves, that a weight is linear in them for gguf-py."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nkat.gguf.file import GGUFFile
-from nkat.gguf.weights import read_scaled_weight, read_weight, scale_beside
-from nkat.lm.keys import ConfigError
-from nkat.lm.load import load_model
-from nkat.sources.make import make_thetas
-from nkat.sources.options import ThetaOptions
-from tests.conftest import Script
+from nkat.gguf.formats import BLOCK_FORMATS
+from nkat.gguf.scales import differ_in_scales_only, has_scales, put_scales, stored_scales
+from nkat.gguf.writer import BaseView
+from tests.gguf.test_formats import FLOATS, HALVES, finite, flat, oracle, random_rows, row_length
 from tests.support.tiny_models import write_tiny_model
 
-NAME = "blk.1.attn_q.weight"
-SCALED = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+SCALED = [qtype for qtype, halves in HALVES.items() if halves]
+every_scaled_type = pytest.mark.parametrize("qtype", SCALED, ids=lambda qtype: qtype.name)
 
 
-@pytest.fixture
-def scaled(tmp_path: Path) -> Path:
-    return write_tiny_model(tmp_path / "scaled.gguf", "llama", scaled=SCALED)
+def test_every_format_says_where_its_scales_are() -> None:
+    assert {qtype: block.halves for qtype, block in BLOCK_FORMATS.items()} == HALVES
+    assert {qtype for qtype in (*FLOATS, *HALVES) if has_scales(qtype)} == set(SCALED)
+    assert 10 < len(SCALED) < len(HALVES)  # MXFP4, NVFP4 and IQ1_M have others
 
 
-def test_a_weight_is_read_with_what_lies_beside_it(scaled: Path, tmp_path: Path) -> None:
-    file, plain = GGUFFile.open(scaled), GGUFFile.open(write_tiny_model(tmp_path / "plain.gguf", "llama"))
-    scale = scale_beside(file, NAME)
-    assert 0.2 < scale < 1.4
-    assert scale != 1.0
-    assert torch.equal(read_scaled_weight(file, NAME), scale * read_weight(file, NAME))
-    assert scale_beside(plain, NAME) == 1.0
-    options = ThetaOptions(rank=4, gamma=0.9)
-    theirs, ours = (make_thetas(one, [NAME], options)[NAME] for one in (plain, file))
-    assert not torch.equal(theirs.scale, ours.scale)
-    assert torch.allclose(theirs.scale * scale**0.5, ours.scale, rtol=1e-4)  # of each of P and Q
+@every_scaled_type
+def test_scales_are_read_and_put_back(qtype) -> None:
+    data = finite(random_rows(qtype, (5, row_length(qtype, 3))), qtype)
+    found = stored_scales(flat(data), qtype)
+    blocks = data.reshape(15, -1)
+    expected = [blocks[:, start : start + 2].copy().view("<f2")[:, 0].astype("f4") for start in HALVES[qtype]]
+    np.testing.assert_array_equal(found.numpy(), np.stack(expected, axis=1))
+    packed = flat(data.copy())
+    put_scales(packed, qtype, found)
+    np.testing.assert_array_equal(packed.numpy(), data.reshape(-1))
+    put_scales(packed, qtype, 2 * found)
+    changed = np.flatnonzero((packed.numpy().reshape(15, -1) != blocks).any(axis=0))
+    assert set(changed) <= {byte for start in HALVES[qtype] for byte in (start, start + 1)}
+    doubled = oracle(packed.numpy().reshape(data.shape), qtype)
+    np.testing.assert_array_equal(doubled, 2 * oracle(data, qtype))  # a weight is linear in its scales
 
 
-def test_what_is_won_back_is_what_the_model_multiplies_by(scaled: Path, tmp_path: Path) -> None:
-    """A reference whose weights have the scale in them leaves nothing to win back; the plain one would leave much."""
-    file = GGUFFile.open(scaled)
-    made = {name: (read_scaled_weight(file, name).numpy(), file.tensors[name].type) for name in (NAME,)}
-    reference = write_tiny_model(tmp_path / "r.gguf", "llama", make=lambda name, _: made.get(name))
-    options = ThetaOptions(rank=4, gamma=0.9, source="residual", reference=GGUFFile.open(reference))
-    theta = make_thetas(file, [NAME], options)[NAME]
-    assert max(float(factor.abs().max()) for factor in theta.factors()) < 1e-3
+@every_scaled_type
+def test_scales_are_rounded_as_float16_is_and_stay_finite(qtype) -> None:
+    packed = flat(finite(random_rows(qtype, (1, row_length(qtype, 4))), qtype))
+    values = torch.tensor([1.0 + 2.0**-12, 1e6, -1e6, 1e-9])[:, None].repeat(1, len(HALVES[qtype]))
+    put_scales(packed, qtype, values)
+    expected = torch.tensor([1.0, 65504.0, -65504.0, 0.0])[:, None].expand_as(values)
+    assert torch.equal(stored_scales(packed, qtype), expected)
 
 
-def test_a_merged_weight_computes_what_theta_did(script: Script, scaled: Path, tmp_path: Path) -> None:
-    pytest.importorskip("nkat.gguf.quantise")
-    output, merged, record = (tmp_path / name for name in ("m.nkat", "merged.gguf", "r.json"))
-    flags = ("--theta-gamma", 0.5, "--merge", merged, "--text", __file__, "--chunks", 1, "--json", record)
-    done = script("nkat_gguf_converter.py", "--input", scaled, "--output", output, *flags)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(record.read_text())["merge"] is not None
-    ids = torch.tensor([[3, 50, 7, 120]])
-    with torch.inference_mode():
-        expected, plain, found = (load_model(path, **g).model(ids) for path, g in (
-            (output, {}), (output, {"gamma": 1.0}), (merged, {})
-        ))  # fmt: skip
-    assert (expected - plain).abs().max() > 0.05
-    assert (found - expected).abs().max() < 1e-3
+def test_files_that_differ_in_scales_only(tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base.gguf", "llama", blocks=1, qtype=next(iter(HALVES)))
+    name = "blk.0.ffn_up.weight"
+    with GGUFFile.open(base) as file:
+        place, view = file.tensors[name].offset, BaseView.whole(file)
 
+        def alike(*changed: int) -> bool:
+            data = bytearray(base.read_bytes())
+            for byte in changed:
+                data[byte] ^= 1
+            other = tmp_path / "other.gguf"
+            other.write_bytes(data)
+            with GGUFFile.open(other) as second:
+                return differ_in_scales_only(view, second)
 
-def test_a_scale_that_llama_cpp_does_not_apply_is_refused(tmp_path: Path) -> None:
-    path = write_tiny_model(tmp_path / "m.gguf", "qwen2", scaled=("ffn_up",))
-    with pytest.raises(ConfigError, match=r"tensor blk\.0\.ffn_up\.scale is unknown in a qwen2 model"):
-        load_model(path)
-
-
-def test_scales_inside_experts_leave_the_compiled_program(tmp_path: Path) -> None:
-    from nkat.engine.decoder import make_decoder
-
-    for stack, compiled in (("ffn_up_exps", False), ("ffn_down_exps", True)):
-        path = write_tiny_model(tmp_path / f"{stack}.gguf", "qwen3moe", scaled=(stack,))
-        decoder = make_decoder(load_model(path, repack=True).model, 8)
-        assert ("compiled" in decoder.name) == compiled
-        with torch.inference_mode():
-            expected = load_model(path).model(torch.tensor([[1, 5, 9]]))[0, -1]
-        assert (decoder.prefill([1, 5, 9]) - expected).abs().max() < 1e-4
+        assert alike()
+        assert alike(place, place + 1, place + 18)  # d of two blocks
+        assert not alike(place + 2)  # two of the integers
+        assert not alike(file.tensors["blk.0.attn_norm.weight"].offset)
+        assert not alike(file.metadata.spans["general.name"][1] - 1)  # the last letter of the name
