@@ -138,3 +138,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         Column("ratio", ratio, "{:.2f} ({:.2f}-{:.2f})".format),
     ]
     return Table("speed", columns, rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nIt is a part of another command: python -m benchmarks.architectures --help")

@@ -111,3 +111,7 @@ def _server(program: Path, model: Path, context: int) -> Iterator[str]:
     finally:
         child.terminate()
         child.wait()
+
+
+if __name__ == "__main__":
+    raise SystemExit(f"{__doc__}\nIt is a part of another command: python -m benchmarks.architectures --help")

@@ -9,8 +9,9 @@ attention, and keeps what suits it best, for prefill and decoding apart. Each tu
 its warm-up, in the environment of the user's shell, and then this toolkit in this process: 512 random tokens of
 prefill, then 128 steps of decoding from an empty cache, as llama-bench does. The ratio is the median over the turns of
 ours / llama.cpp's, with the smallest and largest. `share` is the file's bytes that a token reads, times its tokens a
-second, over the most that this memory gives (`benchmarks.memory`); above 1 the benchmark fails. A file that the last
-cache could hold is marked, and has none.
+second, over the most that this memory gives (`benchmarks.memory`); above 1 the benchmark fails. What the kernels keep
+wider than the file has it (IQ1, IQ2, IQ3) counts as in the file. A file that the last cache could hold is marked, and
+has none.
 
 Where a model has a Θ and llama-completion is given, a second table has Θ's cost in prefill and decoding: here, as a
 LoRA adapter in llama.cpp (`--lora`), and here as plain torch products beside each layer. llama.cpp's threads wait by

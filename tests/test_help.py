@@ -12,9 +12,11 @@ from nkat_vit.recipe import PRESETS, describe_presets, make_recipe
 from tests.conftest import ROOT
 
 # Of another benchmark: no commands by themselves.
-_PARTS = {"low_rank": "quality", "quality_report": "quality"} | dict.fromkeys(
-    ("gpu_checks", "gpu_figures", "gpu_first_use", "gpu_speed"), "gpu"
-)
+_PARTS = {
+    **dict.fromkeys(("low_rank", "quality_report"), "quality"),
+    **dict.fromkeys(("architecture_speed", "greedy"), "architectures"),
+    **dict.fromkeys(("gpu_checks", "gpu_figures", "gpu_first_use", "gpu_speed"), "gpu"),
+}
 
 
 def commands() -> list[list[str]]:

@@ -2,7 +2,8 @@
 
 The next prompt of a conversation begins with the last one and its answer, whose keys and values the decoder's cache
 holds already. A `Session` knows which tokens these are, keeps the longest common beginning, and forgets the rest. What
-the cache holds was computed with one Θ at one strength: with another, all of it is computed anew.
+the cache holds was computed with one Θ at one strength: with another, all of it is computed anew. A recurrent model
+goes back no further than to a state that was kept: one of those before the last token of its last prompts.
 """
 
 from __future__ import annotations

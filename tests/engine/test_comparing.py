@@ -61,7 +61,7 @@ def arms(loaded: LoadedModel, chunks: torch.Tensor = CHUNKS) -> tuple[torch.Tens
     return without, loaded.model(chunks)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3moe"])
+@pytest.mark.parametrize("arch", ["llama", "gemma2", "qwen3moe", "qwen35"])
 def test_theta_beside_none(tmp_path, arch):
     """gemma2 has a cap on its logits; of a mixture fewer sequences go together than are asked for."""
     exact = with_theta(load(tmp_path, arch=arch, dtype=torch.float64))
