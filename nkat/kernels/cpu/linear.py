@@ -147,16 +147,16 @@ class CpuLinear:
         """
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
         self.rounding = wide_rounding(qtype) if exact and in_place else rounding_of(qtype, exact)
-        self.behind = 0  # bytes behind the weight of each tile
         self.tiles: np.ndarray  # uint8, a row for each tile; for each row of the weight where it is left in place
         if in_place:
             self.tiles = packed.numpy().reshape(shape[0], -1)
         elif qtype in FLOAT_TYPES:
             self.tiles = repack_float(packed, qtype, shape)
         else:
-            self.behind = 2 * ROWS * room
-            self.tiles = repack(packed, qtype, shape, torch.get_num_threads(), self.behind)
+            self.tiles = repack(packed, qtype, shape, torch.get_num_threads(), 2 * ROWS * room)
         self.units = shape[1] if qtype in FLOAT_TYPES else shape[1] // BLOCK_LAYOUTS[qtype].columns
+        tiled = not in_place and qtype not in FLOAT_TYPES
+        self.behind = self.tiles.shape[1] - self.units * unit_bytes(qtype) if tiled else 0  # bytes behind each tile
         self.bias: np.ndarray | None = None
         if bias is not None:
             self.bias = np.zeros(self.padded_rows, np.float32)
