@@ -9,7 +9,7 @@ import torch
 
 from nkat.engine.compiled_scorer import CompiledScorer
 from nkat.engine.scoring import EagerScorer, KeptScorer, make_scorer
-from nkat.kernels.cpu import batch, linear
+from nkat.kernels.cpu import batch, matmul
 from nkat.kernels.cpu.matmul import EXACT, Rounding
 from nkat.lm.load import LoadedModel, load_model
 from nkat.theta.algebra import quantise_factors
@@ -62,7 +62,7 @@ def test_scores_equal_the_forward_pass(tmp_path, family):
 @pytest.fixture
 def inputs_as_they_are(monkeypatch):
     """In float32 on every processor."""
-    monkeypatch.setattr(linear, "wide_rounding", lambda qtype: EXACT)
+    monkeypatch.setattr(matmul, "wide_rounding", lambda qtype: EXACT)
 
 
 def test_scores_equal_float64(tmp_path, inputs_as_they_are):
@@ -72,7 +72,7 @@ def test_scores_equal_float64(tmp_path, inputs_as_they_are):
 
 def test_inputs_of_three_bytes_score_as_float32(tmp_path, monkeypatch):
     """A token's score as near as sixteen bits are, a hundred times nearer than eight; the mean nearer still."""
-    monkeypatch.setattr(linear, "wide_rounding", lambda qtype: Rounding(32, 32, digits=3))
+    monkeypatch.setattr(matmul, "wide_rounding", lambda qtype: Rounding(32, 32, digits=3))
     exact = EagerScorer(load(tmp_path, qtype=Q8_0, dtype=torch.float64).model).score(CHUNKS)
     off = compiled(load(tmp_path, qtype=Q8_0)).score(CHUNKS) - exact
     of_eight_bits = compiled(load(tmp_path, qtype=Q8_0, int8_activations=True)).score(CHUNKS) - exact

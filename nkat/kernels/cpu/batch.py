@@ -227,18 +227,18 @@ def _byte_products(
 
     with k.loop(0, steps) as step:
         for group in range(groups):
-            add(step, group, rounding.whole, 1.0)
+            add(step, group, *rounding.parts[0])
             m = k.load(F32(ROWS), at + step * _step_bytes(layout.group) + (9 + 2 * group) * _VECTOR)
             for t, total in enumerate(totals):
                 sum_at = sums + ((step * groups + group) * tokens + t) * 4
                 total.value = k.fma(m, k.load(F32(), sum_at), total.value)
-    if rounding.digits == 3:  # by itself: among the others it would cost the loop above its registers
+    for part in rounding.parts[1:]:  # by itself: among the others it would cost the loop above its registers
         with (
             k.loop(0, steps) as step,
             k.when(k.load(I64(), q + step * rounding.step_bytes(tokens) + 3 * tokens * 32) > 0),
         ):
             for group in range(groups):
-                add(step, group, (2,), 1 / 256)
+                add(step, group, *part)
 
 
 def make_scratch(threads: int, tokens: int) -> np.ndarray:

@@ -77,8 +77,9 @@ def _total(sums: list[list[Variable]], column: int) -> Value:
     return first
 
 
-def _silu(k: Builder, x: Value) -> Value:
-    return x / (k.exp(x * -1.0) + 1.0)
+def _gated(k: Builder, x: Value, gate: Value) -> Value:
+    """x · logistic(gate); of x by itself that is SiLU."""
+    return x / (k.exp(gate * -1.0) + 1.0)
 
 
 @functools.cache
@@ -118,7 +119,7 @@ def convolve_kernel(shape: DeltaShape) -> int:
                 for n, (row, valid) in enumerate(zip(rows, there, strict=True)):
                     x = k.select(valid, k.load(F32(lanes), row + j), nothing)
                     total = k.fma(x, k.load(F32(lanes), weights + n * row_bytes + column + j), total)
-                active = _silu(k, total)
+                active = _gated(k, total, total)
                 squares.value = k.fma(active, active, squares.value)
                 k.store(active, to + j)
             with k.when(head < 2 * shape.key_heads):
@@ -203,7 +204,7 @@ def delta_kernel(shape: DeltaShape) -> int:
                 begin = sequence * length + first
                 with k.loop(0, some) as place:
                     beta = k.load(F32(), betas + (begin + place) * beta_stride + beta_column * 4)
-                    k.store(k.value(1.0, F32()) / (k.exp(beta * -1.0) + 1.0), strengths + place * 4)
+                    k.store(_gated(k, k.value(1.0, F32()), beta), strengths + place * 4)
                     alpha = k.load(F32(), alphas + (begin + place) * alpha_stride + alpha_column * 4)
                     k.store(k.exp(softplus(k, alpha + bias) * factor), decays + place * 4)
                 with k.loop(0, 4 * size, 4 * width) as column, k.loop(0, some) as place:
@@ -246,7 +247,8 @@ def gated_norm_kernel(shape: DeltaShape, tokens: int) -> int:
             row, gates = x + token * stride + head * (4 * size), gate + token * gate_stride + shape.gate_column(head)
             normalised(k, row, weight, epsilon, size, row)
             with k.loop(0, 4 * size, 4 * lanes) as i:
-                k.store(k.load(F32(lanes), row + i) * _silu(k, k.load(F32(lanes), gates + i)), row + i)
+                g = k.load(F32(lanes), gates + i)
+                k.store(k.load(F32(lanes), row + i) * _gated(k, g, g), row + i)
 
     return compile_kernel(f"gated_norm_{shape.label}_{tokens}", emit)
 
@@ -285,7 +287,7 @@ def logistic_kernel(columns: int, tokens: int) -> int:
         with own_tokens(k, state, tokens) as token, k.loop(0, 4 * columns, 4 * lanes) as i:
             at = x + token * stride + i
             g = k.load(F32(lanes), gate + token * gate_stride + i)
-            k.store(k.load(F32(lanes), at) / (k.exp(g * -1.0) + 1.0), at)
+            k.store(_gated(k, k.load(F32(lanes), at), g), at)
 
     return compile_kernel(f"logistic_{columns}_{tokens}", emit)
 
@@ -308,7 +310,7 @@ def shared_kernel(columns: int, tokens: int) -> int:
             sums = k.variable(k.value(0.0, F32(lanes)))
             with k.loop(0, 4 * columns, 4 * lanes) as i:
                 sums.value = k.fma(k.load(F32(lanes), inputs + i), k.load(F32(lanes), gate + i), sums.value)
-            share = k.value(1.0, F32()) / (k.exp(sums.value.total() * -1.0) + 1.0)
+            share = _gated(k, k.value(1.0, F32()), sums.value.total())
             with k.loop(0, 4 * columns, 4 * lanes) as i:
                 k.store(k.fma(k.load(F32(lanes), row + i), share, k.load(F32(lanes), to + i)), to + i)
 

@@ -20,7 +20,7 @@ from nkat.kernels.cpu.jit import compile_kernel
 from nkat.kernels.cpu.layout import ROWS
 from nkat.kernels.cpu.linear import Panels
 from nkat.kernels.cpu.llvm import F32, I8, I16, I32, I64, Builder, Value
-from nkat.kernels.cpu.matmul import FLOAT_TYPES, arguments, matmul_kernel, rounding_of, share, wide_rounding
+from nkat.kernels.cpu.matmul import FLOAT_TYPES, arguments, layer_rounding, matmul_kernel, share
 from nkat.kernels.cpu.program import Program, aligned
 
 
@@ -212,7 +212,7 @@ class CpuExperts:
         """
         count, m, n = shape
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
-        self.rounding = wide_rounding(qtype) if exact and in_place else rounding_of(qtype, exact)
+        self.rounding = layer_rounding(qtype, exact, in_place)
         self.packed = packed.numpy().reshape(count, m, -1)
         self.units = n if qtype in FLOAT_TYPES else n // BLOCK_LAYOUTS[qtype].columns
         unit = ROWS * GGML_QUANT_SIZES[qtype][1] if qtype in FLOAT_TYPES else unit_bytes(qtype)

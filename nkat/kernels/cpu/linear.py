@@ -17,10 +17,9 @@ from nkat.kernels.cpu.matmul import (
     STAR_ROWS,
     Rounding,
     down_kernel,
+    layer_rounding,
     matmul_kernel,
     round_kernel,
-    rounding_of,
-    wide_rounding,
 )
 from nkat.kernels.cpu.program import Program, aligned, pool
 from nkat.kernels.cpu.repack import repack, repack_float
@@ -146,7 +145,7 @@ class CpuLinear:
         tile to tile, they cost a fifth of what they cost elsewhere
         """
         self.qtype, self.shape, self.exact, self.in_place = qtype, shape, exact, in_place
-        self.rounding = wide_rounding(qtype) if exact and in_place else rounding_of(qtype, exact)
+        self.rounding = layer_rounding(qtype, exact, in_place)
         self.tiles: np.ndarray  # uint8, a row for each tile; for each row of the weight where it is left in place
         if in_place:
             self.tiles = packed.numpy().reshape(shape[0], -1)

@@ -60,9 +60,12 @@ class Rounding:
         return 127.0 if self.digits == 1 else 127.0 * 256 + 127
 
     @property
-    def whole(self) -> tuple[int, ...]:
-        """The digits that make a whole number, the highest first."""
-        return (0,) if self.digits == 1 else (0, 1)
+    def parts(self) -> tuple[tuple[tuple[int, ...], float], ...]:
+        """The digits that make one whole number, the highest first, and the units that it counts.
+
+        First those of all inputs, then what the blocks with outliers have besides.
+        """
+        return (((0,), 1.0),) if self.digits == 1 else (((0, 1), 1.0), ((2,), 1 / 256))
 
     def step_bytes(self, tokens: int) -> int:
         """Of a panel's inputs in 32 columns: its digits, and behind three of them whether any has the third, int64."""
@@ -84,6 +87,11 @@ def wide_rounding(qtype: GGMLQuantizationType, isa: str | None = None) -> Roundi
     if qtype in FLOAT_TYPES or (isa or best_isa()) not in DOT4:
         return EXACT
     return Rounding(32, BLOCK_LAYOUTS[qtype].group, digits=3)
+
+
+def layer_rounding(qtype: GGMLQuantizationType, exact: bool, in_place: bool) -> Rounding:
+    """Of a layer's inputs. in_place: its weight stays as the file has it, and multiplies many tokens only"""
+    return wide_rounding(qtype) if exact and in_place else rounding_of(qtype, exact)
 
 
 # Every kernel gets `state`, int64: [0] how many tokens there are, [3] the first of them that feels Θ
@@ -420,7 +428,7 @@ def _down_rounded(
     totals = [k.variable(k.value(0.0, F32(ROWS))) for _ in range(tokens)]
     shifts = [k.variable(k.value(0.0, F32())) for _ in range(tokens)]  # Σ d·x̂, for the 128 that is added to `down`
     with k.loop(0, groups) as group:
-        for digits, unit in ((rounding.whole, 1.0), ((2,), 1 / 256))[: 1 if rounding.digits == 1 else 2]:
+        for digits, unit in rounding.parts:
             dots = [k.value(0, I32(ROWS)) for _ in range(tokens)]
             for digit in digits:
                 if digit != digits[0]:
