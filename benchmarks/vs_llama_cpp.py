@@ -2,10 +2,12 @@
 
     python -m benchmarks.vs_llama_cpp --llama-bench PATH models/smollm2.gguf Q4_K_M Q6_K --threads 1 2
     python -m benchmarks.vs_llama_cpp --llama-bench PATH --llama-completion PATH models/smollm2.nkat
+    python -m benchmarks.vs_llama_cpp --llama-bench ik_llama.cpp/…/llama-bench --flags '-rtr 0' '-rtr 1 -mmp 0' Q4_K_M
 
 A model is a file, or the name of a mix of formats: then a 7B-shaped file is written for it (`benchmarks.shapes`). For
 each number of threads llama-bench, llama.cpp's own benchmark, is tried with up to so many and with and without flash
-attention, and keeps what suits it best, for prefill and decoding apart. Each turn measures it so, one repetition after
+attention (and with each of --flags, which a program of the family may have), and keeps what suits it best, for prefill
+and decoding apart. Each turn measures it so, one repetition after
 its warm-up, in the environment of the user's shell, and then this toolkit in this process: 512 random tokens of
 prefill, then 128 steps of decoding from an empty cache, as llama-bench does. The ratio is the median over the turns of
 ours / llama.cpp's, with the smallest and largest. `share` is the file's bytes that a token reads, times its tokens a
@@ -29,9 +31,10 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 import gc
 import json
 import re
+import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -68,10 +71,11 @@ class Setting:
 
     threads: int
     flash_attention: bool
+    flags: str = ""
 
     @property
     def words(self) -> list[Any]:
-        return ["-t", self.threads, "-fa", int(self.flash_attention)]
+        return ["-t", self.threads, "-fa", int(self.flash_attention), *shlex.split(self.flags)]
 
 
 def settings_to_try(threads: int) -> list[Setting]:
@@ -80,26 +84,32 @@ def settings_to_try(threads: int) -> list[Setting]:
     return [Setting(count, flash) for count in counts for flash in (False, True)]
 
 
-def best_settings(program: Path, model: Path, threads: int) -> tuple[Setting, Setting]:
-    """What llama-bench is fastest with, in prefill and in decoding, with at most so many threads."""
-    records = _try_settings(program, model, threads, PREFILL // 2)
-    return _best([r for r in records if r["n_gen"] == 0]), _best([r for r in records if r["n_gen"]])
+def best_settings(program: Path, model: Path, threads: int, flags: Sequence[str] = ("",)) -> tuple[Setting, Setting]:
+    """What suits llama-bench best, in prefill and in decoding, with at most so many threads and one of `flags`."""
+    tried = _try_settings(program, model, threads, PREFILL // 2, flags)
+    return _best(tried, decoding=False), _best(tried, decoding=True)
 
 
 def best_for_decoding(program: Path, model: Path, threads: int) -> Setting:
     """The same, without the prefill."""
-    return _best(_try_settings(program, model, threads, 0))
+    return _best(_try_settings(program, model, threads, 0, ("",)), decoding=True)
 
 
-def _try_settings(program: Path, model: Path, threads: int, prefill: int) -> list[dict[str, Any]]:
+def _try_settings(
+    program: Path, model: Path, threads: int, prefill: int, flags: Sequence[str]
+) -> list[tuple[Setting, dict[str, Any]]]:
     counts = sorted({setting.threads for setting in settings_to_try(threads)})
-    flags = ["-t", ",".join(map(str, counts)), "-fa", "0,1"]
-    return _bench(program, model, [*flags, "-p", prefill, "-n", DECODE // 4])
+    words = ["-t", ",".join(map(str, counts)), "-fa", "0,1", "-p", prefill, "-n", DECODE // 4]
+    return [
+        (Setting(record["n_threads"], bool(record["flash_attn"]), more), record)
+        for more in flags
+        for record in _bench(program, model, [*words, *shlex.split(more)])
+    ]
 
 
-def _best(records: list[dict[str, Any]]) -> Setting:
-    found = max(records, key=lambda r: r["avg_ts"])
-    return Setting(found["n_threads"], bool(found["flash_attn"]))
+def _best(tried: list[tuple[Setting, dict[str, Any]]], decoding: bool) -> Setting:
+    of_kind = [(record["avg_ts"], setting) for setting, record in tried if bool(record["n_gen"]) == decoding]
+    return max(of_kind, key=lambda pair: pair[0])[1]
 
 
 def llama_bench(program: Path, model: Path, settings: tuple[Setting, Setting]) -> Speeds:
@@ -156,7 +166,9 @@ def ours(decoder: Decoder, tokens: list[int], after_prompt: bool) -> Speeds:
     return prefill, DECODE / (perf_counter() - started)
 
 
-def compare(program: Path, path: Path, threads: int, turns: int, ceiling: Ceiling) -> dict[str, Any]:
+def compare(
+    program: Path, path: Path, threads: int, turns: int, ceiling: Ceiling, flags: Sequence[str] = ("",)
+) -> dict[str, Any]:
     """Both programs on one model without Θ."""
     hardware.set_threads(threads)
     loaded = load_model(path, int8_activations=True, repack=True)
@@ -164,7 +176,7 @@ def compare(program: Path, path: Path, threads: int, turns: int, ceiling: Ceilin
     decoder = make_decoder(loaded.model, PREFILL + 1)
     decoder.set_gamma(None)
     ours(decoder, tokens, False)  # compiles
-    settings = best_settings(program, path, threads)
+    settings = best_settings(program, path, threads, flags)
     pairs: list[tuple[Speeds, Speeds]] = []
     with console.bar(turns, f"{path.name}, {threads} threads", "turn") as bar:
         for _ in range(turns):
@@ -306,6 +318,9 @@ def main() -> None:
     )
     parser.add_argument("--llama-bench", type=Path, required=True, metavar="PATH")
     parser.add_argument("--llama-completion", type=Path, metavar="PATH", help="to compare Θ with a LoRA there")
+    parser.add_argument(
+        "--flags", nargs="+", metavar="WORDS", default=[""], help="to try llama-bench with, each by itself"
+    )
     parser.add_argument("--threads", type=commandline.thread_count, nargs="+", metavar="N", default=[])
     parser.add_argument("--turns", type=commandline.positive_int, default=5, metavar="N")
     parser.add_argument("--json", metavar="FILE", help="write the record to a file too")
@@ -320,7 +335,9 @@ def main() -> None:
             for threads in counts:
                 if threads not in ceilings:
                     ceilings[threads] = measure_ceiling(hardware.set_threads(threads))
-                record["speed"].append(compare(options.llama_bench, path, threads, options.turns, ceilings[threads]))
+                record["speed"].append(
+                    compare(options.llama_bench, path, threads, options.turns, ceilings[threads], options.flags)
+                )
                 gc.collect()
         elif options.llama_completion is None:
             note(f"{path}: has a Θ; give --llama-completion to compare its cost")

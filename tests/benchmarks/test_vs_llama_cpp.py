@@ -33,6 +33,8 @@ def test_the_peer_chooses_its_threads_and_flags(tmp_path: Path) -> None:
     program.chmod(0o700)
     assert best_settings(program, tmp_path / "m.gguf", 2) == (Setting(2, True), Setting(1, False))
     assert "-t 1,2 -fa 0,1" in seen.read_text()
+    assert best_settings(program, tmp_path / "m.gguf", 2, ("-rtr 1 -mmp 0",))[1] == Setting(1, False, "-rtr 1 -mmp 0")
+    assert seen.read_text().endswith("-rtr 1 -mmp 0 -r 1 -o json")
 
 
 def test_a_share_above_one_is_an_error() -> None:
