@@ -12,9 +12,10 @@ up), and `both` half the bytes of each. With U = [P Q] and J = [[0, I], [−I, 0
 so W·exp(Θ) = W + (W U) F Uᵀ is a low-rank term too, and is judged as one: what an adapter for llama.cpp would hold.
 
 FOLDER holds the texts of `benchmarks.quality` by their usual names. Learned on wikitext-2-valid.txt without `<unk>`,
-from zero, not nested, INT8 in the last steps; judged with INT8 factors on other texts, in bfloat16 where the processor
-computes in it: perplexity against the same model without any, and KL(without ‖ with) of the next token. Each case
-leaves MODEL-FORM-RATE-SEED.json; cases that are there are not run again. The last line of stdout is JSON.
+from zero, not nested, INT8 in the last steps; judged with INT8 factors on other texts, in bfloat16 where the device
+computes in it (a GPU where there is one, unless --no-cuda): perplexity against the same model without any, and
+KL(without ‖ with) of the next token. Each case leaves MODEL-FORM-RATE-SEED.json; cases that are there are not run
+again. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ class Plan:
         out = {}
         for name, (p, q) in factors.items():
             m, n = self.shapes[name]
-            p, q = round_straight_through(p), round_straight_through(q)
+            p, q = (round_straight_through(factor.to(layers[name].device)) for factor in (p, q))
             added = self.additive[name]
             pairs = []
             if added:
@@ -226,7 +227,7 @@ class Bench:
     out: Path
     settings: FitSettings
     chunks: Mapping[str, int]
-    dtype: torch.dtype
+    device: torch.device
     model: str = ""
     loaded: LoadedModel | None = None
     hidden: dict[str, torch.Tensor] | None = None  # of the scored positions without a term, by text
@@ -235,7 +236,8 @@ class Bench:
         if self.loaded is None or self.model != model:
             path = cached(model) or fetch(model)
             self.model, self.hidden = model, None
-            self.loaded = load_model(path, dtype=self.dtype, keep_dense=True)
+            dtype = torch.bfloat16 if hardware.computes_bfloat16(self.device) else torch.float32
+            self.loaded = load_model(path, device=self.device, dtype=dtype, keep_dense=True)
             self.loaded.model.set_gamma(None)
         return self.loaded
 
@@ -258,6 +260,7 @@ class Bench:
             "settings": settings,
             "validation_nll": row["validation_nll"],
             "seconds": state.seconds,
+            "device": hardware.describe(self.device)["device_name"],
             "texts": texts,
         }
 
@@ -292,7 +295,7 @@ class Bench:
             before = self.hidden[name]
             targets = self.tokens(loaded, name)[:, CONTEXT // 2 + 1 :]
             nll = [model.nll(h.flatten(0, 1), targets.flatten()).view(targets.shape).double() for h in (before, after)]
-            base, now = (Perplexity(values) for values in nll)
+            base, now = (Perplexity(values.cpu()) for values in nll)
             with torch.no_grad():
                 teacher = Teacher(before.flatten(0, 1), head)
                 divergence = float(vocabulary_loss(after.flatten(0, 1), head, None, teacher)) / targets.numel()
@@ -300,7 +303,7 @@ class Bench:
         return results
 
     def tokens(self, loaded: LoadedModel, name: str) -> torch.Tensor:
-        return text_chunks(loaded.tokenizer, load_text(self.data / name).content, self.chunks[name])
+        return text_chunks(loaded.tokenizer, load_text(self.data / name).content, self.chunks[name]).to(self.device)
 
     def predict(self, loaded: LoadedModel, name: str) -> torch.Tensor:
         """Hidden states [chunks, scored, d] of what is scored."""
@@ -384,6 +387,7 @@ def main() -> None:
     parser.add_argument("--home-chunks", type=commandline.positive_int, default=40, metavar="N")
     parser.add_argument("--other-chunks", type=commandline.positive_int, default=16, metavar="N")
     parser.add_argument("--threads", type=commandline.thread_count)
+    parser.add_argument("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
     commandline.add_output_format(parser)
     options = parser.parse_args()
     hardware.set_threads(options.threads)
@@ -393,7 +397,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     chunks = {HOME: options.home_chunks} | dict.fromkeys(ELSEWHERE, options.other_chunks)
-    dtype = torch.bfloat16 if hardware.computes_bfloat16(torch.device("cpu")) else torch.float32
+    device = hardware.pick_device(allow_cuda=not options.no_cuda)
     settings = FitSettings(
         RANK,
         0.97,  # without meaning here: what is learned is the product
@@ -403,7 +407,7 @@ def run(options: argparse.Namespace) -> None:
         nested=False,
         validate_every=options.steps,
     )
-    bench = Bench(options.data, options.output_dir, settings, chunks, dtype)
+    bench = Bench(options.data, options.output_dir, settings, chunks, device)
     results = []
     for model in options.models:
         for seed in options.seeds:  # all forms of one seed before the next
@@ -416,5 +420,4 @@ def run(options: argparse.Namespace) -> None:
                     results.append(json.loads(path.read_text(encoding="utf-8")))
     rows = summaries(results)
     show(table(rows))
-    record = {"machine": hardware.describe(torch.device("cpu")), "dtype": str(dtype), "chunks": chunks}
-    print_record({**record, "forms": rows, "cases": results})
+    print_record({"machine": hardware.describe(device), "chunks": chunks, "forms": rows, "cases": results})

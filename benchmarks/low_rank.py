@@ -47,7 +47,8 @@ def apply_terms(model: Transformer, terms: LowRankTerms) -> None:
     layers = model.star_linears()
     for name, (down, up) in terms.layers.items():
         layer = layers[name]
-        layer.down, layer.up, layer.kappa = down.to(layer.dtype), up.to(layer.dtype), 1.0
+        layer.down, layer.up = (factor.to(layer.device, layer.dtype) for factor in (down, up))
+        layer.kappa = 1.0
 
 
 def weight_controls(loaded: LoadedModel, theta_set: ThetaSet, rank: int, gamma: float) -> dict[str, LowRankTerms]:
@@ -93,13 +94,12 @@ def qera_terms(loaded: LoadedModel, reference: Path, calibrate: Path, rank: int)
 
 
 def fit_unrestricted(
-    model_path: Path, calibrate: Path, ignore: Sequence[str], rank: int, steps: int, dtype: torch.dtype, kept: Path
+    loaded: LoadedModel, calibrate: Path, ignore: Sequence[str], rank: int, steps: int, kept: Path
 ) -> LowRankTerms:
     """A LoRA fitted by the recipe of `--theta-source fit --no-nested --fit-start zero`, at the bytes of a Θ of `rank`.
 
     kept: file with the fitted factors; used where it is there
     """
-    loaded = load_model(model_path, dtype=dtype, keep_dense=True)
     loaded.model.set_gamma(None)
     names = adaptable_layers(loaded.tensors)
     shapes = [loaded.tensors[name].shape for name in names]
@@ -121,7 +121,7 @@ def fit_unrestricted(
                 keep_activations=True,
             )
         torch.save(state.best_factors, kept)
-    factors: Mapping[str, Factors] = by_name(names, torch.load(kept, weights_only=True))
+    factors: Mapping[str, Factors] = by_name(names, torch.load(kept, weights_only=True, map_location="cpu"))
     layers = {}
     for name, (p, q) in factors.items():
         u, v = rounded_factors(p, q)

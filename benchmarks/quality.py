@@ -8,8 +8,9 @@ FOLDER holds the texts by their usual names: wiki.test.raw, wikitext-2-valid.txt
 alice29.txt. The models are fetched (`python -m nkat.models`). Each case leaves FOLDER/CASE.json and what it made; cases
 that are there are not run again, and a fit that was interrupted goes on. All of it takes hours on two cores.
 
-Judged in chunks of 512 tokens (wiki.test.raw 40, the others 16), in bfloat16 where the processor computes in it, with
-paired differences from the same model without Θ. The last line of stdout is JSON.
+Judged in chunks of 512 tokens (wiki.test.raw 40, the others 16), in bfloat16 where the device computes in it (a GPU
+where there is one, unless --no-cuda), with paired differences from the same model without Θ. The last line of stdout is
+JSON.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class Bench:
     data: Path
     out: Path
     steps: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     models: dict[str, LoadedModel] = field(default_factory=dict)
     chunks: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
 
@@ -95,16 +97,24 @@ class Bench:
         """One model at a time stays open; whatever Θ it had is taken off."""
         if model not in self.models:
             self.models.clear()
-            self.models[model] = load_model(self.path(model), dtype=self.dtype, keep_dense=True)  # faster
+            self.models[model] = self.open(self.path(model))
         loaded = self.models[model]
         loaded.model.set_thetas({})
         loaded.model.set_gamma(None)
         return loaded
 
+    def open(self, path: Path) -> LoadedModel:
+        """A file as everything is judged."""
+        return load_model(path, device=self.device, dtype=self.dtype, keep_dense=True)  # dense: faster
+
     @cached_property
     def dtype(self) -> torch.dtype:
-        fast = hardware.computes_bfloat16(torch.device("cpu"))
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if hardware.computes_bfloat16(self.device) else torch.float32
+
+    @property
+    def no_cuda(self) -> list[str]:
+        """What keeps the converter's fits on the processor too."""
+        return ["--no-cuda"] if self.device.type == "cpu" and torch.cuda.is_available() else []
 
     def judge(self, model: str, label: str, texts: Iterable[str] | None = None) -> dict[str, Perplexity]:
         """Perplexity as the open model now stands; texts: None for all."""
@@ -174,6 +184,7 @@ class Bench:
             command += ["--output", path, "--json", path.with_suffix(".converter.json"), *flags]
             command += [] if gamma is None else ["--theta-gamma", gamma]
             command += ["--resume"] if interrupted else []
+            command += self.no_cuda if "fit" in flags else []
             done = subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False)
             if done.returncode != 0:
                 raise NKATError(f"{name}: the converter ended with status {done.returncode}")
@@ -358,7 +369,7 @@ def _repair_cases() -> dict[str, Case]:
 
 def _unrestricted(bench: Bench, loaded: LoadedModel) -> LowRankTerms:
     return fit_unrestricted(
-        bench.path("smollm2"), bench.text(CALIBRATION), ["<unk>"], 4, bench.steps, bench.dtype, bench.out / "lora-r4.pt"
+        bench.open(bench.path("smollm2")), bench.text(CALIBRATION), ["<unk>"], 4, bench.steps, bench.out / "lora-r4.pt"
     )
 
 
@@ -382,6 +393,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the cases, and which are there")
     parser.add_argument("--steps", type=commandline.positive_int, default=STEPS, help=f"of each fit (default {STEPS})")
     parser.add_argument("--threads", type=commandline.thread_count)
+    parser.add_argument("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
     commandline.add_output_format(parser)
     options = parser.parse_args()
     hardware.set_threads(options.threads)
@@ -390,7 +402,8 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    bench = Bench(options.data, options.output_dir, options.steps)
+    device = hardware.pick_device(allow_cuda=not options.no_cuda)
+    bench = Bench(options.data, options.output_dir, options.steps, device)
     cases = all_cases()
     wanted = [n for n in cases if options.only is None or any(fnmatchcase(n, p) for p in options.only)]
     results: dict[str, Any] = {}
@@ -411,6 +424,5 @@ def run(options: argparse.Namespace) -> None:
         show(table)
         say()
     quality_report.plot_ranks(bench.out / "quality_ranks.png", results)
-    machine = hardware.describe(torch.device("cpu"))
-    record = {"machine": machine, "dtype": str(bench.dtype), "steps": options.steps, "cases": results}
+    record = {"machine": hardware.describe(device), "dtype": str(bench.dtype), "steps": options.steps, "cases": results}
     print_record(record)

@@ -9,7 +9,7 @@ chunks of the calibration text); `plain-` ones are without. The Q4_1 file is the
 40 chunks of wiki.test.raw and 16 of Shakespeare: the base as it is; `scales`, the converter's --repair, 0 bytes more;
 `theta`, a fit of rank 4 on the base; `both`, the same on the repaired file; `qera`, the unrestricted optimum at the
 bytes of `theta`, on the base; `qera-scales` on the repaired file. KL is that of the next token from the Q4_1 file's, on
-16 chunks of wiki.test.raw, ± over chunks.
+16 chunks of wiki.test.raw, ± over chunks. On a GPU where there is one, unless --no-cuda.
 
 FOLDER of --data as in `benchmarks.quality`; of --llama-bin: llama-imatrix and llama-quantize. Cases that are there are
 not run again, and an interrupted fit or repair goes on. The last line of stdout is JSON.
@@ -44,7 +44,6 @@ from nkat.host.environment import users_environment
 from nkat.host.files import atomic_output
 from nkat.host.record import print_record
 from nkat.host.tables import Column, Table, show
-from nkat.lm.load import load_model
 from nkat.lm.transformer import Transformer
 from nkat.measure.perplexity import CONTEXT, Perplexity, scored_tokens, text_chunks
 from nkat.measure.texts import load_text
@@ -98,6 +97,7 @@ class RepairBench(Bench):
             command += ["--reference", self.path(ORIGINAL), "--calibrate", self.text(CALIBRATION)]
             command += ["--calibrate-ignore", "<unk>", "--repair-steps", self.repair_steps, "--fit-fast"]
             command += ["--json", path.with_suffix(".converter.json"), "--force"] + ["--resume"] * interrupted
+            command += self.no_cuda
             done = subprocess.run([str(part) for part in command], stdout=subprocess.DEVNULL, check=False)
             if done.returncode != 0:
                 raise NKATError(f"{base}: the converter ended with status {done.returncode}")
@@ -133,9 +133,9 @@ class RepairBench(Bench):
     @cached_property
     def original(self) -> tuple[torch.Tensor, list[Teacher]]:
         """The chunks of KL [C, T], and what the original predicts there."""
-        loaded = load_model(self.path(ORIGINAL), dtype=self.dtype)
+        loaded = self.open(self.path(ORIGINAL))
         content = load_text(self.text(TEXTS[0])).content
-        chunks = text_chunks(loaded.tokenizer, content, KL_CHUNKS)
+        chunks = text_chunks(loaded.tokenizer, content, KL_CHUNKS).to(self.device)
         head = Head.of(loaded.model)
         with torch.inference_mode():
             return chunks, [Teacher(_scored(loaded.model, chunk), head) for chunk in chunks]
@@ -234,12 +234,19 @@ def main() -> None:
     parser.add_argument("--steps", type=commandline.positive_int, default=40, help="of a fit of Θ (default 40)")
     parser.add_argument("--repair-steps", type=commandline.positive_int, default=60, help="of a repair (default 60)")
     parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
+    parser.add_argument("--no-cuda", action="store_true", help="use the processor even if there is a GPU")
     commandline.add_output_format(parser)
     options = parser.parse_args()
     hardware.set_threads(options.threads)
     options.output_dir.mkdir(parents=True, exist_ok=True)
+    device = hardware.pick_device(allow_cuda=not options.no_cuda)
     bench = RepairBench(
-        options.data, options.output_dir, options.steps, llama=options.llama_bin, repair_steps=options.repair_steps
+        options.data,
+        options.output_dir,
+        options.steps,
+        device,
+        llama=options.llama_bin,
+        repair_steps=options.repair_steps,
     )
     results = run(bench, _wanted(options.only), options.list)
     if options.list:
@@ -247,7 +254,7 @@ def main() -> None:
     show(table(results))
     say()
     record = {"dtype": str(bench.dtype), "steps": options.steps, "repair_steps": options.repair_steps, "cases": results}
-    print_record({"machine": hardware.describe(torch.device("cpu")), **record})
+    print_record({"machine": hardware.describe(device), **record})
 
 
 def _wanted(patterns: list[str] | None) -> list[tuple[str, str]]:

@@ -117,7 +117,7 @@ def test_a_case_is_fitted_and_judged_on_other_texts(tmp_path: Path, monkeypatch:
     chunks = dict.fromkeys((forms.HOME, *forms.ELSEWHERE), 1)
 
     def run(seed: int) -> dict:
-        return forms.Bench(tmp_path, tmp_path, settings, chunks, torch.float32).run("tiny", "both", 0.02, seed)
+        return forms.Bench(tmp_path, tmp_path, settings, chunks, torch.device("cpu")).run("tiny", "both", 0.02, seed)
 
     first, again, other = run(0), run(0), run(1)
     assert first["texts"] == again["texts"] != other["texts"]

@@ -13,7 +13,6 @@ import pytest
 from benchmarks import quality, repair
 from benchmarks.repair import RepairBench
 from nkat.errors import NKATError
-from nkat.lm.load import load_model
 from nkat.measure.texts import default_text
 from tests.support.tiny_models import write_tiny_model
 
@@ -57,7 +56,7 @@ def test_arms_are_measured_and_kept(bench: RepairBench) -> None:
 
 
 def test_the_original_has_no_divergence_from_itself(bench: RepairBench) -> None:
-    assert abs(bench.divergence(load_model(bench.path("smollm2"), dtype=bench.dtype).model)["kl"]) < 1e-4
+    assert abs(bench.divergence(bench.open(bench.path("smollm2")).model)["kl"]) < 1e-4
 
 
 def test_a_program_that_fails_says_so(bench: RepairBench) -> None:
