@@ -47,15 +47,14 @@ class FittedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.to(self.dtype)
-        y = FrozenProduct.apply(x, self.layer)
         if not self.mode.active:
-            return y
+            return FrozenProduct.apply(x, self.layer)
         p, q = (round_straight_through(f) for f in (self.p, self.q)) if self.mode.rounded else (self.p, self.q)
-        down, up = self.low_rank(p, q)
-        z = F.linear(x, down.to(self.dtype))
-        if self.mode.columns is not None:
-            z = z * self.mode.columns.repeat(1, 2)[:, None].to(self.dtype)  # down's rows: Qᵀ, then Pᵀ
-        return y + F.linear(z, up.to(self.dtype))
+        down, up = (factor.to(self.dtype) for factor in self.low_rank(p, q))
+        seen = self.mode.columns
+        if seen is not None:
+            seen = seen.repeat(1, 2)[:, None].to(self.dtype)  # down's rows: Qᵀ, then Pᵀ
+        return ThetaProduct.apply(x, down, up, seen, self.layer)
 
     def low_rank(self, p: torch.Tensor, q: torch.Tensor) -> Factors:
         """(down [k, n], up [m, k]) of the term that the factors add to W."""
@@ -109,6 +108,52 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gradient @ ctx.layer.weight(), None
+
+
+class _ThetaContext(_Context, Protocol):
+    """What the two directions of `ThetaProduct` share."""
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+
+    @property
+    def saved_tensors(self) -> tuple[torch.Tensor, ...]: ...
+
+
+class ThetaProduct(torch.autograd.Function):
+    """x Wᵀ + bias + ((x downᵀ) · seen) upᵀ: `FrozenProduct` and a low-rank term that is added where the product lies.
+
+    x [B, T, n], down [k, n], up [m, k], seen [B, 1, k] or None: all. As sums of three results in each direction, most
+    of the time would go into reading and writing them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: _ThetaContext,
+        x: torch.Tensor,
+        down: torch.Tensor,
+        up: torch.Tensor,
+        seen: torch.Tensor | None,
+        layer: StarLinear,
+    ) -> torch.Tensor:
+        y, z = F.linear(x, layer.weight(), layer.bias), F.linear(x, down)
+        if seen is not None:
+            z *= seen
+        ctx.layer = layer
+        ctx.save_for_backward(x, z, down, up, seen)
+        y.flatten(0, -2).addmm_(z.flatten(0, -2), up.T)
+        return y
+
+    @staticmethod
+    def backward(
+        ctx: _ThetaContext, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+        x, z, down, up, seen = ctx.saved_tensors
+        of_x, of_z = gradient @ ctx.layer.weight(), gradient @ up
+        if seen is not None:
+            of_z *= seen
+        of_z = of_z.flatten(0, -2)
+        of_x.flatten(0, -2).addmm_(of_z, down)
+        return of_x, of_z.T @ x.flatten(0, -2), gradient.flatten(0, -2).T @ z.flatten(0, -2), None, None
 
 
 def round_straight_through(factor: torch.Tensor) -> torch.Tensor:
