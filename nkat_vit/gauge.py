@@ -4,6 +4,8 @@
     q ⋆ k − k ⋆ q = s qᵀθk        because θᵀ = −θ: the non-commutative part
     s = strength · decay^layer · gain        the gain is learned and starts at 1
 
+    rotation: q is turned by exp(s θᵀ) instead, which keeps its length and is q + s θᵀq to first order
+
 The term is bilinear, so it moves into the query: q ⋆ k = (q + ½ s θᵀq)ᵀk. A linear layer makes q, so it moves on into
 that layer's weight (`fold`), and attention itself, fused or not, is the same with the term and without. Strength 0 is
 no term at all: nothing is added, and the results are bit-identical to plain attention.
@@ -39,16 +41,26 @@ def fold(weight: Tensor, theta: Tensor, strength: Tensor | float) -> Tensor:
     return weight + 0.5 * strength * (theta.mT @ weight)
 
 
+def turn(weight: Tensor, theta: Tensor, strength: Tensor | float) -> Tensor:
+    """exp(s θᵀ) W: the weight [h, d, n] that makes queries turned by a rotation, for θᵀ is antisymmetric."""
+    return torch.linalg.matrix_exp(strength * theta.mT) @ weight
+
+
+FORMS = {"star": fold, "rotation": turn}
+
+
 class Gauge(nn.Module):
     """One layer's gauge term.
 
     heads, head_dim, rank: shapes of P and Q, [heads, head_dim, rank]
     strength: strength · decay^layer, positive
     layer: seeds the start, from a generator of its own: with and without the term all other weights start equal
+    form: one of `FORMS`
     """
 
-    def __init__(self, heads: int, head_dim: int, rank: int, strength: float, layer: int) -> None:
+    def __init__(self, heads: int, head_dim: int, rank: int, strength: float, layer: int, form: str = "star") -> None:
         super().__init__()
+        self.act = FORMS[form]
         generator = torch.Generator().manual_seed(layer)
         shape = (heads, head_dim, rank)
         # Columns of about unit length: θ starts with a spectral norm near 1, so that the strength is the strength.
@@ -70,5 +82,10 @@ class Gauge(nn.Module):
         heads, size = self.p.shape[:2]
         with torch.autocast(weight.device.type, enabled=False):  # it would make this in bfloat16 and lose the term
             theta, strength = self.theta(), self.strength()
-            folded = fold(weight.view(heads, size, -1), theta, strength).flatten(0, 1)
-            return folded, fold(bias.view(heads, size, 1), theta, strength).flatten()
+            folded = self.act(weight.view(heads, size, -1), theta, strength).flatten(0, 1)
+            return folded, self.act(bias.view(heads, size, 1), theta, strength).flatten()
+
+    def change(self, q: Tensor, k: Tensor) -> Tensor:
+        """What the term adds to the scores of queries [b, h, n, d] without it and keys [b, h, m, d]: [b, h, n, m]."""
+        queries = q.mT  # [b, h, d, n]: as a weight is, which has them in its rows
+        return (self.act(queries, self.theta(), self.strength()) - queries).mT @ k.mT

@@ -31,7 +31,6 @@ from nkat.host.tools import suggest
 from nkat_vit.attention import Attention
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.data import ImageSet, find_dataset, load_images, split
-from nkat_vit.gauge import commutator
 from nkat_vit.interpret_plots import plot_gauges, plot_sample, plot_summary
 from nkat_vit.model import NKATViT
 
@@ -46,7 +45,8 @@ class LayerFacts:
     entropy: of a query's weights, in bits, the mean
     distance: between a query's patch and the patches it looks at, in cells, weighted, the mean
     keys: how many keys a query has left after filtering, the mean
-    commutator: root mean square of ½ s qᵀθk over that of qᵀk, both as they enter the scores; 0 without gauge
+    commutator: root mean square of what the gauge term adds to the scores (½ s qᵀθk, or a rotation's) over that of
+        the scores qᵀk; 0 without gauge
     """
 
     entropy: list[float]
@@ -129,8 +129,7 @@ def _layer_facts(
             q, k, _ = layer.project(*inputs)  # without the term; q has the scale in it
         finally:
             layer.gauge = gauge
-        term = 0.5 * commutator(q, k, gauge.theta(), gauge.strength())
-        squares = [(x**2).mean(dim=(0, 2, 3)) for x in (term, q @ k.mT)]
+        squares = [(x**2).mean(dim=(0, 2, 3)) for x in (gauge.change(q, k), q @ k.mT)]
         share = (squares[0] / squares[1]).sqrt().tolist()
         strength = gauge.strength().item()
     keys = (weights > 0).sum(-1).float().mean().item()

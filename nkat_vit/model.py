@@ -20,7 +20,7 @@ from nkat.errors import NKATError
 from nkat.host.console import counted
 from nkat_vit.attention import COLOR_GROUPS, Attention
 from nkat_vit.dropout import dropout
-from nkat_vit.gauge import Gauge
+from nkat_vit.gauge import FORMS, Gauge
 
 # (channels, stride) of the stem's 3×3 convolutions. "tiny" is the plan's; "small" puts one at full resolution before;
 # "deep" is a small convolutional network: more is learned from few pictures, in less time, than by attention alone.
@@ -45,6 +45,7 @@ class ViTConfig:
     temperature: scores are divided by it, and by √d
     top_k, top_p: filtering of attention; 0 and 1.0 are off
     nkat_strength, nkat_decay, gauge_rank: the gauge terms, strength · decay^layer; strength 0 is none at all
+    gauge_form: the "star" product of query and key, or a "rotation" of the query (`nkat_vit.gauge`)
     pool: "cls" token, "seq"uence pooling (Hassani et al., arXiv 2104.05704: a learned average), or "mean"
     mean, std: of each channel, for pixels from 0 to 1
     """
@@ -68,6 +69,7 @@ class ViTConfig:
     nkat_strength: float = 0.0024
     nkat_decay: float = 0.99
     gauge_rank: int = 4
+    gauge_form: str = "star"
     dropout_attn: float = 0.17
     dropout_embed: float = 0.08
     dropout: float = 0.0
@@ -91,7 +93,12 @@ class ViTConfig:
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dropout_attn", "dropout_embed", "dropout", "drop_path"):
             _check(0.0 <= getattr(self, name) < 1.0, f"{name} must lie in 0 <= p < 1, got {getattr(self, name)}")
-        for name, choices in (("conv_stem", tuple(STEMS)), ("color_norm", COLOR_NORMS), ("pool", POOLS)):
+        for name, choices in (
+            ("conv_stem", tuple(STEMS)),
+            ("color_norm", COLOR_NORMS),
+            ("pool", POOLS),
+            ("gauge_form", tuple(FORMS)),
+        ):
             value = getattr(self, name)
             _check(value in choices, f"{name} must be one of {', '.join(choices)}, got {value!r}")
         _check(self.channels in (1, 3), f"channels must be 1 or 3, got {self.channels}")
@@ -145,7 +152,7 @@ class Block(nn.Module):
         gauge = None
         if config.nkat_strength > 0:
             strength = config.nkat_strength * config.nkat_decay**layer
-            gauge = Gauge(config.heads, dim // config.heads, config.gauge_rank, strength, layer)
+            gauge = Gauge(config.heads, dim // config.heads, config.gauge_rank, strength, layer, config.gauge_form)
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = Attention(
             dim,

@@ -37,6 +37,7 @@ from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import DATASETS, ImageSet, load_images, split
+from nkat_vit.gauge import FORMS
 from nkat_vit.loop import Trainer, measure_amp, measure_threads
 from nkat_vit.metrics import GLOBAL_TARGETS, TARGETS, accuracy_needed, bought_by_size, lambda_theory, tpe
 from nkat_vit.model import COLOR_NORMS, POOLS, STEMS, NKATViT
@@ -90,6 +91,7 @@ _MODEL_FLAGS: list[tuple[str, Any, str]] = [
     ("nkat_strength", float, "of the gauge terms, 0: none"),
     ("nkat_decay", float, "of the strength, a layer"),
     ("gauge_rank", int, "of the gauge terms' factors"),
+    ("gauge_form", tuple(FORMS), "the star product of query and key, or the query rotated by exp(sθ)"),
     ("dropout_attn", float, "of attention weights"),
     ("dropout_embed", float, "of embedded patches"),
     ("dropout", float, "in the MLPs"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import scipy.linalg
 import torch
 
-from nkat_vit.gauge import Gauge, antisymmetric, commutator, fold, star
+from nkat_vit.gauge import FORMS, Gauge, antisymmetric, commutator, fold, star, turn
 
 pytestmark = pytest.mark.isa
 
@@ -55,6 +56,35 @@ def test_folding_gives_the_star_product() -> None:
     torch.testing.assert_close(query(*gauge(weight, bias)) @ k.mT, expected, atol=1e-12, rtol=1e-12)
     swapped = fold(weight.view(3, 12, 20), -gauge.theta(), gauge.strength()).flatten(0, 1)  # control: the sign matters
     assert not torch.allclose(query(swapped, bias) @ k.mT, expected, atol=1e-3)
+
+
+def test_the_other_form_turns_queries() -> None:
+    """By the exponential that scipy has; lengths stay, which the star product's first order does not keep."""
+    gauge = Gauge(heads=3, head_dim=12, rank=4, strength=0.5, layer=0, form="rotation").double()
+    theta = gauge.theta().detach()
+    exact = torch.stack([torch.from_numpy(scipy.linalg.expm(0.5 * t.T.numpy())) for t in theta])
+    weight = torch.randn(36, 20, dtype=torch.float64)
+    turned, _ = gauge(weight, torch.zeros(36, dtype=torch.float64))
+    apart = weight.view(3, 12, 20)
+    torch.testing.assert_close(turned.view(3, 12, 20), exact @ apart, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(turned.view(3, 12, 20).norm(dim=1), apart.norm(dim=1))
+    assert not torch.allclose(fold(apart, theta, 0.5).norm(dim=1), apart.norm(dim=1), rtol=1e-3)
+    small = 1e-6  # to first order twice the star product's term, whose ½ belongs to the commutator
+    first, second = (act(apart, theta, small) - apart for act in (turn, fold))
+    torch.testing.assert_close(first, 2 * second, rtol=1e-4, atol=1e-9)
+    assert torch.autograd.gradcheck(lambda t: turn(apart.clone(), t, 0.5), (theta.clone().requires_grad_(),))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_change_of_scores_is_what_the_term_adds(form: str) -> None:
+    gauge = Gauge(heads=3, head_dim=12, rank=4, strength=0.5, layer=0, form=form).double()
+    q, k = (torch.randn(2, 3, 7, 12, dtype=torch.float64) for _ in range(2))
+    if form == "star":
+        expected = 0.5 * commutator(q, k, gauge.theta(), gauge.strength())
+    else:
+        expected = q @ torch.linalg.matrix_exp(0.5 * gauge.theta()) @ k.mT - q @ k.mT
+    torch.testing.assert_close(gauge.change(q, k), expected, atol=1e-12, rtol=1e-12)
+    assert gauge.change(q, k).abs().max() > 0.1
 
 
 def test_gradients_in_float64() -> None:
