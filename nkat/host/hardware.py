@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import re
@@ -63,9 +64,19 @@ def computes_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are computed as such, and not by way of float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return not _flags().isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
+def has_tiles() -> bool:
+    """Whether the processor multiplies bfloat16 in tiles: AMX."""
+    return "amx_bf16" in _flags()
+
+
+@functools.cache
+def _flags() -> frozenset[str]:
+    """What Linux says that the processor can do; empty elsewhere."""
     cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return not flags.isdisjoint({"avx512_bf16", "amx_bf16"})
+    return frozenset(cpuinfo.read_text().split()) if cpuinfo.exists() else frozenset()
 
 
 def describe(device: torch.device) -> dict[str, str | int]:

@@ -15,6 +15,7 @@ import torch
 
 from nkat.kernels.cpu.beside_torch import run
 from nkat.kernels.cpu.learning import (
+    add_kernel,
     gate_backward_kernel,
     gate_kernel,
     norm_backward_kernel,
@@ -46,6 +47,9 @@ class LearningOperations(Operations):
         self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype, readers: int = 1
     ) -> Sequence[torch.Tensor]:
         return _Norm.apply(x.contiguous(), weight, epsilon, dtype, readers)
+
+    def added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return _Sum.apply(x.contiguous(), y.contiguous())
 
     def turned(
         self, heads: torch.Tensor, view: View, interleaved: bool, dtype: torch.dtype, factor: torch.Tensor | None
@@ -103,6 +107,21 @@ class _Norm(torch.autograd.Function):
         kernel = norm_backward_kernel(x.shape[-1], number(x), number(gradients[0]), len(gradients))
         run(kernel, x, weight, factors, of_x, len(factors), *gradients)
         return of_x, None, None, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """x + y, contiguous, x in float32."""
+
+    @staticmethod
+    def forward(ctx: _Context, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        ctx.given = y.dtype
+        out = torch.empty_like(x)
+        run(add_kernel(x.shape[-1], number(y)), x, y, out, _count(x))
+        return out
+
+    @staticmethod
+    def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, gradient.to(ctx.given)
 
 
 class _Gate(torch.autograd.Function):

@@ -22,7 +22,11 @@ class Operations:
         self, x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype, readers: int = 1
     ) -> Sequence[torch.Tensor]:
         """RMS norm of x [..., d], for so many readers, which cast it to `dtype` anyway."""
-        return [F.rms_norm(x, weight.shape, weight, epsilon)] * readers
+        return [F.rms_norm(x.to(weight.dtype), weight.shape, weight, epsilon)] * readers
+
+    def added(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The residual stream with what a layer adds to it, both [..., d], in the stream's dtype."""
+        return x + y.to(x.dtype)
 
     def turned(
         self, heads: torch.Tensor, view: View, interleaved: bool, dtype: torch.dtype, factor: torch.Tensor | None

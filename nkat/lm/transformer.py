@@ -142,18 +142,19 @@ class Block(nn.Module):
         by: what computes all that lies between the linear layers
         """
         attended, met = self._attention(by, x, view, cache, given)
-        x = x + self._norm(by, attended.to(x.dtype), "post_attention_norm")
-        x = x + self._norm(by, self._fed(by, x).to(x.dtype), "post_ffw_norm")
+        x = by.added(x, self._norm(by, attended, "post_attention_norm"))
+        x = by.added(x, self._norm(by, self._fed(by, x), "post_ffw_norm"))
         if layer_input is not None:
             gated = F.gelu(self.linears["inp_gate"](x), approximate="tanh").to(x.dtype) * layer_input
-            x = x + self._norm(by, self.linears["proj"](gated).to(x.dtype), "post_norm")
+            x = by.added(x, self._norm(by, self.linears["proj"](gated), "post_norm"))
         return (x if self.scale is None else x * self.scale), met
 
     def _norm(self, by: Operations, x: torch.Tensor, name: str) -> torch.Tensor:
-        """x itself where the model has no such norm."""
+        """In the residual stream's dtype; x itself where the model has no such norm."""
         if name not in self.norms:
             return x
-        return by.normed(x, self.norms[name], self.config.rms_epsilon, x.dtype)[0]
+        weight = self.norms[name]
+        return by.normed(x, weight, self.config.rms_epsilon, weight.dtype)[0]
 
     def _read(self, by: Operations, x: torch.Tensor, norm: str, names: Sequence[str]) -> list[torch.Tensor]:
         """What the linear layers of these names make of the normalised x."""
@@ -208,10 +209,10 @@ class Block(nn.Module):
         """Queries or keys [B, T, H·D] after their norm and RoPE, times a factor of each position: [B, H, T, D]."""
         architecture = self.config.architecture
         if architecture.wide_qk_norm:
-            outputs = self._norm(by, outputs.to(view.cos.dtype), norm)
+            outputs = self._norm(by, outputs, norm)
         heads = self._heads(outputs)
         if architecture.qk_norm:
-            heads = self._norm(by, heads.to(view.cos.dtype), norm)
+            heads = self._norm(by, heads, norm)
         return by.turned(heads, view, self.config.rope.interleaved, self.dtype, factor)
 
     def _fed(self, by: Operations, x: torch.Tensor) -> torch.Tensor:
@@ -226,7 +227,7 @@ class Block(nn.Module):
             return self.experts(read) + shared
         if not self.feed_forward:
             return self.experts(read)
-        fed = self._norm(by, self._feed_forward(by, x, self.feed_forward).to(x.dtype), "post_ffw_norm_1")
+        fed = self._norm(by, self._feed_forward(by, x, self.feed_forward), "post_ffw_norm_1")
         mixed = self.experts(self._norm(by, x, "pre_ffw_norm_2"), self._norm(by, x, ROUTER))
         return fed + self._norm(by, mixed, "post_ffw_norm_2")
 

@@ -20,6 +20,7 @@ from nkat.lm.load import load_model
 from nkat.measure.chats import Conversation
 from nkat.measure.judge import Passages
 from nkat.measure.texts import Text, default_text
+from nkat.sources.fit import layers as fit_layers
 from nkat.sources.fit import loss as fit_loss
 from nkat.sources.fit.data import (
     FitText,
@@ -32,7 +33,7 @@ from nkat.sources.fit.data import (
     split_validation,
 )
 from nkat.sources.fit.descent import FitSettings, theta_start, to_thetas, visible_columns, zero_start
-from nkat.sources.fit.layers import FittedLinear, ThetaMode, fitted_layers
+from nkat.sources.fit.layers import FittedLinear, ThetaMode, fitted_layers, product
 from nkat.sources.fit.loss import Head, Teacher, vocabulary_loss
 from nkat.sources.fit.rate import rate_scale
 from nkat.sources.fit.state import FitState, check_place, load_state, save_state
@@ -165,6 +166,30 @@ def test_an_inactive_fit_changes_no_bit(shape: tuple[int, int], keep_dense: bool
         if dtype == torch.bfloat16:  # control: the order is felt, in so few bits everywhere
             weight = dequantise(layer.packed, layer.qtype, shape).to(dtype)
             assert not torch.equal(F.linear(x, weight) + layer.bias, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_product_in_halves_is_the_product(bias: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(3, 171, 24, dtype=torch.bfloat16), torch.randn(24, 400, dtype=torch.bfloat16)
+    weight = weight.T.contiguous().T if transposed else weight
+    offset = torch.randn(400, dtype=torch.bfloat16) if bias else None
+    called = []
+    monkeypatch.setattr(fit_layers, "_tiles_for_two", lambda x: called.append(1) or True)
+    found = product(x, weight, offset)
+    assert called  # 513 rows
+    expected = x.double() @ weight.double() + (0.0 if offset is None else offset.double())
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found.double(), expected, rtol=2**-7, atol=2**-5)
+    assert not torch.allclose(found[0].double(), expected[1], rtol=2**-7, atol=2**-5)  # control
+
+
+def test_tiles_are_equal_and_cover_every_token() -> None:
+    parts = fit_loss._equal_parts(771, 3)
+    assert [i for part in parts for i in range(771)[part]] == list(range(771))
+    assert {part.stop - part.start for part in parts} == {257}
+    assert fit_loss._equal_parts(2, 5) == [slice(0, 1), slice(1, 2)]
+    assert fit_loss._equal_parts(0, 0) == []
 
 
 def test_a_model_under_an_inactive_fit_changes_no_bit(tmp_path: Path) -> None:

@@ -128,6 +128,19 @@ def norm_backward_kernel(columns: int, x_kind: Number, out_kind: Number, readers
     return compile_kernel(f"norm_backward_{columns}_{x_kind.name}_{out_kind.name}_{readers}", emit)
 
 
+@functools.cache
+def add_kernel(columns: int, y_kind: Number) -> int:
+    """out = x + y. arguments: x float32, y, out float32, rows"""
+
+    def emit(k: Builder) -> None:
+        x, y, out, count = (*(k.pointer(i) for i in range(3)), k.integer(3))
+        lanes = width_of(columns)
+        with own_part(k, count) as row, k.loop(row * columns, (row + 1) * columns, lanes) as i:
+            k.store(k.load(F32(lanes), x + i * 4) + y_kind.load(k, lanes, y + i * y_kind.value), out + i * 4)
+
+    return compile_kernel(f"learned_add_{columns}_{y_kind.name}", emit)
+
+
 def _gate(
     k: Builder, gate: Value, up: Value, gelu: bool, clamp: tuple[float, float] | None
 ) -> tuple[Value, Value, Value]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nkat.host.hardware import has_tiles
 from nkat.lm.linear import StarLinear
 from nkat.lm.transformer import Transformer
 from nkat.theta.algebra import low_rank_form
@@ -35,6 +36,15 @@ class ThetaMode:
     active: bool = True
     rounded: bool = False
     columns: torch.Tensor | None = None
+    _seen: tuple[torch.Tensor, torch.Tensor] | None = None  # what `seen` made last, and the columns that it is of
+
+    def seen(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """[B, 1, 2r], what the rows of `down` count for in each sequence: Qᵀ, then Pᵀ; None: all of them."""
+        if self.columns is None:
+            return None
+        if self._seen is None or self._seen[0].dtype != dtype or self._seen[1] is not self.columns:
+            self._seen = self.columns.repeat(1, 2)[:, None].to(dtype), self.columns  # once for all layers of a step
+        return self._seen[0]
 
 
 class FittedLinear(nn.Module):
@@ -51,14 +61,11 @@ class FittedLinear(nn.Module):
             return FrozenProduct.apply(x, self.layer)
         p, q = (round_straight_through(f) for f in (self.p, self.q)) if self.mode.rounded else (self.p, self.q)
         down, up = (factor.to(self.dtype) for factor in self.low_rank(p, q))
-        seen = self.mode.columns
-        if seen is not None:
-            seen = seen.repeat(1, 2)[:, None].to(self.dtype)  # down's rows: Qᵀ, then Pᵀ
-        return ThetaProduct.apply(x, down, up, seen, self.layer)
+        return ThetaProduct.apply(x, down, up, self.mode.seen(self.dtype), self.layer)
 
     def low_rank(self, p: torch.Tensor, q: torch.Tensor) -> Factors:
         """(down [k, n], up [m, k]) of the term that the factors add to W."""
-        return low_rank_form(p, q, *self.layer.shape)
+        return _Form.apply(p, q, *self.layer.shape, self.dtype)
 
 
 MakeLayer = Callable[[StarLinear, Factors, ThetaMode], FittedLinear]
@@ -93,6 +100,55 @@ class _Context(Protocol):
     layer: StarLinear
 
 
+class _Form(torch.autograd.Function):
+    """`nkat.theta.algebra.low_rank_form` of factors [max(m, n), r] in a dtype. Each of its small operations by itself,
+    with a gradient, would cost a fit of many layers more than the term's products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, p: torch.Tensor, q: torch.Tensor, m: int, n: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.given = p.shape, p.dtype, m, n
+        down, up = (factor.to(dtype) for factor in low_rank_form(p, q, m, n))
+        return down, up
+
+    @staticmethod
+    def backward(
+        ctx: Any, of_down: torch.Tensor, of_up: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
+        (rows, rank), dtype, m, n = ctx.given
+        gradients = of_down.new_zeros(rows, 2 * rank, dtype=dtype)  # by P and by −Q
+        gradients[:m] = of_up
+        gradients[:n, :rank] += of_down[rank:].T
+        gradients[:n, rank:] -= of_down[:rank].T
+        return gradients[:, :rank], -gradients[:, rank:], None, None, None
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight + bias for x [..., n] and weight [n, m].
+
+    oneDNN leaves one of two threads idle where the result is one block of its tiles; in two halves, both have work.
+    Measured with 4 × 256 tokens on a processor with AMX: 0.8 ms instead of 1.4 for 1536 → 576, 4.5 instead of 8.2 for
+    4864 → 896.
+    """
+    rows = x.flatten(0, -2)
+    if not (512 < len(rows) <= 1024 and 384 < weight.shape[1] <= 1024 and _tiles_for_two(x)):
+        return F.linear(x, weight.T, bias)
+    out = x.new_empty(*x.shape[:-1], weight.shape[1])
+    for part, into in zip(rows.chunk(2), out.flatten(0, -2).chunk(2), strict=True):
+        if bias is None:
+            torch.mm(part, weight, out=into)
+        else:
+            torch.addmm(bias, part, weight, out=into)
+    return out
+
+
+def _tiles_for_two(x: torch.Tensor) -> bool:
+    """Whether its products are made in tiles (AMX), by two threads."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.get_num_threads() == 2 and has_tiles()
+
+
 class FrozenProduct(torch.autograd.Function):
     """x Wᵀ + bias with W dequantised in each direction and kept in neither, unless the layer keeps it anyway.
 
@@ -103,11 +159,11 @@ class FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: _Context, x: torch.Tensor, layer: StarLinear) -> torch.Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.weight(), layer.bias)
+        return product(x, layer.weight().T, layer.bias)
 
     @staticmethod
     def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ ctx.layer.weight(), None
+        return product(gradient, ctx.layer.weight()), None
 
 
 class _ThetaContext(_Context, Protocol):
@@ -135,7 +191,7 @@ class ThetaProduct(torch.autograd.Function):
         seen: torch.Tensor | None,
         layer: StarLinear,
     ) -> torch.Tensor:
-        y, z = F.linear(x, layer.weight(), layer.bias), F.linear(x, down)
+        y, z = product(x, layer.weight().T, layer.bias), F.linear(x, down)
         if seen is not None:
             z *= seen
         ctx.layer = layer
@@ -148,7 +204,7 @@ class ThetaProduct(torch.autograd.Function):
         ctx: _ThetaContext, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
         x, z, down, up, seen = ctx.saved_tensors
-        of_x, of_z = gradient @ ctx.layer.weight(), gradient @ up
+        of_x, of_z = product(gradient, ctx.layer.weight()), gradient @ up
         if seen is not None:
             of_z *= seen
         of_z = of_z.flatten(0, -2)

@@ -8,6 +8,7 @@ arXiv 2410.10989); the output layer's weight is frozen.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from nkat.lm.attention import capped
 from nkat.lm.transformer import Transformer
 
-_TILE_ELEMENTS = 1 << 24  # logits of a tile: 64 MB in float32
+_TILE_ELEMENTS = 1 << 24  # logits of a tile: 64 MB in float32, of which torch's operations need three
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,8 @@ class _VocabularyLoss(torch.autograd.Function):
         share = 0.0 if teacher is None else teacher.share
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float64)
-        tile = max(1, _TILE_ELEMENTS // head.weight.shape[0])
-        for start in range(0, len(hidden), tile):
-            part = slice(start, start + tile)
+        tiles = -(-len(hidden) * head.weight.shape[0] // _TILE_ELEMENTS)
+        for part in _equal_parts(len(hidden), tiles):
             text = None if targets is None or share == 1.0 else targets[part]
             taught = None if teacher is None or share == 0.0 else (teacher.head, teacher.hidden[part])
             if _have_kernels(head, None if taught is None else taught[0]):
@@ -107,6 +107,13 @@ class _VocabularyLoss(torch.autograd.Function):
     def backward(ctx: _Context, factor: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * factor.to(gradient.dtype), None, None, None
+
+
+def _equal_parts(count: int, parts: int) -> list[slice]:
+    """0 to `count` in so many parts, at most `count`: a small one would cost almost as much as a large one."""
+    parts = min(parts, count)
+    ends = [count * i // max(1, parts) for i in range(parts + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 _Taught = tuple[Head, torch.Tensor]  # the teacher's output layer and hidden states

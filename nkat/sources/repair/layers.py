@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nkat.gguf.blocks import BlockFormat
 from nkat.gguf.formats import BLOCK_FORMATS, dequantise
 from nkat.gguf.scales import put_scales, stored_scales
 from nkat.lm.linear import StarLinear
+from nkat.sources.fit.layers import product
 
 
 class RepairedLinear(nn.Module):
@@ -89,7 +89,7 @@ class _ScaledProduct(torch.autograd.Function):
     def forward(ctx: _Context, x: torch.Tensor, change: torch.Tensor, layer: RepairedLinear) -> torch.Tensor:
         ctx.layer = layer
         ctx.save_for_backward(x)
-        return F.linear(x, layer.weight(), layer.layer.bias)
+        return product(x, layer.weight().T, layer.layer.bias)
 
     @staticmethod
     def backward(ctx: _Context, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -97,4 +97,4 @@ class _ScaledProduct(torch.autograd.Function):
         layer, weight = ctx.layer, ctx.layer.weight()
         of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)
         block = BLOCK_FORMATS[layer.layer.qtype]
-        return gradient @ weight, scale_gradient(block, layer.packed, weight, of_weight), None
+        return product(gradient, weight), scale_gradient(block, layer.packed, weight, of_weight), None
