@@ -52,6 +52,8 @@ GUARD_CHUNKS = 12  # of a text's chunks, evenly spread over it
 _MARGIN = 1.64
 _MOST_CHARACTERS = 16  # of a token, on average over a chunk
 _KINDS = "sixteen kinds of English text"
+_KINDS_SHARE = 2  # see `Guard.part`
+_LEAST_OF_A_KIND = 32  # tokens, below which a kind's mean says nothing of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +140,17 @@ class Guard:
         return sum(len(text.passages.chunks) for text in self.texts)
 
     def part(self, share: int) -> Guard:
-        """One in `share` of the chunks of each text, at least one: to look before time is spent."""
-        counts = [len(text.passages.chunks) for text in self.texts]
-        picked = [text.pick(evenly(n, max(1, n // share))) for text, n in zip(self.texts, counts, strict=True)]
-        return Guard(self.loaded, picked, self.limit, batch=self.batch)
+        """One in `share` of the chunks of each text, at least one: to look before time is spent.
+
+        Of a text of several kinds one in two: no kind is left out that has two chunks, or else it would say too little
+        of how much they differ.
+        """
+        picked = []
+        for text in self.texts:
+            count = len(text.passages.chunks)
+            kept = count // share if text.kinds is None else -(-count // min(share, _KINDS_SHARE))
+            picked.append(text.pick(evenly(count, max(1, kept))))
+        return Guard(self.loaded, picked, self.limit, batch=self.batch, make=self.make)
 
     def judge(self, theta: ThetaSet, gamma: float | None = None, *, progress: str | None = "guarding") -> Verdict:
         """The prices of a Θ, at its own strength or at `gamma`.
@@ -187,10 +196,10 @@ def kind_spread(differences: torch.Tensor, kinds: torch.Tensor) -> float:
     """Standard deviation of what a Θ changes from kind to kind, without what the kinds' own errors explain.
 
     By moments: variance of the kinds' means less the mean of their squared standard errors (DerSimonian & Laird, 1986,
-    with equal weights). Needs two kinds of two tokens each; 0 for fewer.
+    with equal weights). Kinds of fewer than 32 tokens are left out; 0 for fewer than two kinds.
     """
     groups = [differences[kinds == kind] for kind in kinds.unique()]
-    groups = [group for group in groups if group.numel() > 1]
+    groups = [group for group in groups if group.numel() >= _LEAST_OF_A_KIND]
     if len(groups) < 2:
         return 0.0
     means = torch.stack([group.mean() for group in groups])

@@ -66,7 +66,7 @@ def test_the_strongest_gamma_that_the_guard_admits() -> None:
     assert choice.kept.verdict.worst.bound <= math.log1p(GUARD_LIMIT)
     assert not panel.judge(Candidate(60, 4, 0.98), Candidate(60, 4, 0.98)).admitted  # control
     assert {row.chunks for row in choice.looks} == {10}
-    assert len(choice.judged) <= 3
+    assert len(choice.judged) == 1  # the looks bend as all chunks do, so what they foretell is the best
 
 
 def test_not_stronger_than_what_gains_most_at_home() -> None:

@@ -3,7 +3,7 @@
 A fit is nested and γ only scales it, so a candidate costs no more than being judged. What a Θ changes is nearly
 quadratic in its strength κ, and nothing at 0: so each pair of step and rank is looked at on some chunks at two
 strengths, and its best γ within the guard foretold from these. The pairs that promise most are then judged on all
-chunks: weaker until the guard admits them, stronger as long as it does and they gain.
+chunks, at that γ first, and at others until none is foretold to be better by what all chunks have shown.
 
 Best is the highest TPE: the perplexity that is left and the bytes that it takes.
 """
@@ -11,7 +11,7 @@ Best is the highest TPE: the perplexity that is left and the bytes that it takes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from nkat.theta.set import ThetaSet
 
 GAMMAS = (0.97, 0.975, 0.98, 0.985, 0.99, 0.9925, 0.995, 0.9965, 0.998, 0.999, 0.9995)  # the strongest first
 _LOOK_SHARE = 4  # of the chunks, one in so many is looked at
+_USUAL_JUDGEMENTS = 3  # of a pair, on all chunks
 _LOOK_GAMMA = 3  # beside the strongest γ, this one of the list, of about half the strength
 _MOST_PAIRS = 2  # that are judged on all chunks
 
@@ -100,7 +101,7 @@ class Panel:
         count = len(self.home.passages.chunks)
         some = self.home.passages.pick(evenly(count, max(1, count // _LOOK_SHARE)))
         guard = None if self.guard is None else self.guard.part(_LOOK_SHARE)
-        return Panel(Judge(self.home.loaded, some, batch=self.home.batch), guard)
+        return Panel(Judge(self.home.loaded, some, batch=self.home.batch, make=self.home.make), guard)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def choose(make: Callable[[Candidate], ThetaSet], steps: Sequence[int], space: S
     part = panel.part()
     judged: list[Judged] = []
     with console.bar(
-        len(pairs) * len(strengths) + 2 * _MOST_PAIRS, "choosing rank, gamma and step", "candidate"
+        len(pairs) * len(strengths) + _USUAL_JUDGEMENTS * _MOST_PAIRS, "choosing rank, gamma and step", "candidate"
     ) as bar:
 
         def judge(where: Panel, step: int, rank: int, gamma: float) -> Judged:
@@ -150,7 +151,7 @@ def choose(make: Callable[[Candidate], ThetaSet], steps: Sequence[int], space: S
             best = max((row.gain for row in judged if row.admitted), default=-math.inf)
             if judged and promise.gain <= best and not fixed:
                 continue
-            judged += _climb(partial(judge, panel, *promise.pair), promise.gamma, space.gammas)
+            judged += _search(partial(judge, panel, *promise.pair), promise.gamma, space.gammas, seen[promise.pair])
     better = [row for row in judged if row.home.change.log_ratio < 0.0]
     admitted = [row for row in better if row.admitted]
     kept = max(admitted, key=lambda row: row.gain, default=None)
@@ -161,7 +162,7 @@ def choose(make: Callable[[Candidate], ThetaSet], steps: Sequence[int], space: S
 
 @dataclass(frozen=True, slots=True)
 class _Promise:
-    """What the looks at a pair of step and rank foretell: its best γ, the gain there, whether the guard admits it."""
+    """What judgements of a pair of step and rank foretell: its best γ, the gain there, whether the guard admits it."""
 
     pair: tuple[int, int]
     gamma: float
@@ -171,60 +172,89 @@ class _Promise:
 
 def _promise(pair: tuple[int, int], looks: Sequence[Judged], space: Space, share: float) -> _Promise:
     """share: of the chunks that will be judged, how many were looked at: errors shrink by its root."""
-    kappas = [coupling(row.candidate.gamma) for row in looks]
-    found = []
-    for gamma in space.gammas:
-        at = coupling(gamma)
-        home = _through_zero(kappas, [row.home.change.log_ratio for row in looks], at)
-        gain = _gain(home, looks[0].home.byte_ratio)
-        found.append(_Promise(pair, gamma, gain, _foretold(looks, kappas, at, share)))
+    return _best(pair, [_foretell(pair, looks, gamma, share) for gamma in space.gammas])
+
+
+def _best(pair: tuple[int, int], found: Sequence[_Promise]) -> _Promise:
+    """Of the same pair at several γ, the strongest first: the weakest where none is admitted."""
     admitted = [promise for promise in found if promise.admitted]
     return max(admitted, key=lambda promise: promise.gain) if admitted else found[-1]
 
 
-def _foretold(looks: Sequence[Judged], kappas: Sequence[float], at: float, share: float) -> bool:
-    """Whether the guard will admit a strength, by what it found at others."""
-    verdicts = [row.verdict for row in looks if row.verdict is not None]
-    if not verdicts:
-        return True
-    prices = []
-    for same in zip(*(verdict.prices for verdict in verdicts), strict=True):
-        mean = _through_zero(kappas, [price.change.log_ratio for price in same], at)
-        error = max(0.0, _through_zero(kappas, [price.change.log_ratio_stderr for price in same], at))
-        spread = max(0.0, _through_zero(kappas, [price.spread for price in same], at))
-        prices.append(Price(same[0].name, PairedChange(mean, error * math.sqrt(share)), spread))
-    return Verdict(tuple(prices), verdicts[0].limit).admitted
+def _foretell(
+    pair: tuple[int, int], rows: Sequence[Judged], gamma: float, share: float, looks: Sequence[Judged] = ()
+) -> _Promise:
+    """From one or two judgements at other strengths. share: see `_promise`;  looks: see `_at`"""
+    at = coupling(gamma)
+    home = _at(at, rows, looks, lambda row: row.home.change.log_ratio)
+    gain = _gain(home, rows[0].home.byte_ratio)
+    first = rows[0].verdict
+    if first is None:
+        return _Promise(pair, gamma, gain, admitted=True)
+    prices = tuple(_foretold_price(place, at, rows, looks, share) for place in range(len(first.prices)))
+    return _Promise(pair, gamma, gain, Verdict(prices, first.limit).admitted)
 
 
-def _through_zero(xs: Sequence[float], ys: Sequence[float], at: float) -> float:
+def _foretold_price(place: int, at: float, rows: Sequence[Judged], looks: Sequence[Judged], share: float) -> Price:
+    """On one of the guard's texts."""
+
+    def price(row: Judged) -> Price:
+        assert row.verdict is not None
+        return row.verdict.prices[place]
+
+    mean = _at(at, rows, looks, lambda row: price(row).change.log_ratio)
+    error = max(0.0, _at(at, rows, looks, lambda row: price(row).change.log_ratio_stderr))
+    spread = max(0.0, _at(at, rows, looks, lambda row: price(row).spread))
+    return Price(price(rows[0]).name, PairedChange(mean, error * math.sqrt(share)), spread)
+
+
+def _at(at: float, rows: Sequence[Judged], looks: Sequence[Judged], value: Callable[[Judged], float]) -> float:
+    """A value at κ = `at`: on the parabola through 0 and two rows, or through 0 and one, bent as two looks say."""
+    points = [(coupling(row.candidate.gamma), value(row)) for row in rows]
+    if len(points) == 1 and len(looks) == 2:
+        ((x, y),) = points
+        shape = [(coupling(row.candidate.gamma), value(row)) for row in looks]
+        return _through_zero(shape, at) + (y - _through_zero(shape, x)) * at / x
+    return _through_zero(points, at)
+
+
+def _through_zero(points: Sequence[tuple[float, float]], at: float) -> float:
     """y(at) of the parabola through 0 and two points, or of the line through 0 and one."""
-    if len(xs) == 1:
-        return ys[0] * at / xs[0]
-    (x, y), (v, w) = zip(xs, ys, strict=True)
+    if len(points) == 1:
+        ((x, y),) = points
+        return y * at / x
+    (x, y), (v, w) = points
     square = (y / x - w / v) / (x - v)
     return (y / x + square * (at - x)) * at
 
 
-def _climb(judge: Callable[[float], Judged], start: float, gammas: Sequence[float]) -> list[Judged]:
-    """Weaker from `start` until one is admitted; or, where it is at once, on to where the gain is highest."""
-    place = gammas.index(start)
-    rows = [judge(gammas[place])]
-    if not rows[0].admitted:
-        for gamma in gammas[place + 1 :]:
-            rows.append(judge(gamma))
-            if rows[-1].admitted:
-                break
-        return rows
-    best = rows[0]
-    for way in (gammas[:place][::-1], gammas[place + 1 :]):  # stronger, then weaker
-        for gamma in way:
-            rows.append(judge(gamma))
-            if not rows[-1].admitted or rows[-1].gain <= best.gain:
-                break
-            best = rows[-1]
-        if best is not rows[0]:
-            break
-    return rows
+def _search(
+    judge: Callable[[float], Judged], start: float, gammas: Sequence[float], looks: Sequence[Judged]
+) -> list[Judged]:
+    """Judges at `start`, and on at the γ that is foretold to be the best, until that one was judged already.
+
+    A γ that was judged counts as it was found; one stronger than one that the guard rejected is rejected with it.
+    """
+    rows = {start: judge(start)}
+    pair = rows[start].candidate.step, rows[start].candidate.rank
+    while True:
+        rejected = max((gamma for gamma, row in rows.items() if not row.admitted), default=0.0)
+        found = []
+        for gamma in gammas:
+            if gamma in rows:
+                found.append(_Promise(pair, gamma, rows[gamma].gain, rows[gamma].admitted))
+                continue
+            foretold = _foretell(pair, _nearest(rows.values(), gamma), gamma, 1.0, looks)
+            found.append(replace(foretold, admitted=foretold.admitted and gamma > rejected))
+        best = _best(pair, found)
+        if best.gamma in rows:
+            return list(rows.values())
+        rows[best.gamma] = judge(best.gamma)
+
+
+def _nearest(rows: Iterable[Judged], gamma: float) -> list[Judged]:
+    """The one or two that were judged at the strengths next to this one."""
+    return sorted(rows, key=lambda row: abs(coupling(row.candidate.gamma) - coupling(gamma)))[:2]
 
 
 def _gain(log_ratio: float, byte_ratio: float) -> float:
