@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from nkat.errors import NKATError
+from nkat.lm import learning
 from nkat.lm.load import LoadedModel, load_model
+from nkat.lm.operations import Operations
 from nkat.measure.texts import default_text
 from nkat.sources.fit import descent
+from nkat.sources.fit import loss as fit_loss
 from nkat.sources.fit.data import FitText, fit_text, split_validation
 from nkat.sources.fit.descent import FitData, FitSettings, Progress, by_name, fit, to_thetas, zero_start
 from nkat.sources.fit.state import FitState, load_state, run_identity, save_state
@@ -151,6 +154,27 @@ def test_a_fit_is_determined_by_its_seed(tiny: Fixture) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.factors, again.factors, strict=True))
     other = tiny.run(tiny.settings(seed=1))
     assert not torch.equal(first.factors[0], other.factors[0])
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-3)])
+def test_a_fit_by_kernels_learns_what_one_by_torch_learns(
+    tiny: Fixture, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to the losses, step after step; a fit from another seed is further away."""
+    loaded = load_model(tiny.loaded, thetas={}, gamma=1.0, dtype=dtype)
+
+    def losses(seed: int = 0) -> list[float]:
+        state = tiny.run(tiny.settings(steps=12, validate_every=1, seed=seed), loaded=loaded)
+        return [row[key] for row in state.history for key in ("loss", "validation_nll")]
+
+    by_kernels, other = losses(), losses(seed=1)
+    monkeypatch.setattr(learning, "operations_for", lambda x, dtype: Operations())
+    monkeypatch.setattr(fit_loss, "_have_kernels", lambda *heads: False)
+    by_torch = losses()
+    assert by_kernels == pytest.approx(by_torch, rel=tolerance)
+    assert by_kernels != by_torch
+    assert other != pytest.approx(by_torch, rel=2 * tolerance)  # control
 
 
 @pytest.mark.isa

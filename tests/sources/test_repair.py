@@ -55,6 +55,18 @@ def test_the_gradient_is_what_doubling_a_scale_does(qtype) -> None:
     assert float(wanted.abs().max()) > 1e-3 * size / found.numel()  # control: there was something to find
 
 
+@pytest.mark.parametrize("qtype", [Q4_0, gguf.GGMLQuantizationType.Q4_K])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_gradient_is_the_same(qtype: gguf.GGMLQuantizationType, dtype: torch.dtype) -> None:
+    shape = (4, row_length(qtype, 2))
+    packed = flat(finite(random_rows(qtype, shape), qtype))
+    weight, direction = dequantise(packed, qtype, shape).to(dtype), torch.randn(shape).to(dtype)
+    wanted = scale_gradient(BLOCK_FORMATS[qtype], packed, weight.double(), direction.double())
+    found = scale_gradient(BLOCK_FORMATS[qtype], packed, weight, direction)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    assert not torch.allclose(found.roll(1, 0), wanted, rtol=0.1)  # control
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_layers_gradients_are_those_of_the_dense_formula(bias: bool) -> None:
     packed = torch.from_numpy(gguf.quants.quantize(torch.randn(32, 64).numpy(), Q4_0)).flatten()

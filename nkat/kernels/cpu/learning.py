@@ -411,3 +411,22 @@ def loss_kernel(kind: Number, text: bool, teacher: bool) -> int:
                 k.store(divergence.value + divergences.value.total(), k.pointer(8) + row * 4)
 
     return compile_kernel(f"loss_{kind.name}_{text}_{teacher}", emit)
+
+
+@functools.cache
+def product_sums_kernel(columns: int, kind: Number, weight_kind: Number) -> int:
+    """arguments: gradient, weight, float32 [rows, 2]: a row's Σ gradient · weight and Σ gradient, rows"""
+
+    def emit(k: Builder) -> None:
+        gradient, weight, out, count = (*(k.pointer(i) for i in range(3)), k.integer(3))
+        lanes = width_of(columns)
+        with own_part(k, count) as row:
+            products, sums = (k.variable(k.value(0.0, F32(lanes))) for _ in range(2))
+            with k.loop(row * columns, (row + 1) * columns, lanes) as i:
+                g = kind.load(k, lanes, gradient + i * kind.value)
+                products.value = k.fma(g, weight_kind.load(k, lanes, weight + i * weight_kind.value), products.value)
+                sums.value = sums.value + g
+            k.store(products.value.total(), out + row * 8)
+            k.store(sums.value.total(), out + row * 8 + 4)
+
+    return compile_kernel(f"product_sums_{columns}_{kind.name}_{weight_kind.name}", emit)

@@ -61,14 +61,29 @@ def scale_gradient(
 ) -> torch.Tensor:
     """∂loss/∂c, float32 [blocks, k], for W [m, n] that `packed` holds and G = ∂loss/∂W [m, n]."""
     blocks = packed.view(-1, block.block_bytes)
-    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-    whole = (gradient * weight).view(len(blocks), -1).sum(dim=1)
     if len(block.halves) == 1:
-        return whole.float()[:, None]
+        return _sums(weight, gradient, len(blocks))[0].float()[:, None]
     _, offset = block.scales(blocks)
     assert offset is not None
-    of_offset = (gradient.view(len(blocks), offset.shape[1], -1).sum(dim=2) * offset).sum(dim=1)
-    return torch.stack([whole - of_offset, of_offset], dim=1).float()
+    products, sums = (part.view(offset.shape) for part in _sums(weight, gradient, offset.numel()))
+    of_offset = (sums * offset).sum(dim=1)
+    return torch.stack([products.sum(dim=1) - of_offset, of_offset], dim=1).float()
+
+
+def _sums(weight: torch.Tensor, gradient: torch.Tensor, parts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ gradient · weight and Σ gradient over each of so many equal parts, in float32 at least."""
+    dtypes = (torch.float32, torch.bfloat16)
+    if weight.device.type != "cpu" or weight.dtype not in dtypes or gradient.dtype not in dtypes:
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        return (gradient * weight).view(parts, -1).sum(dim=1), gradient.view(parts, -1).sum(dim=1)
+    from nkat.kernels.cpu.beside_torch import run  # LLVM is loaded only where it is used
+    from nkat.kernels.cpu.learning import number, product_sums_kernel
+
+    found = torch.empty(parts, 2)
+    kernel = product_sums_kernel(weight.numel() // parts, number(gradient), number(weight))
+    run(kernel, gradient.contiguous(), weight.contiguous(), found, parts)
+    products, sums = found.unbind(dim=1)
+    return products, sums
 
 
 class _Context(Protocol):
