@@ -81,7 +81,7 @@ def test_the_ranking_of_short_and_long_runs(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_steps_of_two_checkouts_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRESETS, "fast", parse_change(SMALL))
+    monkeypatch.setitem(PRESETS, "fast", parse_change(SMALL) | {"epochs": 2, "warmup": 1})
     common = ["--dataset", "emnist-digits", "--rounds", 1, "--amp", "off", "--threads", 1]
     done = run_module("benchmarks.vit_against", ROOT, *common)
     assert done.returncode == 0, done.stderr
