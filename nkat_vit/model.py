@@ -291,6 +291,8 @@ class NKATViT(nn.Module):
         if self.config.color_norm != "off":
             normed = self.color_norm(images)
             images = torch.cat([images, normed], dim=1) if self.config.color_norm == "concat" else normed
+        if images.device.type == "cpu":  # where oneDNN's convolutions, and torch's norms behind them, want it so
+            images = images.contiguous(memory_format=torch.channels_last)
         x = self.embed(_patches(self.stem(images), self.config.patch_size))
         if self.config.pool == "cls":
             x = torch.cat([self.cls.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
