@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nkat.errors import NKATError
 from nkat.host import console
 from nkat.host.distributed import World
-from nkat.host.memory import keep_freed_memory
+from nkat.host.heap import keep_freed_memory
 from nkat_vit import checkpoint
 from nkat_vit.augment import Batch, augment
 from nkat_vit.data import ImageSet, split

@@ -6,8 +6,6 @@ and other processes share them. Linux tells them apart (/proc/self/smaps); elsew
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,6 @@ import psutil
 import torch
 
 _PROC = Path("/proc/self")
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +44,6 @@ def memory(*model: Path) -> Memory:
         model_file=_mapped(model) if model else None,
         gpu_peak=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
     )
-
-
-def keep_freed_memory() -> bool:
-    """From now on what this process frees stays its own, for its next tensors; whether the system can do that.
-
-    For work that makes and frees the same tensors again and again: glibc gives large blocks back to the system, which
-    clears their pages one by one when they are wanted again.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 def _peak() -> int | None:

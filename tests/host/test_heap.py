@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 # Page faults of making and freeing the same 64 blocks of 4 MB five times more.
 _PROGRAM = """
 import resource, sys
-from nkat.host.memory import keep_freed_memory
+from nkat.host.heap import keep_freed_memory
 if sys.argv[1] == "kept" and not keep_freed_memory():
     sys.exit("this system cannot")
 def make():
