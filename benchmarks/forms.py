@@ -76,7 +76,8 @@ def rotation_core(u: torch.Tensor) -> torch.Tensor:
     one = torch.eye(width, dtype=u.dtype, device=u.device)
     j = torch.cat([one[width // 2 :], -one[: width // 2]])  # [[0, I], [−I, 0]] by rows
     augmented = torch.cat([torch.cat([j @ (u.T @ u), one], dim=1), u.new_zeros(width, 2 * width)])
-    return torch.matrix_exp(augmented)[:width, width:] @ j
+    # On the processor: on a GPU a matrix this small takes a hundred times as long, launch after launch.
+    return torch.matrix_exp(augmented.cpu()).to(u.device)[:width, width:] @ j
 
 
 def input_of(name: str) -> tuple[str, str]:

@@ -20,19 +20,20 @@ from torch.utils.checkpoint import checkpoint
 
 from nkat.errors import NKATError
 from nkat.gguf.formats import dequantise_rows
-from nkat.lm.activation import activate
 from nkat.lm.architectures import DELTA_LINEARS, FEED_FORWARD, FUSED_QKV, QKV, ROUTER, SHARED_EXPERT
-from nkat.lm.attention import View, attend, capped, make_view, query_scales, rope_frequencies, rotate
+from nkat.lm.attention import View, capped, make_view, query_scales, rope_frequencies
 from nkat.lm.cache import KeysValues, KVCache
 from nkat.lm.config import ModelConfig, Turning
 from nkat.lm.delta_net import DeltaNet
 from nkat.lm.experts import Experts, ExpertStack
 from nkat.lm.linear import PackedModule, StarLinear
+from nkat.lm.operations import Operations
 from nkat.theta.algebra import Term
 
 if TYPE_CHECKING:
     from nkat.kernels.cuda.planes import PackedWeight
 
+_PLAIN = Operations()
 _TILE_ELEMENTS = 1 << 22  # logits, or weights, of one vocabulary tile: 16 MB in float32
 
 
@@ -108,6 +109,7 @@ class Block(nn.Module):
         self.config, self.index = config, index
         self.local, self.turning = config.local_blocks[index], config.turning(index)
         self.linears = nn.ModuleDict({name: linears[name] for name in config.linears(index)})  # or their stand-ins
+        self.dtype = next(iter(linears.values())).dtype
         own = config.has_own_kv(index) or delta_net is not None
         self.qkv = [name for name in self.linears if name in ((*QKV, FUSED_QKV) if own else QKV[:1])]  # of what is read
         self.feed_forward = [name for name in self.linears if name in FEED_FORWARD]  # two or three, or none
@@ -132,60 +134,64 @@ class Block(nn.Module):
         cache: KVCache | None,
         given: KeysValues | None = None,
         layer_input: torch.Tensor | None = None,
+        by: Operations = _PLAIN,
     ) -> tuple[torch.Tensor, KeysValues | None]:
         """Residual stream [B, T, d] → [B, T, d], and the keys and values that its queries met, where it has queries.
 
         given: those of an earlier block, for a block without its own;  layer_input: see `LayerInputs`, [B, T, p]
+        by: what computes all that lies between the linear layers
         """
-        attended, met = self._attention(self._norm(x, "attn_norm"), view, cache, given)
-        x = x + self._norm(attended.to(x.dtype), "post_attention_norm")
-        x = x + self._norm(self._fed(x).to(x.dtype), "post_ffw_norm")
+        attended, met = self._attention(by, x, view, cache, given)
+        x = x + self._norm(by, attended.to(x.dtype), "post_attention_norm")
+        x = x + self._norm(by, self._fed(by, x).to(x.dtype), "post_ffw_norm")
         if layer_input is not None:
             gated = F.gelu(self.linears["inp_gate"](x), approximate="tanh").to(x.dtype) * layer_input
-            x = x + self._norm(self.linears["proj"](gated).to(x.dtype), "post_norm")
+            x = x + self._norm(by, self.linears["proj"](gated).to(x.dtype), "post_norm")
         return (x if self.scale is None else x * self.scale), met
 
-    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _norm(self, by: Operations, x: torch.Tensor, name: str) -> torch.Tensor:
         """x itself where the model has no such norm."""
         if name not in self.norms:
             return x
-        weight = self.norms[name]
-        return F.rms_norm(x, weight.shape, weight, self.config.rms_epsilon)
+        return by.normed(x, self.norms[name], self.config.rms_epsilon, x.dtype)[0]
+
+    def _read(self, by: Operations, x: torch.Tensor, norm: str, names: Sequence[str]) -> list[torch.Tensor]:
+        """What the linear layers of these names make of the normalised x."""
+        reads: Sequence[torch.Tensor] = [x] * len(names)
+        if norm in self.norms:
+            reads = by.normed(x, self.norms[norm], self.config.rms_epsilon, self.dtype, len(names))
+        return [self.linears[name](read) for name, read in zip(names, reads, strict=True)]
 
     def _attention(
-        self, x: torch.Tensor, view: View, cache: KVCache | None, given: KeysValues | None
+        self, by: Operations, x: torch.Tensor, view: View, cache: KVCache | None, given: KeysValues | None
     ) -> tuple[torch.Tensor, KeysValues | None]:
         if self.delta_net is not None:
-            return self._recurred(self.delta_net, x, cache), None
+            return self._recurred(by, self.delta_net, x, cache), None
         config = self.config
-        outputs = [self.linears[name](x) for name in self.qkv]
-        compute_dtype = outputs[0].dtype
+        outputs = self._read(by, x, "attn_norm", self.qkv)
         parts = outputs[0].split(config.qkv_rows(self.index), dim=-1) if self.qkv == [FUSED_QKV] else outputs
         q, *own = parts
         gate = None
         if config.architecture.gated_attention:
             q, gate = (t.flatten(2) for t in q.unflatten(-1, (config.head_count, 2, -1)).unbind(-2))
-        q = self._turned(q.to(x.dtype), "attn_q_norm", view)
-        if view.warmth is not None:
-            q = q * view.warmth[:, None, None]
+        q = self._turned(by, q, "attn_q_norm", view, view.warmth)
         if own:
-            k, v = self._turned(own[0].to(x.dtype), "attn_k_norm", view), self._heads(own[-1])
+            k, v = self._turned(by, own[0], "attn_k_norm", view), self._heads(own[-1])
             if config.architecture.value_norm:
-                v = F.rms_norm(v.to(x.dtype), v.shape[-1:], eps=config.rms_epsilon)
-            k, v = (t.to(compute_dtype).transpose(1, 2) for t in (k, v))
+                v = F.rms_norm(v.to(x.dtype), v.shape[-1:], eps=config.rms_epsilon).to(self.dtype)
+            v = v.transpose(1, 2)
             given = (k, v) if cache is None else cache.extend(self.index, k, v)
         if given is None:
             raise TypeError(f"block {self.index} has no keys of its own and was given none")
-        q = q.to(compute_dtype).transpose(1, 2)
-        mixed = attend(q, *given, view, config.attention_scale, config.attention_cap, self.sinks)
+        mixed = by.attended(q, *given, view, config.attention_scale, config.attention_cap, self.sinks)
         mixed = mixed.transpose(1, 2).flatten(2)
         if gate is not None:
             mixed = mixed.to(x.dtype) * gate.to(x.dtype).sigmoid()
         return self.linears["attn_output"](mixed), given
 
-    def _recurred(self, delta_net: DeltaNet, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
+    def _recurred(self, by: Operations, delta_net: DeltaNet, x: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """What a gated delta net makes of the new tokens, in attention's place."""
-        outputs = [self.linears[name](x).to(x.dtype) for name in delta_net.sizes.inputs]
+        outputs = [output.to(x.dtype) for output in self._read(by, x, "attn_norm", [*delta_net.sizes.inputs])]
         state = None if cache is None else cache.state(self.index)
         mixed, state = delta_net(outputs, state)
         if cache is not None:
@@ -196,36 +202,40 @@ class Block(nn.Module):
         """[B, T, H·D] → [B, T, H, D]"""
         return outputs.unflatten(-1, (-1, self.config.of(self.index).head_dim))
 
-    def _turned(self, outputs: torch.Tensor, norm: str, view: View) -> torch.Tensor:
-        """Queries or keys [B, T, H·D] after their norm and RoPE, [B, T, H, D]."""
+    def _turned(
+        self, by: Operations, outputs: torch.Tensor, norm: str, view: View, factor: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Queries or keys [B, T, H·D] after their norm and RoPE, times a factor of each position: [B, H, T, D]."""
         architecture = self.config.architecture
-        heads = self._heads(self._norm(outputs, norm) if architecture.wide_qk_norm else outputs)
+        if architecture.wide_qk_norm:
+            outputs = self._norm(by, outputs.to(view.cos.dtype), norm)
+        heads = self._heads(outputs)
         if architecture.qk_norm:
-            heads = self._norm(heads, norm)
-        return rotate(heads, view.cos, view.sin, self.config.rope.interleaved)
+            heads = self._norm(by, heads.to(view.cos.dtype), norm)
+        return by.turned(heads, view, self.config.rope.interleaved, self.dtype, factor)
 
-    def _fed(self, x: torch.Tensor) -> torch.Tensor:
+    def _fed(self, by: Operations, x: torch.Tensor) -> torch.Tensor:
         """What the feed-forward network, or the experts, or both make of the residual stream."""
-        read = self._norm(x, "ffn_norm")
         if self.experts is None:
-            return self._feed_forward(read, self.feed_forward)
+            return self._feed_forward(by, x, self.feed_forward)
+        read = self._norm(by, x, "ffn_norm")
         if self.shared_expert:
-            shared = self._feed_forward(read, self.shared_expert).to(x.dtype)
+            shared = self._feed_forward(by, x, self.shared_expert).to(x.dtype)
             if self.shared_gate is not None:
                 shared = shared * (read @ self.shared_gate).sigmoid()[..., None]
             return self.experts(read) + shared
         if not self.feed_forward:
             return self.experts(read)
-        fed = self._norm(self._feed_forward(read, self.feed_forward).to(x.dtype), "post_ffw_norm_1")
-        mixed = self.experts(self._norm(x, "pre_ffw_norm_2"), self._norm(x, ROUTER))
-        return fed + self._norm(mixed, "post_ffw_norm_2")
+        fed = self._norm(by, self._feed_forward(by, x, self.feed_forward).to(x.dtype), "post_ffw_norm_1")
+        mixed = self.experts(self._norm(by, x, "pre_ffw_norm_2"), self._norm(by, x, ROUTER))
+        return fed + self._norm(by, mixed, "post_ffw_norm_2")
 
-    def _feed_forward(self, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    def _feed_forward(self, by: Operations, x: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
         """names: of its layers; gate and up may be one."""
         *gate_up, down = names
-        outputs = [self.linears[name](x) for name in gate_up]
+        outputs = self._read(by, x, "ffn_norm", gate_up)
         gate, up = outputs[0].chunk(2, dim=-1) if len(outputs) == 1 else outputs
-        return self.linears[down](activate(self.config.architecture, gate, up))
+        return self.linears[down](by.gated(self.config.architecture, gate, up))
 
 
 class Transformer(nn.Module):
@@ -396,10 +406,12 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         *,
         trace: dict[str, torch.Tensor] | None = None,
+        learning: bool = False,
         recompute: bool = False,
     ) -> torch.Tensor:
         """Token ids [B, T] → normalised output of the last block [B, T, d]: what the output layer multiplies.
 
+        learning: by kernels with gradients where there are any (`nkat.lm.learning`); rounded otherwise than without
         recompute: keep only each block's input for the backward pass, and compute the rest again then (Chen et al.,
         2016, arXiv 1604.06174)
         """
@@ -412,6 +424,11 @@ class Transformer(nn.Module):
         x = self.embedding(tokens).to(self.output_norm.dtype) * config.embedding_scale
         room = count if cache is None else cache.capacity
         warmth = query_scales(config, start, count)
+        by = _PLAIN
+        if learning:
+            from nkat.lm.learning import operations_for  # LLVM is loaded only where it is used
+
+            by = operations_for(x, self.output.dtype)
         views: dict[tuple[bool, Turning], View] = {}
         for local, turning in {(block.local, block.turning): None for block in self.blocks}:
             window = config.sliding_window if local else 0
@@ -422,7 +439,7 @@ class Transformer(nn.Module):
             i = block.index
             arguments = (
                 *(x, views[block.local, block.turning], cache),
-                *(met.get(config.of(i).kv_block), None if inputs is None else inputs[i]),
+                *(met.get(config.of(i).kv_block), None if inputs is None else inputs[i], by),
             )
             x, own = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
             if i in config.shared_blocks and own is not None:
@@ -431,7 +448,7 @@ class Transformer(nn.Module):
                 trace[f"blk.{block.index}"] = x
         if cache is not None:
             cache.advance(count)
-        x = F.rms_norm(x, self.output_norm.shape, self.output_norm, config.rms_epsilon)
+        (x,) = by.normed(x, self.output_norm, config.rms_epsilon, x.dtype)
         if trace is not None:
             trace["output_norm"] = x
         return x

@@ -90,6 +90,30 @@ def test_loss_and_gradient_are_torchs(
     torch.testing.assert_close(found, 3.0 * wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [None, 0.3, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_kernels_loss_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, share: float | None, bias: bool, dtype: torch.dtype
+) -> None:
+    """For the same logits: those that a product in this dtype gives."""
+    hidden = torch.randn(N, D, requires_grad=True)
+    weight, offset = torch.randn(V, D, dtype=dtype), torch.randn(V, dtype=dtype)
+    head, targets = Head(weight, offset if bias else None), torch.randint(V, (N,))
+    teacher = None if share is None else Teacher(torch.randn(N, D), Head(weight.roll(1, 0), None), share)
+    sides = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(fit_loss, "_have_kernels", lambda *heads: False)
+        loss = vocabulary_loss(hidden, head, targets, teacher)
+        sides.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    (loss, gradient), (wanted_loss, wanted_gradient) = sides
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-6)
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    assert float((gradient - wanted_gradient).norm()) < tolerance * float(wanted_gradient.norm())
+    assert float((gradient.roll(1, 0) - wanted_gradient).norm()) > 0.1 * float(wanted_gradient.norm())  # control
+
+
 def test_divergence_from_itself_is_zero_and_only_then() -> None:
     hidden, head = torch.randn(N, D), Head(torch.randn(V, D))
     leaf = hidden.clone().requires_grad_()

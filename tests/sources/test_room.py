@@ -48,7 +48,8 @@ def test_bytes_are_those_of_what_the_backward_pass_needs() -> None:
     """exp keeps its result, which the product keeps too; the product's other side; the sine's argument is the same."""
     start = torch.ones(1, 8, requires_grad=True)
 
-    def hidden(tokens: torch.Tensor) -> torch.Tensor:
+    def hidden(tokens: torch.Tensor, learning: bool) -> torch.Tensor:
+        assert learning  # what is measured is what a fit does
         x = (start * 2.0).exp()
         return x * x.sin()
 

@@ -200,7 +200,7 @@ class HeadedModel:
     @torch.no_grad()
     def teach(self, tokens: torch.Tensor, chosen: torch.Tensor, share: float) -> Teacher:
         """Its prediction at the chosen positions of tokens [B, T]: bool [B, T − 1]."""
-        return Teacher(self.model.hidden(tokens)[:, :-1][chosen], self.output, share)
+        return Teacher(self.model.hidden(tokens, learning=True)[:, :-1][chosen], self.output, share)
 
 
 def take_step(
@@ -330,7 +330,9 @@ class _Run:
     ) -> torch.Tensor:
         count = batch.counted.sum(dtype=torch.float64)
         self.world.sum_([count])  # of all processes: the mean is over every token that counts
-        hidden = self.student.model.hidden(batch.tokens, recompute=not self.keep_activations)[:, :-1][batch.counted]
+        hidden = self.student.model.hidden(batch.tokens, learning=True, recompute=not self.keep_activations)[:, :-1][
+            batch.counted
+        ]
         loss = factor * vocabulary_loss(hidden, self.student.output, targets, teacher) / count
         loss.backward()
         return loss.detach()

@@ -93,19 +93,13 @@ class _VocabularyLoss(torch.autograd.Function):
         tile = max(1, _TILE_ELEMENTS // head.weight.shape[0])
         for start in range(0, len(hidden), tile):
             part = slice(start, start + tile)
-            logits = head.logits(hidden[part])
-            log_p = torch.log_softmax(logits, dim=-1)
-            difference = log_p.exp()  # model − target, the gradient with respect to the logits
-            if teacher is not None and share > 0.0:
-                log_t = torch.log_softmax(teacher.head.logits(teacher.hidden[part]), dim=-1)
-                t = log_t.exp()
-                total += share * (t * (log_t - log_p)).sum(dtype=torch.float64)
-                difference -= share * t
-            if targets is not None and share < 1.0:
-                index = targets[part, None]
-                total -= (1.0 - share) * log_p.gather(1, index).sum(dtype=torch.float64)
-                difference.scatter_add_(1, index, difference.new_full(index.shape, share - 1.0))
-            gradient[part] = head.gradient(logits, difference).to(hidden.dtype)
+            text = None if targets is None or share == 1.0 else targets[part]
+            taught = None if teacher is None or share == 0.0 else (teacher.head, teacher.hidden[part])
+            if _have_kernels(head, None if taught is None else taught[0]):
+                loss, gradient[part] = _by_kernels(hidden[part], head, text, taught, share)
+            else:
+                loss, gradient[part] = _by_torch(hidden[part], head, text, taught, share)
+            total += loss
         ctx.save_for_backward(gradient)
         return total
 
@@ -113,3 +107,66 @@ class _VocabularyLoss(torch.autograd.Function):
     def backward(ctx: _Context, factor: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * factor.to(gradient.dtype), None, None, None
+
+
+_Taught = tuple[Head, torch.Tensor]  # the teacher's output layer and hidden states
+
+
+def _by_torch(
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor | None, taught: _Taught | None, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of some tokens, float64, and its gradient by their hidden states."""
+    logits = head.logits(hidden)
+    log_p = torch.log_softmax(logits, dim=-1)
+    total = hidden.new_zeros((), dtype=torch.float64)
+    difference = log_p.exp()  # model − target, the gradient with respect to the logits
+    if taught is not None:
+        log_t = torch.log_softmax(taught[0].logits(taught[1]), dim=-1)
+        t = log_t.exp()
+        total += share * (t * (log_t - log_p)).sum(dtype=torch.float64)
+        difference -= share * t
+    if targets is not None:
+        index = targets[:, None]
+        total -= (1.0 - share) * log_p.gather(1, index).sum(dtype=torch.float64)
+        difference.scatter_add_(1, index, difference.new_full(index.shape, share - 1.0))
+    return total, head.gradient(logits, difference)
+
+
+def _have_kernels(*heads: Head | None) -> bool:
+    """Whether the kernels read the logits of these output layers as their products leave them."""
+    dtypes = (torch.float32, torch.bfloat16)
+    there = [head for head in heads if head is not None]
+    kinds = {(head.weight.device.type, head.weight.dtype) for head in there}
+    return len(kinds) == 1 and kinds <= {("cpu", d) for d in dtypes} and not any(head.cap for head in there)
+
+
+def _by_kernels(
+    hidden: torch.Tensor, head: Head, targets: torch.Tensor | None, taught: _Taught | None, share: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_by_torch`: two passes over the logits, in whose place the gradient comes, in the dtype they are in."""
+    from nkat.kernels.cpu.beside_torch import run  # LLVM is loaded only where it is used
+    from nkat.kernels.cpu.learning import loss_kernel, number
+
+    logits, log_sums = _with_log_sums(head, hidden)
+    total = hidden.new_zeros((), dtype=torch.float64)
+    arguments: list[torch.Tensor | int] = [logits, log_sums, logits.shape[1], len(logits), torch.tensor([share]), 0]
+    if targets is not None:
+        chosen = logits.gather(1, targets[:, None])[:, 0].double() - log_sums
+        total -= (1.0 - share) * chosen.sum()
+        arguments[-1] = targets.contiguous()
+    divergences = torch.zeros(len(logits))
+    if taught is not None:
+        arguments += [*_with_log_sums(*taught), divergences]
+    run(loss_kernel(number(logits), targets is not None, taught is not None), *arguments)
+    return total + share * divergences.sum(dtype=torch.float64), logits @ head.weight
+
+
+def _with_log_sums(head: Head, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [N, V] in the output layer's dtype, and ln Σ exp of each row in float32."""
+    from nkat.kernels.cpu.beside_torch import run
+    from nkat.kernels.cpu.learning import log_sum_kernel, number
+
+    logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+    tops = torch.empty(len(logits), 2)
+    run(log_sum_kernel(number(logits)), logits, logits.shape[1], tops, len(logits))
+    return logits, tops[:, 0] + tops[:, 1].log()

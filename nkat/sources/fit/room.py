@@ -94,7 +94,7 @@ def activation_bytes(model: Transformer, tokens: torch.Tensor, most: int) -> int
 
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            model.hidden(tokens)
+            model.hidden(tokens, learning=True)
     except _TooMuch:
         return None
     return total

@@ -195,7 +195,7 @@ class _Run:
             teacher = self.reference.teach(tokens, counted, settings.reference_share)
         count = counted.sum(dtype=torch.float64)
         self.world.sum_([count])  # of all processes: the mean is over every token that counts
-        hidden = self.student.model.hidden(tokens, recompute=not self.keep_activations)[:, :-1][counted]
+        hidden = self.student.model.hidden(tokens, learning=True, recompute=not self.keep_activations)[:, :-1][counted]
         loss = vocabulary_loss(hidden, self.student.output, tokens[:, 1:][counted], teacher) / count
         loss.backward()
         return loss.detach()
