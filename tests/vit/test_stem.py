@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nkat_vit import stem
-from nkat_vit.stem import Stem, norm_gelu
+from nkat_vit.stem import Stem, convolve, norm_gelu
 
 pytestmark = pytest.mark.isa
 
@@ -57,6 +57,31 @@ def test_norm_and_gelu_are_torchs(channels: int, batch: int, dtype: torch.dtype,
     for name, value in ours.named_buffers():
         torch.testing.assert_close(value, theirs.get_buffer(name).to(value.dtype), rtol=1e-5, atol=1e-6)
     assert ours.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("side", "stride"), [(8, 2), (4, 1), (9, 1), (7, 2)])  # few points, and more
+def test_a_convolution_has_torchs_gradients(side: int, stride: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours = nn.Conv2d(16, 32, 3, stride, 1, bias=False)
+    theirs = deepcopy(ours).to(dtype).double()
+    x = torch.randn(3, 16, side, side).to(dtype).contiguous(memory_format=torch.channels_last)
+    wanted, given = x.double().requires_grad_(), x.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        found = convolve(given, ours)
+    right = theirs(wanted)
+    assert found.dtype == dtype
+    gradient = torch.randn_like(found)
+    found.backward(gradient)
+    right.backward(gradient.double())
+    assert type(found.grad_fn).__name__ == "_ConvolutionBackward"
+    for place, (one, other) in enumerate(
+        [(found, right), (given.grad, wanted.grad), (ours.weight.grad, theirs.weight.grad)]
+    ):
+        assert one is not None
+        assert other is not None
+        assert error(one, other) < TOLERANCE[dtype], place
+        assert error(one.roll(1, -1), other) > 0.1, place  # control
 
 
 def test_gelu_is_right_far_from_zero_and_damage_is_seen() -> None:
