@@ -89,7 +89,8 @@ def _by_weight(given: Tensor, x: Tensor, weight: Tensor, stride: int, padding: i
     cells = F.pad(x.permute(0, 2, 3, 1), (0, 0, padding, padding, padding, padding))
     cells = cells.unfold(1, size, stride).unfold(2, size, stride)  # [b, h, w, c, k, k]
     columns = cells.permute(0, 1, 2, 4, 5, 3).reshape(-1, size * size * channels)
-    product = given.permute(0, 2, 3, 1).reshape(-1, outputs).T @ columns
+    # A copy that lies as the product wants it costs a tenth of what the product gains.
+    product = given.permute(0, 2, 3, 1).reshape(-1, outputs).T.contiguous() @ columns
     return product.view(outputs, size, size, channels).permute(0, 3, 1, 2)
 
 
