@@ -1,4 +1,4 @@
-"""Muon, matrices of one shape together: the numbers of `torch.optim.Muon`, which takes one matrix after the other.
+"""Muon, matrices of the same sides together: the numbers of `torch.optim.Muon`, which takes one matrix after the other.
 
 Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks": a matrix moves by its momentum with all
 singular values made about 1. The quintic Newton–Schulz coefficients are theirs. Products of small matrices keep neither
@@ -57,16 +57,16 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike: defaultdict[tuple[torch.Size, torch.device], list[Tensor]] = defaultdict(list)
+            alike: defaultdict[tuple[object, ...], list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    alike[matrix.shape, matrix.device].append(matrix)
+                    alike[(*sorted(matrix.shape), matrix.device)].append(matrix)  # tall ones are laid down
             for matrices in alike.values():
                 self._move(matrices, group["lr"], group["weight_decay"], group["momentum"])
         return loss
 
     def _move(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
-        """The step of matrices of one shape."""
+        """The step of matrices of one shape, upright or lying."""
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         for matrix in matrices:
             if not self.state[matrix]:
@@ -74,7 +74,10 @@ class Muon(Optimizer):
         averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, averages, momentum)
-        directions = [orthogonalise(ahead[0])] if len(ahead) == 1 else list(orthogonalise(torch.stack(ahead)))
-        rows, columns = matrices[0].shape
+        lying = [x.mT if x.shape[0] > x.shape[1] else x for x in ahead]
+        directions = [orthogonalise(lying[0])] if len(lying) == 1 else list(orthogonalise(torch.stack(lying)))
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        torch._foreach_add_(matrices, directions, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        for matrix, direction in zip(matrices, directions, strict=True):
+            rows, columns = matrix.shape
+            upright = direction.mT if rows > columns else direction
+            matrix.add_(upright, alpha=-lr * max(1.0, rows / columns) ** 0.5)

@@ -139,7 +139,7 @@ def test_orthogonalise_against_the_svd(shape: tuple[int, int]) -> None:
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_muon_on_batches_of_matrices_is_torchs_on_one_after_the_other() -> None:
-    start = [torch.randn(shape) for shape in ((24, 24), (48, 24), (24, 96), (1, 8), (48, 24), (24, 24), (24, 24))]
+    start = [torch.randn(shape) for shape in ((24, 24), (48, 24), (24, 96), (1, 8), (24, 48), (24, 24), (48, 24))]
     gradients = [[torch.randn_like(matrix) for matrix in start] for _ in range(3)]
     ended = []
     for kind in (torch.optim.Muon, Muon):
