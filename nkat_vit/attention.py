@@ -80,6 +80,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor, color: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries with the gauge term and 1/(√d · temperature) in them, keys and values, each [b, heads, n, d]."""
         b, n, _ = x.shape
+        if torch.is_autocast_enabled(x.device.type):  # once, not by each of the two layers
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         weight, bias = self.q.weight, self.q.bias
         if self.gauge is not None:
             weight, bias = self.gauge(weight, bias)

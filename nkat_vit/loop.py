@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nkat.errors import NKATError
 from nkat.host import console
 from nkat.host.distributed import World
+from nkat.host.heap import keep_freed_memory
 from nkat_vit import checkpoint
 from nkat_vit.augment import Batch, augment
 from nkat_vit.data import ImageSet, split
@@ -132,6 +133,8 @@ class Trainer:
         self.train_set, self.held = train.to(world.device), held.to(world.device)
         self.save_steps, self.label, self.judge_last, self.on_epoch = save_steps, label, judge_last, on_epoch
         self.epoch_steps = len(train) // config.batch_size
+        if world.device.type == "cpu":
+            keep_freed_memory()  # a step's tensors are as large as those of the step before it
         torch.manual_seed(config.seed)
         self.model = NKATViT(recipe.model).to(world.device)
         self.average = Average(self.model, config.ema) if config.ema else None

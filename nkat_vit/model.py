@@ -21,6 +21,7 @@ from nkat.host.console import counted
 from nkat_vit.attention import COLOR_GROUPS, Attention
 from nkat_vit.dropout import dropout
 from nkat_vit.gauge import FORMS, Gauge
+from nkat_vit.stem import Stem
 
 # (channels, stride) of the stem's 3×3 convolutions. "tiny" is the plan's; "small" puts one at full resolution before;
 # "deep" is a small convolutional network: more is learned from few pictures, in less time, than by attention alone.
@@ -219,11 +220,9 @@ class NKATViT(nn.Module):
         if config.color_norm != "off":
             self.color_norm = ColorNorm()
             channels *= 2 if config.color_norm == "concat" else 1
-        layers: list[nn.Module] = []
-        for width, stride in STEMS[config.conv_stem]:
-            layers += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.GELU()]
-            channels = width
-        self.stem = nn.Sequential(*layers)
+        layers = STEMS[config.conv_stem]
+        self.stem = Stem(channels, layers)
+        channels = layers[-1][0] if layers else channels
         self.embed = nn.Linear(channels * config.patch_size**2, dim)
         self.position = nn.Parameter(torch.zeros(1, config.tokens, dim))
         if config.split_heads:

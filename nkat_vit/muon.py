@@ -1,11 +1,13 @@
-"""Muon for a torch that has none (before 2.9): the same numbers as `torch.optim.Muon`, bit by bit.
+"""Muon, matrices of the same sides together: the numbers of `torch.optim.Muon`, which takes one matrix after the other.
 
 Jordan et al., 2024, "Muon: an optimizer for hidden layers in neural networks": a matrix moves by its momentum with all
-singular values made about 1. The quintic Newton–Schulz coefficients are theirs.
+singular values made about 1. The quintic Newton–Schulz coefficients are theirs. Products of small matrices keep neither
+a processor's matrix unit nor a GPU busy: those of preset fast take a third of the time when a batch has them all.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
@@ -17,18 +19,22 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
-    """A matrix [m, n] with its singular values moved near 1 (0.7 to 1.2), in bfloat16: the quintic was made for it."""
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Matrices [..., m, n] with their singular values moved near 1 (0.7 to 1.2).
+
+    In bfloat16, which the quintic was made for. At most one dimension before the last two.
+    """
     a, b, c = _COEFFICIENTS
-    x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
+    add_product = torch.addmm if matrices.ndim == 2 else torch.baddbmm
+    x = matrices.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
     if tall:
-        x = x.T
-    x = x / x.norm().clamp(min=1e-7)
+        x = x.mT
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
     for _ in range(_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 class Muon(Optimizer):
@@ -51,16 +57,27 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
+            alike: defaultdict[tuple[object, ...], list[Tensor]] = defaultdict(list)
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(matrix)
-                average = state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-                direction = orthogonalise(matrix.grad.lerp(average, momentum))
-                rows, columns = matrix.shape
-                matrix.mul_(1 - lr * group["weight_decay"])
-                matrix.add_(direction, alpha=-lr * max(1.0, rows / columns) ** 0.5)
+                if matrix.grad is not None:
+                    alike[(*sorted(matrix.shape), matrix.device)].append(matrix)  # tall ones are laid down
+            for matrices in alike.values():
+                self._move(matrices, group["lr"], group["weight_decay"], group["momentum"])
         return loss
+
+    def _move(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
+        """The step of matrices of one shape, upright or lying."""
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        averages = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(averages, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, averages, momentum)
+        lying = [x.mT if x.shape[0] > x.shape[1] else x for x in ahead]
+        directions = [orthogonalise(lying[0])] if len(lying) == 1 else list(orthogonalise(torch.stack(lying)))
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        for matrix, direction in zip(matrices, directions, strict=True):
+            rows, columns = matrix.shape
+            upright = direction.mT if rows > columns else direction
+            matrix.add_(upright, alpha=-lr * max(1.0, rows / columns) ** 0.5)

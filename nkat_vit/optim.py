@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from nkat_vit import muon
+from nkat_vit.muon import Muon
 from nkat_vit.recipe import TrainConfig
 
 # Of `blocks.N`, with the number of maps that are packed into each, one above the other.
@@ -59,8 +59,7 @@ def _make_muon(packed: Iterable[tuple[nn.Parameter, int]], lr: float, weight_dec
     Those have to be cleared on the model: the optimiser's `zero_grad` knows the matrices alone.
     """
     shared = [(parameter, _matrices(parameter.detach(), parts)) for parameter, parts in packed]
-    kind = getattr(torch.optim, "Muon", muon.Muon)
-    optimizer: Optimizer = kind([m for _, matrices in shared for m in matrices], lr=lr, weight_decay=weight_decay)
+    optimizer = Muon([m for _, matrices in shared for m in matrices], lr=lr, weight_decay=weight_decay)
 
     def share_gradients(*_: object) -> None:
         for parameter, matrices in shared:

@@ -44,7 +44,15 @@ from nkat_vit.search import (
     recipe_of,
     unreachable,
 )
-from nkat_vit.search_options import BUDGETS, DESCRIPTION, EXAMPLES, ShapeOptions, add_options, shape_options
+from nkat_vit.search_options import (
+    BUDGETS,
+    DESCRIPTION,
+    EXAMPLES,
+    STEMS_OF,
+    ShapeOptions,
+    add_options,
+    shape_options,
+)
 from nkat_vit.search_plots import plot_image_search
 from nkat_vit.search_report import print_report, search_page
 
@@ -105,7 +113,7 @@ def make_budget(options: ShapeOptions, world: World) -> Budget:
         seed=options.study.seed,
         opt=options.opt,
         muon_lr=PRESETS["strong"]["muon_lr"] if options.muon_lr is None else options.muon_lr,
-        stems=tuple(dict.fromkeys(options.stems or ())),
+        stems=tuple(dict.fromkeys(options.stems or STEMS_OF.get(options.study.mode, ()))),
     )
     if options.amp != "auto":
         return budget

@@ -29,7 +29,7 @@ MAY = {room: {"version", *TRUNK[:i]} for i, room in enumerate(TRUNK)} | {
     "serve": {*TRUNK, "hub"} - {"sources", "measure", "kernels"},
     "convert": {*TRUNK, "hub"} - {"engine", "kernels"},
     "search": {*TRUNK, "hub", "study"} - {"kernels"},
-    "nkat_vit": {"nkat", "errors", "host", "study"},  # "nkat": how threads wait
+    "nkat_vit": {"nkat", "errors", "host", "kernels", "study"},  # "nkat": how threads wait
 }  # which rooms a room may import
 
 PACKAGES = [name for name in ("nkat", "nkat_vit") if (ROOT / name).is_dir()]

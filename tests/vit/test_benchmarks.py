@@ -14,6 +14,7 @@ from nkat.errors import NKATError
 from nkat_vit import data, search_job
 from nkat_vit.recipe import PRESETS
 from nkat_vit.search import BASELINE
+from tests.conftest import ROOT
 from tests.support.vit_data import run_module, write_cifar, write_digits
 
 SMALL = "embed_dim=32,depth=1,heads=4,batch_size=24,lr=3e-3"
@@ -77,3 +78,17 @@ def test_the_ranking_of_short_and_long_runs(tmp_path: Path, monkeypatch: pytest.
         "accuracy": {"1", "3"},
     }
     assert [len(curve) for curve in record["accuracies"]["longer"]] == [3, 3, 3]
+
+
+def test_steps_of_two_checkouts_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "fast", parse_change(SMALL) | {"epochs": 2, "warmup": 1})
+    common = ["--dataset", "emnist-digits", "--rounds", 1, "--amp", "off", "--threads", 1]
+    done = run_module("benchmarks.vit_against", ROOT, *common)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["batch_size"] == 24
+    assert record["ratio"] == record["median_seconds"]["other"] / record["median_seconds"]["this"]
+    assert set(record["fastest_seconds"]) == {"other", "this"}
+    refused = run_module("benchmarks.vit_against", ROOT / "docs", *common)
+    assert refused.returncode == 2
+    assert "no checkout" in refused.stderr

@@ -138,8 +138,8 @@ def test_orthogonalise_against_the_svd(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_our_muon_is_torchs_bit_by_bit() -> None:
-    start = [torch.randn(shape) for shape in ((24, 24), (48, 24), (24, 96), (1, 8))]
+def test_muon_on_batches_of_matrices_is_torchs_on_one_after_the_other() -> None:
+    start = [torch.randn(shape) for shape in ((24, 24), (48, 24), (24, 96), (1, 8), (24, 48), (24, 24), (48, 24))]
     gradients = [[torch.randn_like(matrix) for matrix in start] for _ in range(3)]
     ended = []
     for kind in (torch.optim.Muon, Muon):
@@ -150,14 +150,12 @@ def test_our_muon_is_torchs_bit_by_bit() -> None:
                 matrix.grad = gradient
             optimizer.step()
         ended.append(matrices)
-    assert all(torch.equal(a, b) for a, b in zip(*ended, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(start, ended[0], strict=True))  # control: they moved
+    for theirs, ours, before in zip(*ended, start, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=3 * 0.02 * 2**-7, rtol=0)  # a product in bfloat16 rounds anyhow
+        assert (theirs - before).abs().max() > 0.005  # control: they moved by more
 
 
-@pytest.mark.parametrize("present", [True, False])
-def test_muon_moves_packed_maps_apart_and_convolutions_too(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
-    if not present:
-        monkeypatch.delattr(torch.optim, "Muon", raising=False)
+def test_muon_moves_packed_maps_apart_and_convolutions_too() -> None:
     model, recipe = small("muon")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():

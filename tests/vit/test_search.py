@@ -10,7 +10,9 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -55,6 +57,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(data, "_CONTENTS", {})
     for name, value in (("CHOICES", SMALL_CHOICES), ("RANGES", SMALL_RANGES)):
         monkeypatch.setattr(search, name, value)
+    monkeypatch.setattr(search_job, "STEMS_OF", {})
     BASELINE_BEFORE = dict(BASELINE)
     BASELINE.update(SMALL_BASELINE)  # search_job and search_plots have it by name
     write_cifar(tmp_path / "data", per_batch=40)
@@ -212,7 +215,19 @@ def test_the_optimiser_is_a_choice_and_the_plans_is_the_default() -> None:
     assert (train.opt, train.lr, train.muon_lr) == ("muon", 1e-3, 0.01)
 
 
-def test_other_stems_are_in_the_space_only_when_asked_for() -> None:
+def test_other_stems_are_in_the_space_of_a_quick_search_and_where_asked_for() -> None:
+    asked_for = partial(SimpleNamespace, epochs=None, limit_train=None, validation=None, max_tokens=None)
+    asked_for = partial(asked_for, batch_size=None, opt="muon", lr=None, muon_lr=None, amp="off")
+    spaces = {
+        (mode, stems): search_job.make_budget(
+            asked_for(stems=stems and [*stems], study=SimpleNamespace(mode=mode, seed=0)), CPU
+        ).space
+        for mode, stems in (("quick", None), ("full", None), ("quick", ("tiny",)))
+    }
+    found = {key: {point["conv_stem"] for point in space.points()} for key, space in spaces.items()}
+    assert found["quick", None] == {"tiny", "small", "deep"}  # without a stem there are too many tokens
+    assert found["full", None] == {"off", "tiny", "small"}
+    assert found["quick", ("tiny",)] == {"tiny"}
     assert {point["conv_stem"] for point in Shapes().points()} == {"off", "tiny", "small"}
     asked = Shapes(stems=("tiny", "deep"))
     assert {point["conv_stem"] for point in asked.points()} == {"tiny", "deep"}
