@@ -42,6 +42,8 @@ def serve(values: dict[str, object], folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(f"{__doc__}\nIt is a part of another command: python -m benchmarks.vit_against --help")
     torch.set_num_threads(int(sys.argv[2]))
     with tempfile.TemporaryDirectory() as name:
         serve(json.loads(sys.argv[1]), Path(name))

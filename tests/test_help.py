@@ -15,6 +15,8 @@ from tests.conftest import ROOT
 _PARTS = {
     **dict.fromkeys(("low_rank", "quality_report"), "quality"),
     **dict.fromkeys(("architecture_speed", "greedy"), "architectures"),
+    "vit_cnn": "vit_peers",
+    "vit_worker": "vit_against",
     **dict.fromkeys(("gpu_checks", "gpu_figures", "gpu_first_use", "gpu_speed"), "gpu"),
 }
 

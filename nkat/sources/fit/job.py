@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -195,7 +195,7 @@ def _best_at_home(request: FitRequest, state: FitState) -> _Outcome:
 def _choose(
     request: FitRequest,
     exact: LoadedModel,
-    judging: LoadedModel,
+    models: Iterable[LoadedModel],
     state: FitState,
     validation: Passages,
     guard: Sequence[GuardText],
@@ -203,21 +203,25 @@ def _choose(
 ) -> _Outcome:
     """The best candidate within the guard. Of a fit that was interrupted one state alone is judged, and on less text.
 
-    judging: what candidates are judged by (`_judging`);  exact: by which what is kept is judged at home
+    models: what candidates are judged by (`_judging`);  exact: by which what is kept is judged at home
 
     Raises NKATError where none is to be kept.
     """
     assert request.space is not None
-    candidates, make = state.candidates(), KeptScorer(DEFAULT_BATCH)  # for home and guard: each judges the same Θ
-    elsewhere = Guard(judging, guard, make=make) if guard else None
-    panel, space = Panel(Judge(judging, validation, make=make), elsewhere), request.space
+    candidates, space = state.candidates(), request.space
     if not finished:
         assert state.best_step is not None  # an interruption validates
-        candidates, panel = {state.best_step: state.best_factors}, panel.part()
+        candidates = {state.best_step: state.best_factors}
         space = replace(space, ranks=(max(space.ranks),))
     whole = cache(lambda step: _theta_set(request, _thetas(request, candidates[step])))
     columns = cache(lambda step, rank: truncate_rank(whole(step), rank))  # the same one at every strength
-    choice = choose(lambda c: columns(c.step, c.rank), list(candidates), space, panel)
+    for judging in models:
+        make = KeptScorer(DEFAULT_BATCH)  # for home and guard: each judges the same Θ
+        elsewhere = Guard(judging, guard, make=make) if guard else None
+        panel = Panel(Judge(judging, validation, make=make), elsewhere)
+        choice = choose(lambda c: columns(c.step, c.rank), list(candidates), space, panel if finished else panel.part())
+        if choice.kept is not None:
+            break
     kept = choice.kept
     if kept is None:
         raise NKATError(_nothing_kept(request, choice))
@@ -484,15 +488,16 @@ def _without_theta(request: FitRequest, device: torch.device) -> LoadedModel:
     return load_model(request.model, thetas={}, gamma=1.0, device=device)
 
 
-def _judging(request: FitRequest, loaded: LoadedModel) -> LoadedModel:
-    """What the candidates of a fit are judged by: fast, and as exact as the fit was.
+def _judging(request: FitRequest, loaded: LoadedModel) -> Iterator[LoadedModel]:
+    """What the candidates of a fit are judged by, and what by if that keeps none of them.
 
-    On a processor that fits in bfloat16 the compiled kernels, with inputs rounded to 8 bits: twice as fast as its
-    products in bfloat16, and no further from the exact figures. Else the model as it was fitted.
+    On a processor that fits in bfloat16 first the compiled kernels, with inputs rounded to 8 bits: twice as fast as its
+    products in bfloat16, and no further from the exact figures, but that rounding blurs what a very weak Θ does. Then,
+    or else, the model as it was fitted.
     """
-    if loaded.model.device.type != "cpu" or loaded.model.output.dtype != torch.bfloat16:
-        return loaded
-    return load_model(request.model, thetas={}, gamma=1.0, int8_activations=True)
+    if loaded.model.device.type == "cpu" and loaded.model.output.dtype == torch.bfloat16:
+        yield load_model(request.model, thetas={}, gamma=1.0, int8_activations=True)
+    yield loaded
 
 
 def _judge(exact: LoadedModel, theta: ThetaSet, validation: Passages) -> Score:
