@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,15 @@ def test_a_model_that_learns_has_torchs_values_and_gradients(
     errors = [[error(a, b) for a, b in zip(side, wanted, strict=True)] for side in (by_kernels, by_torch)]
     assert max(errors[0]) < 3 * max(errors[1]) + 1e-6
     assert errors[0] != errors[1]  # control: they are two ways
+
+
+@pytest.mark.isa
+def test_a_weight_of_attention_is_at_most_one() -> None:
+    """Of very large scores the rounding is large itself: less their logsumexp some come out above 0."""
+    scores, gradient = torch.full((20, 20), 500.0), torch.ones(20, 20)
+    scores[3] = -1.0
+    beside_torch.run(learning.weights_kernel(learning.number(scores), 1.0), scores, gradient, 20, 20)
+    expected = torch.ones(20, 20).tril()
+    expected[3] *= math.exp(-1.0)
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(gradient, expected)

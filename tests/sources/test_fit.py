@@ -165,7 +165,7 @@ def test_a_fit_by_kernels_learns_what_one_by_torch_learns(
     loaded = load_model(tiny.loaded, thetas={}, gamma=1.0, dtype=dtype)
 
     def losses(seed: int = 0) -> list[float]:
-        state = tiny.run(tiny.settings(steps=12, validate_every=1, seed=seed), loaded=loaded)
+        state = tiny.run(tiny.settings(steps=6, validate_every=1, seed=seed), loaded=loaded)
         return [row[key] for row in state.history for key in ("loss", "validation_nll")]
 
     by_kernels, other = losses(), losses(seed=1)

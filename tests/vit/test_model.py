@@ -218,7 +218,8 @@ def test_every_parameter_learns() -> None:
         model = build(config).train()
         F.cross_entropy(model(pictures(config))[0], torch.tensor([1, 2, 3])).backward()
         idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-        assert idle == []
+        # what is added to all scores of a softmax changes nothing: that one's gradient is rounding, or 0
+        assert set(idle) <= {"pool_score.bias"}
 
 
 def test_colour_heads_see_their_own_colour_only() -> None:

@@ -320,7 +320,8 @@ def weights_kernel(kind: Number, scale: float) -> int:
             def weigh(i: Value, lanes: int) -> None:
                 at, other = scores + start + i * kind.value, gradient + start + i * kind.value
                 seen = lane[lanes] < (token - i + 1).narrow(I32())
-                weight = k.exp(kind.load(k, lanes, at) * scale)
+                # a weight is at most 1, whatever the rounding of very large scores says
+                weight = k.exp(k.minimum(kind.load(k, lanes, at) * scale, 0.0))
                 product = weight * kind.load(k, lanes, other) * scale
                 for value, to in ((weight, at), (product, other)):
                     kind.store(k, k.select(seen, value, k.value(0.0, value.kind)), to)
