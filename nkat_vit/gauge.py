@@ -31,11 +31,6 @@ def star(q: Tensor, k: Tensor, theta: Tensor, strength: Tensor | float) -> Tenso
     return q @ k.mT + 0.5 * strength * (q @ theta @ k.mT)
 
 
-def commutator(q: Tensor, k: Tensor, theta: Tensor, strength: Tensor | float) -> Tensor:
-    """q ⋆ k − k ⋆ q = s qᵀθk for every pair: [..., n, m] of q [..., n, d] and k [..., m, d]."""
-    return strength * (q @ theta @ k.mT)
-
-
 def fold(weight: Tensor, theta: Tensor, strength: Tensor | float) -> Tensor:
     """(I + ½ s θᵀ) W: the weight [h, d, n] that makes q + ½ s θᵀq instead of q. A bias is a weight with n = 1."""
     return weight + 0.5 * strength * (theta.mT @ weight)

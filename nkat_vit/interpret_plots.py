@@ -105,7 +105,7 @@ def plot_summary(path: Path, record: Mapping[str, Any], title: str) -> None:
     panels = (
         ("entropy", "how spread attention is", "entropy, bits"),
         ("distance", "how far a query looks, weighted mean", "distance, cells"),
-        ("commutator", "size of the gauge term", "½ s qᵀθk relative to qᵀk, rms"),
+        ("commutator", "size of the gauge term", "what it adds to the scores, relative to them, rms"),
         ("keys", "keys that a query is left with", "keys"),
     )
     for axes, (name, text, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):

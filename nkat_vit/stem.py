@@ -14,10 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nkat.kernels.cpu.beside_torch import run
-from nkat.kernels.cpu.learning import LANES, number
-from nkat.kernels.cpu.norm_gelu import backward_kernel, forward_kernel, gradient_sums_kernel, moments_kernel
-
 # Up to so many points of a picture's output the gradient by a weight is faster as a product of matrices than in oneDNN.
 # 256 to 256 channels, 4 × 4 points, batches of 128: a third of the time; at 8 × 8 it is not (AMX, torch 2.13).
 _FEW_POINTS = 16
@@ -96,9 +92,13 @@ def _by_weight(given: Tensor, x: Tensor, weight: Tensor, stride: int, padding: i
 
 def norm_gelu(x: Tensor, norm: nn.BatchNorm2d) -> Tensor:
     """GELU(BatchNorm(x)) of a convolution's output [b, c, h, w]; in training mode the norm's averages move on."""
-    if not (norm.training and x.shape[1] % LANES == 0 and _suits(x)):
+    if not (norm.training and _suits(x)):
         return F.gelu(norm(x))
-    out, mean, variance = cast(tuple[Tensor, ...], _NormGelu.apply(x, norm.weight, norm.bias, norm.eps))
+    from nkat_vit.norm_gelu import LANES, batch_norm_gelu  # LLVM is loaded only where it is used
+
+    if x.shape[1] % LANES:
+        return F.gelu(norm(x))
+    out, mean, variance = batch_norm_gelu(x, norm.weight, norm.bias, norm.eps)
     count = x.numel() // x.shape[1]
     with torch.no_grad():
         assert norm.running_mean is not None
@@ -119,39 +119,3 @@ def _suits(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
-
-
-class _NormGelu(torch.autograd.Function):
-    """(x, weight, bias, ε) → GELU of the batch's norm, and the mean and variance [c] that it was made with."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-        channels, rows, kind = x.shape[1], x.numel() // x.shape[1], number(x)
-        # Sums of what lies about one of the numbers: squares of large ones would leave nothing of the variance.
-        shift = x[0, :, 0, 0].float()
-        partial = x.new_empty(torch.get_num_threads(), 2, channels, dtype=torch.float32)
-        run(moments_kernel(channels, kind), x, shift, partial, rows)
-        moved, squares = partial.sum(dim=0) / rows
-        mean, variance = shift + moved, (squares - moved * moved).clamp_(min=0)
-        inverse = torch.rsqrt(variance + epsilon)
-        scale = weight * inverse
-        offset = bias - mean * scale
-        out, slope = torch.empty_like(x), torch.empty_like(x)
-        run(forward_kernel(channels, kind), x, scale, offset, out, slope, rows)
-        ctx.save_for_backward(x, slope, scale, mean, inverse)
-        ctx.mark_non_differentiable(mean, variance)
-        return out, mean, variance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, given: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, slope, scale, mean, inverse = ctx.saved_tensors
-        channels, rows, kind = x.shape[1], x.numel() // x.shape[1], number(x)
-        given = given.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        partial = x.new_empty(torch.get_num_threads(), 2, channels, dtype=torch.float32)
-        run(gradient_sums_kernel(channels, kind), given, slope, x, mean, partial, rows)
-        sums, products = partial.sum(dim=0)
-        along, constant = -scale * inverse**2 * products / rows, -scale * sums / rows
-        by_x = torch.empty_like(x)
-        run(backward_kernel(channels, kind), given, slope, x, mean, scale, along, constant, by_x, rows)
-        return by_x, products * inverse, sums, None

@@ -6,13 +6,18 @@ import pytest
 import scipy.linalg
 import torch
 
-from nkat_vit.gauge import FORMS, Gauge, antisymmetric, commutator, fold, star, turn
+from nkat_vit.gauge import FORMS, Gauge, antisymmetric, fold, star, turn
 
 pytestmark = pytest.mark.isa
 
 
 def factors(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(3, 12, 4, dtype=dtype), torch.randn(3, 12, 4, dtype=dtype)
+
+
+def commutator(q: torch.Tensor, k: torch.Tensor, theta: torch.Tensor, strength: torch.Tensor | float) -> torch.Tensor:
+    """q ⋆ k − k ⋆ q = s qᵀθk for every pair: [..., n, m] of q [..., n, d] and k [..., m, d]."""
+    return strength * (q @ theta @ k.mT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
