@@ -23,7 +23,8 @@ from nkat.host import commandline
 from nkat.host.figures import new_figure, save_figure
 from nkat.host.files import check_output
 from nkat_vit import LogitsOnly, TrainedModel, load_model
-from nkat_vit.data import find_dataset, load_images, split
+from nkat_vit.checkpoint import load_set
+from nkat_vit.data import split
 from nkat_vit.pictures import as_picture
 
 
@@ -53,10 +54,9 @@ def main() -> None:
     options = parser.parse_args()
     check_output(options.output, options.force)
     trained = load_model(options.run)
-    spec, training = find_dataset(trained.recipe.dataset), trained.recipe.train
-    held = split(
-        load_images(trained.recipe.dataset, options.data_root, train=True), training.validation, training.seed
-    )[1]
+    spec, training = trained.recipe.spec, trained.recipe.train
+    whole = load_set(trained, options.data_root, train=True)
+    held = split(whole, training.validation, training.seed)[1]
     shown = held.take(torch.arange(min(options.pictures, len(held))))
     pictures = shown.images.float() / 255
     guesses, by_pixel, by_cell = (part.detach() for part in explain(trained, pictures))

@@ -26,7 +26,7 @@ from nkat.errors import NKATError
 from nkat.host.commandline import parser, positive_int, seed
 from nkat.host.files import check_output
 from nkat.host.tools import suggest
-from nkat_vit.data import DATASETS, ImageSet, find_dataset, load_images
+from nkat_vit.data import DATASETS_HELP, DatasetSpec, ImageSet, dataset_name, describe_dataset, load_images
 from nkat_vit.pictures import save_grid
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, randaugment
 
@@ -159,10 +159,15 @@ def mix(x: Tensor, labels: Tensor, config: AugmentConfig, random: np.random.Gene
 
 
 def draw_examples(
-    path: Path, images: ImageSet, config: AugmentConfig, random: np.random.Generator, rows: int, force: bool
+    path: Path,
+    images: ImageSet,
+    spec: DatasetSpec,
+    config: AugmentConfig,
+    random: np.random.Generator,
+    rows: int,
+    force: bool,
 ) -> None:
     """A row a picture: itself, views of it, and views mixed with those of others, whose labels and shares are said."""
-    spec = find_dataset(images.name)
     batch = images.take(torch.arange(min(max(rows, _MIXED_FROM), len(images))))
     rows = min(rows, len(batch))
     names = [spec.classes[label] for label in batch.labels.tolist()]
@@ -190,7 +195,7 @@ def main() -> None:
         "  python -m nkat_vit.augment --dataset cifar10 --data-root data --output examples.png\n"
         "  python -m nkat_vit.augment --dataset cifar10 --mixup 1 --cutmix 1 --output strong.png",
     )
-    arguments.add_argument("--dataset", choices=list(DATASETS), default="cifar10", help="which set (cifar10)")
+    arguments.add_argument("--dataset", type=dataset_name, default="cifar10", metavar="SET", help=DATASETS_HELP)
     arguments.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
     arguments.add_argument("--output", type=Path, required=True, help="the PNG")
     arguments.add_argument("--seed", type=seed, default=0)
@@ -203,13 +208,15 @@ def main() -> None:
     arguments.add_argument("--force", action="store_true", help="replace an existing file")
     options = arguments.parse_args()
     check_output(options.output, options.force)
+    spec = describe_dataset(options.dataset, options.data_root)
     config = AugmentConfig(
-        flip=find_dataset(options.dataset).mirrored,
+        flip=spec.mirrored,
         randaugment=tuple(options.randaugment),
         mixup=options.mixup,
         cutmix=options.cutmix,
     )
-    images = load_images(options.dataset, options.data_root, train=True)
-    draw_examples(options.output, images, config, np.random.default_rng(options.seed), options.rows, options.force)
+    images = load_images(options.dataset, options.data_root, True, spec)
+    random = np.random.default_rng(options.seed)
+    draw_examples(options.output, images, spec, config, random, options.rows, options.force)
     print(options.output)
     suggest("vit train", "--dataset", options.dataset, "--data-root", options.data_root)

@@ -14,6 +14,7 @@ import torch
 
 from nkat.errors import NKATError
 from nkat.host.tensors import load_tensors, save_tensors
+from nkat_vit.data import ImageSet, has_own_test, load_images
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import Recipe, make_recipe
 
@@ -107,3 +108,22 @@ def load_model(path: str | Path, device: torch.device | None = None) -> TrainedM
     model.load_state_dict(cast(dict[str, Any], weights))
     facts = {name: value for name, value in content.items() if name not in ("weights", "recipe")}
     return TrainedModel(model.to(device).eval(), recipe, facts, path)
+
+
+def load_set(trained: TrainedModel, data_root: Path, train: bool) -> ImageSet:
+    """The whole training or test set of a model.
+
+    Raises NKATError where it is absent or damaged, and where the pictures of a folder are others than at training, so
+    that it cannot be told which of them the model has not seen.
+    """
+    recipe = trained.recipe
+    images = load_images(recipe.dataset, data_root, train, recipe.spec)
+    if not train and has_own_test(recipe.dataset, data_root):
+        return images
+    learned = images if train else load_images(recipe.dataset, data_root, True, recipe.spec)
+    if learned.sha256 != trained.facts.get("data_sha256", learned.sha256):
+        raise NKATError(
+            f"{trained.path}: {recipe.dataset} has other pictures than when this model was trained: which ones it has "
+            "not seen cannot be told"
+        )
+    return images

@@ -1,9 +1,13 @@
-"""The image sets: MNIST, Fashion-MNIST, EMNIST and CIFAR-10 from their original archives, as uint8 tensors.
+"""The image sets: MNIST, Fashion-MNIST, EMNIST and CIFAR-10 from their original archives, or folders of pictures.
 
     DATA_ROOT/MNIST/raw, FashionMNIST/raw, EMNIST/raw      the IDX files, gzipped or not
     DATA_ROOT/EMNIST/raw/gzip.zip                          EMNIST's own archive, read as it is
     DATA_ROOT/cifar-10-batches-bin or -py                  CIFAR-10 unpacked,
     DATA_ROOT/cifar-10-binary.tar.gz or -python.tar.gz     or its archive, read as it is
+    folder:PATH                                            pictures in folders, one a class (`nkat_vit.folders`)
+
+All of them become uint8 tensors, and stay in memory. What is known of a named set stands here; what is of a folder is
+measured once, before a run, and kept in its recipe.
 
 Contents are compared with the published ones wherever those are known (EMNIST's are not: its SHA-256 goes into the
 record instead). Training and test pictures are loaded by separate calls, so that a run cannot look at the test set
@@ -12,6 +16,7 @@ before its end. `python -m nkat_vit.download` fetches what is missing; nothing h
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import hashlib
 import lzma
@@ -31,8 +36,20 @@ from torch import Tensor
 
 from nkat.errors import NKATError
 from nkat.host.console import counted
+from nkat_vit.folders import (
+    PictureFolder,
+    choose_side,
+    decode,
+    describe_sides,
+    is_grey,
+    mean_and_std,
+    open_folder,
+    picture_sides,
+    to_grey,
+)
 from nkat_vit.readers import read_cifar_binary, read_cifar_pickle, read_idx
 
+FOLDER = "folder:"  # before the path of a set that has no name of its own
 _DIGITS = tuple("0123456789")
 _UPPER = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _LOWER = tuple("abcdefghijklmnopqrstuvwxyz")
@@ -100,6 +117,8 @@ DATASETS = {
     ),
 }
 
+DATASETS_HELP = f"{', '.join(DATASETS)}, or folder:PATH, where PATH/train/CLASS and PATH/test/CLASS hold pictures"
+
 # MD5 of the uncompressed contents, from files whose archives' published MD5s were right.
 _CONTENTS = {
     ("MNIST", "train-images-idx3-ubyte"): "6bbc9ace898e44ae57da46a324031adb",
@@ -130,12 +149,16 @@ _CIFAR_BATCHES = {True: [f"data_batch_{i}" for i in range(1, 6)], False: ["test_
 
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """Pictures uint8 [n, channels, size, size] and labels int64 [n] from 0, on one device; sha256 of both as loaded."""
+    """Pictures uint8 [n, channels, size, size] and labels int64 [n] from 0, on one device; sha256 of both as loaded.
+
+    held: how many of a training set's last pictures are a validation part that it came with
+    """
 
     name: str
     images: Tensor
     labels: Tensor
     sha256: str
+    held: int = 0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -150,15 +173,82 @@ class ImageSet:
         return ImageSet(self.name, self.images.to(device), self.labels.to(device), self.sha256)
 
 
+def is_folder(name: str) -> bool:
+    """Whether a data set's name is that of a folder of pictures."""
+    return name.startswith(FOLDER)
+
+
+def title_of(name: str) -> str:
+    """What people call a data set: of a folder its own name, without the path to it."""
+    return _own_name(name) if is_folder(name) else find_dataset(name).title
+
+
+def file_name_of(name: str) -> str:
+    """What a run's folder is called after."""
+    return _own_name(name) if is_folder(name) else name
+
+
+def _own_name(name: str) -> str:
+    path = Path(name.removeprefix(FOLDER))
+    return path.name or path.resolve().name
+
+
+def dataset_name(text: str) -> str:
+    """For argparse: one of DATASETS, or folder:PATH."""
+    if is_folder(text) and text != FOLDER:
+        return FOLDER + str(Path(text.removeprefix(FOLDER)))
+    if text in DATASETS:
+        return text
+    raise argparse.ArgumentTypeError(f"there is no data set {text!r}; there are {', '.join(DATASETS)}, and folder:PATH")
+
+
 def find_dataset(name: str) -> DatasetSpec:
-    """The set's description; raises NKATError for a name there is not."""
+    """The named set's description; raises NKATError for a name there is not."""
     if name not in DATASETS:
-        raise NKATError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}")
+        raise NKATError(f"there is no data set {name!r}; there are {', '.join(DATASETS)}, and folder:PATH")
     return DATASETS[name]
 
 
-def load_images(name: str, root: Path, train: bool) -> ImageSet:
-    """The whole training or test set; raises NKATError when it is absent, damaged or not the published one."""
+def describe_dataset(name: str, root: Path) -> DatasetSpec:
+    """The description of any set, of a folder by looking at its training pictures."""
+    return describe_folder(name, root)[0] if is_folder(name) else find_dataset(name)
+
+
+def describe_folder(name: str, root: Path, size: int | None = None) -> tuple[DatasetSpec, str]:
+    """The description of a folder of pictures, and a line about them for people; size: the side they are taken at."""
+    folder = _open(name, root)
+    sides = picture_sides(folder.train)
+    side = size or choose_side(sides)
+    pictures = decode(folder.train, side)
+    grey = is_grey(pictures)
+    mean, std = mean_and_std(pictures[:, :1] if grey else pictures)
+    spec = DatasetSpec(title_of(name), folder.classes, 1 if grey else 3, side, mean, std, mirrored=True)
+    test = f"the {folder.test_from} folder" if folder.test_from else "a fifth of each class, which no run learns from"
+    return spec, (
+        f"{spec.title}: {len(spec.classes)} classes, {len(sides):,} {'grey' if grey else 'colour'} pictures to learn "
+        f"from, {describe_sides(sides)}, taken at {side} x {side} (--image-size changes it); the test set is "
+        f"{test} ({counted(len(folder.test), 'picture')})"
+    )
+
+
+def usual_validation(name: str, root: Path) -> int:
+    """How many pictures of a folder are held out unless a number is given: its own val, or a tenth, at most 5,000."""
+    folder = _open(name, root)
+    return len(folder.val) or min(max(len(folder.train) // 10, 1), 5000)
+
+
+def has_own_test(name: str, root: Path) -> bool:
+    """Whether the test set stays what it is when training pictures come or go: not where it is a share of a folder."""
+    return not is_folder(name) or bool(_open(name, root).test_from)
+
+
+def load_images(name: str, root: Path, train: bool, spec: DatasetSpec | None = None) -> ImageSet:
+    """The whole training or test set; raises NKATError when it is absent, damaged or not the published one.
+
+    spec: a folder's description, as the recipe has it; without it, it is measured
+    """
+    if is_folder(name):
+        return _folder_set(name, root, train, spec or describe_dataset(name, root))
     spec = find_dataset(name)
     images, labels = _cifar(root, train) if name == "cifar10" else _idx_set(name, root, train)
     if images.shape[1:] != (spec.channels, spec.size, spec.size) or len(images) != len(labels) or not len(labels):
@@ -175,21 +265,52 @@ def check_files(name: str, root: Path) -> None:
 
     Before hours of training: a bad test set would else be found after them. Its pictures are used for nothing.
     """
+    spec = describe_dataset(name, root)
     for train in (True, False):
-        load_images(name, root, train)
+        load_images(name, root, train, spec)
 
 
 def split(whole: ImageSet, validation: int, seed: int, limit: int | None = None) -> tuple[ImageSet, ImageSet]:
-    """Training and validation parts, by seed; `limit` keeps so many training pictures (the validation set stays)."""
+    """Training and validation parts, by seed; `limit` keeps so many training pictures (the validation set stays).
+
+    A set that came with a validation part has that one for every seed.
+    """
     if not 0 < validation < len(whole):
         raise NKATError(f"a validation set of {validation} does not fit {counted(len(whole), 'picture')}")
-    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))
+    if whole.held and validation != whole.held:
+        raise NKATError(
+            f"{whole.name}: val has {counted(whole.held, 'picture')}, which --validation {validation} is not"
+        )
+    order = torch.randperm(len(whole) - whole.held, generator=torch.Generator().manual_seed(seed))
+    order = torch.cat([torch.arange(len(order), len(whole)), order])
     chosen = order[validation:]
     if limit is not None:
         if limit > len(chosen):
             raise NKATError(f"--limit-train {limit} is more than the {counted(len(chosen), 'picture')} there are")
         chosen = chosen[:limit]
     return whole.take(chosen), whole.take(order[:validation])
+
+
+def _open(name: str, root: Path) -> PictureFolder:
+    """A folder's set by its name: at its path, or where that does not exist, below the data root by its own name."""
+    path = Path(name.removeprefix(FOLDER)).expanduser()
+    beside = root / _own_name(name)
+    return open_folder(beside if not path.exists() and beside.is_dir() else path)
+
+
+def _folder_set(name: str, root: Path, train: bool, spec: DatasetSpec) -> ImageSet:
+    folder = _open(name, root)
+    if folder.classes != spec.classes:
+        raise NKATError(f"{name}: its classes are no longer {', '.join(spec.classes)}, but {', '.join(folder.classes)}")
+    parts = [part for part in ((folder.train, folder.val) if train else (folder.test,)) if part]
+    pictures = [decode(part, spec.size) for part in parts]
+    pictures = [to_grey(part) for part in pictures] if spec.channels == 1 else pictures
+    images = pictures[0] if len(pictures) == 1 else np.concatenate(pictures)
+    labels = np.array([label for part in parts for label in part.labels], np.int64)
+    digest = hashlib.sha256(images.reshape(-1).data)
+    digest.update(labels.data)
+    held = len(folder.val) if train else 0
+    return ImageSet(name, torch.from_numpy(images), torch.from_numpy(labels), digest.hexdigest(), held)
 
 
 def _idx_set(name: str, root: Path, train: bool) -> tuple[np.ndarray, np.ndarray]:

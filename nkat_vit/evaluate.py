@@ -35,9 +35,9 @@ from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version
 from nkat.host.tables import Column, Table, show
 from nkat.host.tools import suggest
-from nkat_vit.checkpoint import TrainedModel, load_model
-from nkat_vit.corruptions import SIDE, Frost, load_frost
-from nkat_vit.data import DATASETS, check_files, find_dataset, load_images
+from nkat_vit.checkpoint import TrainedModel, load_model, load_set
+from nkat_vit.corruptions import Frost, load_frost
+from nkat_vit.data import check_files, dataset_name, file_name_of, title_of
 from nkat_vit.metrics import (
     GLOBAL_TARGETS,
     TARGETS,
@@ -133,7 +133,7 @@ def robustness_of(
     trained: TrainedModel, data_root: Path, device: torch.device, count: int, seed: int, frost: Frost
 ) -> dict[str, Any]:
     """The record of `measure_robustness` on the first `count` test pictures (0: all)."""
-    test = load_images(trained.recipe.dataset, data_root, train=False)
+    test = load_set(trained, data_root, train=False)
     chosen = test.take(torch.arange(min(count or len(test), len(test))))
     settings = trained.recipe.train
 
@@ -167,7 +167,7 @@ def train_missing(options: TrainingOptions) -> list[Path]:
         check_files(name, options.data_root)
     for name in options.sets:
         for seed in range(options.seeds):
-            folder = options.output / f"{name}-seed{seed}"
+            folder = options.output / f"{file_name_of(name)}-seed{seed}"
             folders.append(folder)
             words: list[object] = ["--dataset", name, "--data-root", options.data_root, "--seed", seed]
             for flag in ("preset", "config", "epochs", "amp", "threads"):
@@ -252,7 +252,7 @@ def stage2_rows(summary: dict[str, Any], robustness: Spread | None) -> list[dict
 
     for name, result in summary["sets"].items():
         target = TARGETS.get(name)
-        title = f"{find_dataset(name).title}, {counted(result['images'], 'picture')}"
+        title = f"{title_of(name)}, {counted(result['images'], 'picture')}"
         for label, key in ((f"{title}: accuracy", "accuracy"), ("  TPE", "tpe")):
             judged = (getattr(target, key), met[name][key]) if target else (None, "")
             add(label, name, key, result[key], *judged)
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
     parser.add_argument("--train", action="store_true", help="train what is missing below --output")
     parser.add_argument("--output", type=Path, default=Path("output/stage2"), help="folder for --train's runs")
-    parser.add_argument("--sets", nargs="+", choices=list(DATASETS), default=list(TARGETS), help="for --train (four)")
+    parser.add_argument("--sets", nargs="+", type=dataset_name, default=list(TARGETS), help="for --train (four)")
     parser.add_argument("--seeds", type=commandline.positive_int, default=1, help="runs a set for --train (1)")
     parser.add_argument("--preset", choices=list(PRESETS), help="for --train")
     parser.add_argument("--config", type=Path, help="for --train: settings from a JSON file")
@@ -315,8 +315,7 @@ def main() -> None:
     for path in paths:
         trained = load_model(path, device)
         runs.append(run_result(trained, options.data_root, device))
-        model = trained.recipe.model
-        if not options.no_robustness and (model.channels, model.image_size) == (3, SIDE):
+        if not options.no_robustness and trained.recipe.dataset == "cifar10":
             robust.append(
                 robustness_of(trained, options.data_root, device, options.robustness_images, options.seed, frost)
             )

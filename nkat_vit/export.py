@@ -30,7 +30,6 @@ from nkat.host.files import atomic_output, check_output
 from nkat.host.record import toolkit_version
 from nkat.host.tools import suggest
 from nkat_vit.checkpoint import TrainedModel, load_model
-from nkat_vit.data import find_dataset
 from nkat_vit.model import LogitsOnly
 
 TOLERANCE = 1e-4  # of logits; other kernels sum in another order
@@ -47,7 +46,7 @@ def example_pictures(trained: TrainedModel, count: int) -> Tensor:
 
 def describe_input(trained: TrainedModel) -> dict[str, str]:
     """What an exported file says of itself: what to give it, and what its logits are of. Lists are JSON."""
-    config, spec = trained.recipe.model, find_dataset(trained.recipe.dataset)
+    config, spec = trained.recipe.model, trained.recipe.spec
     colours = "red, green and blue planes" if config.channels == 3 else "one grey plane"
     side = config.image_size
     facts = {

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from nkat.errors import NKATError
 from nkat.host import commandline
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.files import output_folder
 from nkat.host.hardware import describe, pick_device
 from nkat.host.record import check_record, recorded
 from nkat.host.tools import suggest
 from nkat_vit.attention import Attention
-from nkat_vit.checkpoint import TrainedModel, load_model
-from nkat_vit.data import ImageSet, find_dataset, load_images, split
+from nkat_vit.checkpoint import TrainedModel, load_model, load_set
+from nkat_vit.data import ImageSet, split
 from nkat_vit.interpret_plots import plot_gauges, plot_sample, plot_summary
 from nkat_vit.model import NKATViT
 
@@ -57,12 +57,17 @@ class LayerFacts:
 
 
 def check_trained(trained: TrainedModel) -> None:
-    """Raises NKATError for a model whose validation accuracy chance explains, or that was never trained."""
+    """Raises NKATError for a model whose validation accuracy chance explains, or that was never trained.
+
+    Where the validation pictures are too few to tell, whatever the accuracy, a warning has to do.
+    """
     facts, classes = trained.facts, trained.recipe.model.classes
     validation, held = facts.get("validation", 0.0), trained.recipe.train.validation
     chance = 1 / classes
     limit = chance + _STANDARD_ERRORS * math.sqrt(chance * (1 - chance) / held)
-    if facts.get("steps", 0) < 1 or validation <= limit:
+    if facts.get("steps", 0) and limit >= 1:
+        note(f"warning: {counted(held, 'validation picture')} cannot tell this model from one that guesses")
+    elif facts.get("steps", 0) < 1 or validation <= limit:
         raise NKATError(
             f"{trained.path}: this model is not trained: {100 * validation:.1f} % validation accuracy after "
             f"{facts.get('steps', 0)} steps, and chance alone gives up to {100 * limit:.1f} %"
@@ -158,7 +163,7 @@ def _one_of_each(held: ImageSet, count: int) -> Tensor:
 
 def interpret(trained: TrainedModel, held: ImageSet, folder: Path, stamp: str, pictures: int) -> dict[str, Any]:
     """Draws all pictures into the folder and returns the numbers in them."""
-    model, spec = trained.model, find_dataset(trained.recipe.dataset)
+    model, spec = trained.model, trained.recipe.spec
     some = held.take(torch.arange(min(pictures, len(held))))
     images = some.images.float() / 255
     logits, _, _, facts = look(model, images)
@@ -216,7 +221,7 @@ def main() -> None:
     check_record(options.json, options.force, [trained.path])
     check_trained(trained)
     folder = options.output_dir or trained.path.parent
-    whole = load_images(trained.recipe.dataset, options.data_root, train=True)
+    whole = load_set(trained, options.data_root, train=True)
     _, held = split(whole, trained.recipe.train.validation, trained.recipe.train.seed)
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     with output_folder(folder):

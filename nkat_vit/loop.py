@@ -128,7 +128,10 @@ class Trainer:
         if config.batch_size % world.size:
             raise NKATError(f"batch_size {config.batch_size} cannot be divided among {world.size} processes")
         if len(train) < config.batch_size:
-            raise NKATError(f"{len(train)} training pictures are fewer than one batch of {config.batch_size}")
+            raise NKATError(
+                f"{len(train)} training pictures are fewer than one batch of {config.batch_size}; give a smaller "
+                "--batch-size"
+            )
         self.recipe, self.world, self.folder = recipe, world, folder
         self.train_set, self.held = train.to(world.device), held.to(world.device)
         self.save_steps, self.label, self.judge_last, self.on_epoch = save_steps, label, judge_last, on_epoch
@@ -351,9 +354,9 @@ def open_run(recipe: Recipe, whole: ImageSet, world: World, folder: Path, label:
     saved = folder / "last.pt"
     content = checkpoint.load(saved, "run") if saved.exists() else None
     if content is not None:
-        kept = checkpoint.recipe_of(content, saved)
+        kept = checkpoint.recipe_of(content, saved)  # with defaults for settings that are newer than it
         recipe = with_amp(recipe, kept.train.amp)
-        if content["recipe"] != recipe.values():
+        if kept != recipe:
             raise NKATError(f"{folder}: holds a run with other settings")
     config = recipe.train
     if content is None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nkat_vit.checkpoint import TrainedModel
+from nkat_vit.checkpoint import TrainedModel, load_set
 from nkat_vit.checkpoint import save as save_checkpoint
-from nkat_vit.data import ImageSet, load_images
+from nkat_vit.data import ImageSet
 
 _BATCH = 500
 
@@ -59,7 +59,7 @@ def judged_facts(trained: TrainedModel, data_root: Path, device: torch.device) -
     if "test" in trained.facts:
         return trained.facts
     config = trained.recipe.train
-    test = load_images(trained.recipe.dataset, data_root, train=False).to(device)
+    test = load_set(trained, data_root, train=False).to(device)
     result = accuracy(trained.model, test, config.tta, config.amp)
     return trained.facts | {"test": result, "test_images": len(test), "test_sha256": test.sha256}
 

@@ -2,7 +2,8 @@
 
 The names are the command line's; `Recipe` holds them checked. A run writes them to `config.json`, which `--config`
 reads again. Values that only make sense in colour (and mirroring, which letters do not survive) follow the data set
-unless they are given.
+unless they are given. What is known of a folder of pictures was measured before the run, and is among its values, so
+that a checkpoint needs no folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from nkat.errors import NKATError
 from nkat.host.record import parse_json
 from nkat_vit.augment import AugmentConfig
-from nkat_vit.data import find_dataset
+from nkat_vit.data import DatasetSpec, find_dataset, is_folder, title_of
 from nkat_vit.model import ViTConfig
 
 OPTIMIZERS = ("adamw", "muon")
@@ -73,9 +74,13 @@ class TrainConfig:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A data set, a model for it, and how to train that."""
+    """A data set, a model for it, and how to train that.
+
+    spec: what is known of the data set, the names of its classes among it
+    """
 
     dataset: str
+    spec: DatasetSpec
     model: ViTConfig
     augment: AugmentConfig
     train: TrainConfig
@@ -83,15 +88,17 @@ class Recipe:
     def values(self) -> dict[str, Any]:
         """All of it as one flat dictionary: the inverse of `make_recipe`, for JSON and checkpoints."""
         flat: dict[str, Any] = {"dataset": self.dataset}
+        if is_folder(self.dataset):
+            flat |= folder_values(self.spec)
         for part, names in ((self.model, MODEL_NAMES), (self.augment, AUGMENT_NAMES), (self.train, TRAIN_NAMES)):
             flat |= {name: getattr(part, name) for name in names}
         flat["randaugment"] = list(self.augment.randaugment)
         return flat
 
 
-# What follows from the data set is no choice of the user's.
-_FROM_DATASET = {"image_size", "channels", "classes", "mean", "std"}
-MODEL_NAMES = tuple(field.name for field in fields(ViTConfig) if field.name not in _FROM_DATASET)
+# What follows from the data set is no choice of the user's, but for the side at which a folder's pictures are taken.
+FROM_DATASET = ("image_size", "channels", "classes", "mean", "std")
+MODEL_NAMES = tuple(field.name for field in fields(ViTConfig) if field.name not in FROM_DATASET)
 AUGMENT_NAMES = tuple(field.name for field in fields(AugmentConfig))
 _LARGEST = 1e9  # of any setting; a file may hold 1e999, which is infinity, and NaN
 TRAIN_NAMES = tuple(field.name for field in fields(TrainConfig))
@@ -195,13 +202,22 @@ def check_schedule(config: TrainConfig) -> None:
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
     """From flat values, "dataset" among them; what is absent takes its default. Raises NKATError for unknown names."""
-    known = {"dataset", *MODEL_NAMES, *AUGMENT_NAMES, *TRAIN_NAMES}
-    unknown = sorted(set(values) - known)
-    _check(not unknown, f"unknown setting(s): {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    _check("dataset" in values, "no data set is given (--dataset)")
-    _check(isinstance(values["dataset"], str), f"dataset must be a name, got {values['dataset']!r:.80}")
-    spec = find_dataset(values["dataset"])
     given = dict(values)
+    _check("dataset" in given, "no data set is given (--dataset)")
+    dataset = given.pop("dataset")
+    _check(isinstance(dataset, str), f"dataset must be a name, got {dataset!r:.80}")
+    if is_folder(dataset):
+        spec = _folder_spec(dataset, given)
+        given = {name: value for name, value in given.items() if name not in FROM_DATASET}
+    else:
+        spec = find_dataset(dataset)
+        _check(
+            given.pop("image_size", spec.size) == spec.size,
+            f"image_size is for folders of pictures; {dataset}'s are {spec.size} x {spec.size}",
+        )
+    known = {*MODEL_NAMES, *AUGMENT_NAMES, *TRAIN_NAMES}
+    unknown = sorted(set(given) - known)
+    _check(not unknown, f"unknown setting(s): {', '.join(unknown)}; known are {', '.join(sorted(known | {'dataset'}))}")
     if spec.channels == 1:
         given.setdefault("color_norm", "off")
         given.setdefault("split_heads", False)
@@ -214,7 +230,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         given["randaugment"] = _pair(given["randaugment"])
     _check_types(given)
     return Recipe(
-        values["dataset"],
+        dataset,
+        spec,
         ViTConfig(
             image_size=spec.size,
             channels=spec.channels,
@@ -226,6 +243,30 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         AugmentConfig(**_pick(given, AUGMENT_NAMES)),
         TrainConfig(**_pick(given, TRAIN_NAMES)),
     )
+
+
+def folder_values(spec: DatasetSpec) -> dict[str, Any]:
+    """What a recipe's flat values hold of a folder of pictures."""
+    values = spec.size, spec.channels, list(spec.classes), list(spec.mean), list(spec.std)
+    return dict(zip(FROM_DATASET, values, strict=True))
+
+
+def _folder_spec(dataset: str, values: Mapping[str, Any]) -> DatasetSpec:
+    """The inverse of `folder_values`. Whether its pictures may be mirrored is what `flip` says: nobody else knows."""
+    missing = [name for name in FROM_DATASET if name not in values]
+    _check(
+        not missing, f"{dataset}: its {', '.join(missing)} are not among the settings; they are measured by training"
+    )
+    size, channels, classes, mean, std = (values[name] for name in FROM_DATASET)
+    for name, value in (("image_size", size), ("channels", channels)):
+        _check(type(value) is int and 1 <= value <= _LARGEST, f"{name} must be a whole number, got {value!r:.80}")
+    names = isinstance(classes, list | tuple) and len(classes) > 1 and all(isinstance(name, str) for name in classes)
+    _check(names, f"classes must be two names or more, got {classes!r:.80}")
+    for name, value in (("mean", mean), ("std", std)):
+        numbers = isinstance(value, list | tuple) and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+        _check(numbers, f"{name} must be numbers, got {value!r:.80}")
+    mirrored = values.get("flip", True) is True
+    return DatasetSpec(title_of(dataset), tuple(classes), channels, size, tuple(mean), tuple(std), mirrored=mirrored)
 
 
 def describe_presets() -> str:
@@ -279,7 +320,7 @@ def _check_types(values: Mapping[str, Any]) -> None:
     """A file can hold anything; numbers have to be numbers before they are compared."""
     for part in (ViTConfig, AugmentConfig, TrainConfig):
         for field in fields(part):
-            if field.name not in values or field.name in ("randaugment", *_FROM_DATASET):
+            if field.name not in values or field.name in ("randaugment", *FROM_DATASET):
                 continue
             value, kind = values[field.name], type(field.default)
             accepted = (int, float) if kind is float else kind

@@ -14,17 +14,15 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 
     start("nkat_vit.train")
 
-import argparse
 import csv
 import io
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host import commandline
 from nkat.host.console import counted, note
 from nkat.host.distributed import World, join_world
 from nkat.host.figures import new_figure, save_figure, whole_ticks
@@ -34,196 +32,35 @@ from nkat.host.record import check_record, recorded, toolkit_version, write_json
 from nkat.host.start import INTERRUPTED
 from nkat.host.tools import suggest
 from nkat_vit import checkpoint
-from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
-from nkat_vit.data import DATASETS, ImageSet, load_images, split
-from nkat_vit.gauge import FORMS
+from nkat_vit.data import (
+    ImageSet,
+    describe_folder,
+    file_name_of,
+    is_folder,
+    load_images,
+    split,
+    usual_validation,
+)
 from nkat_vit.loop import Trainer, measure_amp, measure_threads
 from nkat_vit.metrics import GLOBAL_TARGETS, TARGETS, accuracy_needed, bought_by_size, lambda_theory, tpe
-from nkat_vit.model import COLOR_NORMS, POOLS, STEMS, NKATViT
+from nkat_vit.model import NKATViT
 from nkat_vit.optim import lr_factor
 from nkat_vit.pictures import DPI
 from nkat_vit.predict import judge_once
 from nkat_vit.recipe import (
-    AMP,
-    OPTIMIZERS,
     PRESETS,
-    TTA_CHOICES,
     Recipe,
     check_schedule,
-    describe_presets,
+    folder_values,
     make_recipe,
-    read_config,
     with_amp,
     with_preset,
 )
-
-_EXAMPLES = """\
-  python -m nkat_vit.train --dataset cifar10 --preset stage2
-  python -m nkat_vit.train --dataset mnist --preset fast --epochs 3 --output output/vit/mnist
-  python -m nkat_vit.train --resume output/vit/mnist
-  python -m nkat_vit.train --resume output/vit/mnist --extend-to 6
-  python -m nkat_vit.train --dataset cifar10 --conv_stem tiny --patch_size 2 --embed_dim 384 --depth 7 \\
-      --temperature 0.65 --top_k 6 --top_p 0.80 --nkat_strength 0.0024 --nkat_decay 0.99 --dropout_attn 0.17 \\
-      --dropout_embed 0.08 --mixup 0.1 --cutmix 0.2 --randaugment 2 9 --lr 2e-4 --epochs 40 --warmup 5 \\
-      --ema 0.9995 --clip_grad 1.0
-  python -m nkat_vit.train --dataset cifar10 --preset fast
-  torchrun --nproc-per-node 2 -m nkat_vit.train --dataset cifar10 --preset strong"""
+from nkat_vit.train_options import TrainOptions, chosen_values, given_values, parse_arguments
 
 _NAMED = 3  # settings that a message lists one by one
 _CLEARLY = 1.1  # times as fast, beyond what two measurements differ by
-
-# (name, type or choices, help); every name is accepted with hyphens as well. Defaults are those of the preset.
-_MODEL_FLAGS: list[tuple[str, Any, str]] = [
-    ("conv_stem", tuple(STEMS), "convolutions before the patches"),
-    ("patch_size", int, "side of a patch, in the stem's cells"),
-    ("embed_dim", int, "width"),
-    ("depth", int, "blocks"),
-    ("heads", int, "attention heads"),
-    ("mlp_ratio", float, "hidden width of the MLPs over embed_dim"),
-    ("color_norm", COLOR_NORMS, "LayerNorm over the colours of each pixel, in place of the picture or beside it"),
-    ("split_heads", bool, f"heads in {COLOR_GROUPS} groups: red, green, blue, shared"),
-    ("color_dim", int, "width of each colour's local features"),
-    ("color_layers", int, "how many blocks see them, from the first"),
-    ("temperature", float, "divides the attention scores"),
-    ("top_k", int, "keys each query may look at, 0: all"),
-    ("top_p", float, "weight of the keys each query may look at, 1: all"),
-    ("nkat_strength", float, "of the gauge terms, 0: none"),
-    ("nkat_decay", float, "of the strength, a layer"),
-    ("gauge_rank", int, "of the gauge terms' factors"),
-    ("gauge_form", tuple(FORMS), "the star product of query and key, or the query rotated by exp(sθ)"),
-    ("dropout_attn", float, "of attention weights"),
-    ("dropout_embed", float, "of embedded patches"),
-    ("dropout", float, "in the MLPs"),
-    ("drop_path", float, "stochastic depth of the last block"),
-    ("pool", POOLS, "how tokens become one vector"),
-]
-_AUGMENT_FLAGS: list[tuple[str, Any, str]] = [
-    ("crop", int, "greatest shift in pixels"),
-    ("flip", bool, "mirror half of the pictures (default: where the set allows it)"),
-    ("cutout", int, "side of the square left out"),
-    ("mixup", float, "α of Mixup, 0: off"),
-    ("cutmix", float, "α of CutMix, 0: off"),
-    ("channel_shuffle", float, "probability that colours change places"),
-]
-_TRAIN_FLAGS: list[tuple[str, Any, str]] = [
-    ("epochs", int, "passes over the training pictures"),
-    ("batch_size", int, "over all processes"),
-    ("opt", OPTIMIZERS, "optimiser; muon: for matrices and convolutions, AdamW for the rest"),
-    ("lr", float, "AdamW's peak learning rate"),
-    ("muon_lr", float, "Muon's"),
-    ("warmup", float, "epochs until the peak; a cosine follows"),
-    ("weight_decay", float, "decoupled"),
-    ("ema", float, "decay of the averaged weights, 0: off"),
-    ("clip_grad", float, "greatest norm of the gradient, 0: off"),
-    ("smoothing", float, "label smoothing"),
-    ("seed", int, "of everything random"),
-    ("validation", int, "pictures held out of the training set"),
-    ("limit_train", int, "train on so many pictures, 0: all"),
-    ("tta", TTA_CHOICES, "average over the mirror image when judging; auto: where the set allows it"),
-]
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line; settings of the recipe that are not given are absent from the result."""
-    parser = commandline.parser("Train the image model on an image set.", f"{_EXAMPLES}\n\n{describe_presets()}")
-    parser.add_argument(
-        "--dataset", choices=list(DATASETS), default=argparse.SUPPRESS, metavar="SET", help=", ".join(DATASETS)
-    )
-    parser.add_argument("--preset", choices=list(PRESETS), help="all settings not given (stage2)")
-    parser.add_argument("--config", type=Path, help="settings from a JSON file, such as a run's config.json")
-    parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
-    parser.add_argument("--output", type=Path, help="folder for the run (output/vit/SET-PRESET-seedN)")
-    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER", help="go on with the run in the folder")
-    parser.add_argument(
-        "--extend-to",
-        type=commandline.positive_int,
-        metavar="EPOCHS",
-        help="with --resume: a longer run; the learning rate goes on as one of that length has it, and falls again",
-    )
-    parser.add_argument("--force", action="store_true", help="start anew in a folder that holds a run; replace --json")
-    parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
-    parser.add_argument(
-        "--save-steps", type=commandline.non_negative_int, default=0, help="checkpoints within epochs, too"
-    )
-    parser.add_argument("--tensorboard", action="store_true", help="log for TensorBoard (needs tensorboard)")
-    parser.add_argument("--no-test", action="store_true", help="leave the test set alone")
-    parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
-    parser.add_argument("--json", metavar="FILE", help='record of the run; "-": last line of stdout')
-    for title, flags in (("model", _MODEL_FLAGS), ("augmentation", _AUGMENT_FLAGS), ("training", _TRAIN_FLAGS)):
-        group = parser.add_argument_group(f"{title} (defaults: the preset's)")
-        for name, kind, text in flags:
-            options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": name}
-            if kind is bool:
-                options["action"] = argparse.BooleanOptionalAction
-            elif isinstance(kind, tuple):
-                options["choices"] = kind
-            else:
-                options |= {"type": kind, "metavar": {int: "N", float: "X"}[kind]}
-            group.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
-        if title == "augmentation":
-            group.add_argument(
-                "--randaugment", type=int, nargs=2, metavar=("N", "M"), default=argparse.SUPPRESS, help="M of 30"
-            )
-        if title == "training":
-            group.add_argument(
-                "--amp",
-                nargs="?",
-                const="auto",
-                choices=AMP,
-                default=argparse.SUPPRESS,
-                help="bfloat16 autocast; without a value: where a few measured steps find it faster",
-            )
-            group.add_argument("--model-ema", action="store_true", help="averaged weights, at the preset's decay")
-    return parser
-
-
-@dataclass(frozen=True, slots=True)
-class TrainOptions:
-    """How a run is made: the flags of their names, None where one was not given.
-
-    flags: settings of the recipe that were given, by name
-    """
-
-    preset: str | None
-    config: Path | None
-    data_root: Path
-    output: Path | None
-    resume: str | None
-    extend_to: int | None
-    force: bool
-    compile: bool
-    save_steps: int
-    tensorboard: bool
-    no_test: bool
-    no_cuda: bool
-    threads: int | None
-    json: str | None
-    model_ema: bool
-    flags: Mapping[str, Any]
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> TrainOptions:
-    """The command line; a mistake ends the program with one line and status 2."""
-    parsed = make_parser().parse_args(argv)
-    names = {"dataset", "randaugment", "amp"} | {f[0] for f in (*_MODEL_FLAGS, *_AUGMENT_FLAGS, *_TRAIN_FLAGS)}
-    flags = {name: value for name, value in vars(parsed).items() if name in names}
-    return commandline.taken(TrainOptions, parsed, flags=flags)
-
-
-def given_values(options: TrainOptions) -> dict[str, Any]:
-    """Settings that the user chose: an explicit preset, then the file, then the flags."""
-    chosen = _chosen(options)
-    values = with_preset(options.preset, chosen) if options.preset else chosen
-    if options.model_ema and not values.get("ema", 1.0):
-        raise NKATError("--model-ema and an ema of 0 contradict each other")
-    return values
-
-
-def _chosen(options: TrainOptions) -> dict[str, Any]:
-    """Settings beside the preset's."""
-    return (read_config(options.config) if options.config else {}) | dict(options.flags)
 
 
 def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[str, Any] | None]:
@@ -234,9 +71,10 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
     if options.extend_to is not None:
         raise NKATError("--extend-to makes a run longer that is there: give --resume as well")
     preset = options.preset or "stage2"
-    recipe = make_recipe(with_preset(preset, given))
+    values = with_preset(preset, given)
+    folder = _folder(options, values)
+    recipe = make_recipe(_with_folder(values, options.data_root, world))
     check_schedule(recipe.train)
-    folder = _folder(options, recipe)
     if world.first:
         names = ("last.pt", "best.pt", "result.json")
         if any((folder / name).exists() for name in names) and not options.force:
@@ -245,7 +83,7 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
         for name in names:
             (folder / name).unlink(missing_ok=True)
         usual = PRESETS[preset]
-        if "warmup" not in _chosen(options) and recipe.train.epochs < usual["epochs"]:
+        if "warmup" not in chosen_values(options) and recipe.train.epochs < usual["epochs"]:
             note(
                 f"warm-up: {recipe.train.warmup:.3g} epochs of {recipe.train.epochs}, "
                 f"as {usual['warmup']:g} of {usual['epochs']} in {preset} (--warmup changes it)"
@@ -254,17 +92,31 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
     return recipe, folder, None
 
 
+def _with_folder(values: dict[str, Any], data_root: Path, world: World) -> dict[str, Any]:
+    """The values, with what is measured of a folder of pictures, where the data set is one."""
+    dataset = values.get("dataset")
+    if not isinstance(dataset, str) or not is_folder(dataset):
+        return values
+    size = values.get("image_size")
+    if size is not None and (type(size) is not int or size < 1):
+        raise NKATError(f"image_size must be a whole number, got {size!r:.80}")
+    spec, words = describe_folder(dataset, data_root, size)
+    if world.first:
+        note(words)
+    return {"validation": usual_validation(dataset, data_root)} | values | folder_values(spec)
+
+
 def check_finished(folder: Path, words: Sequence[object]) -> None:
     """Raises NKATError unless the run in a folder was begun with what these words of a command line ask for."""
     options = parse_arguments([*map(str, words), "--resume", str(folder)])
     preset = options.preset or "stage2"
-    _resumed(options, with_preset(preset, _chosen(options)))
+    _resumed(options, with_preset(preset, chosen_values(options)))
 
 
 def _resumed(options: TrainOptions, given: dict[str, Any]) -> tuple[Recipe, Path, dict[str, Any]]:
     """What the folder's run was begun with, and its checkpoint; settings given now may repeat it but not differ."""
     named = options.resume
-    folder = Path(named) if named else _folder(options, make_recipe(with_preset(options.preset or "stage2", given)))
+    folder = Path(named) if named else _folder(options, given)
     folder = folder.parent if folder.suffix == ".pt" else folder
     content = checkpoint.load(folder / "last.pt", "run")
     recipe = checkpoint.recipe_of(content, folder / "last.pt")
@@ -315,9 +167,9 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
     """The whole run; returns its record on rank 0."""
     recipe, folder, content = begin_run(options, world)
     begun = recipe if content is None else checkpoint.recipe_of(content, folder / "last.pt")
-    whole = load_images(recipe.dataset, options.data_root, train=True)
-    if not options.no_test:
-        load_images(recipe.dataset, options.data_root, train=False)  # a bad file is found now, not after the last epoch
+    whole = load_images(recipe.dataset, options.data_root, True, recipe.spec)
+    if not options.no_test:  # a bad file is found now, not after the last epoch
+        load_images(recipe.dataset, options.data_root, False, recipe.spec)
     config = recipe.train
     train_set, held = split(whole, config.validation, config.seed, config.limit_train or None)
     if config.amp == "auto":
@@ -356,9 +208,8 @@ def train(options: TrainOptions, world: World) -> dict[str, Any] | None:
     )
     if world.first:
         write_json(recipe.values(), str(folder / "config.json"), force=True)
-        note(
-            f"{recipe.dataset}: {len(train_set)} to train on, {len(held)} to validate; {_describe_model(trainer.model)}"
-        )
+        sizes = f"{len(train_set)} to train on, {len(held)} to validate"
+        note(f"{file_name_of(recipe.dataset)}: {sizes}; {_describe_model(trainer.model)}")
         if recipe.dataset in TARGETS:
             _say_targets(recipe.dataset, trainer.model)
     if content is not None:
@@ -430,9 +281,13 @@ def _finish(options: TrainOptions, folder: Path, trainer: Trainer) -> dict[str, 
     return record
 
 
-def _folder(options: TrainOptions, recipe: Recipe) -> Path:
-    name = f"{recipe.dataset}-{options.preset or ('custom' if options.config else 'stage2')}-seed{recipe.train.seed}"
-    return options.output or Path("output") / "vit" / name
+def _folder(options: TrainOptions, values: Mapping[str, Any]) -> Path:
+    if options.output is not None:
+        return options.output
+    if "dataset" not in values:
+        raise NKATError("no data set is given (--dataset)")
+    recipe = options.preset or ("custom" if options.config else "stage2")
+    return Path("output") / "vit" / f"{file_name_of(str(values['dataset']))}-{recipe}-seed{values.get('seed', 0)}"
 
 
 def _write_log(path: Path, history: list[dict[str, float]]) -> None:
@@ -446,7 +301,7 @@ def _write_log(path: Path, history: list[dict[str, float]]) -> None:
 
 
 def _plot_curves(path: Path, history: list[dict[str, float]], recipe: Recipe) -> None:
-    figure = new_figure(f"{recipe.dataset}, {len(history)} epochs", (9, 3.6))
+    figure = new_figure(f"{recipe.spec.title}, {len(history)} epochs", (9, 3.6))
     left, right = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [row["loss"] for row in history], ".-")

@@ -12,7 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from nkat.errors import NKATError
 from nkat_vit import augment as augmentation
 from nkat_vit.augment import AugmentConfig, augment
-from nkat_vit.data import ImageSet
+from nkat_vit.data import DATASETS, ImageSet
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, OPERATIONS, randaugment
 from tests.support.vit_data import run_module, write_digits
 
@@ -198,7 +198,9 @@ def test_the_picture_shows_views_of_the_picture_alone_and_what_the_others_are_mi
     labels = torch.arange(80) % 10
     flat = (20 * labels).to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 28, 28).contiguous()
     config = AugmentConfig(crop=0, flip=False, randaugment=(0, 0), cutout=0, mixup=1.0, cutmix=1.0)
-    augmentation.draw_examples(tmp_path / "x", ImageSet("mnist", flat, labels, ""), config, rng(), 5, False)
+    augmentation.draw_examples(
+        tmp_path / "x", ImageSet("mnist", flat, labels, ""), DATASETS["mnist"], config, rng(), 5, False
+    )
     images, captions = 255 * drawn["i"] / 20, drawn["c"]
     assert images.shape == (5, 10, 1, 28, 28)
     assert "6 views of it, 3 mixed (Mixup 1, CutMix 1)" in drawn["t"]
@@ -211,7 +213,9 @@ def test_the_picture_shows_views_of_the_picture_alone_and_what_the_others_are_mi
             assert image.mean().item() == pytest.approx(sum(int(s) * int(k) for s, k in parts) / 100, abs=0.11)
     others = [caption for row in captions for caption in row[7:] if "\n0" not in caption and len(caption.split()) > 3]
     assert others  # some are mixed
-    augmentation.draw_examples(tmp_path / "x", ImageSet("mnist", flat, labels, ""), OFF, rng(), 2, False)
+    augmentation.draw_examples(
+        tmp_path / "x", ImageSet("mnist", flat, labels, ""), DATASETS["mnist"], OFF, rng(), 2, False
+    )
     assert drawn["i"].shape[1] == 7
     assert drawn["t"].endswith("6 views of it")
 

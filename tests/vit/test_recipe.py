@@ -17,7 +17,7 @@ from nkat_vit.model import NKATViT, ViTConfig, count_parameters
 from nkat_vit.muon import Muon, orthogonalise
 from nkat_vit.optim import Average, lr_factor, make_optimizers, set_lr
 from nkat_vit.recipe import PRESETS, Recipe, TrainConfig, make_recipe, read_config
-from nkat_vit.train import given_values, parse_arguments
+from nkat_vit.train_options import given_values, parse_arguments
 
 # STAGE2's command, as it stands.
 COMMAND = """--dataset cifar10 --conv_stem tiny --patch_size 2 --embed_dim 384 --depth 7
