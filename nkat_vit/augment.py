@@ -72,6 +72,11 @@ class Batch:
     others: Tensor
     weight: Tensor
 
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in so many parts of equal size."""
+        rows = (x.chunk(count) for x in (self.images, self.labels, self.others, self.weight))
+        return [Batch(*part) for part in zip(*rows, strict=True)]
+
 
 def augment(
     images: Tensor, labels: Tensor, config: AugmentConfig, mean: tuple[float, ...], random: np.random.Generator

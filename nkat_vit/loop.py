@@ -1,13 +1,20 @@
 """The training loop. Every random number follows from (seed, step, process), so that a run can go on from any step.
 
 A checkpoint is written after each epoch (and every `save_steps` steps): killed at any moment and resumed, a run ends
-with the same weights, bit by bit on a processor. A loss that is no number any more stops it; what was saved stays good.
+with the same weights, bit by bit on a processor.
+
+With `grad_accum` a batch goes through the model in parts, whose gradients add up: the pictures, their augmentation and
+the step are the whole batch's, and so are the numbers, up to rounding, where nothing depends on a part. Two things do:
+BatchNorm, in the stem, takes the statistics of a part, and dropout draws for each part anew.
+
+A loss that is no number any more stops it; what was saved stays good.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from time import perf_counter
@@ -80,14 +87,14 @@ def measure_threads(recipe: Recipe, images: ImageSet) -> dict[int, float]:
                     break
     finally:
         torch.set_num_threads(before)
-    return {count: recipe.train.batch_size / s for count, s in seconds.items()}
+    return {count: recipe.train.batch_size // recipe.train.grad_accum / s for count, s in seconds.items()}
 
 
 def _bare_step(recipe: Recipe, images: ImageSet, device: torch.device) -> Callable[[str], float]:
-    """A function of `amp` that makes the gradients of one batch and returns the seconds that took."""
+    """A function of `amp` that makes the gradients of one batch, or of a part, and returns the seconds that took."""
     model = NKATViT(recipe.model).to(device).train()
-    batch = images.images[: recipe.train.batch_size].float() / 255
-    labels = images.labels[: recipe.train.batch_size]
+    count = recipe.train.batch_size // recipe.train.grad_accum
+    batch, labels = images.images[:count].float() / 255, images.labels[:count]
 
     def step(amp: str) -> float:
         started = perf_counter()
@@ -127,6 +134,9 @@ class Trainer:
         config = recipe.train
         if config.batch_size % world.size:
             raise NKATError(f"batch_size {config.batch_size} cannot be divided among {world.size} processes")
+        if (config.batch_size // world.size) % config.grad_accum:
+            share = f"{config.batch_size // world.size} of a process's batch_size"
+            raise NKATError(f"grad_accum {config.grad_accum} does not divide the {share} {config.batch_size}")
         if len(train) < config.batch_size:
             raise NKATError(
                 f"{len(train)} training pictures are fewer than one batch of {config.batch_size}; give a smaller "
@@ -177,10 +187,7 @@ class Trainer:
         index = self._batch_index()
         images, labels = self.train_set.images[index], self.train_set.labels[index]
         batch = augment(images, labels, self.recipe.augment, self.recipe.model.mean, random)
-        with autocast(self.world.device, config.amp):
-            logits = self.forward(batch.images)[0]
-        loss = mixed_loss(logits.float(), batch, config.smoothing)
-        loss.backward()
+        loss = self._gradients(batch)
         if config.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
         for optimizer in self.optimizers:
@@ -189,7 +196,24 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.model)
         self.step += 1
-        return loss.detach()
+        return loss
+
+    def _gradients(self, batch: Batch) -> Tensor:
+        """Adds up the gradients of a batch's parts; returns the batch's mean loss."""
+        config = self.recipe.train
+        parts = batch.parts(config.grad_accum)
+        total = torch.zeros((), device=self.world.device)
+        for number, part in enumerate(parts, 1):
+            # Processes tell each other their gradients once, with those of the last part.
+            forward, silent = self.forward, number < len(parts)
+            quiet = forward.no_sync() if silent and isinstance(forward, DistributedDataParallel) else nullcontext()
+            with quiet:
+                with autocast(self.world.device, config.amp):
+                    logits = forward(part.images)[0]
+                loss = mixed_loss(logits.float(), part, config.smoothing) / len(parts)
+                loss.backward()
+            total += loss.detach()
+        return total
 
     def _run_epoch(self) -> None:
         config = self.recipe.train

@@ -33,7 +33,7 @@ class TrainConfig:
 
     lr, warmup: AdamW's peak learning rate, reached after so many epochs; a cosine to zero follows
     muon_lr: peak for the matrices and convolutions with `opt` muon; everything else stays with AdamW at `lr`
-    batch_size: over all processes
+    batch_size: over all processes; grad_accum: parts that each process takes its share in, one after the other
     ema: decay of the averaged weights, which are what is judged and kept; 0 is off
     clip_grad: greatest norm of the gradient; 0 is off
     amp: "bf16" autocast, "off", or "auto": whichever a few measured steps find faster
@@ -43,6 +43,7 @@ class TrainConfig:
 
     epochs: int = 40
     batch_size: int = 128
+    grad_accum: int = 1
     opt: str = "adamw"
     lr: float = 2e-4
     muon_lr: float = 0.02
@@ -58,7 +59,7 @@ class TrainConfig:
     tta: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "validation"):
+        for name in ("epochs", "batch_size", "grad_accum", "validation"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "muon_lr"):
             value = getattr(self, name)

@@ -74,6 +74,7 @@ _AUGMENT_FLAGS: list[tuple[str, Any, str]] = [
 _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
     ("epochs", int, "passes over the training pictures"),
     ("batch_size", int, "over all processes"),
+    ("grad_accum", int, "parts that a batch is taken in, for less memory; BatchNorm sees one part at a time"),
     ("opt", OPTIMIZERS, "optimiser; muon: for matrices and convolutions, AdamW for the rest"),
     ("lr", float, "AdamW's peak learning rate"),
     ("muon_lr", float, "Muon's"),

@@ -81,6 +81,7 @@ def test_grey_sets_have_no_colours_and_letters_no_mirror_image() -> None:
         ({"dataset": "mnist", "randaugment": 2}, "two numbers"),
         ({"dataset": "mnist", "opt": "sgd"}, "adamw, muon"),
         ({"dataset": "mnist", "ema": 1.0}, "ema"),
+        ({"dataset": "mnist", "grad_accum": 0}, "grad_accum"),
         ({"dataset": "mnist", "channel_shuffle": 0.5}, "channel_shuffle 0.5 needs three channels"),
         ({"dataset": "mnist", "patch_size": 16}, "one token of a picture of 28 pixels"),
     ],

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from nkat.errors import NKATError
+from nkat.host.distributed import World
 from nkat_vit import checkpoint, loop, train
 from nkat_vit.augment import Batch
 from nkat_vit.checkpoint import load_model
-from nkat_vit.data import load_images
+from nkat_vit.data import ImageSet, load_images, split
 from nkat_vit.loop import Trainer, mixed_loss
 from nkat_vit.metrics import Target, lambda_theory
 from nkat_vit.model import NKATViT
@@ -99,6 +100,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, opt: str
 ) -> None:
     extra = ["--opt", opt, "--save-steps", 2, "--drop-path", 0.2]
+    extra += ["--grad-accum", 2] if opt == "muon" else []
     run(data, tmp_path / "whole", *extra)
     whole = Trainer.train_step
     for stop in (2, 5, 7):  # epochs have three steps: after a step that was saved, and between
@@ -264,7 +266,7 @@ def test_nan_stops_with_the_last_good_checkpoint(tmp_path: Path, data: Path, mon
 
 @pytest.mark.slow
 def test_two_processes_train_the_same_model(tmp_path: Path, data: Path) -> None:
-    """Without BatchNorm and randomness two halves of a batch give the whole batch's gradient."""
+    """Without BatchNorm and randomness two halves of a batch, in two parts each, give the whole batch's gradient."""
     plain = [*STILL, "--conv-stem", "off", "--patch-size", 7, "--no-test", "--clip-grad", 0]
     plain += ["--epochs", 1, "--warmup", 0.5]
     run(data, tmp_path / "one", *plain)
@@ -278,6 +280,7 @@ def test_two_processes_train_the_same_model(tmp_path: Path, data: Path) -> None:
         tmp_path / "two",
         *COMMON,
         *plain,
+        *("--grad-accum", 2),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -290,6 +293,36 @@ def test_two_processes_train_the_same_model(tmp_path: Path, data: Path) -> None:
         torch.testing.assert_close(two[name], value, atol=2e-5, rtol=1e-4, msg=name)
     moved = (one["head.weight"] - start_of_head()).abs().max()
     assert moved > 1e-4  # control: training moves weights by more than the tolerance
+
+
+def weights_after(train_set: ImageSet, folder: Path, **more: object) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Of four steps without randomness, and how many pictures the model saw at a time."""
+    values = {"dataset": "emnist-digits", "embed_dim": 32, "depth": 2, "heads": 4, "gauge_rank": 2, "crop": 0}
+    values |= {"randaugment": (0, 0), "cutout": 0, "mixup": 0.2, "cutmix": 0.2, "dropout_attn": 0.0}
+    values |= {"dropout_embed": 0.0, "batch_size": 24, "warmup": 0.0, "validation": 24, "smoothing": 0.1}
+    train_part, held = split(train_set, 24, 0)
+    trainer = Trainer(make_recipe(values | more), train_part, held, World(0, 1, torch.device("cpu")), folder)
+    seen: list[int] = []
+    trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    start = trainer.model.head.weight.detach().clone()
+    for _ in range(4):
+        trainer.train_step()
+    assert (trainer.model.head.weight - start).abs().max() > 1e-4  # beyond the tolerance
+    return trainer.model.state_dict(), seen
+
+
+def test_parts_of_a_batch_are_the_batch(tmp_path: Path, data: Path) -> None:
+    """But for BatchNorm, of which the control has some."""
+    whole_set = load_images("emnist-digits", data, train=True)
+    for model, equal in (({"conv_stem": "off", "patch_size": 7}, True), ({"conv_stem": "tiny"}, False)):
+        one, seen = weights_after(whole_set, tmp_path, **model)
+        assert seen == [24] * 4
+        four, seen = weights_after(whole_set, tmp_path, **model, grad_accum=4)
+        assert seen == [6] * 16
+        furthest = max((one[name] - four[name]).abs().max().item() for name in one if one[name].is_floating_point())
+        assert (furthest < 2e-5) == equal
+    with pytest.raises(NKATError, match="grad_accum 5 does not divide the 24"):
+        weights_after(whole_set, tmp_path, grad_accum=5)
 
 
 def start_of_head() -> torch.Tensor:
