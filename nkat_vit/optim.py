@@ -3,11 +3,17 @@
 Muon moves a matrix by its momentum with all singular values made about 1. It serves the blocks' matrices, the patch
 embedding and the stem's convolutions (a filter is a row); positions, gauge factors, what makes colours of heads, norms,
 biases and the classifier stay with AdamW.
+
+With `layer_decay` d below 1, layer i of depth + 1 learns at dᵈᵉᵖᵗʰ⁺¹⁻ⁱ of the rate, so that early layers keep more of
+what they have (BEiT, Bao et al., arXiv 2106.08254, appendix; timm's --layer-decay): layer 0 is all before the blocks,
+the last one the final norm, the pooling and the classifier. Both optimisers multiply weight decay by the rate
+(decoupled, Loshchilov and Hutter, arXiv 1711.05101), which makes it layer-wise as well.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,26 +30,45 @@ _BLOCK_MATRICES = {"q.weight": 1, "kv.weight": 2, "out.weight": 1, "mlp_in.weigh
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     """One or two optimisers; vectors (biases, norms, gains) and positions are not decayed."""
-    decayed, others = [], []
-    packed: list[tuple[nn.Parameter, int]] = []
+    # By how many layers they lie below the last one, whose rate is the whole one.
+    decayed: defaultdict[int, list[nn.Parameter]] = defaultdict(list)
+    others: defaultdict[int, list[nn.Parameter]] = defaultdict(list)
+    packed: defaultdict[int, list[tuple[nn.Parameter, int]]] = defaultdict(list)
+    depths = _layers_below_the_last(model) if config.layer_decay < 1 else {}
     # By the module's kind: the shape does not tell, the norm of colours has [3, 1, 1].
     norms = {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
-        parts = _packed_maps(name, parameter)
+        parts, below = _packed_maps(name, parameter), depths.get(name, 0)
         if config.opt == "muon" and parts:
-            packed.append((parameter, parts))
+            packed[below].append((parameter, parts))
         elif parameter.ndim < 2 or id(parameter) in norms or name in ("position", "cls"):
-            others.append(parameter)
+            others[below].append(parameter)
         else:
-            decayed.append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+            decayed[below].append(parameter)
+    groups = [
+        {"params": kind[below], "weight_decay": decay, "lr": config.lr * config.layer_decay**below}
+        for below in sorted(decayed.keys() | others.keys())
+        for kind, decay in ((decayed, config.weight_decay), (others, 0.0))
+        if below in kind
+    ]
     optimizers: list[Optimizer] = [AdamW(groups, lr=config.lr, fused=True)]
     if packed:
-        optimizers.append(_make_muon(packed, config.muon_lr, config.weight_decay))
+        optimizers.append(_make_muon(packed, config))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def _layers_below_the_last(model: nn.Module) -> dict[str, int]:
+    """Of each parameter by its name: 0 for the final norm, the pooling and the classifier, 1 for the last block, …"""
+    last = ("norm.", "pool_score.", "head.")
+    layers = {
+        name: int(name.split(".")[1]) + 1 if name.startswith("blocks.") else -1 if name.startswith(last) else 0
+        for name, _ in model.named_parameters()
+    }
+    top = max(layers.values()) + 1
+    return {name: 0 if layer < 0 else top - layer for name, layer in layers.items()}
 
 
 def _packed_maps(name: str, parameter: Tensor) -> int:
@@ -53,13 +78,20 @@ def _packed_maps(name: str, parameter: Tensor) -> int:
     return int(name == "embed.weight" or (name.startswith("stem.") and parameter.ndim == 4))
 
 
-def _make_muon(packed: Iterable[tuple[nn.Parameter, int]], lr: float, weight_decay: float) -> Optimizer:
+def _make_muon(packed: Mapping[int, list[tuple[nn.Parameter, int]]], config: TrainConfig) -> Optimizer:
     """Muon over matrices that share the parameters' memory; each step takes the gradients from the parameters.
 
     Those have to be cleared on the model: the optimiser's `zero_grad` knows the matrices alone.
+
+    packed: parameters with their numbers of maps, by how many layers they lie below the last
     """
-    shared = [(parameter, _matrices(parameter.detach(), parts)) for parameter, parts in packed]
-    optimizer = Muon([m for _, matrices in shared for m in matrices], lr=lr, weight_decay=weight_decay)
+    groups, shared = [], []
+    for below in sorted(packed):
+        own = [(parameter, _matrices(parameter.detach(), parts)) for parameter, parts in packed[below]]
+        matrices = [matrix for _, of_one in own for matrix in of_one]
+        groups.append({"params": matrices, "lr": config.muon_lr * config.layer_decay**below})
+        shared += own
+    optimizer = Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay)
 
     def share_gradients(*_: object) -> None:
         for parameter, matrices in shared:

@@ -34,6 +34,7 @@ class TrainConfig:
     lr, warmup: AdamW's peak learning rate, reached after so many epochs; a cosine to zero follows
     muon_lr: peak for the matrices and convolutions with `opt` muon; everything else stays with AdamW at `lr`
     batch_size: over all processes; grad_accum: parts that each process takes its share in, one after the other
+    layer_decay: factor of the learning rate from one layer to the one before it; 1 is off
     ema: decay of the averaged weights, which are what is judged and kept; 0 is off
     clip_grad: greatest norm of the gradient; 0 is off
     amp: "bf16" autocast, "off", or "auto": whichever a few measured steps find faster
@@ -49,6 +50,7 @@ class TrainConfig:
     muon_lr: float = 0.02
     warmup: float = 5.0
     weight_decay: float = 0.05
+    layer_decay: float = 1.0
     ema: float = 0.9995
     clip_grad: float = 1.0
     smoothing: float = 0.0
@@ -66,6 +68,7 @@ class TrainConfig:
             _check(math.isfinite(value) and value > 0, f"{name} must be positive, got {value}")
         for name in ("warmup", "weight_decay", "clip_grad", "limit_train", "seed"):
             _check(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
+        _check(0 < self.layer_decay <= 1, f"layer_decay must lie in 0 < x <= 1, got {self.layer_decay}")
         for name in ("ema", "smoothing"):
             _check(0 <= getattr(self, name) < 1, f"{name} must lie in 0 <= x < 1, got {getattr(self, name)}")
         for name, choices in (("opt", OPTIMIZERS), ("amp", AMP), ("tta", TTA)):

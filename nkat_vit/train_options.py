@@ -79,7 +79,13 @@ _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
     ("lr", float, "AdamW's peak learning rate"),
     ("muon_lr", float, "Muon's"),
     ("warmup", float, "epochs until the peak; a cosine follows"),
-    ("weight_decay", float, "decoupled"),
+    ("weight_decay", float, "decoupled: multiplied by the learning rate, with which it rises and falls"),
+    (
+        "layer_decay",
+        float,
+        "layer-wise decay, as BEiT's and timm's: learning rate, and with it weight decay, of layer i times "
+        "X^(depth + 1 - i), where 0 is what comes before the blocks and depth + 1 the head; 1: off",
+    ),
     ("ema", float, "decay of the averaged weights, 0: off"),
     ("clip_grad", float, "greatest norm of the gradient, 0: off"),
     ("smoothing", float, "label smoothing"),

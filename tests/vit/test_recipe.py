@@ -81,6 +81,7 @@ def test_grey_sets_have_no_colours_and_letters_no_mirror_image() -> None:
         ({"dataset": "mnist", "randaugment": 2}, "two numbers"),
         ({"dataset": "mnist", "opt": "sgd"}, "adamw, muon"),
         ({"dataset": "mnist", "ema": 1.0}, "ema"),
+        ({"dataset": "mnist", "layer_decay": 0.0}, "layer_decay"),
         ({"dataset": "mnist", "grad_accum": 0}, "grad_accum"),
         ({"dataset": "mnist", "channel_shuffle": 0.5}, "channel_shuffle 0.5 needs three channels"),
         ({"dataset": "mnist", "patch_size": 16}, "one token of a picture of 28 pixels"),
@@ -205,6 +206,39 @@ def test_every_parameter_has_one_optimiser_and_vectors_do_not_decay(opt: str) ->
         assert len(optimizers[1].param_groups[0]["params"]) == 6 * recipe.model.depth + 3
     set_lr(optimizers, 0.25)
     assert [o.param_groups[0]["lr"] for o in optimizers] == [0.25 * o.param_groups[0]["peak_lr"] for o in optimizers]
+
+
+@pytest.mark.parametrize("opt", ["adamw", "muon"])
+def test_layers_learn_and_decay_by_their_depth(opt: str) -> None:
+    """With gradients of zero a step is weight decay alone, which shows the rate that it is multiplied by."""
+    model, recipe = small(opt)
+    config = replace(recipe.train, layer_decay=0.5, weight_decay=0.1, lr=0.02, muon_lr=0.03)
+    steps = {"blocks.0.": 0.25, "blocks.1.": 0.5, "norm.": 1.0, "head.": 1.0}  # 0.5 ** (depth + 1 - layer)
+    optimizers = make_optimizers(model, config)
+    assert optimizers[0].param_groups[0]["lr"] == config.lr  # what the log shows is the head's
+    set_lr(optimizers, 0.5)
+    place = {p.untyped_storage().data_ptr(): name for name, p in model.named_parameters()}
+    seen = set()
+    for optimizer, lr in zip(optimizers, (config.lr, config.muon_lr), strict=False):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = place[parameter.untyped_storage().data_ptr()]
+                share = next((share for start, share in steps.items() if name.startswith(start)), 0.125)
+                assert group["lr"] == pytest.approx(0.5 * lr * share), name
+                seen.add(name)
+    assert seen == {name for name, _ in model.named_parameters()}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, share in (("blocks.0.mlp_in.weight", 0.25), ("embed.weight", 0.125), ("head.weight", 1.0)):
+        lr = config.muon_lr if opt == "muon" and name != "head.weight" else config.lr
+        expected = before[name] * (1 - 0.5 * lr * share * 0.1)
+        torch.testing.assert_close(model.get_parameter(name).detach(), expected, atol=1e-8, rtol=1e-6)
+        assert not torch.allclose(before[name] * (1 - 0.5 * lr * 0.1), expected, atol=1e-8, rtol=1e-6) or share == 1
+    usual = make_optimizers(model, replace(config, layer_decay=1.0))  # off: as if there were no layers
+    assert [len(optimizer.param_groups) for optimizer in usual] == ([2, 1] if opt == "muon" else [2])
 
 
 def test_learning_rate_rises_and_falls() -> None:
