@@ -265,14 +265,19 @@ class Trainer:
         """Validation, history, and both checkpoints."""
         config = self.recipe.train
         self.judge.load_state_dict(self.model.state_dict() if self.average is None else self.average.weights)
+        started = perf_counter()
+        validation = accuracy(self.judge, self.held, config.tta, config.amp)
+        judged = len(self.held) / (perf_counter() - started)
         row = {
             "epoch": float(epoch),
             "loss": loss,
-            "validation": accuracy(self.judge, self.held, config.tta, config.amp),
+            "validation": validation,
             "lr": self.optimizers[0].param_groups[0]["lr"],
             "seconds": seconds,
             "images_per_second": images / seconds,
         }
+        if not self.history or "judged_per_second" in self.history[0]:  # rows of older runs are without
+            row["judged_per_second"] = judged
         if self.judge_last:
             row["validation_last"] = accuracy(self.model, self.held, config.tta, config.amp)
         self.history.append(row)

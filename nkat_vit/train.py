@@ -20,14 +20,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from nkat.errors import NKATError
-from nkat.host.console import counted, note
+from nkat.host.console import counted, format_bytes, note
 from nkat.host.distributed import World, join_world
 from nkat.host.figures import new_figure, save_figure, whole_ticks
 from nkat.host.files import atomic_output, make_folder
 from nkat.host.hardware import describe, set_threads
+from nkat.host.memory import memory
 from nkat.host.record import check_record, recorded, toolkit_version, write_json
 from nkat.host.start import INTERRUPTED
 from nkat.host.tools import suggest
@@ -263,12 +265,17 @@ def _finish(options: TrainOptions, folder: Path, trainer: Trainer) -> dict[str, 
     facts = best.facts
     parameters = sum(p.numel() for p in best.model.parameters())
     lam = lambda_theory(parameters)
+    judged = [row["judged_per_second"] for row in trainer.history if "judged_per_second" in row]
+    held = memory()
     record = {
         "output": str(folder),
         "parameters": parameters,
         "lambda_theory": lam,
         "tpe": tpe(facts["test"], lam) if "test" in facts else None,
         "seconds": sum(row["seconds"] for row in trainer.history),
+        "train_images_per_second": median(row["images_per_second"] for row in trainer.history),
+        "judge_images_per_second": median(judged) if judged else None,
+        "memory": {"peak": held.peak, "gpu_peak": held.gpu_peak},
         **facts,
         "recipe": trainer.recipe.values(),
         "history": trainer.history,
@@ -348,4 +355,10 @@ def print_result(record: Mapping[str, Any]) -> None:
         target = TARGETS.get(record["recipe"]["dataset"])
         if target and bought_by_size(record["test"], record["tpe"], target):
             print(f"            bought by size alone: STAGE2 asks for {100 * target.accuracy:.0f} % as well")
+    judged = record["judge_images_per_second"]
+    speed = f"{record['train_images_per_second']:,.0f} pictures a second in training"
+    print(f"speed       {speed}{f', {judged:,.0f} in judging' if judged else ''}")
+    most = [(record["memory"][name], where) for name, where in (("peak", "memory"), ("gpu_peak", "GPU memory"))]
+    if any(count for count, _ in most):
+        print(f"at most     {', '.join(f'{format_bytes(count)} of {where}' for count, where in most if count)}")
     print(f"model       {record['output']}/best.pt")

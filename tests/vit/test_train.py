@@ -11,6 +11,7 @@ import subprocess
 import sys
 from math import log10
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -71,6 +72,13 @@ def test_it_learns_and_leaves_everything_behind(tmp_path: Path) -> None:
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert (folder / "curves.png").stat().st_size > 5000
     assert json.loads((folder / "result.json").read_text())["test"] == record["test"]
+    for name, row in (
+        ("train_images_per_second", "images_per_second"),
+        ("judge_images_per_second", "judged_per_second"),
+    ):
+        assert record[name] == pytest.approx(median(float(r[row]) for r in rows))
+    assert record["memory"]["peak"] > 1 << 20
+    assert record["memory"]["gpu_peak"] is None or torch.cuda.is_available()
     again = run_module("nkat_vit.train", "--data-root", data, "--output", folder, *COMMON)
     assert again.returncode == 2
     assert "holds a run already" in again.stderr
@@ -323,6 +331,26 @@ def test_parts_of_a_batch_are_the_batch(tmp_path: Path, data: Path) -> None:
         assert (furthest < 2e-5) == equal
     with pytest.raises(NKATError, match="grad_accum 5 does not divide the 24"):
         weights_after(whole_set, tmp_path, grad_accum=5)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path, data: Path) -> None:
+    """Without the settings and the columns that were added since."""
+    run(data, tmp_path / "run", "--no-test")
+    path = tmp_path / "run" / "last.pt"
+    content = checkpoint.load(path, "run")
+    content["recipe"] = {k: v for k, v in content["recipe"].items() if k not in ("grad_accum", "layer_decay")}
+    for row in content["history"]:
+        del row["judged_per_second"]
+    checkpoint.save(path, content)
+    for _ in range(2):  # its rows stay alike
+        done = run_module(
+            "nkat_vit.train", "--resume", path.parent, "--data-root", data, "--extend-to", 4, "--json", "-"
+        )
+        assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert len(record["history"]) == 4
+    assert record["judge_images_per_second"] is None
+    assert "in judging" not in done.stdout
 
 
 def start_of_head() -> torch.Tensor:
