@@ -1,4 +1,5 @@
-"""Augmentation of whole batches on the device: crop, flip, RandAugment, channel shuffle, Cutout, Mixup, CutMix.
+"""Augmentation of whole batches on the device: crop, flip, RandAugment or a policy, channel shuffle, Cutout, Mixup,
+CutMix.
 
     python -m nkat_vit.augment --dataset cifar10 --data-root data --output examples.png      a picture of examples
 
@@ -28,6 +29,7 @@ from nkat.host.files import check_output
 from nkat.host.tools import suggest
 from nkat_vit.data import DATASETS_HELP, DatasetSpec, ImageSet, dataset_name, describe_dataset, load_images
 from nkat_vit.pictures import save_grid
+from nkat_vit.policies import AUTO_AUGMENT, auto_augment
 from nkat_vit.randaugment import GREATEST_MAGNITUDE, randaugment
 
 _VIEWS, _MIXED = 6, 3  # columns of the picture of examples
@@ -41,6 +43,7 @@ class AugmentConfig:
     crop: pixels that a picture is shifted by at most (mirrored edges for colour, black for grey)
     flip: mirrored half the time
     randaugment: N operations at magnitude M of 30
+    auto_augment: a policy in its place, of AUTO_AUGMENT
     cutout: side of a square that takes the mean colour
     channel_shuffle: probability that the colours change places
     """
@@ -52,11 +55,18 @@ class AugmentConfig:
     mixup: float = 0.1
     cutmix: float = 0.2
     channel_shuffle: float = 0.0
+    auto_augment: str = "off"
 
     def __post_init__(self) -> None:
         operations, magnitude = self.randaugment
         if operations < 0 or not 0 <= magnitude <= GREATEST_MAGNITUDE:
             raise NKATError(f"randaugment {operations} {magnitude}: N must be at least 0 and M from 0 to 30")
+        if self.auto_augment not in AUTO_AUGMENT:
+            raise NKATError(f"auto_augment must be one of {', '.join(AUTO_AUGMENT)}, got {self.auto_augment!r:.80}")
+        if operations and self.auto_augment != "off":
+            raise NKATError(
+                f"randaugment {operations} {magnitude} and auto_augment {self.auto_augment} are two of a kind: give one"
+            )
         if min(self.crop, self.cutout, self.mixup, self.cutmix) < 0:
             raise NKATError("crop, cutout, mixup and cutmix must be at least 0")
         if not 0 <= self.channel_shuffle <= 1:
@@ -90,6 +100,7 @@ def views(images: Tensor, config: AugmentConfig, mean: tuple[float, ...], random
     x = _crop_and_flip(images, config, random).float()
     if config.randaugment[0]:
         x = randaugment(x, *config.randaugment, random)
+    x = auto_augment(x, config.auto_augment, random)
     x = x / 255
     if config.channel_shuffle and x.shape[1] == 3:
         x = _shuffle_channels(x, config.channel_shuffle, random)
@@ -198,7 +209,8 @@ def main() -> None:
     arguments = parser(
         "A picture of what augmentation does: each row one picture as it is, views of it, and views mixed with others.",
         "  python -m nkat_vit.augment --dataset cifar10 --data-root data --output examples.png\n"
-        "  python -m nkat_vit.augment --dataset cifar10 --mixup 1 --cutmix 1 --output strong.png",
+        "  python -m nkat_vit.augment --dataset cifar10 --mixup 1 --cutmix 1 --output strong.png\n"
+        "  python -m nkat_vit.augment --dataset folder:my-pictures --aa trivialaugment --output mine.png",
     )
     arguments.add_argument("--dataset", type=dataset_name, default="cifar10", metavar="SET", help=DATASETS_HELP)
     arguments.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
@@ -206,7 +218,10 @@ def main() -> None:
     arguments.add_argument("--seed", type=seed, default=0)
     arguments.add_argument("--rows", type=positive_int, default=6, help="pictures (6)")
     usual = AugmentConfig()
-    arguments.add_argument("--randaugment", type=int, nargs=2, default=usual.randaugment, metavar=("N", "M"))
+    arguments.add_argument("--randaugment", type=int, nargs=2, metavar=("N", "M"), help="(2 9, or off for a policy)")
+    arguments.add_argument(
+        *("--auto_augment", "--auto-augment", "--aa"), choices=AUTO_AUGMENT, default="off", help="a policy (off)"
+    )
     for name, text in (("mixup", "α of Mixup"), ("cutmix", "α of CutMix")):
         value = getattr(usual, name)
         arguments.add_argument(f"--{name}", type=float, default=value, metavar="X", help=f"{text}, 0: off ({value:g})")
@@ -216,7 +231,8 @@ def main() -> None:
     spec = describe_dataset(options.dataset, options.data_root)
     config = AugmentConfig(
         flip=spec.mirrored,
-        randaugment=tuple(options.randaugment),
+        randaugment=tuple(options.randaugment or ((0, 0) if options.auto_augment != "off" else usual.randaugment)),
+        auto_augment=options.auto_augment,
         mixup=options.mixup,
         cutmix=options.cutmix,
     )

@@ -8,7 +8,7 @@ defines on whole numbers (posterize, equalize) round first. Geometry is bilinear
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -29,17 +29,22 @@ def randaugment(images: Tensor, operations: int, magnitude: int, random: np.rand
     for _ in range(operations):
         choice = random.integers(0, len(table), len(images))
         strength = random.choice([-1.0, 1.0], len(images)) * magnitude / GREATEST_MAGNITUDE
-        # Sorted by operation, each operation's pictures are one slice.
-        order = np.argsort(choice, kind="stable")
-        ends = np.cumsum(np.bincount(choice, minlength=len(table)))
-        index = torch.from_numpy(order).to(images.device)
-        grouped = images[index]
-        strengths = torch.from_numpy(strength[order]).to(images)
-        for operation, start, end in zip(table, [0, *ends[:-1]], ends, strict=True):
-            if start < end and operation is not _identity:
-                grouped[start:end] = operation(grouped[start:end], strengths[start:end])
-        images = torch.empty_like(grouped).index_copy_(0, index, grouped)
+        images = each_its_own(images, table, choice, strength)
     return images
+
+
+def each_its_own(images: Tensor, table: Sequence[Operation], choice: np.ndarray, strength: np.ndarray) -> Tensor:
+    """Pictures [b, c, h, w], each through the operation of the table that `choice` [b] says, at its `strength` [b]."""
+    # Sorted by operation, each operation's pictures are one slice.
+    order = np.argsort(choice, kind="stable")
+    ends = np.cumsum(np.bincount(choice, minlength=len(table)))
+    index = torch.from_numpy(order).to(images.device)
+    grouped = images[index]
+    strengths = torch.from_numpy(strength[order]).to(images)
+    for operation, start, end in zip(table, [0, *ends[:-1]], ends, strict=True):
+        if start < end and operation is not _identity:
+            grouped[start:end] = operation(grouped[start:end], strengths[start:end])
+    return torch.empty_like(grouped).index_copy_(0, index, grouped)
 
 
 def _identity(x: Tensor, _strength: Tensor) -> Tensor:

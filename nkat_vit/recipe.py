@@ -185,10 +185,13 @@ PRESETS = {"stage2": STAGE2, "strong": STRONG, "fast": FAST}
 def with_preset(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """A preset's values with the given ones over them.
 
-    A run that is shorter than the preset's has a warm-up that is shorter in proportion, unless one is given.
+    A run that is shorter than the preset's has a warm-up that is shorter in proportion, unless one is given. A policy
+    (`auto_augment`) takes the place of the preset's RandAugment.
     """
     usual = PRESETS[preset]
     values = usual | dict(given)
+    if given.get("auto_augment", "off") != "off" and "randaugment" not in given:
+        values["randaugment"] = [0, 0]
     epochs = values["epochs"]
     if "warmup" not in given and isinstance(epochs, int) and epochs < usual["epochs"]:
         values["warmup"] = usual["warmup"] * epochs / usual["epochs"]
@@ -230,6 +233,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     given.setdefault("flip", spec.mirrored)
     if given.get("tta") == "auto":
         given["tta"] = "flip" if spec.mirrored else "none"
+    if given.get("auto_augment", "off") != "off":
+        given.setdefault("randaugment", (0, 0))
     if "randaugment" in given:
         given["randaugment"] = _pair(given["randaugment"])
     _check_types(given)

@@ -14,6 +14,7 @@ from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.data import DATASETS_HELP, dataset_name, is_folder
 from nkat_vit.gauge import FORMS
 from nkat_vit.model import COLOR_NORMS, POOLS, STEMS
+from nkat_vit.policies import AUTO_AUGMENT
 from nkat_vit.recipe import (
     AMP,
     FROM_DATASET,
@@ -143,6 +144,12 @@ def make_parser() -> argparse.ArgumentParser:
             group.add_argument(
                 "--randaugment", type=int, nargs=2, metavar=("N", "M"), default=argparse.SUPPRESS, help="M of 30"
             )
+            group.add_argument(
+                *("--auto_augment", "--auto-augment", "--aa"),
+                choices=AUTO_AUGMENT,
+                default=argparse.SUPPRESS,
+                help="a policy in place of RandAugment; autoaugment: the one found on CIFAR-10",
+            )
         if title == "training":
             group.add_argument(
                 "--amp",
@@ -184,7 +191,7 @@ class TrainOptions:
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainOptions:
     """The command line; a mistake ends the program with one line and status 2."""
     parsed = make_parser().parse_args(argv)
-    names = {"dataset", "image_size", "randaugment", "amp"} | {
+    names = {"dataset", "image_size", "randaugment", "auto_augment", "amp"} | {
         f[0] for f in (*_MODEL_FLAGS, *_AUGMENT_FLAGS, *_TRAIN_FLAGS)
     }
     flags = {name: value for name, value in vars(parsed).items() if name in names}

@@ -108,7 +108,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, opt: str
 ) -> None:
     extra = ["--opt", opt, "--save-steps", 2, "--drop-path", 0.2]
-    extra += ["--grad-accum", 2, "--layer-decay", 0.8] if opt == "muon" else []
+    extra += ["--grad-accum", 2, "--layer-decay", 0.8] if opt == "muon" else ["--aa", "autoaugment"]
     run(data, tmp_path / "whole", *extra)
     whole = Trainer.train_step
     for stop in (2, 5, 7):  # epochs have three steps: after a step that was saved, and between
