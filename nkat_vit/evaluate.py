@@ -411,6 +411,8 @@ def main() -> None:
         if options.classes:
             for figures in classes:
                 show(class_table(figures, f"\n{find_dataset(figures.dataset).title} by class"))
+        if options.confusion is not None and classes:
+            draw_confusion(options.confusion, classes, options.force)
         if without:
             note(
                 f"judged before figures by class were kept: {', '.join(without)}; "
@@ -422,6 +424,4 @@ def main() -> None:
                 f"\nCIFAR-10-C style, {counted(robust[0]['images'], 'picture')}, frost {frost.source}: "
                 f"mean corruption error {errors:.2f} %, predictions changed {flips:.2f} %"
             )
-    if options.confusion is not None and classes:
-        draw_confusion(options.confusion, classes, options.force)
     suggest("vit interpret", "--checkpoint", paths[0], "--data-root", options.data_root)

@@ -195,14 +195,14 @@ def explain(
         shares = model(images)[0].softmax(dim=1)
     best = shares.topk(2, dim=1)
     first, second = (answer_maps(model, images, best.indices[:, place]) for place in (0, 1))
-    columns = {"relevance": first["relevance"], "relevance, 2nd": second["relevance"]}
+    columns = {"relevance": first["relevance"], "relevance, 2nd answer": second["relevance"]}
     columns |= {name: first[name] for name in ("rollout", "attention")}
     captions = [
         [names[label], *(f"for {names[i]}, {100 * p:.0f} %" for i, p in zip(index, share, strict=True))]
         for label, index, share in zip(shown.labels.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     maps_file = folder / f"nkat_relevance_samples_{stamp}.png"
-    plot_maps(maps_file, images, columns, captions, trained.recipe.model, f"{title}: what speaks for a class")
+    plot_maps(maps_file, images, columns, captions, trained.recipe.model, f"{title}: what speaks for a class (rollout and attention are for none)")
     some = held.take(torch.arange(min(pictures, len(held)))).images.float() / 255
     curves = measure_curves(model, some, seed)
     record = curves.record() | {

@@ -1,4 +1,4 @@
-"""Maps of what an answer rests on: against sums and gradients written out, a model that looks at one token, poolings."""
+"""Maps of what an answer rests on: sums and gradients written out, a model that looks at one token, poolings."""
 
 from __future__ import annotations
 
