@@ -55,18 +55,22 @@ def plot_curves(path: Path, curves: Curves, title: str) -> None:
     """Deletion and insertion, the mean over the pictures with its standard error, a line for each order of cells."""
     figure = new_figure(f"{title}: the probability of the model's answer", (11, 4.6))
     sides = {"deletion": "cells blackened, %", "insertion": "cells put into a blurred copy, %"}
+    highest = 0.0
     for axes, (kind, text) in zip(figure.subplots(1, 2, sharey=True), sides.items(), strict=True):
-        for name, values in getattr(curves, kind).items():
+        lines = getattr(curves, kind)
+        for name in sorted(lines, key=lambda name: name != RANDOM):  # the control below the others
+            values = lines[name]
             areas = curves.areas(kind, name)
             mean, error = (100 * part for part in _mean_and_error(values))
             width = "" if len(areas) < 2 else f" ± {float(areas.std() / len(areas) ** 0.5):.3f}"
-            x = 100 * curves.shares
+            x, highest = 100 * curves.shares, max(highest, float((mean + error).max()))
             axes.plot(x, mean, ".-", color=_COLOURS[name], label=f"{name}: {float(areas.mean()):.3f}{width}")
             axes.fill_between(x, mean - error, mean + error, color=_COLOURS[name], alpha=0.15, linewidth=0)
         better = "smaller" if kind == "deletion" else "larger"
-        axes.set(title=kind, xlabel=text, xlim=(0, 100), ylim=(0, 100))
-        axes.legend(title=f"area under the curve, {better} is better", fontsize=8, title_fontsize=8)
-    figure.axes[0].set_ylabel("probability, %")
+        axes.set(title=kind, xlabel=text, xlim=(0, 100))
+        place = "upper right" if kind == "deletion" else "lower right"  # where no curve ends
+        axes.legend(title=f"area under the curve, {better} is better", fontsize=8, title_fontsize=8, loc=place)
+    figure.axes[0].set(ylabel="probability, %", ylim=(0, min(100.0, 1.1 * highest)))
     save_figure(figure, path, force=False, dpi=DPI)
 
 

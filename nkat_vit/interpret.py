@@ -202,7 +202,14 @@ def explain(
         for label, index, share in zip(shown.labels.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     maps_file = folder / f"nkat_relevance_samples_{stamp}.png"
-    plot_maps(maps_file, images, columns, captions, trained.recipe.model, f"{title}: what speaks for a class (rollout and attention are for none)")
+    plot_maps(
+        maps_file,
+        images,
+        columns,
+        captions,
+        trained.recipe.model,
+        f"{title}: what speaks for a class (rollout and attention are for none)",
+    )
     some = held.take(torch.arange(min(pictures, len(held)))).images.float() / 255
     curves = measure_curves(model, some, seed)
     record = curves.record() | {
@@ -213,7 +220,7 @@ def explain(
         "seed": seed,
     }
     curves_file = folder / f"nkat_deletion_insertion_{stamp}.png"
-    plot_curves(curves_file, curves, f"{title}: {len(some)} validation pictures")
+    plot_curves(curves_file, curves, f"{title}, {len(some)} validation pictures")
     return {"explanation": record, "files": [maps_file.name, curves_file.name]}
 
 
@@ -229,7 +236,7 @@ def explanation_table(record: dict[str, Any]) -> Table:
         rows.append(row)
     columns = [Column("cells in the order of", "order")]
     for kind in kinds:
-        title = "less random" if kind.endswith("random") else f"{kind} area"
+        title = "minus random's" if kind.endswith("random") else f"{kind} area"
         sign = "+" if kind.endswith("random") else ""
         columns.append(Column(title, (kind, f"{kind}_error"), partial(_with_error, sign)))
     caption = f"\nwhat becomes of {record['explained']}, mean of {counted(record['pictures'], 'picture')}:"
