@@ -26,6 +26,7 @@ from nkat_vit import LogitsOnly, TrainedModel, load_model
 from nkat_vit.checkpoint import load_set
 from nkat_vit.data import split
 from nkat_vit.pictures import as_picture
+from nkat_vit.recipe import class_names
 
 
 def explain(trained: TrainedModel, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,18 +55,19 @@ def main() -> None:
     options = parser.parse_args()
     check_output(options.output, options.force)
     trained = load_model(options.run)
-    spec, training = trained.recipe.spec, trained.recipe.train
+    classes, training = class_names(trained.recipe), trained.recipe.train
     whole = load_set(trained, options.data_root, train=True)
     held = split(whole, training.validation, training.seed)[1]
     shown = held.take(torch.arange(min(options.pictures, len(held))))
     pictures = shown.images.float() / 255
     guesses, by_pixel, by_cell = (part.detach() for part in explain(trained, pictures))
     figure = new_figure(
-        f"{spec.title}: what speaks for the answer (red) and against it (blue)", (7.5, 2 * len(shown) + 0.6)
+        f"{trained.recipe.spec.title}: what speaks for the answer (red) and against it (blue)",
+        (7.5, 2 * len(shown) + 0.6),
     )
     for row, axes in enumerate(figure.subplots(len(shown), 3, squeeze=False)):
         axes[0].imshow(as_picture(pictures[row]), cmap="gray", vmin=0, vmax=1)
-        label, guess = (spec.classes[int(index)] for index in (shown.labels[row], guesses[row]))
+        label, guess = (classes[int(index)] for index in (shown.labels[row], guesses[row]))
         axes[0].set_title(f"{label}, taken for {guess}", fontsize=9)
         for panel, values, title, unit in (
             (axes[1], by_pixel, "Integrated Gradients", "change of the logit"),

@@ -8,18 +8,15 @@ val/ is what a run is validated on and test/ what it is judged on at its end; on
 either, a fifth of each class is set apart by a hash of the pictures' names: the same for every seed of a run, so that
 runs are judged on the same pictures.
 
-Every picture is turned as its EXIF data say, laid on white where it is transparent, made red, green and blue of eight
-bits, scaled until its shorter side fits, and cut at the centre. A picture that cannot be read stops everything: a set
-is what its owner believes it to be, or nothing.
+Pictures are read as `nkat_vit.predict` reads them (`nkat_vit.picture_files`), and kept in memory. One that cannot be
+read stops everything: a set is what its owner believes it to be, or nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,25 +28,17 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nkat.errors import NKATError
 from nkat.host.console import bar, counted, format_bytes
 from nkat.host.distributed import is_first
 from nkat.host.hardware import total_and_free_memory
+from nkat_vit.picture_files import SUFFIXES, is_picture_file, read_picture, read_size
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 LARGEST_DEFAULT = 64  # side that pictures are taken at unless one is given: larger ones take a processor hours
 _PARTS = ("train", "val", "test")
 _TEST_SHARE = 0.2
 _NAMED = 3  # classes that a message lists one by one
-_ORIENTATION = 0x0112  # EXIF's; from 5 on the picture lies on its side
-# What Pillow raises for damaged files, whatever the place of the damage, and for such as would fill the memory.
-_DAMAGE = (
-    OSError, EOFError, LookupError, ValueError, TypeError, OverflowError, SyntaxError, AttributeError,
-    NotImplementedError, ZeroDivisionError, struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
-
 T = TypeVar("T")
 
 
@@ -111,7 +100,8 @@ def _check_classes(place: Path, classes: Sequence[str]) -> None:
         raise NKATError(f"{place}: holds no folders; the pictures of each class belong in one, whose name is its name")
     empty = [name for name in classes if not _pictures(place / name)]
     if empty:
-        raise NKATError(f"{place}: there are no pictures in {_some(empty)} (pictures end in {', '.join(SUFFIXES)})")
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise NKATError(f"{place}: there are no pictures in {_some(empty)} (pictures end in {kinds})")
     if len(classes) < 2:
         raise NKATError(f"{place}: holds one class only, {classes[0]}; there is nothing to tell it from")
 
@@ -130,7 +120,7 @@ def _pictures(place: Path) -> list[Path]:
         Path(folder, name)
         for folder, _, names in os.walk(place)
         for name in names
-        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+        if is_picture_file(Path(folder, name))
     )
 
 
@@ -156,7 +146,7 @@ def _name_hash(path: Path) -> bytes:
 
 def picture_sides(part: Part) -> list[tuple[int, int]]:
     """Width and height of each picture, upright, from its first bytes. Raises NKATError for what is no picture."""
-    return list(_each(part.paths, "looking at pictures", _sides))
+    return list(_each(part.paths, "looking at pictures", read_size))
 
 
 def choose_side(sides: Sequence[tuple[int, int]]) -> int:
@@ -191,33 +181,9 @@ def _decoded(paths: tuple[Path, ...], side: int, _states: tuple[tuple[int, int],
             f"them are kept, and {format_bytes(free)} are free: give a smaller --image-size, or fewer pictures"
         )
     pictures = np.empty((len(paths), 3, side, side), np.uint8)
-    for index, picture in enumerate(_each(paths, "reading pictures", partial(read_picture, side=side))):
-        pictures[index] = picture
+    for index, picture in enumerate(_each(paths, "reading pictures", partial(read_picture, channels=3, side=side))):
+        pictures[index] = picture.pixels.numpy()
     return pictures
-
-
-def read_picture(path: Path, side: int) -> np.ndarray:
-    """One picture as uint8 [3, side, side]. Raises NKATError where it cannot be read."""
-    with _damage(path), Image.open(path) as image:
-        image.draft(None, (2 * side, 2 * side))  # a JPEG need not be unpacked at 20 times the side
-        upright = ImageOps.exif_transpose(image)
-        fitted = ImageOps.fit(_as_rgb(upright), (side, side), Image.Resampling.BICUBIC)
-        return np.ascontiguousarray(np.asarray(fitted).transpose(2, 0, 1))
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as red, green and blue of eight bits, on white where it is transparent."""
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion would cut off at 255
-        levels = np.asarray(image).astype(np.int64)
-        if levels.min() < 0 or levels.max() > 0xFFFF:
-            raise ValueError("it has levels of more than 16 bits")
-        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("it has floats, whose black and white are not known")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
-    return image.convert("RGB")
 
 
 def is_grey(pictures: np.ndarray) -> bool:
@@ -245,13 +211,6 @@ def mean_and_std(pictures: np.ndarray) -> tuple[tuple[float, ...], tuple[float, 
         means.append(round(mean, 4))
         stds.append(max(round(float(np.average((levels - mean) ** 2, weights=counts)) ** 0.5, 4), 1e-3))
     return tuple(means), tuple(stds)
-
-
-def _sides(path: Path) -> tuple[int, int]:
-    with _damage(path), Image.open(path) as image:
-        width, height = image.size
-        on_its_side = image.getexif().get(_ORIENTATION, 1) >= 5
-        return (height, width) if on_its_side else (width, height)
 
 
 def _each(paths: Sequence[Path], what: str, work: Callable[[Path], T]) -> Iterator[T]:
@@ -282,17 +241,6 @@ def _each(paths: Sequence[Path], what: str, work: Callable[[Path], T]) -> Iterat
     if errors:
         others = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
         raise NKATError(f"{errors[0]}{others}")
-
-
-@contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """While a picture is read: whatever is wrong with it is one line with its place."""
-    try:
-        yield
-    except UnidentifiedImageError:
-        raise NKATError(f"{path}: this is no picture, or one of a kind that Pillow does not know") from None
-    except _DAMAGE as error:
-        raise NKATError(f"{path}: this picture cannot be read: {error}") from None
 
 
 @contextmanager

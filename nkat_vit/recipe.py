@@ -278,6 +278,11 @@ def _folder_spec(dataset: str, values: Mapping[str, Any]) -> DatasetSpec:
     return DatasetSpec(title_of(dataset), tuple(classes), channels, size, tuple(mean), tuple(std), mirrored=mirrored)
 
 
+def class_names(recipe: Recipe) -> tuple[str, ...]:
+    """What a model's classes are called, in the order of its logits."""
+    return recipe.spec.classes
+
+
 def describe_presets() -> str:
     """For --help: all values of the first preset, and of each other one those that differ."""
     lines: list[str] = []

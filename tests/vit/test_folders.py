@@ -15,7 +15,8 @@ from nkat.errors import NKATError
 from nkat_vit import checkpoint, folders
 from nkat_vit.checkpoint import load_model, load_set
 from nkat_vit.data import describe_dataset, load_images, split
-from nkat_vit.folders import choose_side, decode, mean_and_std, open_folder, read_picture, to_grey
+from nkat_vit.folders import choose_side, decode, mean_and_std, open_folder, picture_sides, to_grey
+from nkat_vit.picture_files import read_picture
 from nkat_vit.recipe import make_recipe
 from tests.support.vit_data import run_module
 
@@ -38,45 +39,25 @@ def write_pictures(root: Path, classes: dict[str, int], grey: bool = False, side
     return root
 
 
-def saved(path: Path, image: Image.Image, **options: object) -> Path:
-    image.save(path, **options)
-    return path
+def test_grey_is_pillows() -> None:
+    colour = np.random.default_rng(1).integers(0, 256, (9, 9, 3)).astype(np.uint8)
+    image = Image.fromarray(colour)
+    assert np.array_equal(to_grey(colour.transpose(2, 0, 1)[None])[0, 0], np.asarray(image.convert("L")))
+    grey = np.asarray(image.convert("L").convert("RGB")).transpose(2, 0, 1)
+    assert np.array_equal(to_grey(grey[None])[0, 0], grey[0])
 
 
-def test_every_mode_comes_out_as_its_own_pixels(tmp_path: Path) -> None:
-    random = np.random.default_rng(1)
-    colour = random.integers(0, 256, (9, 9, 3)).astype(np.uint8)
-    grey = random.integers(0, 256, (9, 9)).astype(np.uint8)
-    planes = np.repeat(grey[None], 3, axis=0)
-    few = Image.fromarray(colour).quantize(8, dither=Image.Dither.NONE)
-    alpha = random.integers(0, 256, (9, 9)).astype(np.uint8)
-    share = alpha[..., None] / 255
-    on_white = np.rint(share * colour + (1 - share) * 255).transpose(2, 0, 1)
-    turned = Image.Exif()
-    turned[0x0112] = 6  # to be turned a quarter clockwise
-    for name, image, expected, options in (
-        ("rgb.png", Image.fromarray(colour), colour.transpose(2, 0, 1), {}),
-        ("grey.png", Image.fromarray(grey), planes, {}),
-        ("palette.gif", few, np.asarray(few.convert("RGB")).transpose(2, 0, 1), {}),
-        ("alpha.png", Image.fromarray(np.dstack([colour, alpha])), on_white, {}),
-        ("deep.png", Image.fromarray(grey.astype(np.uint16) * 257), planes, {}),
-        ("deep.tif", Image.fromarray(grey.astype(np.uint16) * 257), planes, {}),
-        ("black.png", Image.fromarray(grey > 99), (planes > 99) * 255, {}),
-        ("print.tif", Image.fromarray(colour).convert("CMYK"), colour.transpose(2, 0, 1), {}),
-        ("turned.png", Image.fromarray(colour), np.rot90(colour, -1).transpose(2, 0, 1), {"exif": turned}),
-        ("same.webp", Image.fromarray(colour), colour.transpose(2, 0, 1), {"lossless": True}),
-        ("a.ppm", Image.fromarray(colour), colour.transpose(2, 0, 1), {}),
-    ):
-        got = read_picture(saved(tmp_path / name, image, **options), 9)
-        assert got.dtype == np.uint8
-        assert np.abs(got.astype(int) - expected).max() <= (name == "alpha.png"), name
-    clear = few.copy()
-    clear.save(tmp_path / "clear.png", transparency=int(np.asarray(few)[0, 0]))
-    assert (read_picture(tmp_path / "clear.png", 9)[:, 0, 0] == 255).all()
-    assert np.array_equal(to_grey(planes[None])[0, 0], grey)
-    assert np.array_equal(
-        to_grey(colour.transpose(2, 0, 1)[None])[0, 0], np.asarray(Image.fromarray(colour).convert("L"))
-    )
+def test_sides_are_upright(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i, turn in enumerate((1, 6)):  # EXIF: upright, and to be turned a quarter
+            exif = Image.Exif()
+            exif[0x0112] = turn
+            Image.new("RGB", (30, 20)).save(tmp_path / name / f"{i}.jpg", exif=exif)
+    part = open_folder(tmp_path).train
+    sides = dict(zip((path.name for path in part.paths), picture_sides(part), strict=True))
+    assert sides.items() <= {("0.jpg", (30, 20)), ("1.jpg", (20, 30))}
+    assert sides
 
 
 @pytest.mark.parametrize(("height", "width"), [(40, 60), (60, 40), (11, 30), (20, 20)])
@@ -86,7 +67,8 @@ def test_pictures_are_scaled_and_cut_at_the_centre(tmp_path: Path, height: int, 
     pixels = np.broadcast_to(slope[:, None] if height > width else slope, (height, width))
     image = Image.fromarray(np.dstack([pixels.round().astype(np.uint8)] * 3))
     for side in (10, 25):
-        got = read_picture(saved(tmp_path / "x.png", image), side)[0]
+        image.save(tmp_path / "x.png")
+        got = read_picture(tmp_path / "x.png", 3, side).pixels[0].numpy()
         line = got[:, side // 2] if height > width else got[side // 2]
         longer, shorter = max(height, width), min(height, width)
         places = (longer - shorter) / 2 + (np.arange(side) + 0.5) * shorter / side - 0.5
@@ -192,12 +174,8 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         for name in ("a/1.png", "b/1.png", "b/2.png"):
             (good / name).write_bytes(bad)
         said = message(good)
-        assert "1.png: this" in said, number
+        assert "1.png: " in said, number
         assert "more like it)" in said
-    for image in (Image.new("F", (20, 20)), Image.new("I", (20, 20), 1 << 20)):
-        image.save(good / "a" / "x.tif")
-        with pytest.raises(NKATError, match="cannot be read: it has"):
-            read_picture(good / "a" / "x.tif", 8)
 
 
 def test_a_recipe_keeps_what_was_measured() -> None:
@@ -257,6 +235,8 @@ def test_a_run_from_training_to_export(tmp_path: Path, monkeypatch: pytest.Monke
         "interpret", "--checkpoint", output, "--output-dir", tmp_path / "seen"
     )
     ok("export", "--checkpoint", output, "--output", tmp_path / "model.pt2")
+    answered = ok("predict", root / "bee" / "3.png", "--checkpoint", output)
+    assert "bee" in answered
     extra = {"nkat.json": ""}
     torch.export.load(str(tmp_path / "model.pt2"), extra_files=extra)
     assert json.loads(json.loads(extra["nkat.json"])["classes"]) == ["ant bear", "bee", "cat"]
