@@ -62,7 +62,8 @@ def main() -> None:
     pictures = shown.images.float() / 255
     guesses, by_pixel, by_cell = (part.detach() for part in explain(trained, pictures))
     figure = new_figure(
-        f"{find_dataset(trained.recipe.dataset).title}: what speaks for the answer (red) and against it (blue)", (7.5, 2 * len(shown) + 0.6)
+        f"{find_dataset(trained.recipe.dataset).title}: what speaks for the answer (red) and against it (blue)",
+        (7.5, 2 * len(shown) + 0.6),
     )
     for row, axes in enumerate(figure.subplots(len(shown), 3, squeeze=False)):
         axes[0].imshow(as_picture(pictures[row]), cmap="gray", vmin=0, vmax=1)
