@@ -3,8 +3,8 @@
 Deletion blackens the picture cell by cell, the map's largest first, and follows the probability of the class: the
 better the map, the sooner it falls, the smaller the area under the curve. Insertion puts the cells in the same order
 into a blurred copy: the better, the larger. A cell is what one token covers, the finest that a map tells apart, and so
-the control is a random order of cells. Blackening makes pictures such as no model was trained on: it is the differences
-between orders that mean something.
+the control is a random order of cells. Pictures are answered as they are, without test-time augmentation. Blackening
+makes pictures such as no model was trained on: it is the differences between orders that mean something.
 """
 
 from __future__ import annotations

@@ -14,11 +14,12 @@ from PIL import Image
 from nkat.errors import NKATError
 from nkat_vit import checkpoint
 from nkat_vit.checkpoint import TrainedModel, load_model
+from nkat_vit.data import load_images
 from nkat_vit.model import NKATViT
 from nkat_vit.picture_files import find_pictures, has_bright_edge, read_picture
 from nkat_vit.predict import answers, predict_logits
 from nkat_vit.recipe import class_names, make_recipe
-from tests.support.vit_data import run_module
+from tests.support.vit_data import run_module, write_digits
 
 SMALL = {"embed_dim": 32, "depth": 1, "heads": 4, "gauge_rank": 2, "nkat_strength": 0.5}
 
@@ -199,3 +200,41 @@ def test_ink_on_paper_is_noticed(tmp_path: Path) -> None:
         "bright edge"
         not in run_module("nkat_vit.predict", tmp_path / "one.png", "--checkpoint", model.path, "--invert").stderr
     )
+
+
+def test_a_model_trained_judged_explained_and_asked_by_the_command_line(tmp_path: Path) -> None:
+    """Files of the test pictures get the answers that the test set got, and maps are worth more than chance."""
+    data = write_digits(tmp_path / "data", train=384, test=100)
+    settings = ["--embed-dim", 32, "--depth", 2, "--heads", 4, "--gauge-rank", 2, "--validation", 24, "--crop", 0]
+    settings += ["--randaugment", 0, 0, "--cutout", 0, "--mixup", 0, "--cutmix", 0, "--dropout-attn", 0, "--warmup", 1]
+    settings += ["--batch-size", 24, "--lr", 4e-3, "--epochs", 6, "--ema", 0.9, "--opt", "muon", "--threads", 1]
+    run = tmp_path / "run"
+    common = ["--data-root", data, "--json", "-"]
+    done = run_module("nkat_vit.train", "--dataset", "emnist-digits", "--output", run, *settings, *common)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert f"top 5       {100 * record['test_top5']:.2f} %" in done.stdout
+
+    test = load_images("emnist-digits", data, train=False)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, image in enumerate(test.images):
+        Image.fromarray(image[0].numpy()).resize((112, 112), Image.Resampling.NEAREST).save(folder / f"{i:03}.png")
+    asked = run_module("nkat_vit.predict", folder, "--checkpoint", run, "--top", 1, "--json", "-")
+    assert asked.returncode == 0, asked.stderr
+    answered = [row["answers"][0]["index"] for row in json.loads(asked.stdout.splitlines()[-1])["pictures"]]
+    right = np.mean(np.array(answered) == test.labels.numpy())
+    assert abs(right - record["test"]) <= 0.03  # enlarged and made small again
+    assert right > 0.8
+
+    judged = run_module("nkat_vit.evaluate", run, "--data-root", tmp_path / "none", "--json", "-")  # nothing to read
+    assert judged.returncode == 0, judged.stderr
+    by_class = json.loads(judged.stdout.splitlines()[-1])["classes"]["emnist-digits"]
+    assert by_class["confusion"] == record["test_confusion"]
+
+    shown = run_module("nkat_vit.interpret", "--checkpoint", run, *common, "--curve-pictures", 24)
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout.splitlines()[-1])["explanation"]["orders"]["relevance"]
+    for kind, sign in (("deletion", -1), ("insertion", 1)):
+        better = found[f"{kind}_from_random"]
+        assert sign * better["mean"] > 2 * better["standard_error"]
