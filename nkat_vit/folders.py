@@ -76,7 +76,8 @@ def open_folder(root: Path) -> PictureFolder:
     if not root.is_dir():
         raise NKATError(f"{root}: {'this is no folder' if root.exists() else 'there is no such folder'}")
     with _unreadable():
-        there = {name for name in _PARTS if (root / name).is_dir()}
+        # Without folders in it, it is a class of that name: trains are things that one may want to tell from others.
+        there = {name for name in _PARTS if (root / name).is_dir() and _folders(root / name)}
         if there and "train" not in there:
             raise NKATError(f"{root}: has {' and '.join(sorted(there))}, and no train, for pictures to learn from")
         classes = _folders(root / "train" if there else root)
@@ -127,8 +128,10 @@ def _pictures(place: Path) -> list[Path]:
 def _set_apart(root: Path, whole: Part, classes: tuple[str, ...]) -> PictureFolder:
     """A share of each class as the test set, those whose names' hashes come first; one picture of each stays."""
     chosen: set[Path] = set()
-    for label in range(len(classes)):
-        paths = [path for path, its in zip(whole.paths, whole.labels, strict=True) if its == label]
+    by_class: list[list[Path]] = [[] for _ in classes]
+    for path, label in zip(whole.paths, whole.labels, strict=True):
+        by_class[label].append(path)
+    for paths in by_class:
         count = min(max(round(_TEST_SHARE * len(paths)), 1), len(paths) - 1)
         chosen.update(sorted(paths, key=lambda path: _name_hash(path.relative_to(root)))[:count])
     if not chosen:

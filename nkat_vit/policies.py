@@ -21,7 +21,7 @@ from nkat_vit.randaugment import GREATEST_MAGNITUDE, OPERATIONS, Operation, each
 
 _MAGNITUDES = 10  # of AutoAugment's, from 0; the last is an operation's greatest in RandAugment's space
 
-# operation, probability, magnitude; twice a line. The papers' tables of what was found on CIFAR-10 and on ImageNet.
+# operation, probability, magnitude; twice a line. The paper's policies for CIFAR-10 and ImageNet, as kornia has them.
 _CIFAR10 = """
     invert 0.1 0; contrast 0.2 6
     rotate 0.7 2; translate x 0.3 9

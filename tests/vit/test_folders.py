@@ -105,6 +105,7 @@ def test_the_three_layouts(tmp_path: Path) -> None:
         for part, root in ((flat, tmp_path / "flat"), (again, tmp_path / "copy"))
     ]
     assert names[0] == names[1]
+    assert open_folder(write_pictures(tmp_path / "vehicles", {"bus": 3, "train": 3})).classes == ("bus", "train")
     for part, count in (("train", 8), ("test", 3)):
         write_pictures(tmp_path / "parts" / part, dict.fromkeys("ab", count))
     parts = open_folder(tmp_path / "parts")
