@@ -11,7 +11,7 @@ from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure
 from nkat_vit.deletion import RANDOM, Curves
 from nkat_vit.maps import on_pixels
 from nkat_vit.model import ViTConfig
-from nkat_vit.pictures import DPI, as_picture
+from nkat_vit.pictures import DPI, as_picture, overlay
 
 _COLOURS = {"relevance": BEST, "rollout": TRIAL, "attention": BASE, RANDOM: PRUNED}
 
@@ -37,12 +37,8 @@ def plot_maps(
             axes.set_yticks([])
         line[0].imshow(as_picture(images[row]), cmap="gray", vmin=0, vmax=1)
         for axes, values in zip(line[1:], maps.values(), strict=True):
-            pixels = on_pixels(values[row], config).cpu().float()
-            grey = images[row].mean(dim=0, keepdim=True)
-            axes.imshow(as_picture(grey), cmap="gray", vmin=0, vmax=1)
-            shown = axes.imshow(
-                (pixels / pixels.max().clamp_min(1e-30)).numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=1
-            )
+            scaled = values[row] / values[row].max().clamp_min(1e-30)
+            shown = overlay(axes, images[row], on_pixels(scaled, config), 1.0)
         for axes, text in zip(line, captions[row], strict=False):
             axes.set_xlabel(text, fontsize=8)
     for axes, name in zip(panels[0], ("picture", *maps), strict=True):
@@ -70,7 +66,7 @@ def plot_curves(path: Path, curves: Curves, title: str) -> None:
         axes.set(title=kind, xlabel=text, xlim=(0, 100))
         place = "upper right" if kind == "deletion" else "lower right"  # where no curve ends
         axes.legend(title=f"area under the curve, {better} is better", fontsize=8, title_fontsize=8, loc=place)
-    figure.axes[0].set(ylabel="probability, %", ylim=(0, min(100.0, 1.1 * highest)))
+    figure.axes[0].set(ylabel="probability, %", ylim=(0, min(102.0, 1.1 * highest)))
     save_figure(figure, path, force=False, dpi=DPI)
 
 

@@ -15,7 +15,7 @@ from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.gauge import Gauge
 from nkat_vit.maps import cells, on_pixels
 from nkat_vit.model import ViTConfig
-from nkat_vit.pictures import DPI, as_picture
+from nkat_vit.pictures import DPI, as_picture, overlay
 
 _GROUPS = ("red", "green", "blue", "shared")
 
@@ -54,7 +54,7 @@ def plot_sample(
             if name == "picture":
                 axes.imshow(as_picture(image), cmap="gray", vmin=0, vmax=1)
             else:
-                shown = overlay(axes, image, values, config, largest)
+                shown = overlay(axes, image, on_pixels(cells(values, config), config), largest)
         box, end = line[0].get_position(), line[len(maps) - 1].get_position()
         figure.text(0.01, box.y1 + 0.26 / height, text, fontsize=9)
         bar = figure.add_axes((end.x1 + 0.008, end.y0, 0.1 / (1.35 * columns), end.height))
@@ -137,10 +137,3 @@ def _head_name(layer: int, head: int, config: ViTConfig) -> str:
 def _received(weights: Tensor, config: ViTConfig) -> Tensor:
     """[n]: what the CLS token looks at, or where there is none, what all tokens look at on average."""
     return weights[0] if config.pool == "cls" else weights.mean(0)
-
-
-def overlay(axes: Any, image: Tensor, values: Tensor, config: ViTConfig, largest: float) -> Any:
-    """Draws a map of tokens [n] over the picture [c, h, w] in grey; returns what a colour bar can be made of."""
-    axes.imshow(as_picture(image.mean(0, keepdim=True)), cmap="gray", vmin=0, vmax=1)
-    pixels = on_pixels(cells(values, config), config).cpu().float().numpy()
-    return axes.imshow(pixels, cmap="inferno", alpha=0.6, vmin=0, vmax=largest)

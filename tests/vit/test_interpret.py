@@ -160,8 +160,6 @@ def test_all_pictures_from_a_trained_checkpoint(run: Path) -> None:
     area = found["orders"]["relevance"]["deletion"]
     assert f"{area['mean']:.3f} ± {area['standard_error']:.3f}" in done.stdout
     assert len(found["orders"]["relevance"]["insertion_curve"]) == len(found["shares"])
-    again = run_module("nkat_vit.interpret", *arguments)
-    assert json.loads(again.stdout.splitlines()[-1])["explanation"] == found
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"validation": 0.12}])

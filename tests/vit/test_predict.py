@@ -202,7 +202,9 @@ def test_ink_on_paper_is_noticed(tmp_path: Path) -> None:
     )
 
 
-def test_a_model_trained_judged_explained_and_asked_by_the_command_line(tmp_path: Path) -> None:
+def test_a_model_trained_judged_explained_and_asked_by_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Files of the test pictures get the answers that the test set got, and maps are worth more than chance."""
     data = write_digits(tmp_path / "data", train=384, test=100)
     settings = ["--embed-dim", 32, "--depth", 2, "--heads", 4, "--gauge-rank", 2, "--validation", 24, "--crop", 0]
@@ -232,6 +234,7 @@ def test_a_model_trained_judged_explained_and_asked_by_the_command_line(tmp_path
     by_class = json.loads(judged.stdout.splitlines()[-1])["classes"]["emnist-digits"]
     assert by_class["confusion"] == record["test_confusion"]
 
+    monkeypatch.setattr("nkat_vit.interpret.SAMPLES", 1)  # of pictures that are not looked at here
     shown = run_module("nkat_vit.interpret", "--checkpoint", run, *common, "--curve-pictures", 24)
     assert shown.returncode == 0, shown.stderr
     found = json.loads(shown.stdout.splitlines()[-1])["explanation"]["orders"]["relevance"]
