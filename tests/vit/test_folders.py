@@ -71,7 +71,7 @@ def test_pictures_are_scaled_and_cut_at_the_centre(tmp_path: Path, height: int, 
         got = read_picture(tmp_path / "x.png", 3, side).pixels[0].numpy()
         line = got[:, side // 2] if height > width else got[side // 2]
         longer, shorter = max(height, width), min(height, width)
-        places = (longer - shorter) / 2 + (np.arange(side) + 0.5) * shorter / side - 0.5
+        places = (longer - shorter) // 2 + (np.arange(side) + 0.5) * shorter / side - 0.5
         inner = slice(2, -2)  # at a picture's edge the filter is cut off
         assert np.abs(line - np.interp(places, np.arange(longer), slope))[inner].max() < 4
         plain = np.asarray(image.resize((side, side)))[:, :, 0]  # control: squeezed, it is another

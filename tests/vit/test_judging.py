@@ -97,7 +97,7 @@ def test_judging_is_accuracy_and_does_not_depend_on_batches(run: Path, monkeypat
 def test_the_test_set_is_read_once_and_what_was_found_is_enough(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load_model(run)
     first = judge_once(before, run / "data", CPU)
-    monkeypatch.setattr(judging, "load_images", lambda *_, **__: pytest.fail("the test set was read again"))
+    monkeypatch.setattr(judging, "load_set", lambda *_, **__: pytest.fail("the test set was read again"))
     again = judge_once(load_model(run), run / "data", CPU)
     assert again.facts == first.facts
     kept = kept_judgement(again)
