@@ -40,6 +40,7 @@ from nkat_vit.recipe import Recipe, check_schedule, with_amp
 
 _CHECK_STEPS = 20  # reading the loss more often would make a GPU wait
 _AMP_TRIALS = 4
+_FIT_PICTURES = 5000  # of the training set, for the stem's whitening
 _THREAD_TRIALS = 3
 _THREAD_SECONDS = 5.0  # after which the first of them has to do
 _ROW = {"epoch", "loss", "validation", "lr", "seconds", "images_per_second"}
@@ -150,6 +151,7 @@ class Trainer:
             keep_freed_memory()  # a step's tensors are as large as those of the step before it
         torch.manual_seed(config.seed)
         self.model = NKATViT(recipe.model).to(world.device)
+        self.model.fit_stem(self.train_set.images[:_FIT_PICTURES])
         self.average = Average(self.model, config.ema) if config.ema else None
         self.judge = deepcopy(self.model).eval()
         self.optimizers = make_optimizers(self.model, config)

@@ -21,15 +21,17 @@ from nkat.host.console import counted
 from nkat_vit.attention import COLOR_GROUPS, Attention
 from nkat_vit.dropout import dropout
 from nkat_vit.gauge import FORMS, Gauge
-from nkat_vit.stem import Stem
+from nkat_vit.stem import Stem, WhiteStem
 
 # (channels, stride) of the stem's 3×3 convolutions. "tiny" is the plan's; "small" puts one at full resolution before;
-# "deep" is a small convolutional network: more is learned from few pictures, in less time, than by attention alone.
+# "deep" is a small convolutional network: more is learned from few pictures, in less time, than by attention alone;
+# "white" (`WhiteStem`, with two convolutions for each entry) learns the most in the same time.
 STEMS: dict[str, tuple[tuple[int, int], ...]] = {
     "off": (),
     "tiny": ((32, 2), (64, 2)),
     "small": ((32, 1), (64, 2), (128, 2)),
     "deep": ((64, 1), (64, 2), (128, 1), (128, 2), (256, 1), (256, 2)),
+    "white": ((64, 2), (128, 2), (256, 2)),
 }
 COLOR_NORMS = ("off", "on", "concat")
 POOLS = ("cls", "seq", "mean")
@@ -221,7 +223,7 @@ class NKATViT(nn.Module):
             self.color_norm = ColorNorm()
             channels *= 2 if config.color_norm == "concat" else 1
         layers = STEMS[config.conv_stem]
-        self.stem = Stem(channels, layers)
+        self.stem = (WhiteStem if config.conv_stem == "white" else Stem)(channels, layers)
         channels = layers[-1][0] if layers else channels
         self.embed = nn.Linear(channels * config.patch_size**2, dim)
         self.position = nn.Parameter(torch.zeros(1, config.tokens, dim))
@@ -243,10 +245,7 @@ class NKATViT(nn.Module):
         """
         config = self.config
         self._check_pictures(images)
-        missing = config.grid * config.cell - config.image_size
-        before = missing // 2
-        images = F.pad(images, (before, missing - before, before, missing - before))
-        images = (images - self.mean) / self.std
+        images = self._normalised(images)
         x = dropout(self._tokens(images), config.dropout_embed, self.training)
         color = self._color_features(images) if config.split_heads else None
         attention = []
@@ -258,6 +257,19 @@ class NKATViT(nn.Module):
         if with_attention:
             intermediates["attention"] = attention
         return self.head(pooled), intermediates
+
+    @torch.no_grad()
+    def fit_stem(self, images: Tensor) -> None:
+        """Before training: what the stem takes from pictures uint8 [n, channels, image_size, image_size], if anything."""
+        if isinstance(self.stem, WhiteStem):
+            self.stem.white.fit(self._colours(self._normalised(images.float() / 255)))
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Padded to whole cells, with the set's mean and spread."""
+        missing = self.config.grid * self.config.cell - self.config.image_size
+        before = missing // 2
+        images = F.pad(images, (before, missing - before, before, missing - before))
+        return (images - self.mean) / self.std
 
     def _check_pictures(self, images: Tensor) -> None:
         """Raises NKATError for what is no batch of this model's pictures; it would else give classes all the same.
@@ -287,13 +299,17 @@ class NKATViT(nn.Module):
 
     def _tokens(self, images: Tensor) -> Tensor:
         """Normalised pictures → tokens [b, n, dim] with their positions."""
-        if self.config.color_norm != "off":
-            normed = self.color_norm(images)
-            images = torch.cat([images, normed], dim=1) if self.config.color_norm == "concat" else normed
-        x = self.embed(_patches(self.stem(images), self.config.patch_size))
+        x = self.embed(_patches(self.stem(self._colours(images)), self.config.patch_size))
         if self.config.pool == "cls":
             x = torch.cat([self.cls.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         return x + self.position
+
+    def _colours(self, images: Tensor) -> Tensor:
+        """Normalised pictures with the norm of their colours, as the stem takes them."""
+        if self.config.color_norm == "off":
+            return images
+        normed = self.color_norm(images)
+        return torch.cat([images, normed], dim=1) if self.config.color_norm == "concat" else normed
 
     def _color_features(self, images: Tensor) -> Tensor:
         """The local features of red, green and blue side by side: [b·n, 3 · color_dim], zero at the CLS token."""

@@ -38,6 +38,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[Optimizer]:
     # By the module's kind: the shape does not tell, the norm of colours has [3, 1, 1].
     norms = {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # the whitening's filters
+            continue
         parts, below = _packed_maps(name, parameter), depths.get(name, 0)
         if config.opt == "muon" and parts:
             packed[below].append((parameter, parts))

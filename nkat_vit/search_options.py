@@ -29,7 +29,7 @@ EXAMPLES = """\
 # The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work: too much
 # for a quick search. Its batches are smaller because its steps are few.
 BUDGETS = {"quick": (9, 1536, 1000, 20, 64), "full": (27, 0, 5000, 0, 128)}
-# By mode: stems beyond STAGE2's. The deep one learns most from the few pictures of a quick search.
+# By mode: stems beyond STAGE2's. The white and the deep one learn most from the few pictures of a quick search.
 STEMS_OF: dict[str, tuple[str, ...]] = {"quick": tuple(STEMS)}
 
 GATE_OF_PLAN = 0.60  # Local TPE

@@ -1,11 +1,13 @@
-"""The stem's convolutions, each with its BatchNorm and GELU, in ways that suit a processor while it trains.
+"""The stems: convolutions, each with its BatchNorm and GELU, in ways that suit a processor while it trains.
 
-The parameters are those of torch's modules, and elsewhere (in evaluation, on a GPU, in an exported model) so are the
+`Stem` is a row of them; `WhiteStem` begins with whitened patches and has a residual group for each halving. The
+parameters are those of torch's modules, and elsewhere (in evaluation, on a GPU, in an exported model) so are the
 operations; the numbers agree to rounding.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -17,6 +19,8 @@ from torch.autograd.function import once_differentiable
 # Up to so many points of a picture's output the gradient by a weight is faster as a product of matrices than in oneDNN.
 # 256 to 256 channels, 4 × 4 points, batches of 128: a third of the time; at 8 × 8 it is not (AMX, torch 2.13).
 _FEW_POINTS = 16
+_PATCH = 2  # side of the whitened patches
+_EPSILON = 5e-4  # added to their variances: the finest detail is mostly noise
 
 
 class Stem(nn.Sequential):
@@ -31,10 +35,9 @@ class Stem(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Pictures or whatever is before, to the last layer's channels."""
-        if x.device.type == "cpu":  # where oneDNN's convolutions, and the norms behind them, want it so
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = _laid_out(x)
         for convolution, norm in self.layers():
-            x = norm_gelu(convolve(x, convolution) if self.training else convolution(x), norm)
+            x = norm_gelu(convolve(x, convolution), norm)
         return x
 
     def layers(self) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -43,10 +46,75 @@ class Stem(nn.Sequential):
         return zip(cast(Any, modules[::3]), cast(Any, modules[1::3]), strict=True)
 
 
+class WhiteStem(nn.Module):
+    """Whitening, GELU, and a group for each (channels, 2) of `layers`: [b, c, h, w] → [b, channels, h/2ⁿ, w/2ⁿ].
+
+    After airbench94 (Jordan, 2024, arXiv 2404.00498), with padding, so that a token is a square of pixels, and with a
+    sum around the second convolution of each group.
+    """
+
+    def __init__(self, channels: int, layers: tuple[tuple[int, int], ...]) -> None:
+        super().__init__()
+        self.white = Whitening(channels)
+        widths = (len(self.white.weight), *(width for width, _ in layers))
+        self.groups = nn.Sequential(*(_Group(*pair) for pair in itertools.pairwise(widths)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pictures, or whatever is before, to the last group's channels."""
+        return cast(Tensor, self.groups(F.gelu(self.white(_laid_out(x)))))
+
+
+class Whitening(nn.Module):
+    """A convolution [b, c, h, w] → [b, 8c, h, w] whose filters make patches of 2 × 2 uncorrelated and of one spread.
+
+    The filters are the patches' principal components over their standard deviations, and the negatives of those. They
+    come from pictures (`fit`), not from training, which moves the biases alone; before that, they pass each pixel on.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        patch = channels * _PATCH**2
+        basis = torch.eye(patch).view(patch, channels, _PATCH, _PATCH)
+        self.weight = nn.Parameter(torch.cat([basis, -basis]), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(2 * patch))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last row and column of patches reach over the edge, where there are zeros."""
+        return F.conv2d(F.pad(x, (0, _PATCH - 1, 0, _PATCH - 1)), self.weight, self.bias)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor) -> None:
+        """Takes the filters from what it is going to see [n, c, h, w]."""
+        patches = F.unfold(x.float(), _PATCH).transpose(1, 2).flatten(0, 1).double().cpu()
+        variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+        filters = (components / (variances.clamp(min=0) + _EPSILON).sqrt()).T.flip(0)  # the strongest first
+        self.weight.copy_(torch.cat([filters, -filters]).view_as(self.weight))
+
+
+class _Group(nn.Module):
+    """A convolution with pooling behind it, and one with its input added."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, 1, 1, bias=False)
+        self.first_norm = nn.BatchNorm2d(outputs)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.second_norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = norm_gelu(F.max_pool2d(convolve(x, self.first), 2), self.first_norm)
+        return x + norm_gelu(convolve(x, self.second), self.second_norm)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """The same, on a processor as oneDNN's convolutions, and the norms behind them, want it."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+
+
 def convolve(x: Tensor, convolution: nn.Conv2d) -> Tensor:
     """A convolution of [b, c, h, w] without bias; on a processor its gradients are made in the fastest way known."""
-    if not _suits(x):
-        return convolution(x)
+    if not (convolution.training and _suits(x)):
+        return cast(Tensor, convolution(x))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     stride, padding = convolution.stride[0], cast(int, convolution.padding[0])
     return cast(Tensor, _Convolution.apply(x.to(dtype), convolution.weight.to(dtype), stride, padding))

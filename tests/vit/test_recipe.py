@@ -107,14 +107,15 @@ def test_strong_has_the_size_of_the_baseline() -> None:
     assert strong.tokens >= 64
 
 
-def test_fast_is_gauge_attention_behind_deep_convolutions() -> None:
+def test_fast_is_gauge_attention_behind_whitened_convolutions() -> None:
     recipe = make_recipe(PRESETS["fast"] | {"dataset": "cifar10"})
     model, train = NKATViT(recipe.model), recipe.train
-    assert [m.weight.shape[0] for m in model.stem if isinstance(m, torch.nn.Conv2d)] == [64, 64, 128, 128, 256, 256]
-    assert (recipe.model.tokens, recipe.model.embed_dim, recipe.model.depth) == (16, 256, 4)
+    widths = [m.weight.shape[0] for m in model.stem.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert widths == [64, 64, 128, 128, 256, 256]
+    assert (recipe.model.tokens, recipe.model.embed_dim, recipe.model.depth) == (16, 256, 2)
     assert all(block.attention.gauge is not None for block in model.blocks)
-    assert (train.opt, train.muon_lr, train.lr, train.ema, train.batch_size) == ("muon", 0.02, 2e-3, 0.99, 128)
-    convolutions = sum(p.numel() for p in model.stem.parameters())
+    assert (train.opt, train.muon_lr, train.lr, train.ema, train.batch_size) == ("muon", 0.1, 6e-3, 0.99, 512)
+    convolutions = sum(p.numel() for p in model.stem.parameters())  # the whitening's filters are counted too
     assert convolutions > 1_100_000
     shallow = count_parameters(replace(recipe.model, conv_stem="off", patch_size=8)) - (192 - 256) * 256
     assert lambda_theory(count_parameters(recipe.model)) == pytest.approx(

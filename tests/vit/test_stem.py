@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nkat_vit import stem
-from nkat_vit.stem import Stem, convolve, norm_gelu
+from nkat_vit.model import NKATViT, ViTConfig
+from nkat_vit.stem import Stem, WhiteStem, Whitening, convolve, norm_gelu
 
 pytestmark = pytest.mark.isa
 
@@ -114,3 +115,93 @@ def test_elsewhere_the_operations_are_torchs(monkeypatch: pytest.MonkeyPatch) ->
     layers.train()
     assert norm_gelu(torch.rand(2, 16, 4, 4), layers[1]).shape == (2, 16, 4, 4)  # not channels last
     assert norm_gelu(torch.rand(2, 5, 4, 4).contiguous(memory_format=torch.channels_last), random_norm(5)).shape[1] == 5
+
+
+def coloured_noise(count: int, channels: int, side: int) -> torch.Tensor:
+    """Pictures whose neighbours and colours are much alike."""
+    torch.manual_seed(0)
+    rough = torch.randn(count, 1, side + 2, side + 2) + 0.1 * torch.randn(count, channels, side + 2, side + 2)
+    return F.avg_pool2d(rough, 3, 1)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+def test_whitened_patches_are_uncorrelated_and_of_one_spread(channels: int) -> None:
+    x = coloured_noise(400, channels, 12)
+    white = Whitening(channels)
+    parts = 4 * channels
+    before = white(x)
+    passed = F.pad(x, (0, 1, 0, 1)).unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 1, 4, 5, 2, 3).flatten(1, 3)
+    torch.testing.assert_close(before[:, :parts], passed, atol=0, rtol=0)  # each pixel of a patch as it is
+    white.fit(x)
+    after = white(x).detach()
+    torch.testing.assert_close(after[:, :parts], -after[:, parts:])
+
+    def moments(y: torch.Tensor) -> torch.Tensor:
+        inner = y[:, :parts, :-1, :-1].permute(0, 2, 3, 1).reshape(-1, parts).double()
+        return inner.T @ inner / len(inner)
+
+    patches = moments(before.detach())
+    components = white.weight[:parts].flatten(1).double()
+    torch.testing.assert_close(moments(after), components @ patches @ components.T, atol=1e-3, rtol=1e-3)
+    spread = torch.linalg.eigvalsh(patches)
+    wanted = torch.diag(spread / (spread + 5e-4)).flip(0, 1)  # 1, but for what is weaker than the epsilon
+    torch.testing.assert_close(moments(after), wanted, atol=1e-3, rtol=0)
+    assert float((patches / patches.diagonal().mean() - torch.eye(parts)).abs().max()) > 0.3  # control
+    same = Whitening(channels)
+    same.fit(x)
+    torch.testing.assert_close(same.weight, white.weight, atol=0, rtol=0)
+
+
+def test_constant_pictures_leave_finite_filters() -> None:
+    white = Whitening(3)
+    white.fit(torch.zeros(10, 3, 8, 8))
+    assert white.weight.isfinite().all()
+
+
+def test_a_white_stem_is_its_operations_written_out() -> None:
+    torch.manual_seed(0)
+    ours = WhiteStem(3, ((16, 2), (32, 2))).train()
+    theirs = deepcopy(ours).double()
+    x = torch.rand(4, 3, 16, 16)
+
+    def written_out(y: torch.Tensor) -> torch.Tensor:
+        y = F.gelu(F.conv2d(F.pad(y, (0, 1, 0, 1)), theirs.white.weight, theirs.white.bias))
+        for group in theirs.groups:
+            y = F.gelu(group.first_norm(F.max_pool2d(group.first(y), 2)))
+            y = y + F.gelu(group.second_norm(group.second(y)))
+        return y
+
+    found, right = ours(x), written_out(x.double())
+    assert found.shape == (4, 32, 4, 4)
+    gradient = torch.randn_like(found)
+    found.backward(gradient)
+    right.backward(gradient.double())
+    assert error(found, right) < 1e-5
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        if name == "white.weight":
+            assert one.grad is None
+            continue
+        assert one.grad is not None
+        assert other.grad is not None
+        assert error(one.grad, other.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("colors", ["off", "on", "concat"])
+def test_a_model_takes_its_filters_from_normalised_pictures(colors: str) -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(conv_stem="white", patch_size=1, embed_dim=32, depth=1, color_norm=colors)
+    model, other = NKATViT(config), NKATViT(config)
+    images = (coloured_noise(64, 3, 32).clamp(-2, 2) * 60 + 128).to(torch.uint8)
+    start = model.stem.white.weight.clone()
+    model.fit_stem(images)
+    x = (images.float() / 255 - model.mean) / model.std
+    if colors != "off":
+        x = torch.cat([x, model.color_norm(x)], dim=1) if colors == "concat" else model.color_norm(x)
+    other.stem.white.fit(x.detach())
+    torch.testing.assert_close(model.stem.white.weight, other.stem.white.weight, atol=0, rtol=0)
+    assert not torch.equal(start, model.stem.white.weight)
+    assert config.tokens == 17
+    plain = NKATViT(ViTConfig(embed_dim=32, depth=1))
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    plain.fit_stem(images)  # nothing to fit
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
