@@ -66,6 +66,7 @@ from nkat_vit.recipe import (
 from nkat_vit.train_options import TrainOptions, chosen_values, given_values, parse_arguments
 
 _CONFUSION = "confusion.png"
+_LEAST_STEPS = 4  # an epoch of a folder's pictures
 _NAMED = 3  # settings that a message lists one by one
 _CLEARLY = 1.1  # times as fast, beyond what two measurements differ by
 
@@ -80,7 +81,7 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
     preset = options.preset or "stage2"
     values = with_preset(preset, given)
     folder = _folder(options, values)
-    recipe = make_recipe(_with_folder(values, options.data_root, world))
+    recipe = make_recipe(_with_folder(values, options, world))
     check_schedule(recipe.train)
     if world.first:
         names = ("last.pt", "best.pt", "result.json")
@@ -99,18 +100,29 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
     return recipe, folder, None
 
 
-def _with_folder(values: dict[str, Any], data_root: Path, world: World) -> dict[str, Any]:
-    """The values, with what is measured of a folder of pictures, where the data set is one."""
+def _with_folder(values: dict[str, Any], options: TrainOptions, world: World) -> dict[str, Any]:
+    """The values, with what is measured of a folder of pictures, where the data set is one.
+
+    A preset's batch may be larger than such a set: unless a size is chosen, an epoch has four steps at least.
+    """
     dataset = values.get("dataset")
     if not isinstance(dataset, str) or not is_folder(dataset):
         return values
     size = values.get("image_size")
     if size is not None and (type(size) is not int or size < 1):
         raise NKATError(f"image_size must be a whole number, got {size!r:.80}")
-    spec, words = describe_folder(dataset, data_root, size)
+    spec, words = describe_folder(dataset, options.data_root, size)
+    whole = load_images(dataset, options.data_root, True, spec)
+    measured = {"validation": usual_validation(dataset, options.data_root)} | values | folder_values(spec)
+    usual = make_recipe(measured).train
+    pictures = min(max(len(whole) - usual.validation, 1), usual.limit_train or len(whole))
+    batch = max(1 << (pictures // _LEAST_STEPS).bit_length() >> 1, 1)
+    if "batch_size" not in chosen_values(options) and batch < usual.batch_size:
+        measured["batch_size"] = batch
+        words += f"; batch size {batch}, as an epoch has {counted(pictures, 'picture')} (--batch-size changes it)"
     if world.first:
         note(words)
-    return {"validation": usual_validation(dataset, data_root)} | values | folder_values(spec)
+    return measured
 
 
 def check_finished(folder: Path, words: Sequence[object]) -> None:
@@ -128,6 +140,8 @@ def _resumed(options: TrainOptions, given: dict[str, Any]) -> tuple[Recipe, Path
     content = checkpoint.load(folder / "last.pt", "run")
     recipe = checkpoint.recipe_of(content, folder / "last.pt")
     saved = recipe.values()
+    if is_folder(recipe.dataset) and "batch_size" not in chosen_values(options):
+        given.pop("batch_size", None)  # a preset's, which was made to fit the folder
     changed = [name for name, value in given.items() if not _same_setting(saved, name, value)]
     if changed:
         begun = ", ".join(f"{name} {saved[name]}" for name in changed[:_NAMED])

@@ -257,6 +257,11 @@ def test_a_run_from_training_to_export(tmp_path: Path, monkeypatch: pytest.Monke
     foreign = run_module("nkat_vit.train", "--resume", output)
     assert foreign.returncode == 2
     assert "data_sha256" in foreign.stderr
+    words = ["train", "--dataset", f"folder:{root}", "--preset", "fast", "--epochs", 2, "--output", tmp_path / "fast"]
+    assert "; batch size 16, as an epoch has 86 pictures" in ok(*words, "--embed-dim", 32, "--threads", 1, "--no-test")
+    ok(*words, "--embed-dim", 32, "--threads", 1, "--resume", "--no-test")  # the preset's batch size is no other wish
+    refused = run_module("nkat_vit.train", *words[1:], "--resume", "--batch-size", 32)
+    assert "batch_size 16, which --resume cannot change to 256, 32" in refused.stderr
     shutil.rmtree(root)
     assert load_model(output).recipe.spec.classes[0] == "ant bear"  # a checkpoint needs no folder
     ok("export", "--checkpoint", output, "--output", tmp_path / "model.pt2", "--force")
