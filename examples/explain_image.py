@@ -25,6 +25,7 @@ from nkat.host.files import check_output
 from nkat_vit import LogitsOnly, TrainedModel, load_model
 from nkat_vit.data import find_dataset, load_images, split
 from nkat_vit.pictures import as_picture
+from nkat_vit.recipe import class_names
 
 
 def explain(trained: TrainedModel, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,7 +54,7 @@ def main() -> None:
     options = parser.parse_args()
     check_output(options.output, options.force)
     trained = load_model(options.run)
-    spec, training = find_dataset(trained.recipe.dataset), trained.recipe.train
+    classes, training = class_names(trained.recipe), trained.recipe.train
     held = split(
         load_images(trained.recipe.dataset, options.data_root, train=True), training.validation, training.seed
     )[1]
@@ -61,11 +62,12 @@ def main() -> None:
     pictures = shown.images.float() / 255
     guesses, by_pixel, by_cell = (part.detach() for part in explain(trained, pictures))
     figure = new_figure(
-        f"{spec.title}: what speaks for the answer (red) and against it (blue)", (7.5, 2 * len(shown) + 0.6)
+        f"{find_dataset(trained.recipe.dataset).title}: what speaks for the answer (red) and against it (blue)",
+        (7.5, 2 * len(shown) + 0.6),
     )
     for row, axes in enumerate(figure.subplots(len(shown), 3, squeeze=False)):
         axes[0].imshow(as_picture(pictures[row]), cmap="gray", vmin=0, vmax=1)
-        label, guess = (spec.classes[int(index)] for index in (shown.labels[row], guesses[row]))
+        label, guess = (classes[int(index)] for index in (shown.labels[row], guesses[row]))
         axes[0].set_title(f"{label}, taken for {guess}", fontsize=9)
         for panel, values, title, unit in (
             (axes[1], by_pixel, "Integrated Gradients", "change of the logit"),

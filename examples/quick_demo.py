@@ -56,5 +56,6 @@ def main() -> None:
     size += ["--batch-size", options.batch_size]
     output = options.output.resolve()
     run("nkat_vit.train", "--dataset", options.dataset, *data, *small, *gentle, *size, "--output", output, "--force")
-    run("nkat_vit.interpret", "--checkpoint", output, *data, "--output-dir", output / "pictures")
+    pictures = ["--output-dir", output / "pictures", "--curve-pictures", 10]  # enough for a first look
+    run("nkat_vit.interpret", "--checkpoint", output, *data, *pictures)
     print(f"\nthe model is {output / 'best.pt'}, its pictures are in {output / 'pictures'}")

@@ -28,6 +28,11 @@ def interpret() -> None:
     start("nkat_vit.interpret")
 
 
+def predict() -> None:
+    """`nkat-vit-predict`"""
+    start("nkat_vit.predict")
+
+
 def augment() -> None:
     """`nkat-vit-augment`"""
     start("nkat_vit.augment")

@@ -2,12 +2,16 @@
 
     python -m nkat_vit.evaluate output/vit/mnist-* output/vit/cifar10-*      runs that are there
     python -m nkat_vit.evaluate --train --seeds 3 --output output/stage2     trains what is missing first
+    python -m nkat_vit.evaluate RUN --classes --confusion pictures           class by class, and what is taken for what
 
 A set's figure is the mean over its runs (seeds) with the standard deviation and their number. Global TPE and
 Consistency are made for each seed that all sets share, at the largest λ of the models taking part; without a common
 seed, from the means, and no spread is given. A target counts as met only where the set's accuracy target is met as well
 (all four sets' for the figures over all of them), since TPE rises without bound for smaller models. Robustness is
 measured on the first pictures of CIFAR-10's test set.
+
+Top-5 accuracy, accuracy by class and confusion matrices come from what a run found on the test set at its end. Runs
+that were judged before that was kept are named; --judge-again reads the test set once more for those.
 """
 
 from __future__ import annotations
@@ -17,12 +21,13 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 
     start("nkat_vit.evaluate")
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -31,16 +36,21 @@ import torch
 from nkat.errors import NKATError
 from nkat.host import commandline, output
 from nkat.host.console import counted, note, say
+from nkat.host.files import check_output, output_folder
 from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version
 from nkat.host.tables import Column, Table, show
 from nkat.host.tools import suggest
+from nkat_vit.by_class import ClassFigures, class_table
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.corruptions import SIDE, Frost, load_frost
 from nkat_vit.data import DATASETS, check_files, find_dataset, load_images
+from nkat_vit.judging import Judgement, describe_classes, judged_facts, kept_judgement
+from nkat_vit.judging_plots import plot_confusion
 from nkat_vit.metrics import (
     GLOBAL_TARGETS,
     TARGETS,
+    Spread,
     accuracy_needed,
     bought_by_size,
     consistency,
@@ -49,14 +59,18 @@ from nkat_vit.metrics import (
     measure_robustness,
     tpe,
 )
-from nkat_vit.predict import judged_facts, predict_logits
-from nkat_vit.recipe import PRESETS
+from nkat_vit.predict import predict_logits
+from nkat_vit.recipe import PRESETS, class_names
 from nkat_vit.train import check_finished
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """One run: what it was judged on, and how it did."""
+    """One run: what it was judged on, and how it did.
+
+    top5: share of pictures whose class is among the five likeliest; None where it was not measured, or has no sense
+    images_per_second: of judging, when and where that was; None where it was not measured
+    """
 
     dataset: str
     seed: int
@@ -64,36 +78,54 @@ class RunResult:
     images: int
     lam: float
     path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Spread:
-    """Mean, standard deviation of the sample (None for one value), and number."""
-
-    mean: float
-    sd: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
-        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
-
-    def text(self, factor: float = 1.0, digits: int = 4) -> str:
-        """`0.7012 ± 0.0031 (n = 3)`"""
-        spread = f" ± {factor * self.sd:.{digits}f}" if self.sd is not None else ""
-        return f"{factor * self.mean:.{digits}f}{spread} (n = {self.n})"
-
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"mean": self.mean, "sd": self.sd, "n": self.n}
+    top5: float | None = None
+    images_per_second: float | None = None
 
 
 def run_result(trained: TrainedModel, data_root: Path, device: torch.device) -> RunResult:
     """The run's test accuracy: the one found at its end, or measured now when the run left the test set alone."""
     recipe, facts = trained.recipe, judged_facts(trained, data_root, device)
     lam = lambda_theory(sum(p.numel() for p in trained.model.parameters()))
-    return RunResult(recipe.dataset, recipe.train.seed, facts["test"], facts["test_images"], lam, str(trained.path))
+    kept = kept_judgement(replace(trained, facts=facts))
+    more = (kept.top5, kept.images_per_second) if kept else ()
+    return RunResult(
+        recipe.dataset, recipe.train.seed, facts["test"], facts["test_images"], lam, str(trained.path), *more
+    )
+
+
+def judged_model(trained: TrainedModel, data_root: Path, device: torch.device, again: bool) -> TrainedModel:
+    """The model with its figures on the test set among its facts. again: where those by class are missing, anew."""
+    anew = again and "test" in trained.facts and kept_judgement(trained) is None
+    if not anew:
+        return replace(trained, facts=judged_facts(trained, data_root, device))
+    facts = judged_facts(trained, data_root, device, again=True)
+    before, now = (100 * found["test"] for found in (trained.facts, facts))
+    note(f"{trained.path}: the test set was read again: {now:.2f} % right, {before:.2f} % when it was first judged")
+    return replace(trained, facts=facts)
+
+
+def confusion_file(folder: Path, dataset: str) -> Path:
+    """Where a set's confusion matrix is drawn."""
+    return folder / f"confusion_{re.sub(r'[^A-Za-z0-9.-]+', '_', dataset)}.png"
+
+
+def check_confusion(folder: Path | None, datasets: Sequence[str], force: bool) -> None:
+    """Raises NKATError where `draw_confusion` would replace something: before hours are spent."""
+    if folder is not None and folder.is_dir():
+        for name in datasets:
+            check_output(confusion_file(folder, name), force)
+
+
+def draw_confusion(folder: Path, classes: Sequence[ClassFigures], force: bool) -> None:
+    """A picture a set, of all its runs together."""
+    with output_folder(folder):
+        for figures in classes:
+            path = confusion_file(folder, figures.dataset)
+            runs = f", {counted(figures.runs, 'run')}" if figures.runs > 1 else ""
+            right = 100 * int(figures.confusion.trace()) / int(figures.confusion.sum())
+            title = f"{find_dataset(figures.dataset).title}, test set{runs}: {right:.2f} % right"
+            plot_confusion(path, figures.confusion, figures.names, title, force)
+            say(str(path))
 
 
 def summarise(runs: Sequence[RunResult]) -> dict[str, Any]:
@@ -109,6 +141,7 @@ def summarise(runs: Sequence[RunResult]) -> dict[str, Any]:
         name: {
             "accuracy": accuracies[name],
             "tpe": Spread.of([tpe(run.accuracy, run.lam) for run in group]),
+            "top5": _spread_of_all([run.top5 for run in group]),
             "images": group[0].images,
         }
         for name, group in by_set.items()
@@ -127,6 +160,12 @@ def summarise(runs: Sequence[RunResult]) -> dict[str, Any]:
         "Global TPE": Spread.of([global_tpe([run.accuracy for run in row], lam) for row in rows]),
         "Consistency": Spread.of([consistency([tpe(run.accuracy, run.lam) for run in row]) for row in rows]),
     }
+
+
+def _spread_of_all(values: Sequence[float | None]) -> Spread | None:
+    """The spread of values that are all there."""
+    there = [value for value in values if value is not None]
+    return Spread.of(there) if len(there) == len(values) else None
 
 
 def robustness_of(
@@ -256,6 +295,8 @@ def stage2_rows(summary: dict[str, Any], robustness: Spread | None) -> list[dict
         for label, key in ((f"{title}: accuracy", "accuracy"), ("  TPE", "tpe")):
             judged = (getattr(target, key), met[name][key]) if target else (None, "")
             add(label, name, key, result[key], *judged)
+        if result["top5"] is not None:
+            add("  top-5 accuracy", name, "top5", result["top5"], None, "")
     whole = {name: summary[name] for name in ("Global TPE", "Consistency")}
     if robustness is not None:
         whole["Robustness"] = robustness
@@ -297,30 +338,49 @@ def main() -> None:
         "--robustness-images", type=commandline.non_negative_int, default=1000, help="test pictures, 0: all (1000)"
     )
     parser.add_argument("--no-robustness", action="store_true", help="leave robustness out")
+    parser.add_argument("--classes", action="store_true", help="a table of each set's classes as well")
+    parser.add_argument(
+        "--confusion", type=Path, metavar="FOLDER", help="draw each set's confusion matrix there: confusion_SET.png"
+    )
+    parser.add_argument(
+        "--judge-again",
+        action="store_true",
+        help="read the test set again for runs that were judged before figures by class were kept",
+    )
     parser.add_argument("--frost", type=Path, help="folder with CIFAR-10-C's frost textures (else procedural ones)")
     parser.add_argument("--seed", type=commandline.seed, default=0, help="of the corruptions (0)")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
     parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
     parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
     commandline.add_output_format(parser)
-    parser.add_argument("--force", action="store_true", help="replace an existing record")
+    parser.add_argument("--force", action="store_true", help="replace an existing record, and pictures")
     options = parser.parse_args()
     if not options.runs and not options.train:
         parser.error("give runs, or --train")
     check_record(options.json, options.force)
     set_threads(options.threads)
     device, frost = pick_device(not options.no_cuda), load_frost(options.frost)
+    if options.train:
+        check_confusion(options.confusion, options.sets, options.force)
     paths = [*options.runs, *(train_missing(commandline.taken(TrainingOptions, options)) if options.train else [])]
-    runs, robust = [], []
-    for path in paths:
-        trained = load_model(path, device)
+    models = [load_model(path, device) for path in paths]
+    check_confusion(options.confusion, [trained.recipe.dataset for trained in models], options.force)
+    runs, robust, without = [], [], []
+    judged: dict[str, list[Judgement]] = {}
+    for trained in (judged_model(trained, options.data_root, device, options.judge_again) for trained in models):
         runs.append(run_result(trained, options.data_root, device))
-        model = trained.recipe.model
+        kept, model = kept_judgement(trained), trained.recipe.model
+        if kept is None:
+            without.append(str(trained.path))
+        else:
+            judged.setdefault(trained.recipe.dataset, []).append(kept)
         if not options.no_robustness and (model.channels, model.image_size) == (3, SIDE):
             robust.append(
                 robustness_of(trained, options.data_root, device, options.robustness_images, options.seed, frost)
             )
     summary = summarise(runs)
+    names = {trained.recipe.dataset: class_names(trained.recipe) for trained in models}
+    classes = [ClassFigures.of(name, names[name], found) for name, found in judged.items()]
     robustness = Spread.of([record["robustness"] for record in robust]) if robust else None
     sets = {
         name: {key: value.record() if isinstance(value, Spread) else value for key, value in result.items()}
@@ -332,6 +392,8 @@ def main() -> None:
         "mean_accuracy": summary["mean accuracy"].record(),
         "global_tpe": summary["Global TPE"].record(),
         "consistency": summary["Consistency"].record(),
+        "classes": {figures.dataset: figures.record() for figures in classes},
+        "judged_without_classes": without,
         "robustness": robustness.record() if robustness else None,
         "corruptions": robust,
         "targets": {"sets": {n: [t.accuracy, t.tpe] for n, t in TARGETS.items()}, **GLOBAL_TARGETS},
@@ -344,6 +406,18 @@ def main() -> None:
     with recorded(record, options.json, options.force):
         show(stage2_table(stage2_rows(summary, robustness), summary["lambda"]))
         say("\n" + "\n".join(record["remarks"]))
+        for figures in classes:
+            say(f"{figures.dataset}: {describe_classes(figures.confusion, figures.names)}")
+        if options.classes:
+            for figures in classes:
+                show(class_table(figures, f"\n{find_dataset(figures.dataset).title} by class"))
+        if options.confusion is not None and classes:
+            draw_confusion(options.confusion, classes, options.force)
+        if without:
+            note(
+                f"judged before figures by class were kept: {', '.join(without)}; "
+                "--judge-again reads the test set once more for them"
+            )
         if robust:
             errors, flips = (100 * fmean(r[key] for r in robust) for key in ("mean_corruption_error", "flip_rate"))
             say(

@@ -30,8 +30,8 @@ from nkat.host.files import atomic_output, check_output
 from nkat.host.record import toolkit_version
 from nkat.host.tools import suggest
 from nkat_vit.checkpoint import TrainedModel, load_model
-from nkat_vit.data import find_dataset
 from nkat_vit.model import LogitsOnly
+from nkat_vit.recipe import class_names
 
 TOLERANCE = 1e-4  # of logits; other kernels sum in another order
 DESCRIPTION = "nkat.json"  # in a .pt2
@@ -47,7 +47,7 @@ def example_pictures(trained: TrainedModel, count: int) -> Tensor:
 
 def describe_input(trained: TrainedModel) -> dict[str, str]:
     """What an exported file says of itself: what to give it, and what its logits are of. Lists are JSON."""
-    config, spec = trained.recipe.model, find_dataset(trained.recipe.dataset)
+    config = trained.recipe.model
     colours = "red, green and blue planes" if config.channels == 3 else "one grey plane"
     side = config.image_size
     facts = {
@@ -55,7 +55,7 @@ def describe_input(trained: TrainedModel) -> dict[str, str]:
         "255 and do not normalise, that is inside",
         "output": "logits [batch, classes]; softmax of them for shares",
         "dataset": trained.recipe.dataset,
-        "classes": json.dumps(spec.classes),
+        "classes": json.dumps(class_names(trained.recipe)),
         "image_size": str(side),
         "channels": str(config.channels),
         "mean": json.dumps(config.mean),

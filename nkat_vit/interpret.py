@@ -1,8 +1,10 @@
 """What a trained model looks at and what its gauge terms do: python -m nkat_vit.interpret --checkpoint RUN/best.pt
 
-Twelve pictures: ten attention samples (the picture, attention rollout, the last layer's heads), an analysis of the
-gauge parameters, and a summary by layer. The pictures shown are validation pictures, never those of the test set. An
-untrained checkpoint is refused: maps of random weights look as convincing as those of learned ones.
+Fourteen pictures: ten attention samples (the picture, attention rollout, the last layer's heads), an analysis of the
+gauge parameters, a summary by layer, maps of what speaks for a class (`nkat_vit.maps`), and curves of what becomes of
+the answer when the picture is taken away in their order (`nkat_vit.deletion`). The pictures shown are validation
+pictures, never those of the test set. An untrained checkpoint is refused: maps of random weights look as convincing as
+those of learned ones.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 import math
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +26,24 @@ from torch import Tensor
 
 from nkat.errors import NKATError
 from nkat.host import commandline
-from nkat.host.console import note
+from nkat.host.console import counted, note
 from nkat.host.files import output_folder
 from nkat.host.hardware import describe, pick_device
 from nkat.host.record import check_record, recorded
+from nkat.host.tables import Column, Table, show
 from nkat.host.tools import suggest
 from nkat_vit.attention import Attention
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.data import ImageSet, find_dataset, load_images, split
+from nkat_vit.deletion import blur_sigma, measure_curves
+from nkat_vit.explain_plots import plot_curves, plot_maps
 from nkat_vit.interpret_plots import plot_gauges, plot_sample, plot_summary
+from nkat_vit.maps import answer_maps, observe, pooling_weights, rollout
 from nkat_vit.model import NKATViT
+from nkat_vit.recipe import class_names
 
 SAMPLES = 10
+EXPLAINED = 6
 _STANDARD_ERRORS = 4  # above chance, for a checkpoint to count as trained
 
 
@@ -69,49 +78,24 @@ def check_trained(trained: TrainedModel) -> None:
         )
 
 
-def rollout(attention: list[Tensor], pooling: Tensor) -> Tensor:
-    """How much of each input token reaches the pooled vector: [b, n], rows sum to 1.
-
-    Abnar and Zuidema, arXiv 2005.00928: heads averaged, half of each token stays where it is, layers multiplied.
-    attention: [b, heads, n, n] a layer; pooling: [b, n], what the pooled vector takes from the last layer's tokens
-    """
-    total = torch.eye(pooling.shape[1], dtype=pooling.dtype, device=pooling.device)
-    for weights in attention:
-        step = weights.mean(dim=1)
-        total = (0.5 * step + 0.5 * torch.eye(step.shape[-1], dtype=step.dtype, device=step.device)) @ total
-    return (pooling[:, None] @ total).squeeze(1)
-
-
-def pooling_weights(model: NKATViT, final: Tensor) -> Tensor:
-    """What the model's pooling takes from each of the final normed tokens [b, n, dim]: [b, n]."""
-    if model.config.pool == "seq":
-        return model.pool_score(final).squeeze(-1).softmax(dim=1)
-    if model.config.pool == "mean":
-        return final.new_full(final.shape[:2], 1 / final.shape[1])
-    return torch.nn.functional.one_hot(torch.zeros(len(final), dtype=torch.long), final.shape[1]).to(final)
-
-
 @torch.no_grad()
 def look(model: NKATViT, images: Tensor) -> tuple[Tensor, list[Tensor], Tensor, list[LayerFacts]]:
     """Logits, attention a layer, rollout, and facts a layer, for pictures [b, c, h, w] from 0 to 1."""
     inputs: dict[int, tuple[Tensor, Tensor | None]] = {}
-    final: list[Tensor] = []
-    hooks = [model.norm.register_forward_hook(lambda _m, _i, out: final.append(out))]
-    for layer, block in enumerate(model.blocks):
-        hooks.append(
-            block.attention.register_forward_pre_hook(lambda _m, args, layer=layer: inputs.update({layer: args[:2]}))
-        )
+    hooks = [
+        block.attention.register_forward_pre_hook(lambda _m, args, layer=layer: inputs.update({layer: args[:2]}))
+        for layer, block in enumerate(model.blocks)
+    ]
     try:
-        logits, seen = model(images, with_attention=True)
+        logits, attention, tokens = observe(model, images)
     finally:
         for hook in hooks:
             hook.remove()
-    attention = seen["attention"]
     facts = [
         _layer_facts(block.attention, inputs[layer], attention[layer], model.config.grid, model.config.pool == "cls")
         for layer, block in enumerate(model.blocks)
     ]
-    return logits, attention, rollout(attention, pooling_weights(model, final[0])), facts
+    return logits, attention, rollout(attention, pooling_weights(model, tokens)), facts
 
 
 def _layer_facts(
@@ -158,7 +142,7 @@ def _one_of_each(held: ImageSet, count: int) -> Tensor:
 
 def interpret(trained: TrainedModel, held: ImageSet, folder: Path, stamp: str, pictures: int) -> dict[str, Any]:
     """Draws all pictures into the folder and returns the numbers in them."""
-    model, spec = trained.model, find_dataset(trained.recipe.dataset)
+    model, names, set_title = trained.model, class_names(trained.recipe), find_dataset(trained.recipe.dataset).title
     some = held.take(torch.arange(min(pictures, len(held))))
     images = some.images.float() / 255
     logits, _, _, facts = look(model, images)
@@ -171,7 +155,7 @@ def interpret(trained: TrainedModel, held: ImageSet, folder: Path, stamp: str, p
         path = folder / f"nkat_attention_sample_{i}_{stamp}.png"
         guess = int(shown_logits[i].argmax())
         share = float(shown_logits[i].softmax(-1)[guess])
-        title = f"{spec.classes[int(shown.labels[i])]}, taken for {spec.classes[guess]} ({100 * share:.0f} %)"
+        title = f"{names[int(shown.labels[i])]}, taken for {names[guess]} ({100 * share:.0f} %)"
         weights = [layer[i] for layer in attention]
         plot_sample(path, shown.images[i].float() / 255, flow[i], weights, trained.recipe.model, title)
         files.append(path.name)
@@ -194,8 +178,73 @@ def interpret(trained: TrainedModel, held: ImageSet, folder: Path, stamp: str, p
     else:
         note("this model has no gauge terms: no picture of them")
     path = folder / f"nkat_interpretability_summary_{stamp}.png"
-    plot_summary(path, record, f"{spec.title}: {len(some)} validation pictures")
+    plot_summary(path, record, f"{set_title}: {len(some)} validation pictures")
     return record | {"files": [*files, path.name]}
+
+
+def explain(
+    trained: TrainedModel, held: ImageSet, folder: Path, stamp: str, pictures: int, seed: int
+) -> dict[str, Any]:
+    """Maps of what speaks for a class, and what becomes of the answers to `pictures` pictures when cells are taken away
+    in their order: draws both into the folder and returns the numbers. seed: of the random order, the control
+    """
+    model, names, title = trained.model, class_names(trained.recipe), find_dataset(trained.recipe.dataset).title
+    shown = held.take(_one_of_each(held, EXPLAINED))
+    images = shown.images.float() / 255
+    with torch.no_grad():
+        shares = model(images)[0].softmax(dim=1)
+    best = shares.topk(2, dim=1)
+    first, second = (answer_maps(model, images, best.indices[:, place]) for place in (0, 1))
+    columns = {"relevance": first["relevance"], "relevance, 2nd answer": second["relevance"]}
+    columns |= {name: first[name] for name in ("rollout", "attention")}
+    captions = [
+        [names[label], *(f"for {names[i]}, {100 * p:.1f} %" for i, p in zip(index, share, strict=True))]
+        for label, index, share in zip(shown.labels.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+    maps_file = folder / f"nkat_relevance_samples_{stamp}.png"
+    plot_maps(
+        maps_file,
+        images,
+        columns,
+        captions,
+        trained.recipe.model,
+        f"{title}: what speaks for a class (rollout and attention are for none)",
+    )
+    some = held.take(torch.arange(min(pictures, len(held)))).images.float() / 255
+    curves = measure_curves(model, some, seed)
+    record = curves.record() | {
+        "pictures": len(some),
+        "explained": "the model's own answer",
+        "deletion_to": "black",
+        "insertion_from": f"blurred, sigma {blur_sigma(model):g} pixels",
+        "seed": seed,
+    }
+    curves_file = folder / f"nkat_deletion_insertion_{stamp}.png"
+    plot_curves(curves_file, curves, f"{title}, {len(some)} validation pictures")
+    return {"explanation": record, "files": [maps_file.name, curves_file.name]}
+
+
+def explanation_table(record: dict[str, Any]) -> Table:
+    """Areas under the curves of deletion and insertion, with standard errors over the pictures; a line an order."""
+    kinds = ("deletion", "deletion_from_random", "insertion", "insertion_from_random")
+    rows = []
+    for name, found in record["orders"].items():
+        row: dict[str, Any] = {"order": name}
+        for kind in kinds:
+            if kind in found:
+                row |= {kind: found[kind]["mean"], f"{kind}_error": found[kind]["standard_error"]}
+        rows.append(row)
+    columns = [Column("cells in the order of", "order")]
+    for kind in kinds:
+        title = "minus random's" if kind.endswith("random") else f"{kind} area"
+        sign = "+" if kind.endswith("random") else ""
+        columns.append(Column(title, (kind, f"{kind}_error"), partial(_with_error, sign)))
+    caption = f"\nwhat becomes of {record['explained']}, mean of {counted(record['pictures'], 'picture')}:"
+    return Table("explanation", columns, rows, caption)
+
+
+def _with_error(sign: str, mean: float, error: float | None) -> str:
+    return f"{mean:{sign}.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def main() -> None:
@@ -207,6 +256,14 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="folder with the archives (data)")
     parser.add_argument("--output-dir", type=Path, help="for the pictures (the checkpoint's folder)")
     parser.add_argument("--pictures", type=commandline.positive_int, default=500, help="how many to average over (500)")
+    parser.add_argument(
+        "--curve-pictures",
+        type=commandline.positive_int,
+        default=50,
+        metavar="N",
+        help="how many for deletion and insertion (50)",
+    )
+    parser.add_argument("--seed", type=commandline.seed, default=0, help="of their random order (0)")
     parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
     parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
     parser.add_argument("--force", action="store_true", help="replace an existing record")
@@ -220,11 +277,15 @@ def main() -> None:
     _, held = split(whole, trained.recipe.train.validation, trained.recipe.train.seed)
     stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
     with output_folder(folder):
-        record = interpret(trained, held.to(device), folder, stamp, options.pictures)
+        held = held.to(device)
+        record = interpret(trained, held, folder, stamp, options.pictures)
+        more = explain(trained, held, folder, stamp, options.curve_pictures, options.seed)
+    record |= {"explanation": more["explanation"], "files": record["files"] + more["files"]}
     with recorded(record | {"machine": describe(device)}, options.json, options.force):
         print(f"accuracy on {record['pictures']} validation pictures  {100 * record['accuracy']:.2f} %")
         print(f"with the gauge terms taken out        {100 * record['accuracy_without_gauge']:.2f} %")
         print(f"predictions that they change          {100 * record['changed_by_gauge']:.2f} %")
+        show(explanation_table(record["explanation"]))
         for name in record["files"]:
             print(folder / name)
     suggest("vit export", "--checkpoint", options.checkpoint, "--output", "model.onnx")

@@ -13,8 +13,9 @@ from torch import Tensor
 from nkat.host.figures import PRUNED, TRIAL, new_figure, save_figure, whole_ticks
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.gauge import Gauge
+from nkat_vit.maps import cells, on_pixels
 from nkat_vit.model import ViTConfig
-from nkat_vit.pictures import DPI, as_picture
+from nkat_vit.pictures import DPI, as_picture, overlay
 
 _GROUPS = ("red", "green", "blue", "shared")
 
@@ -47,13 +48,13 @@ def plot_sample(
     for axes in panels.flat:
         axes.axis("off")
     for line, (text, maps) in zip(panels, rows, strict=True):
-        largest = max(float(values.max()) for _, values in _cells(maps, config))
+        largest = max(float(cells(values, config).max()) for _, values in maps)
         for axes, (name, values) in zip(line, maps, strict=False):
             axes.set_title(name, fontsize=8)
             if name == "picture":
                 axes.imshow(as_picture(image), cmap="gray", vmin=0, vmax=1)
             else:
-                shown = _overlay(axes, image, _map(values, config), largest)
+                shown = overlay(axes, image, on_pixels(cells(values, config), config), largest)
         box, end = line[0].get_position(), line[len(maps) - 1].get_position()
         figure.text(0.01, box.y1 + 0.26 / height, text, fontsize=9)
         bar = figure.add_axes((end.x1 + 0.008, end.y0, 0.1 / (1.35 * columns), end.height))
@@ -136,23 +137,3 @@ def _head_name(layer: int, head: int, config: ViTConfig) -> str:
 def _received(weights: Tensor, config: ViTConfig) -> Tensor:
     """[n]: what the CLS token looks at, or where there is none, what all tokens look at on average."""
     return weights[0] if config.pool == "cls" else weights.mean(0)
-
-
-def _cells(maps: Sequence[tuple[str, Tensor]], config: ViTConfig) -> list[tuple[str, Tensor]]:
-    """The same without what goes to the CLS token."""
-    return [(name, values[1:] if config.pool == "cls" else values) for name, values in maps]
-
-
-def _map(values: Tensor, config: ViTConfig) -> np.ndarray:
-    """Tokens [n] → a picture [side, side] over the pixels, padding cut off."""
-    cells = values[1:] if config.pool == "cls" else values
-    pixels = cells.view(config.grid, config.grid).repeat_interleave(config.cell, 0).repeat_interleave(config.cell, 1)
-    before = (config.grid * config.cell - config.image_size) // 2
-    inside = slice(before, before + config.image_size)
-    return pixels[inside, inside].cpu().float().numpy()
-
-
-def _overlay(axes: Any, image: Tensor, values: np.ndarray, largest: float) -> Any:
-    """Draws a map over the picture in grey; returns what a colour bar can be made of."""
-    axes.imshow(as_picture(image.mean(0, keepdim=True)), cmap="gray", vmin=0, vmax=1)
-    return axes.imshow(values, cmap="inferno", alpha=0.6, vmin=0, vmax=largest)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean, pstdev, stdev
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,29 @@ class Target:
 
     accuracy: float
     tpe: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Mean, standard deviation of the sample (None for one value), and number."""
+
+    mean: float
+    sd: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        return cls(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    def text(self, factor: float = 1.0, digits: int = 4) -> str:
+        """`0.7012 ± 0.0031 (n = 3)`"""
+        spread = f" ± {factor * self.sd:.{digits}f}" if self.sd is not None else ""
+        return f"{factor * self.mean:.{digits}f}{spread} (n = {self.n})"
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"mean": self.mean, "sd": self.sd, "n": self.n}
 
 
 TARGETS = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -18,6 +19,12 @@ def as_picture(image: Tensor) -> np.ndarray:
     """[c, h, w], floats from 0 to 1 → what matplotlib's imshow takes for grey or colour."""
     array = image.detach().cpu().float().clamp(0, 1).numpy()
     return array[0] if len(array) == 1 else array.transpose(1, 2, 0)
+
+
+def overlay(axes: Any, image: Tensor, values: Tensor, largest: float) -> Any:
+    """Draws a map [side, side] over the picture [c, side, side] in grey; returns what a colour bar can be made of."""
+    axes.imshow(as_picture(image.mean(0, keepdim=True)), cmap="gray", vmin=0, vmax=1)
+    return axes.imshow(values.cpu().float().numpy(), cmap="inferno", alpha=0.6, vmin=0, vmax=largest)
 
 
 def save_grid(path: Path, images: Tensor, title: str, force: bool, captions: Sequence[Sequence[str]]) -> None:

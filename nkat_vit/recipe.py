@@ -230,6 +230,11 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     )
 
 
+def class_names(recipe: Recipe) -> tuple[str, ...]:
+    """What a model's classes are called, in the order of its logits."""
+    return find_dataset(recipe.dataset).classes
+
+
 def describe_presets() -> str:
     """For --help: all values of the first preset, and of each other one those that differ."""
     lines: list[str] = []

@@ -29,9 +29,9 @@ from nkat.study.workers import Outcome, Search
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import check_files, load_images
 from nkat_vit.evaluate import remarks, run_result, stage2_rows, summarise
+from nkat_vit.judging import judge_once
 from nkat_vit.loop import measure_amp
 from nkat_vit.metrics import GLOBAL_TARGETS
-from nkat_vit.predict import judge_once
 from nkat_vit.recipe import PRESETS
 from nkat_vit.search import (
     BASELINE,

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 -m nkat_vit.train …      data parallel; --batch-size is over all processes
 
-The output folder gets last.pt (continues the run), best.pt (the model to use), config.json, log.csv, curves.png and
-result.json. The test set's files are checked before the first step. It is used once, after the last epoch, for the
-weights with the best validation accuracy.
+The output folder gets last.pt (continues the run), best.pt (the model to use), config.json, log.csv, curves.png,
+result.json and confusion.png. The test set's files are checked before the first step. It is used once, after the last
+epoch, for the weights with the best validation accuracy.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nkat.errors import NKATError
 from nkat.host import commandline
 from nkat.host.console import counted, note
@@ -36,14 +38,15 @@ from nkat.host.tools import suggest
 from nkat_vit import checkpoint
 from nkat_vit.attention import COLOR_GROUPS
 from nkat_vit.checkpoint import load_model
-from nkat_vit.data import DATASETS, ImageSet, load_images, split
+from nkat_vit.data import DATASETS, ImageSet, find_dataset, load_images, split
 from nkat_vit.gauge import FORMS
+from nkat_vit.judging import describe_classes, judge_once, kept_judgement
+from nkat_vit.judging_plots import plot_confusion
 from nkat_vit.loop import Trainer, measure_amp, measure_threads
 from nkat_vit.metrics import GLOBAL_TARGETS, TARGETS, accuracy_needed, bought_by_size, lambda_theory, tpe
 from nkat_vit.model import COLOR_NORMS, POOLS, STEMS, NKATViT
 from nkat_vit.optim import lr_factor
 from nkat_vit.pictures import DPI
-from nkat_vit.predict import judge_once
 from nkat_vit.recipe import (
     AMP,
     OPTIMIZERS,
@@ -51,6 +54,7 @@ from nkat_vit.recipe import (
     TTA_CHOICES,
     Recipe,
     check_schedule,
+    class_names,
     describe_presets,
     make_recipe,
     read_config,
@@ -70,6 +74,7 @@ _EXAMPLES = """\
   python -m nkat_vit.train --dataset cifar10 --preset fast
   torchrun --nproc-per-node 2 -m nkat_vit.train --dataset cifar10 --preset strong"""
 
+_CONFUSION = "confusion.png"
 _NAMED = 3  # settings that a message lists one by one
 _CLEARLY = 1.1  # times as fast, beyond what two measurements differ by
 
@@ -242,7 +247,7 @@ def begin_run(options: TrainOptions, world: World) -> tuple[Recipe, Path, dict[s
         if any((folder / name).exists() for name in names) and not options.force:
             raise NKATError(f"{folder}: holds a run already; give --resume to go on with it or --force to replace it")
         make_folder(folder)
-        for name in names:
+        for name in (*names, _CONFUSION):
             (folder / name).unlink(missing_ok=True)
         usual = PRESETS[preset]
         if "warmup" not in _chosen(options) and recipe.train.epochs < usual["epochs"]:
@@ -419,6 +424,7 @@ def _finish(options: TrainOptions, folder: Path, trainer: Trainer) -> dict[str, 
         "tpe": tpe(facts["test"], lam) if "test" in facts else None,
         "seconds": sum(row["seconds"] for row in trainer.history),
         **facts,
+        "classes": class_names(trainer.recipe),
         "recipe": trainer.recipe.values(),
         "history": trainer.history,
         "machine": describe(trainer.world.device),
@@ -427,6 +433,10 @@ def _finish(options: TrainOptions, folder: Path, trainer: Trainer) -> dict[str, 
         **toolkit_version(),
     }
     write_json(record, str(folder / "result.json"), force=True)
+    kept = kept_judgement(best)
+    if kept is not None:
+        title = f"{find_dataset(trainer.recipe.dataset).title}, test set: {100 * kept.accuracy:.2f} % right"
+        plot_confusion(folder / _CONFUSION, kept.confusion, record["classes"], title, force=True)
     return record
 
 
@@ -489,6 +499,10 @@ def print_result(record: Mapping[str, Any]) -> None:
     print(f"validation  {100 * record['validation']:.2f} % after epoch {record['epoch']}")
     if "test" in record:
         print(f"test        {100 * record['test']:.2f} % of {counted(record['test_images'], 'picture')}")
+        if record.get("test_top5") is not None:
+            print(f"top 5       {100 * record['test_top5']:.2f} %")
+        if "test_confusion" in record:
+            print(f"classes     {describe_classes(torch.tensor(record['test_confusion']), record['classes'])}")
         print(f"TPE         {record['tpe']:.4f} at lambda {record['lambda_theory']:.2f}")
         target = TARGETS.get(record["recipe"]["dataset"])
         if target and bought_by_size(record["test"], record["tpe"], target):

@@ -26,6 +26,7 @@ TOOLS = {
     "vit train": ("nkat-vit-train", "nkat_vit.train"),
     "vit evaluate": ("nkat-vit-evaluate", "nkat_vit.evaluate"),
     "vit interpret": ("nkat-vit-interpret", "nkat_vit.interpret"),
+    "vit predict": ("nkat-vit-predict", "nkat_vit.predict"),
     "vit export": ("nkat-vit-export", "nkat_vit.export"),
 }
 

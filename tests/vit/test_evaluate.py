@@ -14,8 +14,8 @@ import torch
 from nkat.errors import NKATError
 from nkat.host.tables import as_text
 from nkat_vit import checkpoint, data
-from nkat_vit.evaluate import RunResult, Spread, remarks, stage2_rows, stage2_table, summarise, verdicts
-from nkat_vit.metrics import lambda_theory
+from nkat_vit.evaluate import RunResult, remarks, stage2_rows, stage2_table, summarise, verdicts
+from nkat_vit.metrics import Spread, lambda_theory
 from nkat_vit.model import NKATViT
 from nkat_vit.recipe import make_recipe
 from tests.support.vit_data import run_in_process, run_module, write_cifar, write_digits, write_grey

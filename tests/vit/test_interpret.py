@@ -1,4 +1,4 @@
-"""Interpretation: rollout and commutator shares against written-out sums, files of a run, and untrained models."""
+"""Interpretation: commutator shares against written-out sums, files of a run, and untrained models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nkat_vit import checkpoint, interpret_plots
-from nkat_vit.interpret import look, pooling_weights, rollout, without_gauge
+from nkat_vit.interpret import look, without_gauge
 from nkat_vit.model import NKATViT, ViTConfig
 from nkat_vit.recipe import make_recipe
 from tests.support.vit_data import run_module, write_digits
@@ -21,27 +21,6 @@ VALUES = {"dataset": "emnist-digits", "embed_dim": 32, "depth": 2, "heads": 4, "
 CONFIG = ViTConfig(
     embed_dim=32, depth=2, heads=4, color_dim=4, gauge_rank=2, nkat_strength=0.8, dropout_attn=0, dropout_embed=0
 )
-
-
-def test_rollout_is_the_sum_over_paths() -> None:
-    attention = [torch.rand(2, 3, 5, 5, dtype=torch.float64).softmax(-1) for _ in range(2)]
-    pooling = torch.rand(2, 5, dtype=torch.float64).softmax(-1)
-    got = rollout(attention, pooling)
-    steps = [0.5 * layer.mean(1) + 0.5 * torch.eye(5, dtype=torch.float64) for layer in attention]
-    expected = torch.einsum("bi,bij,bjk->bk", pooling, steps[1], steps[0])
-    torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(got.sum(-1), torch.ones(2, dtype=torch.float64))
-    assert not torch.allclose(rollout(attention[::-1], pooling), got)  # control: layers have an order
-
-
-@pytest.mark.parametrize("pool", ["cls", "seq", "mean"])
-def test_pooling_weights_give_the_pooled_vector(pool: str) -> None:
-    model = NKATViT(replace(CONFIG, pool=pool)).eval()
-    final: list[torch.Tensor] = []
-    model.norm.register_forward_hook(lambda _m, _i, out: final.append(out))
-    pooled = model(torch.rand(3, 3, 32, 32))[1]["pooled"]
-    weights = pooling_weights(model, final[0])
-    torch.testing.assert_close((weights[:, None] @ final[0]).squeeze(1), pooled)
 
 
 def test_facts_of_layers_are_what_they_say() -> None:
@@ -158,7 +137,8 @@ def run(tmp_path: Path) -> Path:
 def test_all_pictures_from_a_trained_checkpoint(run: Path) -> None:
     data = write_digits(run / "data")
     out = run / "pictures"
-    arguments = ["--checkpoint", run, "--data-root", data, "--output-dir", out, "--pictures", 20, "--json", "-"]
+    arguments = ["--checkpoint", run, "--data-root", data, "--output-dir", out, "--pictures", 20]
+    arguments += ["--curve-pictures", 6, "--json", "-"]
     done = run_module("nkat_vit.interpret", *arguments)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
@@ -171,6 +151,15 @@ def test_all_pictures_from_a_trained_checkpoint(run: Path) -> None:
     assert all(Image.open(out / name).size[0] > 300 for name in names)
     assert record["pictures"] == 20
     assert len(record["layers"]) == 2
+    for kind in ("relevance_samples", "deletion_insertion"):
+        assert sum(n.startswith(f"nkat_{kind}_") for n in names) == 1
+    found = record["explanation"]
+    assert (found["pictures"], found["deletion_to"]) == (6, "black")
+    assert found["insertion_from"] == "blurred, sigma 3.5 pixels"
+    assert found["orders"].keys() == {"relevance", "rollout", "attention", "random"}
+    area = found["orders"]["relevance"]["deletion"]
+    assert f"{area['mean']:.3f} ± {area['standard_error']:.3f}" in done.stdout
+    assert len(found["orders"]["relevance"]["insertion_curve"]) == len(found["shares"])
 
 
 @pytest.mark.parametrize("change", [{"steps": 0}, {"validation": 0.12}])

@@ -69,6 +69,10 @@ def test_it_learns_and_leaves_everything_behind(tmp_path: Path) -> None:
     assert [float(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert (folder / "curves.png").stat().st_size > 5000
+    assert (folder / "confusion.png").stat().st_size > 5000
+    assert record["test_top5"] >= record["test"]
+    assert sum(row[i] for i, row in enumerate(record["test_confusion"])) == round(100 * record["test"])
+    assert record["test_images_per_second"] > 0
     assert json.loads((folder / "result.json").read_text())["test"] == record["test"]
     again = run_module("nkat_vit.train", "--data-root", data, "--output", folder, *COMMON)
     assert again.returncode == 2
