@@ -29,8 +29,8 @@ EXAMPLES = """\
 # The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work: too much
 # for a quick search.
 BUDGETS = {"quick": (9, 5120, 1000, 20, 256), "full": (27, 0, 5000, 0, 128)}
-# By mode: stems beyond STAGE2's, and the preset that trials learn by. The white and the deep stem learn most from the few
-# pictures of a quick search, and most of all as the preset fast learns.
+# By mode: stems beyond STAGE2's, and the preset that trials learn by. The white and the deep stem learn most from the
+# few pictures of a quick search, and most of all as the preset fast learns.
 STEMS_OF: dict[str, tuple[str, ...]] = {"quick": tuple(STEMS)}
 PRESET_OF = {"quick": "fast"}
 
@@ -124,7 +124,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--lr",
         type=float,
         metavar="X",
-        help="AdamW's peak learning rate (the preset's; with --opt 2e-4, or 1e-3 for muon)",
+        help="AdamW's peak learning rate (the preset's; with --opt 2e-4, muon 1e-3)",
     )
     add(
         "--muon-lr",
