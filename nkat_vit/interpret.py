@@ -203,7 +203,7 @@ def explain(
     columns = {"relevance": first["relevance"], "relevance, 2nd answer": second["relevance"]}
     columns |= {name: first[name] for name in ("rollout", "attention")}
     captions = [
-        [names[label], *(f"for {names[i]}, {100 * p:.0f} %" for i, p in zip(index, share, strict=True))]
+        [names[label], *(f"for {names[i]}, {100 * p:.1f} %" for i, p in zip(index, share, strict=True))]
         for label, index, share in zip(shown.labels.tolist(), best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     maps_file = folder / f"nkat_relevance_samples_{stamp}.png"

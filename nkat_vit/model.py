@@ -260,7 +260,7 @@ class NKATViT(nn.Module):
 
     @torch.no_grad()
     def fit_stem(self, images: Tensor) -> None:
-        """Before training: what the stem takes from pictures uint8 [n, channels, image_size, image_size], if anything."""
+        """Before training: what the stem takes from pictures uint8 [n, channels, size, size], if anything."""
         if isinstance(self.stem, WhiteStem):
             self.stem.white.fit(self._colours(self._normalised(images.float() / 255)))
 

@@ -34,7 +34,7 @@ from nkat_vit.data import DATASETS, ImageSet, load_images
 from nkat_vit.loop import DivergedError, Trainer, open_run
 from nkat_vit.metrics import GLOBAL_TARGETS, TARGETS, accuracy_needed, global_tpe, lambda_theory, tpe
 from nkat_vit.model import ViTConfig, count_parameters
-from nkat_vit.recipe import PRESETS, Recipe, make_recipe
+from nkat_vit.recipe import AUGMENT_NAMES, PRESETS, TRAIN_NAMES, Recipe, make_recipe
 
 FIRST_SET = "cifar10"
 OTHER_SETS = ("mnist", "fashion", "emnist")
@@ -47,6 +47,10 @@ RANGES: dict[str, tuple[Any, Any, Any]] = {
     "top_p": (0.80, 0.95, 0.01),
 }
 BASELINE: dict[str, Any] = {name: PRESETS["stage2"][name] for name in (*CHOICES, *RANGES)}
+# The smallest of the range behind the stem that learns the most, where that is in the space: where a gate is in reach.
+SMALLEST: dict[str, Any] = {"conv_stem": "white", "patch_size": 1} | {name: low for name, (low, *_) in RANGES.items()}
+# What of a preset is no shape of a model but says how it learns.
+_LEARNING = {*AUGMENT_NAMES, *TRAIN_NAMES, "dropout_attn", "dropout_embed", "dropout", "drop_path"}
 GATE = "local_tpe"  # the constraint's name
 REDUCTION = 3  # one of so many goes on at a rung
 
@@ -61,6 +65,7 @@ class Budget:
     max_tokens: models with a longer sequence are left out, 0: none
     opt, lr, muon_lr: as in a recipe
     stems: (): STAGE2's
+    preset: whose augmentation, dropouts and the like it learns with
     """
 
     epochs: int
@@ -74,6 +79,7 @@ class Budget:
     opt: str = "adamw"
     muon_lr: float = PRESETS["strong"]["muon_lr"]
     stems: tuple[str, ...] = ()
+    preset: str = "stage2"
 
     @property
     def space(self) -> Shapes:
@@ -91,7 +97,8 @@ class Budget:
 
     def train_values(self) -> dict[str, Any]:
         """As values of a recipe; warm-up is an eighth of the run, as in STAGE2's 40 epochs."""
-        return {
+        learning = {name: value for name, value in PRESETS[self.preset].items() if name in _LEARNING}
+        return learning | {
             "epochs": self.epochs,
             "limit_train": self.limit_train,
             "validation": self.validation,

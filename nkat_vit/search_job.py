@@ -38,6 +38,7 @@ from nkat_vit.search import (
     CHOICES,
     FIRST_SET,
     GATE,
+    SMALLEST,
     Budget,
     Trials,
     model_values,
@@ -61,6 +62,7 @@ OPTIMAL = "optimal_vit.json"
 STUDY_NAME = "nkat-vit-round2"
 TOP = 5
 AMP_IMAGES = 128
+_OF_A_TRIAL = ("epochs", "limit_train", "validation", "warmup", "batch_size", "amp", "seed")
 
 
 def run(options: ShapeOptions) -> None:
@@ -101,7 +103,9 @@ def make_budget(options: ShapeOptions, world: World) -> Budget:
     usual = BUDGETS.get(options.study.mode, BUDGETS["full"])
     chosen = [default if value is None else value for value, default in zip(given, usual, strict=True)]
     epochs, limit_train, validation, max_tokens, batch_size = chosen
-    rates = PRESETS["strong" if options.opt == "muon" else "stage2"]
+    preset, opt = options.learning, options.optimizer
+    # An optimiser that is not the preset's own has the rates of a preset whose it is.
+    rates = PRESETS[preset if opt == PRESETS[preset].get("opt", "adamw") else "strong" if opt == "muon" else "stage2"]
     budget = Budget(
         epochs,
         limit_train,
@@ -111,9 +115,10 @@ def make_budget(options: ShapeOptions, world: World) -> Budget:
         lr=rates["lr"] if options.lr is None else options.lr,
         amp=options.amp,
         seed=options.study.seed,
-        opt=options.opt,
-        muon_lr=PRESETS["strong"]["muon_lr"] if options.muon_lr is None else options.muon_lr,
+        opt=opt,
+        muon_lr=rates.get("muon_lr", PRESETS["strong"]["muon_lr"]) if options.muon_lr is None else options.muon_lr,
         stems=tuple(dict.fromkeys(options.stems or STEMS_OF.get(options.study.mode, ()))),
+        preset=preset,
     )
     if options.amp != "auto":
         return budget
@@ -135,9 +140,10 @@ def describe_search(options: ShapeOptions, trials: Trials) -> Search:
     }
     sampler = partial(make_sampler, conditional=True)
     space = trials.budget.space
-    first: list[tuple[dict[str, Any], dict[str, Any]]] = [(space.parameters(BASELINE), {})]
-    if BASELINE["conv_stem"] not in (trials.budget.stems or CHOICES["conv_stem"]):
-        first = []
+    there = trials.budget.stems or CHOICES["conv_stem"]
+    first: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (space.parameters(point), {}) for point in (BASELINE, SMALLEST) if point["conv_stem"] in there
+    ]
     return Search(STUDY_NAME, settings, first, space, sampler, trials.budget.pruner(), TRIALS)
 
 
@@ -189,7 +195,8 @@ def write_optimal(
 ) -> dict[str, Any]:
     """Writes the winner's settings and how it was trained. test: its scores there, where it passed the gate"""
     setting, path = winner.user_attrs["setting"], options.study.output_dir / OPTIMAL
-    trained = {name: value for name, value in budget.train_values().items() if name in ("opt", "lr", "muon_lr")}
+    # How long and on what a trial was trained, and from which seed, is not its user's.
+    trained = {name: value for name, value in budget.train_values().items() if name not in _OF_A_TRIAL}
     write_json(model_values(setting, FIRST_SET) | trained, str(path), force=True)
     words: list[object] = [*tool_command("vit train"), "--dataset", FIRST_SET]
     words += ["--config", path.absolute(), "--data-root", options.data_root.absolute()]

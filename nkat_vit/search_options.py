@@ -12,7 +12,7 @@ from nkat.host import commandline
 from nkat.study.options import StudyOptions
 from nkat_vit.metrics import LAMBDA_OF_BASELINE, TARGETS, accuracy_needed
 from nkat_vit.model import STEMS
-from nkat_vit.recipe import OPTIMIZERS
+from nkat_vit.recipe import OPTIMIZERS, PRESETS
 from nkat_vit.search import CHOICES, FIRST_SET, OTHER_SETS
 
 DESCRIPTION = (
@@ -27,10 +27,12 @@ EXAMPLES = """\
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --resume"""
 # By mode: epochs, pictures of each set to train on (0: all) and to judge on, tokens at most (0: any), batch.
 # The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work: too much
-# for a quick search. Its batches are smaller because its steps are few.
-BUDGETS = {"quick": (9, 1536, 1000, 20, 64), "full": (27, 0, 5000, 0, 128)}
-# By mode: stems beyond STAGE2's. The white and the deep one learn most from the few pictures of a quick search.
+# for a quick search.
+BUDGETS = {"quick": (9, 5120, 1000, 20, 256), "full": (27, 0, 5000, 0, 128)}
+# By mode: stems beyond STAGE2's, and the preset that trials learn by. The white and the deep stem learn most from the
+# few pictures of a quick search, and most of all as the preset fast learns.
 STEMS_OF: dict[str, tuple[str, ...]] = {"quick": tuple(STEMS)}
+PRESET_OF = {"quick": "fast"}
 
 GATE_OF_PLAN = 0.60  # Local TPE
 
@@ -46,7 +48,8 @@ class ShapeOptions:
     epochs: int | None
     limit_train: int | None
     validation: int | None
-    opt: str
+    preset: str | None
+    opt: str | None
     lr: float | None
     muon_lr: float | None
     stems: list[str] | None
@@ -57,6 +60,16 @@ class ShapeOptions:
     no_cuda: bool
     study: StudyOptions
 
+    @property
+    def learning(self) -> str:
+        """The preset by which trials learn."""
+        return self.preset or PRESET_OF.get(self.study.mode, "stage2")
+
+    @property
+    def optimizer(self) -> str:
+        """Theirs."""
+        return self.opt or str(PRESETS[self.learning].get("opt", "adamw"))
+
 
 CONFLICTS: tuple[tuple[Callable[[ShapeOptions], object], str], ...] = (
     (
@@ -64,7 +77,7 @@ CONFLICTS: tuple[tuple[Callable[[ShapeOptions], object], str], ...] = (
         "--local-tpe must be at least 0, got {o.local_tpe}",
     ),
     (lambda o: not 0 <= o.accuracy <= 1, "--accuracy must be a share from 0 to 1, got {o.accuracy}"),
-    (lambda o: o.muon_lr is not None and o.opt != "muon", "--muon-lr is for --opt muon"),
+    (lambda o: o.muon_lr is not None and o.optimizer != "muon", "--muon-lr is for --opt muon"),
 )
 
 
@@ -101,9 +114,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--limit-train", type=commandline.non_negative_int, metavar="N", help="pictures of each set to train on, 0: all"
     )
     add("--validation", type=commandline.positive_int, metavar="N", help="pictures of each set to judge on")
-    add("--opt", choices=OPTIMIZERS, default="adamw", help="optimiser of all trials (adamw, STAGE2's)")
-    add("--lr", type=float, metavar="X", help="AdamW's peak learning rate (2e-4; beside Muon 1e-3)")
-    add("--muon-lr", type=float, metavar="X", help="Muon's peak learning rate (0.01)")
+    add(
+        "--preset",
+        choices=list(PRESETS),
+        help="how all trials learn: augmentation, dropouts, rates (quick fast, else stage2)",
+    )
+    add("--opt", choices=OPTIMIZERS, help="optimiser of all trials (the preset's)")
+    add(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="AdamW's peak learning rate (the preset's; with --opt 2e-4, muon 1e-3)",
+    )
+    add(
+        "--muon-lr",
+        type=float,
+        metavar="X",
+        help="Muon's peak learning rate (the preset's; with --opt 0.01)",
+    )
     add(
         "--stems",
         nargs="+",
@@ -117,7 +145,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="leave longer sequences out (quick 20, 0: any)",
     )
-    add("--batch-size", type=commandline.positive_int, metavar="N", help="pictures a step (quick 64, full 128)")
+    add("--batch-size", type=commandline.positive_int, metavar="N", help="pictures a step (quick 256, full 128)")
     add("--amp", choices=("off", "bf16", "auto"), default="auto", help="bfloat16 autocast (auto: where it is faster)")
     add(
         "--final-seeds",

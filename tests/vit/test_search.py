@@ -10,9 +10,9 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import optuna
 import pytest
@@ -32,6 +32,7 @@ from nkat_vit.search import (
     BASELINE,
     CHOICES,
     RANGES,
+    SMALLEST,
     Budget,
     Shapes,
     Trials,
@@ -40,6 +41,7 @@ from nkat_vit.search import (
     tokens_of,
     unreachable,
 )
+from nkat_vit.search_options import ShapeOptions
 from tests.conftest import ROOT
 from tests.support.vit_data import run_module, write_cifar, write_grey
 
@@ -215,13 +217,39 @@ def test_the_optimiser_is_a_choice_and_the_plans_is_the_default() -> None:
     assert (train.opt, train.lr, train.muon_lr) == ("muon", 1e-3, 0.01)
 
 
+def asked_for(mode: str, **given: object) -> ShapeOptions:
+    """Options of which nothing is given but these."""
+    absent = dict.fromkeys(("epochs", "limit_train", "validation", "preset", "opt", "lr", "muon_lr", "stems"))
+    absent |= dict.fromkeys(("max_tokens", "batch_size", "final_seeds"))
+    study = cast(Any, SimpleNamespace(mode=mode, seed=0))
+    usual = {"data_root": Path(), "local_tpe": 0.6, "accuracy": 0.6, "sets": [], "amp": "off", "no_cuda": True}
+    return ShapeOptions(**cast(Any, absent | usual | given), study=study)
+
+
+def test_a_quick_search_learns_as_the_preset_fast() -> None:
+    def learns(mode: str, **given: object) -> tuple[object, ...]:
+        train = recipe_of(SMALLEST, "cifar10", search_job.make_budget(asked_for(mode, **given), CPU))
+        chosen = train.train
+        augment = train.augment.crop, train.augment.randaugment, train.augment.cutout
+        return chosen.opt, chosen.lr, chosen.muon_lr, chosen.smoothing, *augment, train.model.dropout_attn
+
+    assert learns("quick") == ("muon", 6e-3, 0.1, 0.2, 2, (0, 0), 0, 0.0)
+    assert learns("quick", opt="adamw") == ("adamw", 2e-4, 0.01, 0.2, 2, (0, 0), 0, 0.0)
+    assert learns("quick", preset="stage2") == learns("full") == ("adamw", 2e-4, 0.01, 0.0, 4, (2, 9), 8, 0.17)
+    assert learns("full", opt="muon") == ("muon", 1e-3, 0.01, 0.0, 4, (2, 9), 8, 0.17)
+    assert learns("full", preset="fast", lr=1e-3)[:3] == ("muon", 1e-3, 0.1)
+    model = recipe_of(SMALLEST, "cifar10", search_job.make_budget(asked_for("quick"), CPU)).model
+    assert (model.conv_stem, model.embed_dim, model.depth, model.top_k) == (
+        "white",
+        384,
+        5,
+        6,
+    )  # STAGE2's but the point
+
+
 def test_other_stems_are_in_the_space_of_a_quick_search_and_where_asked_for() -> None:
-    asked_for = partial(SimpleNamespace, epochs=None, limit_train=None, validation=None, max_tokens=None)
-    asked_for = partial(asked_for, batch_size=None, opt="muon", lr=None, muon_lr=None, amp="off")
     spaces = {
-        (mode, stems): search_job.make_budget(
-            asked_for(stems=stems and [*stems], study=SimpleNamespace(mode=mode, seed=0)), CPU
-        ).space
+        (mode, stems): search_job.make_budget(asked_for(mode, stems=stems and [*stems]), CPU).space
         for mode, stems in (("quick", None), ("full", None), ("quick", ("tiny",)))
     }
     found = {key: {point["conv_stem"] for point in space.points()} for key, space in spaces.items()}

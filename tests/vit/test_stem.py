@@ -11,7 +11,7 @@ from torch import nn
 
 from nkat_vit import stem
 from nkat_vit.model import NKATViT, ViTConfig
-from nkat_vit.stem import Stem, WhiteStem, Whitening, convolve, norm_gelu
+from nkat_vit.stem import Stem, Whitening, WhiteStem, convolve, norm_gelu
 
 pytestmark = pytest.mark.isa
 
