@@ -76,8 +76,8 @@ def main() -> None:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     set_threads(options.threads)
     world = World(0, 1, pick_device(not options.no_cuda))
-    quick = Budget(*BUDGETS["quick"], lr=PRESETS["stage2"]["lr"], amp=options.amp, seed=options.seed)
-    budgets = {"quick": quick, "longer": replace(quick, limit_train=quick.limit_train * options.longer)}
+    quick = Budget(**BUDGETS["quick"], lr=PRESETS["stage2"]["lr"], amp=options.amp, seed=options.seed)
+    budgets = {"quick": quick, "longer": replace(quick, epoch_size=quick.epoch_size * options.longer)}
     shapes = draw_shapes(options.shapes, options.seed, quick.max_tokens)
     first, step = map(int, options.share.split("/"))
     curves: dict[str, list[list[float]]] = {name: [] for name in budgets}

@@ -40,7 +40,6 @@ from nkat_vit.recipe import Recipe, check_schedule, with_amp
 
 _CHECK_STEPS = 20  # reading the loss more often would make a GPU wait
 _AMP_TRIALS = 4
-_FIT_PICTURES = 5000  # of the training set, for the stem's whitening
 _THREAD_TRIALS = 3
 _THREAD_SECONDS = 5.0  # after which the first of them has to do
 _ROW = {"epoch", "loss", "validation", "lr", "seconds", "images_per_second"}
@@ -146,12 +145,13 @@ class Trainer:
         self.recipe, self.world, self.folder = recipe, world, folder
         self.train_set, self.held = train.to(world.device), held.to(world.device)
         self.save_steps, self.label, self.judge_last, self.on_epoch = save_steps, label, judge_last, on_epoch
-        self.epoch_steps = len(train) // config.batch_size
+        self.pass_steps = len(train) // config.batch_size  # through all of the pictures
+        self.epoch_steps = config.epoch_size // config.batch_size or self.pass_steps
         if world.device.type == "cpu":
             keep_freed_memory()  # a step's tensors are as large as those of the step before it
         torch.manual_seed(config.seed)
         self.model = NKATViT(recipe.model).to(world.device)
-        self.model.fit_stem(self.train_set.images[:_FIT_PICTURES])
+        self.model.fit_stem(self.train_set.images)
         self.average = Average(self.model, config.ema) if config.ema else None
         self.judge = deepcopy(self.model).eval()
         self.optimizers = make_optimizers(self.model, config)
@@ -165,7 +165,7 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.best = -1.0
         self.extended_from: list[int] = []  # the numbers of epochs it was to have before it was made longer
-        self._order = -1, torch.empty(0)  # an epoch and its order of pictures
+        self._order = -1, torch.empty(0)  # the number of a pass through the pictures, and their order in it
 
     def run(self) -> None:
         """Trains to the last epoch."""
@@ -246,11 +246,11 @@ class Trainer:
 
     def _batch_index(self) -> Tensor:
         config, world = self.recipe.train, self.world
-        epoch, position = divmod(self.step, self.epoch_steps)
-        if self._order[0] != epoch:
-            seed = int(np.random.SeedSequence([config.seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+        number, position = divmod(self.step, self.pass_steps)
+        if self._order[0] != number:
+            seed = int(np.random.SeedSequence([config.seed, number]).generate_state(1, np.uint64)[0] >> 1)
             order = torch.randperm(len(self.train_set), generator=torch.Generator().manual_seed(seed))
-            self._order = epoch, order.to(world.device)
+            self._order = number, order.to(world.device)
         part = config.batch_size // world.size
         start = position * config.batch_size + world.rank * part
         return self._order[1][start : start + part]

@@ -39,6 +39,7 @@ class TrainConfig:
     clip_grad: greatest norm of the gradient; 0 is off
     amp: "bf16" autocast, "off", or "auto": whichever a few measured steps find faster
     validation: pictures held out of the training set, by seed; limit_train: train on so many only (0: all)
+    epoch_size: pictures of an epoch, which goes on through the set where the last one ended (0: all of them)
     tta: "flip" averages the logits of a picture and its mirror image
     """
 
@@ -58,6 +59,7 @@ class TrainConfig:
     seed: int = 0
     validation: int = 5000
     limit_train: int = 0
+    epoch_size: int = 0
     tta: str = "none"
 
     def __post_init__(self) -> None:
@@ -66,8 +68,10 @@ class TrainConfig:
         for name in ("lr", "muon_lr"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value > 0, f"{name} must be positive, got {value}")
-        for name in ("warmup", "weight_decay", "clip_grad", "limit_train", "seed"):
+        for name in ("warmup", "weight_decay", "clip_grad", "limit_train", "epoch_size", "seed"):
             _check(getattr(self, name) >= 0, f"{name} must be at least 0, got {getattr(self, name)}")
+        shorter = f"epoch_size {self.epoch_size} is less than one batch of {self.batch_size}"
+        _check(not 0 < self.epoch_size < self.batch_size, shorter)
         _check(0 < self.layer_decay <= 1, f"layer_decay must lie in 0 < x <= 1, got {self.layer_decay}")
         for name in ("ema", "smoothing"):
             _check(0 <= getattr(self, name) < 1, f"{name} must lie in 0 <= x < 1, got {getattr(self, name)}")

@@ -60,6 +60,7 @@ class Budget:
     """What a trial may cost, and how it is trained.
 
     epochs: of a trial that survives, on each set; the first rung is at a ninth of it
+    epoch_size: pictures of an epoch, which goes on through the set where the last ended, 0: all of them
     limit_train: pictures of each set it is trained on, 0: all
     validation: pictures it is judged on
     max_tokens: models with a longer sequence are left out, 0: none
@@ -69,6 +70,7 @@ class Budget:
     """
 
     epochs: int
+    epoch_size: int
     limit_train: int
     validation: int
     max_tokens: int
@@ -100,6 +102,7 @@ class Budget:
         learning = {name: value for name, value in PRESETS[self.preset].items() if name in _LEARNING}
         return learning | {
             "epochs": self.epochs,
+            "epoch_size": self.epoch_size,
             "limit_train": self.limit_train,
             "validation": self.validation,
             "batch_size": self.batch_size,

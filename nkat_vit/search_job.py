@@ -62,7 +62,7 @@ OPTIMAL = "optimal_vit.json"
 STUDY_NAME = "nkat-vit-round2"
 TOP = 5
 AMP_IMAGES = 128
-_OF_A_TRIAL = ("epochs", "limit_train", "validation", "warmup", "batch_size", "amp", "seed")
+_OF_A_TRIAL = ("epochs", "epoch_size", "limit_train", "validation", "warmup", "batch_size", "amp", "seed")
 
 
 def run(options: ShapeOptions) -> None:
@@ -99,19 +99,13 @@ def say_unreachable() -> None:
 
 def make_budget(options: ShapeOptions, world: World) -> Budget:
     """The mode's, with what the user changed; --mode custom starts from that of "full"."""
-    given = (options.epochs, options.limit_train, options.validation, options.max_tokens, options.batch_size)
     usual = BUDGETS.get(options.study.mode, BUDGETS["full"])
-    chosen = [default if value is None else value for value, default in zip(given, usual, strict=True)]
-    epochs, limit_train, validation, max_tokens, batch_size = chosen
+    given = {name: getattr(options, name) for name in usual}
     preset, opt = options.learning, options.optimizer
     # An optimiser that is not the preset's own has the rates of a preset whose it is.
     rates = PRESETS[preset if opt == PRESETS[preset].get("opt", "adamw") else "strong" if opt == "muon" else "stage2"]
     budget = Budget(
-        epochs,
-        limit_train,
-        validation,
-        max_tokens,
-        batch_size,
+        **{name: default if given[name] is None else given[name] for name, default in usual.items()},
         lr=rates["lr"] if options.lr is None else options.lr,
         amp=options.amp,
         seed=options.study.seed,
@@ -181,7 +175,7 @@ def report(options: ShapeOptions, trials: Trials, outcome: Outcome, test: dict[s
     write_records(folder, rows, record)
     with recorded(record, options.study.json, options.study.force):
         print_report(record)
-        most = f"{counted(budget.epochs, 'epoch')} of {budget.limit_train or 'all'} pictures"
+        most = f"{counted(budget.epochs, 'epoch')} of {budget.epoch_size or budget.limit_train or 'all'} pictures"
         title = f"Round-2: {counted(len(ranked), 'trial')}, up to {most}"
         plot_image_search(folder / PICTURE, rows, record["importances"], trials.gate, trials.accuracy, title)
         write_page(folder / REPORT, search_page(record, title, own_command(), folder / PICTURE), force=True)

@@ -23,12 +23,22 @@ EXAMPLES = """\
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --local-tpe 0.28 --accuracy 0.35
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --opt muon
   python nkat_auto_optimizer.py --task vit --mode full --data-root data --storage postgresql://host/db --study-name r2
-  python nkat_auto_optimizer.py --task vit --mode custom --trials 20 --epochs 18 --limit-train 10000 --data-root data
+  python nkat_auto_optimizer.py --task vit --mode custom --trials 20 --epochs 18 --epoch-size 10000 --data-root data
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --resume"""
-# By mode: epochs, pictures of each set to train on (0: all) and to judge on, tokens at most (0: any), batch.
-# The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work: too much
-# for a quick search.
-BUDGETS = {"quick": (9, 5120, 1000, 20, 256), "full": (27, 0, 5000, 0, 128)}
+# By mode. The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work:
+# too much for a quick search. That one's epochs are parts of a pass through all pictures: few pictures again and again
+# teach half as much.
+BUDGETS = {
+    "quick": {
+        "epochs": 9,
+        "epoch_size": 5120,
+        "limit_train": 0,
+        "validation": 1000,
+        "max_tokens": 20,
+        "batch_size": 256,
+    },
+    "full": {"epochs": 27, "epoch_size": 0, "limit_train": 0, "validation": 5000, "max_tokens": 0, "batch_size": 128},
+}
 # By mode: stems beyond STAGE2's, and the preset that trials learn by. The white and the deep stem learn most from the
 # few pictures of a quick search, and most of all as the preset fast learns.
 STEMS_OF: dict[str, tuple[str, ...]] = {"quick": tuple(STEMS)}
@@ -46,6 +56,7 @@ class ShapeOptions:
     accuracy: float
     sets: list[str]
     epochs: int | None
+    epoch_size: int | None
     limit_train: int | None
     validation: int | None
     preset: str | None
@@ -102,16 +113,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="accuracy on CIFAR-10 that opens stage 2 as well (0.60); below that the other sets' are lowered alike",
     )
     add("--sets", nargs="+", choices=OTHER_SETS, default=list(OTHER_SETS), help="sets of stage 2 (all three)")
-    budgets = {mode: f"{epochs} / {limit or 'all'}" for mode, (epochs, limit, *_) in BUDGETS.items()}
-    chosen = ", ".join(f"{mode}: {budget}" for mode, budget in budgets.items())
+    chosen = ", ".join(f"{mode}: {usual['epochs']} / {usual['epoch_size'] or 'all'}" for mode, usual in BUDGETS.items())
     add(
         "--epochs",
         type=commandline.positive_int,
         metavar="N",
         help=f"of a surviving trial (epochs / pictures: {chosen})",
     )
+    add("--epoch-size", type=commandline.non_negative_int, metavar="N", help="pictures of an epoch, 0: a whole set")
     add(
-        "--limit-train", type=commandline.non_negative_int, metavar="N", help="pictures of each set to train on, 0: all"
+        "--limit-train",
+        type=commandline.non_negative_int,
+        metavar="N",
+        help="pictures of each set to train on, 0: all (all)",
     )
     add("--validation", type=commandline.positive_int, metavar="N", help="pictures of each set to judge on")
     add(

@@ -93,6 +93,7 @@ _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
     ("seed", int, "of everything random"),
     ("validation", int, "pictures held out of the training set"),
     ("limit_train", int, "train on so many pictures, 0: all"),
+    ("epoch_size", int, "pictures of an epoch, which goes on through the set where the last ended; 0: all"),
     ("tta", TTA_CHOICES, "average over the mirror image when judging; auto: where the set allows it"),
 ]
 

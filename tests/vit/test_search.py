@@ -46,7 +46,7 @@ from tests.conftest import ROOT
 from tests.support.vit_data import run_module, write_cifar, write_grey
 
 CPU = World(0, 1, torch.device("cpu"))
-BUDGET = Budget(epochs=9, limit_train=128, validation=32, lr=1e-3, max_tokens=0, batch_size=128, amp="off", seed=0)
+BUDGET = Budget(9, 0, 128, validation=32, lr=1e-3, max_tokens=0, batch_size=128, amp="off", seed=0)
 # A space of the same form with models that train in milliseconds.
 SMALL_CHOICES = {"conv_stem": ("tiny", "small"), "patch_size": (4,)}
 SMALL_RANGES = RANGES | {"embed_dim": (16, 32, 16), "depth": (1, 2, 1)}
@@ -219,7 +219,9 @@ def test_the_optimiser_is_a_choice_and_the_plans_is_the_default() -> None:
 
 def asked_for(mode: str, **given: object) -> ShapeOptions:
     """Options of which nothing is given but these."""
-    absent = dict.fromkeys(("epochs", "limit_train", "validation", "preset", "opt", "lr", "muon_lr", "stems"))
+    absent = dict.fromkeys(
+        ("epochs", "epoch_size", "limit_train", "validation", "preset", "opt", "lr", "muon_lr", "stems")
+    )
     absent |= dict.fromkeys(("max_tokens", "batch_size", "final_seeds"))
     study = cast(Any, SimpleNamespace(mode=mode, seed=0))
     usual = {"data_root": Path(), "local_tpe": 0.6, "accuracy": 0.6, "sets": [], "amp": "off", "no_cuda": True}

@@ -337,12 +337,34 @@ def test_parts_of_a_batch_are_the_batch(tmp_path: Path, data: Path) -> None:
         weights_after(whole_set, tmp_path, grad_accum=5)
 
 
+def test_shorter_epochs_go_on_through_the_set_where_the_last_ended(tmp_path: Path, data: Path) -> None:
+    train_set, held = split(load_images("emnist-digits", data, train=True), 24, 0)
+    values = {"dataset": "emnist-digits", "embed_dim": 32, "depth": 1, "batch_size": 16, "warmup": 0.0}
+    seen: dict[int, list[torch.Tensor]] = {}
+    for epoch_size in (0, 40):
+        recipe = make_recipe(values | {"epoch_size": epoch_size})
+        trainer = Trainer(recipe, train_set, held, World(0, 1, torch.device("cpu")), tmp_path)
+        assert trainer.epoch_steps == (epoch_size or len(train_set)) // 16
+        seen[epoch_size] = []
+        for trainer.step in range(len(train_set) // 16 + 3):
+            seen[epoch_size].append(trainer._batch_index())
+    assert len(seen[0]) > 6
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], seen[40], strict=True))
+    one_pass = torch.cat(seen[40][:-3])
+    assert len(one_pass.unique()) == len(one_pass)  # no picture twice, over several short epochs
+    assert len(torch.cat(seen[40]).unique()) < len(torch.cat(seen[40]))  # control: the next pass has them again
+    with pytest.raises(NKATError, match="epoch_size 8 is less than one batch of 16"):
+        make_recipe(values | {"epoch_size": 8})
+
+
 def test_a_run_of_an_older_version_goes_on(tmp_path: Path, data: Path) -> None:
     """Without the settings and the columns that were added since."""
     run(data, tmp_path / "run", "--no-test")
     path = tmp_path / "run" / "last.pt"
     content = checkpoint.load(path, "run")
-    content["recipe"] = {k: v for k, v in content["recipe"].items() if k not in ("grad_accum", "layer_decay")}
+    content["recipe"] = {
+        k: v for k, v in content["recipe"].items() if k not in ("grad_accum", "layer_decay", "epoch_size")
+    }
     for row in content["history"]:
         del row["judged_per_second"]
     checkpoint.save(path, content)
