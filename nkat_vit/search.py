@@ -47,8 +47,9 @@ RANGES: dict[str, tuple[Any, Any, Any]] = {
     "top_p": (0.80, 0.95, 0.01),
 }
 BASELINE: dict[str, Any] = {name: PRESETS["stage2"][name] for name in (*CHOICES, *RANGES)}
-# The smallest of the range behind the stem that learns the most, where that is in the space: where a gate is in reach.
-SMALLEST: dict[str, Any] = {"conv_stem": "white", "patch_size": 1} | {name: low for name, (low, *_) in RANGES.items()}
+# The smallest of the range behind the stem that learns the most, with the mildest filter: where a gate is in reach.
+SMALLEST: dict[str, Any] = {"conv_stem": "white", "patch_size": 1, "embed_dim": 384, "depth": 5}
+SMALLEST |= {"temperature": 1.0, "top_p": 0.95}
 # What of a preset is no shape of a model but says how it learns.
 _LEARNING = {*AUGMENT_NAMES, *TRAIN_NAMES, "dropout_attn", "dropout_embed", "dropout", "drop_path"}
 GATE = "local_tpe"  # the constraint's name
