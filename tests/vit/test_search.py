@@ -100,12 +100,12 @@ def test_the_space_is_the_plans() -> None:
     study = make_study()
     study.enqueue_trial(BASELINE)
     assert Shapes().suggest(study.ask()) == BASELINE  # no warning, no other value: the baseline lies in the space
-    quick = Shapes(20, tuple(STEMS))
-    study.enqueue_trial(quick.parameters(SMALLEST))
-    assert quick.suggest(study.ask()) == SMALLEST
     points = [Shapes().suggest(study.ask()) for _ in range(30)]
     assert all(point["embed_dim"] % 8 == 0 for point in points)
     assert len({tuple(point.values()) for point in points}) > 25
+    quick, study = Shapes(20, tuple(STEMS)), make_study()
+    study.enqueue_trial(quick.parameters(SMALLEST))
+    assert quick.suggest(study.ask()) == SMALLEST
 
 
 def test_long_sequences_can_be_left_out() -> None:
