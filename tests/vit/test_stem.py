@@ -144,7 +144,7 @@ def test_whitened_patches_are_uncorrelated_and_of_one_spread(channels: int) -> N
     components = white.weight[:parts].flatten(1).double()
     torch.testing.assert_close(moments(after), components @ patches @ components.T, atol=1e-3, rtol=1e-3)
     spread = torch.linalg.eigvalsh(patches)
-    wanted = torch.diag(spread / (spread + 5e-4)).flip(0, 1)  # 1, but for what is weaker than the epsilon
+    wanted = torch.diag(spread / (spread + stem._EPSILON)).flip(0, 1)  # 1, but for what is weaker than the epsilon
     torch.testing.assert_close(moments(after), wanted, atol=1e-3, rtol=0)
     assert float((patches / patches.diagonal().mean() - torch.eye(parts)).abs().max()) > 0.3  # control
     same = Whitening(channels)
