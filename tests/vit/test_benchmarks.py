@@ -64,7 +64,8 @@ def test_shapes_are_drawn_by_seed() -> None:
 
 def test_the_ranking_of_short_and_long_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "_CONTENTS", {})
-    monkeypatch.setitem(search_job.BUDGETS, "quick", (3, 128, 32, 100, 64))
+    budget = {"epochs": 3, "epoch_size": 128, "limit_train": 0, "validation": 32, "max_tokens": 100, "batch_size": 64}
+    monkeypatch.setitem(search_job.BUDGETS, "quick", budget)
     small = BASELINE | {"embed_dim": 16, "depth": 1, "patch_size": 4}
     monkeypatch.setattr(vit_search, "draw_shapes", lambda *_: [small | {"depth": depth} for depth in (1, 2, 3)])
     done = run_module(
