@@ -16,6 +16,7 @@ from torch import nn
 
 from nkat_vit.augment import AugmentConfig
 from nkat_vit.data import ImageSet, find_dataset
+from nkat_vit.stem import whitening_filters
 
 WIDTHS = (64, 256, 256)
 _PATCH = 2
@@ -76,10 +77,7 @@ def whitening(pictures: torch.Tensor) -> torch.Tensor:
     """Filters [24, 3, 2, 2] that make patches of normalised pictures [n, 3, h, w] uncorrelated, and their negatives."""
     facts = find_dataset("cifar10")
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (facts.mean, facts.std))
-    patches = F.unfold((pictures - mean) / std, _PATCH).transpose(1, 2).flatten(0, 1).double()
-    values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (vectors / (values + _EPSILON).sqrt()).T.flip(0).float().view(-1, 3, _PATCH, _PATCH)
-    return torch.cat([filters, -filters])
+    return whitening_filters((pictures - mean) / std, _EPSILON)
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:

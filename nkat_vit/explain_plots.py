@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from nkat.host.figures import BASE, BEST, PRUNED, TRIAL, new_figure, save_figure
-from nkat_vit.deletion import RANDOM, Curves
+from nkat_vit.deletion import RANDOM, Curves, with_error
 from nkat_vit.maps import on_pixels
 from nkat_vit.model import ViTConfig
 from nkat_vit.pictures import DPI, as_picture, overlay
@@ -56,11 +56,11 @@ def plot_curves(path: Path, curves: Curves, title: str) -> None:
         lines = getattr(curves, kind)
         for name in sorted(lines, key=lambda name: name != RANDOM):  # the control below the others
             values = lines[name]
-            areas = curves.areas(kind, name)
+            area = with_error(curves.areas(kind, name))
             mean, error = (100 * part for part in _mean_and_error(values))
-            width = "" if len(areas) < 2 else f" ± {float(areas.std() / len(areas) ** 0.5):.3f}"
+            width = "" if area["standard_error"] is None else f" ± {area['standard_error']:.3f}"
             x, highest = 100 * curves.shares, max(highest, float((mean + error).max()))
-            axes.plot(x, mean, ".-", color=_COLOURS[name], label=f"{name}: {float(areas.mean()):.3f}{width}")
+            axes.plot(x, mean, ".-", color=_COLOURS[name], label=f"{name}: {area['mean']:.3f}{width}")
             axes.fill_between(x, mean - error, mean + error, color=_COLOURS[name], alpha=0.15, linewidth=0)
         better = "smaller" if kind == "deletion" else "larger"
         axes.set(title=kind, xlabel=text, xlim=(0, 100))

@@ -48,8 +48,9 @@ RANGES: dict[str, tuple[Any, Any, Any]] = {
 }
 BASELINE: dict[str, Any] = {name: PRESETS["stage2"][name] for name in (*CHOICES, *RANGES)}
 # The smallest of the range behind the stem that learns the most, with the mildest filter: where a gate is in reach.
-SMALLEST: dict[str, Any] = {"conv_stem": "white", "patch_size": 1, "embed_dim": 384, "depth": 5}
-SMALLEST |= {"temperature": 1.0, "top_p": 0.95}
+SMALLEST: dict[str, Any] = {"conv_stem": "white", "patch_size": 1}
+SMALLEST |= {name: RANGES[name][0] for name in ("embed_dim", "depth")}
+SMALLEST |= {name: RANGES[name][1] for name in ("temperature", "top_p")}
 # What of a preset is no shape of a model but says how it learns.
 _LEARNING = {*AUGMENT_NAMES, *TRAIN_NAMES, "dropout_attn", "dropout_embed", "dropout", "drop_path"}
 GATE = "local_tpe"  # the constraint's name

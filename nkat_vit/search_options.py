@@ -21,13 +21,12 @@ DESCRIPTION = (
 EXAMPLES = """\
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --output-dir output/round2
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --local-tpe 0.28 --accuracy 0.35
-  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --opt muon
+  python nkat_auto_optimizer.py --task vit --mode quick --data-root data --preset stage2
   python nkat_auto_optimizer.py --task vit --mode full --data-root data --storage postgresql://host/db --study-name r2
   python nkat_auto_optimizer.py --task vit --mode custom --trials 20 --epochs 18 --epoch-size 10000 --data-root data
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --resume"""
 # By mode. The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work:
-# too much for a quick search. That one's epochs are parts of a pass through all pictures: few pictures again and again
-# teach half as much.
+# too much for a quick search. That one's epochs are parts of a pass through all pictures.
 BUDGETS = {
     "quick": {
         "epochs": 9,

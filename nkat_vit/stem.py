@@ -87,10 +87,18 @@ class Whitening(nn.Module):
     @torch.no_grad()
     def fit(self, x: Tensor) -> None:
         """Takes the filters from what it is going to see [n, c, h, w]."""
-        patches = F.unfold(x.float(), _PATCH).transpose(1, 2).flatten(0, 1).double().cpu()
-        variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
-        filters = (components / (variances.clamp(min=0) + _EPSILON).sqrt()).T.flip(0)  # the strongest first
-        self.weight.copy_(torch.cat([filters, -filters]).view_as(self.weight))
+        self.weight.copy_(whitening_filters(x, _EPSILON))
+
+
+def whitening_filters(x: Tensor, epsilon: float) -> Tensor:
+    """Filters float32 [8c, c, 2, 2] that make patches of 2 × 2 of x [n, c, h, w] uncorrelated, and their negatives.
+
+    epsilon: added to the patches' variances
+    """
+    patches = F.unfold(x.float(), _PATCH).transpose(1, 2).flatten(0, 1).double().cpu()
+    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (components / (variances.clamp(min=0) + epsilon).sqrt()).T.flip(0).float()  # the strongest first
+    return torch.cat([filters, -filters]).view(-1, x.shape[1], _PATCH, _PATCH)
 
 
 class _Group(nn.Module):
