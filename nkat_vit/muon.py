@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_STEPS = 5
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Matrices [..., m, n] with their singular values moved near 1 (0.7 to 1.2).
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices [..., m, n] with their singular values moved near 1 (0.7 to 1.2; fewer steps leave small ones small).
 
     In bfloat16, which the quintic was made for. At most one dimension before the last two.
     """
@@ -31,17 +30,19 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     if tall:
         x = x.mT
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=1e-7)
-    for _ in range(_STEPS):
+    for _ in range(steps):
         gram = x @ x.mT
         x = add_product(x, add_product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 class Muon(Optimizer):
-    """Nesterov momentum, orthogonalised, for matrices [m, n]; decoupled weight decay."""
+    """Nesterov momentum, orthogonalised in `ns_steps` steps, for matrices [m, n]; decoupled weight decay."""
 
-    def __init__(self, params: Iterable[Any], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(
+        self, params: Iterable[Any], lr: float, weight_decay: float, momentum: float = 0.95, ns_steps: int = 5
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "ns_steps": ns_steps})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -62,11 +63,12 @@ class Muon(Optimizer):
                 if matrix.grad is not None:
                     alike[(*sorted(matrix.shape), matrix.device)].append(matrix)  # tall ones are laid down
             for matrices in alike.values():
-                self._move(matrices, group["lr"], group["weight_decay"], group["momentum"])
+                self._move(matrices, group)
         return loss
 
-    def _move(self, matrices: list[Tensor], lr: float, weight_decay: float, momentum: float) -> None:
-        """The step of matrices of one shape, upright or lying."""
+    def _move(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """The step of a group's matrices of one shape, upright or lying."""
+        lr, momentum, steps = group["lr"], group["momentum"], group["ns_steps"]
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         for matrix in matrices:
             if not self.state[matrix]:
@@ -75,8 +77,11 @@ class Muon(Optimizer):
         torch._foreach_lerp_(averages, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, averages, momentum)
         lying = [x.mT if x.shape[0] > x.shape[1] else x for x in ahead]
-        directions = [orthogonalise(lying[0])] if len(lying) == 1 else list(orthogonalise(torch.stack(lying)))
-        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        if len(lying) == 1:
+            directions = [orthogonalise(lying[0], steps)]
+        else:
+            directions = list(orthogonalise(torch.stack(lying), steps))
+        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
         for matrix, direction in zip(matrices, directions, strict=True):
             rows, columns = matrix.shape
             upright = direction.mT if rows > columns else direction

@@ -93,7 +93,7 @@ def _make_muon(packed: Mapping[int, list[tuple[nn.Parameter, int]]], config: Tra
         matrices = [matrix for _, of_one in own for matrix in of_one]
         groups.append({"params": matrices, "lr": config.muon_lr * config.layer_decay**below})
         shared += own
-    optimizer = Muon(groups, lr=config.muon_lr, weight_decay=config.weight_decay)
+    optimizer = Muon(groups, config.muon_lr, config.weight_decay, config.muon_momentum, config.muon_steps)
 
     def share_gradients(*_: object) -> None:
         for parameter, matrices in shared:

@@ -33,6 +33,7 @@ class TrainConfig:
 
     lr, warmup: AdamW's peak learning rate, reached after so many epochs; a cosine to zero follows
     muon_lr: peak for the matrices and convolutions with `opt` muon; everything else stays with AdamW at `lr`
+    muon_momentum: share of the average so far in Muon's average of gradients; muon_steps: Newton–Schulz steps
     batch_size: over all processes; grad_accum: parts that each process takes its share in, one after the other
     layer_decay: factor of the learning rate from one layer to the one before it; 1 is off
     ema: decay of the averaged weights, which are what is judged and kept; 0 is off
@@ -49,6 +50,8 @@ class TrainConfig:
     opt: str = "adamw"
     lr: float = 2e-4
     muon_lr: float = 0.02
+    muon_momentum: float = 0.95
+    muon_steps: int = 5
     warmup: float = 5.0
     weight_decay: float = 0.05
     layer_decay: float = 1.0
@@ -63,7 +66,7 @@ class TrainConfig:
     tta: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "grad_accum", "validation"):
+        for name in ("epochs", "batch_size", "grad_accum", "muon_steps", "validation"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "muon_lr"):
             value = getattr(self, name)
@@ -73,7 +76,7 @@ class TrainConfig:
         shorter = f"epoch_size {self.epoch_size} is less than one batch of {self.batch_size}"
         _check(not 0 < self.epoch_size < self.batch_size, shorter)
         _check(0 < self.layer_decay <= 1, f"layer_decay must lie in 0 < x <= 1, got {self.layer_decay}")
-        for name in ("ema", "smoothing"):
+        for name in ("ema", "smoothing", "muon_momentum"):
             _check(0 <= getattr(self, name) < 1, f"{name} must lie in 0 <= x < 1, got {getattr(self, name)}")
         for name, choices in (("opt", OPTIMIZERS), ("amp", AMP), ("tta", TTA)):
             value = getattr(self, name)
@@ -175,8 +178,10 @@ FAST: dict[str, Any] = {
     "crop": 2,
     "cutout": 0,
     "opt": "muon",
-    "lr": 6e-3,
-    "muon_lr": 0.1,
+    "lr": 0.012,
+    "muon_lr": 0.2,
+    "muon_momentum": 0.7,
+    "muon_steps": 3,
     "epochs": 12,
     "warmup": 1,
     "batch_size": 512,

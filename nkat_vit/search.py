@@ -61,7 +61,7 @@ REDUCTION = 3  # one of so many goes on at a rung
 class Budget:
     """What a trial may cost, and how it is trained.
 
-    epochs: of a trial that survives, on each set; the first rung is at a ninth of it
+    epochs: of a trial that survives, on CIFAR-10; the first rung is at a ninth of it
     epoch_size: pictures of an epoch, which goes on through the set where the last ended, 0: all of them
     limit_train: pictures of each set it is trained on, 0: all
     validation: pictures it is judged on
@@ -69,6 +69,7 @@ class Budget:
     opt, lr, muon_lr: as in a recipe
     stems: (): STAGE2's
     preset: whose augmentation, dropouts and the like it learns with
+    other_epochs: of a trial that passes, on each other set, 0: as many as on CIFAR-10
     """
 
     epochs: int
@@ -84,6 +85,7 @@ class Budget:
     muon_lr: float = PRESETS["strong"]["muon_lr"]
     stems: tuple[str, ...] = ()
     preset: str = "stage2"
+    other_epochs: int = 0
 
     @property
     def space(self) -> Shapes:
@@ -99,11 +101,12 @@ class Budget:
         """Successive halving with rungs at 1/9 and 1/3 of the epochs."""
         return optuna.pruners.SuccessiveHalvingPruner(self.first_rung, REDUCTION)
 
-    def train_values(self) -> dict[str, Any]:
+    def train_values(self, dataset: str = FIRST_SET) -> dict[str, Any]:
         """As values of a recipe; warm-up is an eighth of the run, as in STAGE2's 40 epochs."""
+        epochs = self.epochs if dataset == FIRST_SET else self.other_epochs or self.epochs
         learning = {name: value for name, value in PRESETS[self.preset].items() if name in _LEARNING}
         return learning | {
-            "epochs": self.epochs,
+            "epochs": epochs,
             "epoch_size": self.epoch_size,
             "limit_train": self.limit_train,
             "validation": self.validation,
@@ -113,7 +116,7 @@ class Budget:
             "muon_lr": self.muon_lr,
             "amp": self.amp,
             "seed": self.seed,
-            "warmup": self.epochs / 8,
+            "warmup": epochs / 8,
         }
 
 
@@ -211,7 +214,7 @@ def model_values(parameters: Mapping[str, Any], dataset: str) -> dict[str, Any]:
 
 def recipe_of(parameters: Mapping[str, Any], dataset: str, budget: Budget) -> Recipe:
     """How a point is trained on a set."""
-    return make_recipe(model_values(parameters, dataset) | budget.train_values() | {"dataset": dataset})
+    return make_recipe(model_values(parameters, dataset) | budget.train_values(dataset) | {"dataset": dataset})
 
 
 @dataclass(slots=True)

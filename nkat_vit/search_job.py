@@ -62,7 +62,7 @@ OPTIMAL = "optimal_vit.json"
 STUDY_NAME = "nkat-vit-round2"
 TOP = 5
 AMP_IMAGES = 128
-_OF_A_TRIAL = ("epochs", "epoch_size", "limit_train", "validation", "warmup", "batch_size", "amp", "seed")
+_OF_A_TRIAL = ("epochs", "epoch_size", "limit_train", "validation", "warmup", "amp", "seed")
 
 
 def run(options: ShapeOptions) -> None:
@@ -101,6 +101,8 @@ def make_budget(options: ShapeOptions, world: World) -> Budget:
     """The mode's, with what the user changed; --mode custom starts from that of "full"."""
     usual = BUDGETS.get(options.study.mode, BUDGETS["full"])
     given = {name: getattr(options, name) for name in usual}
+    if options.epochs is not None and options.other_epochs is None:
+        given["other_epochs"] = 0  # the mode's own number goes with its epochs
     preset, opt = options.learning, options.optimizer
     # An optimiser that is not the preset's own has the rates of a preset whose it is.
     rates = PRESETS[preset if opt == PRESETS[preset].get("opt", "adamw") else "strong" if opt == "muon" else "stage2"]

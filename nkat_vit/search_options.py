@@ -30,13 +30,22 @@ EXAMPLES = """\
 BUDGETS = {
     "quick": {
         "epochs": 9,
+        "other_epochs": 5,
         "epoch_size": 5120,
         "limit_train": 0,
         "validation": 1000,
         "max_tokens": 20,
         "batch_size": 256,
     },
-    "full": {"epochs": 27, "epoch_size": 0, "limit_train": 0, "validation": 5000, "max_tokens": 0, "batch_size": 128},
+    "full": {
+        "epochs": 27,
+        "other_epochs": 0,
+        "epoch_size": 0,
+        "limit_train": 0,
+        "validation": 5000,
+        "max_tokens": 0,
+        "batch_size": 128,
+    },
 }
 # By mode: stems beyond STAGE2's, and the preset that trials learn by. The white and the deep stem learn most from the
 # few pictures of a quick search, and most of all as the preset fast learns.
@@ -55,6 +64,7 @@ class ShapeOptions:
     accuracy: float
     sets: list[str]
     epochs: int | None
+    other_epochs: int | None
     epoch_size: int | None
     limit_train: int | None
     validation: int | None
@@ -118,6 +128,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=commandline.positive_int,
         metavar="N",
         help=f"of a surviving trial (epochs / pictures: {chosen})",
+    )
+    add(
+        "--other-epochs",
+        type=commandline.non_negative_int,
+        metavar="N",
+        help="of a trial that passes, on each set of stage 2, 0: as many as on CIFAR-10 (quick 5 with its own "
+        "--epochs, else 0)",
     )
     add("--epoch-size", type=commandline.non_negative_int, metavar="N", help="pictures of an epoch, 0: a whole set")
     add(

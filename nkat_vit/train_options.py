@@ -79,6 +79,8 @@ _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
     ("opt", OPTIMIZERS, "optimiser; muon: for matrices and convolutions, AdamW for the rest"),
     ("lr", float, "AdamW's peak learning rate"),
     ("muon_lr", float, "Muon's"),
+    ("muon_momentum", float, "share of the average so far in Muon's average of gradients"),
+    ("muon_steps", int, "Newton–Schulz steps that make Muon's singular values about 1"),
     ("warmup", float, "epochs until the peak; a cosine follows"),
     ("weight_decay", float, "decoupled: multiplied by the learning rate, with which it rises and falls"),
     (

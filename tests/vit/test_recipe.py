@@ -114,7 +114,8 @@ def test_fast_is_gauge_attention_behind_whitened_convolutions() -> None:
     assert widths == [64, 64, 128, 128, 256, 256]
     assert (recipe.model.tokens, recipe.model.embed_dim, recipe.model.depth) == (16, 256, 2)
     assert all(block.attention.gauge is not None for block in model.blocks)
-    assert (train.opt, train.muon_lr, train.lr, train.ema, train.batch_size) == ("muon", 0.1, 6e-3, 0.99, 512)
+    assert (train.opt, train.muon_lr, train.lr, train.ema, train.batch_size) == ("muon", 0.2, 0.012, 0.99, 512)
+    assert (train.muon_momentum, train.muon_steps) == (0.7, 3)
     convolutions = sum(p.numel() for p in model.stem.parameters())  # the whitening's filters are counted too
     assert convolutions > 1_100_000
     shallow = count_parameters(replace(recipe.model, conv_stem="off", patch_size=8)) - (192 - 256) * 256
@@ -141,13 +142,14 @@ def test_orthogonalise_against_the_svd(shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_muon_on_batches_of_matrices_is_torchs_on_one_after_the_other() -> None:
+@pytest.mark.parametrize(("momentum", "steps"), [(0.95, 5), (0.6, 3)])
+def test_muon_on_batches_of_matrices_is_torchs_on_one_after_the_other(momentum: float, steps: int) -> None:
     start = [torch.randn(shape) for shape in ((24, 24), (48, 24), (24, 96), (1, 8), (24, 48), (24, 24), (48, 24))]
     gradients = [[torch.randn_like(matrix) for matrix in start] for _ in range(3)]
     ended = []
     for kind in (torch.optim.Muon, Muon):
         matrices = [matrix.clone() for matrix in start]
-        optimizer = kind(matrices, lr=0.02, weight_decay=0.05)
+        optimizer = kind(matrices, lr=0.02, weight_decay=0.05, momentum=momentum, ns_steps=steps)
         for row in gradients:
             for matrix, gradient in zip(matrices, row, strict=True):
                 matrix.grad = gradient
@@ -156,6 +158,14 @@ def test_muon_on_batches_of_matrices_is_torchs_on_one_after_the_other() -> None:
     for theirs, ours, before in zip(*ended, start, strict=True):
         torch.testing.assert_close(ours, theirs, atol=3 * 0.02 * 2**-7, rtol=0)  # a product in bfloat16 rounds anyhow
         assert (theirs - before).abs().max() > 0.005  # control: they moved by more
+
+
+def test_muons_momentum_and_steps_are_settings() -> None:
+    model, recipe = small("muon")
+    other = replace(recipe.train, muon_momentum=0.5, muon_steps=3)
+    for config, expected in ((recipe.train, (0.95, 5)), (other, (0.5, 3))):
+        group = make_optimizers(model, config)[1].param_groups[0]
+        assert (group["momentum"], group["ns_steps"]) == expected
 
 
 def test_muon_moves_packed_maps_apart_and_convolutions_too() -> None:

@@ -223,7 +223,7 @@ def test_the_optimiser_is_a_choice_and_the_plans_is_the_default() -> None:
 def asked_for(mode: str, **given: object) -> ShapeOptions:
     """Options of which nothing is given but these."""
     absent = dict.fromkeys(
-        ("epochs", "epoch_size", "limit_train", "validation", "preset", "opt", "lr", "muon_lr", "stems")
+        ("epochs", "other_epochs", "epoch_size", "limit_train", "validation", "preset", "opt", "lr", "muon_lr", "stems")
     )
     absent |= dict.fromkeys(("max_tokens", "batch_size", "final_seeds"))
     study = cast(Any, SimpleNamespace(mode=mode, seed=0))
@@ -238,11 +238,11 @@ def test_a_quick_search_learns_as_the_preset_fast() -> None:
         augment = train.augment.crop, train.augment.randaugment, train.augment.cutout
         return chosen.opt, chosen.lr, chosen.muon_lr, chosen.smoothing, *augment, train.model.dropout_attn
 
-    assert learns("quick") == ("muon", 6e-3, 0.1, 0.2, 2, (0, 0), 0, 0.0)
+    assert learns("quick") == ("muon", 0.012, 0.2, 0.2, 2, (0, 0), 0, 0.0)
     assert learns("quick", opt="adamw") == ("adamw", 2e-4, 0.01, 0.2, 2, (0, 0), 0, 0.0)
     assert learns("quick", preset="stage2") == learns("full") == ("adamw", 2e-4, 0.01, 0.0, 4, (2, 9), 8, 0.17)
     assert learns("full", opt="muon") == ("muon", 1e-3, 0.01, 0.0, 4, (2, 9), 8, 0.17)
-    assert learns("full", preset="fast", lr=1e-3)[:3] == ("muon", 1e-3, 0.1)
+    assert learns("full", preset="fast", lr=1e-3)[:3] == ("muon", 1e-3, 0.2)
     model = recipe_of(SMALLEST, "cifar10", search_job.make_budget(asked_for("quick"), CPU)).model
     assert (model.conv_stem, model.embed_dim, model.depth, model.top_k) == (
         "white",
@@ -250,6 +250,19 @@ def test_a_quick_search_learns_as_the_preset_fast() -> None:
         5,
         6,
     )  # STAGE2's but the point
+
+
+def test_the_other_sets_have_epochs_of_their_own() -> None:
+    def epochs(mode: str, **given: object) -> tuple[tuple[int, float], ...]:
+        budget = search_job.make_budget(asked_for(mode, **given), CPU)
+        runs = (recipe_of(BASELINE, name, budget).train for name in ("cifar10", "mnist"))
+        return tuple((run.epochs, run.warmup) for run in runs)
+
+    assert epochs("quick") == ((9, 9 / 8), (5, 5 / 8))
+    assert epochs("quick", epochs=3) == ((3, 3 / 8), (3, 3 / 8))
+    assert epochs("quick", epochs=3, other_epochs=2) == ((3, 3 / 8), (2, 2 / 8))
+    assert epochs("full") == ((27, 27 / 8), (27, 27 / 8))
+    assert epochs("full", other_epochs=9) == ((27, 27 / 8), (9, 9 / 8))
 
 
 def test_other_stems_are_in_the_space_of_a_quick_search_and_where_asked_for() -> None:
@@ -499,7 +512,7 @@ def test_the_whole_search(root: Path, tmp_path: Path) -> None:
     assert "at the baseline's size Local TPE 0.01 takes 1.3 %; STAGE2's target there is 0.45" in done.stdout
     # The settings are a --config of training, and how they were trained is in them.
     values = read_config(out / "optimal_vit.json") | {"dataset": "mnist"}
-    assert (values["opt"], values["lr"]) == ("muon", 2e-3)
+    assert (values["opt"], values["lr"], values["batch_size"]) == ("muon", 2e-3, record["budget"]["batch_size"])
     assert make_recipe(values).model.embed_dim == optimal["setting"]["embed_dim"]
     again = optimize(root, out, *LOW, *fast)
     assert again.returncode == 2
