@@ -3,6 +3,7 @@
     git worktree add ../before COMMIT
     python -m benchmarks.vit_against ../before --threads 2
     python -m benchmarks.vit_against ../before --preset stage2 --threads 1
+    python -m benchmarks.vit_against ../before --preset stage2 --both conv_stem=deep,opt=muon --this muon_steps=3
 
 Each checkout's own trainer, in a process of its own, makes the same recipe's steps on a processor (augmentation,
 gradients, optimisers, averaged weights), one after the other in turns; the other waits meanwhile. The ratio is the
@@ -26,6 +27,7 @@ from statistics import median
 import torch
 
 from benchmarks import vit_worker
+from benchmarks.vit_ablation import parse_change
 from nkat.errors import NKATError
 from nkat.host import commandline, console
 from nkat.host.console import say
@@ -74,6 +76,9 @@ def main() -> None:
     parser = commandline.parser(__doc__.splitlines()[0], "  python -m benchmarks.vit_against ../before --threads 2")
     parser.add_argument("other", type=Path, help="folder of another checkout")
     parser.add_argument("--preset", choices=list(PRESETS), default="fast")
+    parser.add_argument("--both", type=parse_change, default={}, metavar="NAME=VALUE,…", help="over the preset's")
+    of_this = "settings of this checkout alone, which the other may not know"
+    parser.add_argument("--this", type=parse_change, default={}, metavar="NAME=VALUE,…", help=of_this)
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--amp", choices=("off", "bf16"), default="bf16")
     parser.add_argument("--rounds", type=commandline.positive_int, default=10)
@@ -84,14 +89,14 @@ def main() -> None:
         raise NKATError(f"{options.other}: no checkout with a folder nkat_vit in it")
     threads = set_threads(options.threads)
     # With the settings that both know: those given away in JSON, so that each takes its own default for others.
-    values = with_preset(options.preset, {"dataset": options.dataset, "amp": options.amp})
+    values = with_preset(options.preset, options.both | {"dataset": options.dataset, "amp": options.amp})
     batch = make_recipe(values).train.batch_size
     seconds: dict[str, list[float]] = {"other": [], "this": []}
     fastest = dict.fromkeys(seconds, float("inf"))
     with ExitStack() as opened:
         arms = {}
-        for name, folder in (("other", options.other), ("this", _HERE)):
-            arms[name] = Arm(folder, values, threads)
+        for name, folder, own in (("other", options.other, {}), ("this", _HERE, options.this)):
+            arms[name] = Arm(folder, values | own, threads)
             opened.callback(arms[name].close)
         with console.bar(_WARM_UP + options.rounds, "rounds", "round") as progress:
             for index in range(_WARM_UP + options.rounds):
@@ -126,6 +131,8 @@ def main() -> None:
         {
             "benchmark": "vit_against",
             "preset": options.preset,
+            "both": options.both,
+            "this": options.this,
             "dataset": options.dataset,
             "amp": options.amp,
             "rounds": options.rounds,

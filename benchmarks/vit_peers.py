@@ -21,7 +21,7 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -249,7 +249,8 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True, metavar="FOLDER", help="where runs are kept")
     parser.add_argument("--minutes", type=float, default=20.0, metavar="N", help="of training, each (default 20)")
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME", help=", ".join(RUNS))
-    parser.add_argument("--seeds", type=commandline.positive_int, default=3, metavar="N")
+    parser.add_argument("--seeds", type=commandline.positive_int, default=3, metavar="N", help="runs of each (3)")
+    parser.add_argument("--peer-seeds", type=commandline.positive_int, metavar="N", help="of the peers (as --seeds)")
     parser.add_argument("--validation", type=commandline.positive_int, default=2000, metavar="N", help="pictures")
     parser.add_argument("--threads", type=commandline.thread_count, metavar="N")
     commandline.add_output_format(parser)
@@ -257,15 +258,20 @@ def main() -> None:
     threads = hardware.set_threads(options.threads)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     results: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(options.seeds):
-        for name in options.only:
-            path = options.output_dir / f"{name}-{options.minutes:g}-{seed}.json"
-            if not path.exists():
-                write_json(one_run(name, seed, options), str(path))
-            results.setdefault(name, []).append(json.loads(path.read_text(encoding="utf-8")))
+    for name, seed in planned(options.only, options.seeds, options.peer_seeds or options.seeds):
+        path = options.output_dir / f"{name}-{options.minutes:g}-{seed}.json"
+        if not path.exists():
+            write_json(one_run(name, seed, options), str(path))
+        results.setdefault(name, []).append(json.loads(path.read_text(encoding="utf-8")))
     draw(options.output_dir / "minutes.png", results, f"CIFAR-10, {threads} threads of a processor")
     show(table(results))
     print_record({"benchmark": "vit_peers", "machine": hardware.describe(torch.device("cpu")), "runs": results})
+
+
+def planned(names: Sequence[str], seeds: int, peer_seeds: int) -> list[tuple[str, int]]:
+    """Names and seeds of the runs, the first seed of each before the second of any."""
+    counts = {name: peer_seeds if name in PEERS else seeds for name in names}
+    return [(name, seed) for seed in range(max(counts.values())) for name in names if seed < counts[name]]
 
 
 def one_run(name: str, seed: int, options: Any) -> dict[str, Any]:

@@ -174,7 +174,7 @@ FAST: dict[str, Any] = {
     "dropout_embed": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,
-    "randaugment": [0, 0],
+    "randaugment": [1, 9],
     "crop": 2,
     "cutout": 0,
     "opt": "muon",
@@ -207,6 +207,11 @@ def with_preset(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if "warmup" not in given and isinstance(epochs, int) and epochs < usual["epochs"]:
         values["warmup"] = usual["warmup"] * epochs / usual["epochs"]
     return values
+
+
+def optimizer_of(preset: str) -> str:
+    """The optimiser that a preset learns with."""
+    return str(PRESETS[preset].get("opt", TrainConfig().opt))
 
 
 def check_schedule(config: TrainConfig) -> None:

@@ -70,6 +70,7 @@ class Budget:
     stems: (): STAGE2's
     preset: whose augmentation, dropouts and the like it learns with
     other_epochs: of a trial that passes, on each other set, 0: as many as on CIFAR-10
+    randaugment: in place of the preset's, None: that
     """
 
     epochs: int
@@ -86,6 +87,7 @@ class Budget:
     stems: tuple[str, ...] = ()
     preset: str = "stage2"
     other_epochs: int = 0
+    randaugment: tuple[int, int] | None = None
 
     @property
     def space(self) -> Shapes:
@@ -105,6 +107,8 @@ class Budget:
         """As values of a recipe; warm-up is an eighth of the run, as in STAGE2's 40 epochs."""
         epochs = self.epochs if dataset == FIRST_SET else self.other_epochs or self.epochs
         learning = {name: value for name, value in PRESETS[self.preset].items() if name in _LEARNING}
+        if self.randaugment is not None:
+            learning["randaugment"] = list(self.randaugment)
         return learning | {
             "epochs": epochs,
             "epoch_size": self.epoch_size,

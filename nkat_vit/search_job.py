@@ -32,7 +32,7 @@ from nkat_vit.evaluate import remarks, run_result, stage2_rows, summarise
 from nkat_vit.judging import judge_once
 from nkat_vit.loop import measure_amp
 from nkat_vit.metrics import GLOBAL_TARGETS
-from nkat_vit.recipe import PRESETS
+from nkat_vit.recipe import PRESETS, optimizer_of
 from nkat_vit.search import (
     BASELINE,
     CHOICES,
@@ -49,6 +49,7 @@ from nkat_vit.search_options import (
     BUDGETS,
     DESCRIPTION,
     EXAMPLES,
+    PRESET_OF,
     STEMS_OF,
     ShapeOptions,
     add_options,
@@ -99,13 +100,16 @@ def say_unreachable() -> None:
 
 def make_budget(options: ShapeOptions, world: World) -> Budget:
     """The mode's, with what the user changed; --mode custom starts from that of "full"."""
-    usual = BUDGETS.get(options.study.mode, BUDGETS["full"])
+    usual = dict(BUDGETS.get(options.study.mode, BUDGETS["full"]))
     given = {name: getattr(options, name) for name in usual}
-    if options.epochs is not None and options.other_epochs is None:
-        given["other_epochs"] = 0  # the mode's own number goes with its epochs
     preset, opt = options.learning, options.optimizer
+    # What a mode has of its own goes with its epochs, and with its preset.
+    if options.epochs is not None:
+        usual |= {"other_epochs": 0}
+    if preset != PRESET_OF.get(options.study.mode):
+        usual |= {"randaugment": None}
     # An optimiser that is not the preset's own has the rates of a preset whose it is.
-    rates = PRESETS[preset if opt == PRESETS[preset].get("opt", "adamw") else "strong" if opt == "muon" else "stage2"]
+    rates = PRESETS[preset if opt == optimizer_of(preset) else "strong" if opt == "muon" else "stage2"]
     budget = Budget(
         **{name: default if given[name] is None else given[name] for name, default in usual.items()},
         lr=rates["lr"] if options.lr is None else options.lr,
@@ -132,7 +136,9 @@ def describe_search(options: ShapeOptions, trials: Trials) -> Search:
         "sets": list(trials.sets),
         "data_sha256": trials.images(FIRST_SET).sha256,
         **{name: value for name, value in asdict(trials.budget).items() if name != "amp"},
-        "stems": list(trials.budget.stems),  # as a storage gives it back
+        # As a storage gives them back.
+        "stems": list(trials.budget.stems),
+        "randaugment": trials.budget.randaugment and list(trials.budget.randaugment),
     }
     sampler = partial(make_sampler, conditional=True)
     space = trials.budget.space

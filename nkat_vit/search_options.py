@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nkat.host import commandline
 from nkat.study.options import StudyOptions
 from nkat_vit.metrics import LAMBDA_OF_BASELINE, TARGETS, accuracy_needed
 from nkat_vit.model import STEMS
-from nkat_vit.recipe import OPTIMIZERS, PRESETS
+from nkat_vit.recipe import OPTIMIZERS, PRESETS, optimizer_of
 from nkat_vit.search import CHOICES, FIRST_SET, OTHER_SETS
 
 DESCRIPTION = (
@@ -26,8 +27,8 @@ EXAMPLES = """\
   python nkat_auto_optimizer.py --task vit --mode custom --trials 20 --epochs 18 --epoch-size 10000 --data-root data
   python nkat_auto_optimizer.py --task vit --mode quick --data-root data --resume"""
 # By mode. The baseline has 17 tokens. Without a stem there are 65 or 257, at four and twenty times the baseline's work:
-# too much for a quick search. That one's epochs are parts of a pass through all pictures.
-BUDGETS = {
+# too much for a quick search. Its epochs are parts of one pass through all pictures, which differ without RandAugment.
+BUDGETS: dict[str, dict[str, Any]] = {
     "quick": {
         "epochs": 9,
         "other_epochs": 5,
@@ -36,6 +37,7 @@ BUDGETS = {
         "validation": 1000,
         "max_tokens": 20,
         "batch_size": 256,
+        "randaugment": (0, 0),
     },
     "full": {
         "epochs": 27,
@@ -45,6 +47,7 @@ BUDGETS = {
         "validation": 5000,
         "max_tokens": 0,
         "batch_size": 128,
+        "randaugment": None,
     },
 }
 # By mode: stems beyond STAGE2's, and the preset that trials learn by. The white and the deep stem learn most from the
@@ -75,6 +78,7 @@ class ShapeOptions:
     stems: list[str] | None
     max_tokens: int | None
     batch_size: int | None
+    randaugment: tuple[int, int] | None
     amp: str
     final_seeds: int | None
     no_cuda: bool
@@ -88,7 +92,7 @@ class ShapeOptions:
     @property
     def optimizer(self) -> str:
         """Theirs."""
-        return self.opt or str(PRESETS[self.learning].get("opt", "adamw"))
+        return self.opt or optimizer_of(self.learning)
 
 
 CONFLICTS: tuple[tuple[Callable[[ShapeOptions], object], str], ...] = (
@@ -176,6 +180,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="leave longer sequences out (quick 20, 0: any)",
     )
     add("--batch-size", type=commandline.positive_int, metavar="N", help="pictures a step (quick 256, full 128)")
+    add(
+        "--randaugment",
+        type=int,
+        nargs=2,
+        metavar=("N", "M"),
+        help="(quick 0 0 with its own --preset, else the preset's)",
+    )
     add("--amp", choices=("off", "bf16", "auto"), default="auto", help="bfloat16 autocast (auto: where it is faster)")
     add(
         "--final-seeds",

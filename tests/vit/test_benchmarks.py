@@ -84,12 +84,16 @@ def test_the_ranking_of_short_and_long_runs(tmp_path: Path, monkeypatch: pytest.
 def test_steps_of_two_checkouts_are_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "fast", parse_change(SMALL) | {"epochs": 2, "warmup": 1})
     common = ["--dataset", "emnist-digits", "--rounds", 1, "--amp", "off", "--threads", 1]
-    done = run_module("benchmarks.vit_against", ROOT, *common)
+    own = ["--both", "opt=muon,batch_size=8", "--this", "muon_steps=3"]
+    done = run_module("benchmarks.vit_against", ROOT, *common, *own)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
-    assert record["batch_size"] == 24
+    assert (record["batch_size"], record["this"]) == (8, {"muon_steps": 3})
     assert record["ratio"] == record["median_seconds"]["other"] / record["median_seconds"]["this"]
     assert set(record["fastest_seconds"]) == {"other", "this"}
     refused = run_module("benchmarks.vit_against", ROOT / "docs", *common)
     assert refused.returncode == 2
     assert "no checkout" in refused.stderr
+    unknown = run_module("benchmarks.vit_against", ROOT, *common, "--this", "muon_step=3")
+    assert unknown.returncode == 2
+    assert "muon_step" in unknown.stderr

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks import vit_peers
 from benchmarks.vit_cnn import PlainCNN, whitening
-from benchmarks.vit_peers import PEERS, Judged, PeerRun, whole_epochs
+from benchmarks.vit_peers import PEERS, Judged, PeerRun, planned, whole_epochs
 from nkat.errors import NKATError
 from nkat_vit import data
 from nkat_vit.data import ImageSet, find_dataset
@@ -86,3 +86,8 @@ def test_what_cannot_be_run_is_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(vit_peers.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(NKATError, match="pip install vit-pytorch"):
         vit_peers.compact_transformer(pictures(10))
+
+
+def test_peers_may_have_fewer_seeds() -> None:
+    assert planned(["fast", "cnn"], 2, 2) == [("fast", 0), ("cnn", 0), ("fast", 1), ("cnn", 1)]
+    assert planned(["fast", "cnn", "cct"], 3, 1) == [("fast", 0), ("cnn", 0), ("cct", 0), ("fast", 1), ("fast", 2)]

@@ -225,7 +225,7 @@ def asked_for(mode: str, **given: object) -> ShapeOptions:
     absent = dict.fromkeys(
         ("epochs", "other_epochs", "epoch_size", "limit_train", "validation", "preset", "opt", "lr", "muon_lr", "stems")
     )
-    absent |= dict.fromkeys(("max_tokens", "batch_size", "final_seeds"))
+    absent |= dict.fromkeys(("max_tokens", "batch_size", "randaugment", "final_seeds"))
     study = cast(Any, SimpleNamespace(mode=mode, seed=0))
     usual = {"data_root": Path(), "local_tpe": 0.6, "accuracy": 0.6, "sets": [], "amp": "off", "no_cuda": True}
     return ShapeOptions(**cast(Any, absent | usual | given), study=study)
@@ -241,6 +241,7 @@ def test_a_quick_search_learns_as_the_preset_fast() -> None:
     assert learns("quick") == ("muon", 0.012, 0.2, 0.2, 2, (0, 0), 0, 0.0)
     assert learns("quick", opt="adamw") == ("adamw", 2e-4, 0.01, 0.2, 2, (0, 0), 0, 0.0)
     assert learns("quick", preset="stage2") == learns("full") == ("adamw", 2e-4, 0.01, 0.0, 4, (2, 9), 8, 0.17)
+    assert learns("full", randaugment=(1, 5))[5] == (1, 5)
     assert learns("full", opt="muon") == ("muon", 1e-3, 0.01, 0.0, 4, (2, 9), 8, 0.17)
     assert learns("full", preset="fast", lr=1e-3)[:3] == ("muon", 1e-3, 0.2)
     model = recipe_of(SMALLEST, "cifar10", search_job.make_budget(asked_for("quick"), CPU)).model
