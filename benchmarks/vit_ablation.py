@@ -17,6 +17,7 @@ if __name__ == "__main__":  # before the imports, so that Ctrl-C in them is no t
     start("benchmarks.vit_ablation")
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -35,9 +36,9 @@ from nkat_vit.recipe import PRESETS, make_recipe
 
 
 def parse_change(text: str) -> dict[str, Any]:
-    """`top_k=0,pool=seq` → {"top_k": 0, "pool": "seq"}."""
+    """`top_k=0,pool=seq,randaugment=[1,9]` → {"top_k": 0, "pool": "seq", "randaugment": [1, 9]}."""
     values = {}
-    for part in text.split(","):
+    for part in re.split(r",(?![^\[]*\])", text):
         name, equals, value = part.partition("=")
         if not equals:
             raise NKATError(f"{part!r}: a change is name=value")

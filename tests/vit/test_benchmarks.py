@@ -48,6 +48,7 @@ def test_an_ablation_pairs_by_seed_and_can_be_shared(tmp_path: Path, monkeypatch
 
 def test_changes_are_settings() -> None:
     assert parse_change("top_k=0,pool=seq,lr=1e-3") == {"top_k": 0, "pool": "seq", "lr": 1e-3}
+    assert parse_change("randaugment=[1,9],top_k=0") == {"randaugment": [1, 9], "top_k": 0}
     assert steps_of(["a=1", "b=2"], ladder=False)[2] == ("b=2", {"b": 2})
     assert steps_of(["a=1", "b=2"], ladder=True)[2] == ("+ b=2", {"a": 1, "b": 2})
     with pytest.raises(NKATError, match="name=value"):
