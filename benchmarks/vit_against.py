@@ -90,7 +90,7 @@ def main() -> None:
     threads = set_threads(options.threads)
     # With the settings that both know: those given away in JSON, so that each takes its own default for others.
     values = with_preset(options.preset, options.both | {"dataset": options.dataset, "amp": options.amp})
-    batch = make_recipe(values).train.batch_size
+    batch = make_recipe(values | options.this).train.batch_size
     seconds: dict[str, list[float]] = {"other": [], "this": []}
     fastest = dict.fromkeys(seconds, float("inf"))
     with ExitStack() as opened:
