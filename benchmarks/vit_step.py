@@ -2,6 +2,7 @@
 
     python -m benchmarks.vit_step --threads 2
     python -m benchmarks.vit_step --patch-size 1 --conv-stem small      64 tokens instead of 16
+    python -m benchmarks.vit_step --compile      our model by torch.compile too, as nkat_vit.train --compile has it
 
 The peer is built from torch.nn.TransformerEncoderLayer (pre-norm, GELU, same width, depth, heads, MLP, tokens) behind
 one convolution that makes the patches. It has no stem, no colour features, no filtering, no gauge terms and no
@@ -31,10 +32,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nkat.host import commandline, console
 from nkat.host.console import say
+from nkat.host.distributed import World
 from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import print_record
 from nkat.host.tables import Column, Table, show
 from nkat_vit.augment import AugmentConfig, augment
+from nkat_vit.loop import compile_model
 from nkat_vit.model import STEMS, NKATViT, ViTConfig
 from nkat_vit.predict import autocast
 
@@ -110,6 +113,7 @@ def main() -> None:
     parser.add_argument("--patch-size", type=commandline.positive_int, default=2)
     parser.add_argument("--threads", type=commandline.thread_count)
     parser.add_argument("--no-cuda", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="an arm of ours by torch.compile (needs a C++ compiler)")
     commandline.add_output_format(parser)
     options = parser.parse_args()
     set_threads(options.threads)
@@ -135,6 +139,8 @@ def main() -> None:
         "ours, no filter, gauge, colours": arm(NKATViT(replace(bare, split_heads=False, color_norm="off"))),
         "augmentation alone": make_augmentation(images, labels),
     }
+    if options.compile:
+        arms["ours, stage2, compiled"] = arm(compile_model(NKATViT(full).to(device), World(0, 1, device)))
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     with console.bar(WARM_UP + options.rounds, "rounds", "round") as progress:
         for index in range(WARM_UP + options.rounds):
@@ -174,6 +180,8 @@ def main() -> None:
         "time with split heads and colour norm / without": ratio(names[5], names[6]),
         "augmentation / step": ratio(names[7], names[2]),
     }
+    if options.compile:
+        ratios["speed of ours compiled"] = ratio(names[2], names[8])
     for name, value in ratios.items():
         say(f"{name}: {value:.3f}")
     record = {

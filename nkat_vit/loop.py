@@ -57,6 +57,16 @@ def mixed_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     return torch.lerp(losses[1], losses[0], batch.weight).mean()
 
 
+def compile_model(model: nn.Module, world: World) -> nn.Module:
+    """The same model by torch.compile, which shares its weights.
+
+    On a GPU alone its kernels are recorded as CUDA graphs: a thousand small ones a step keep a processor busy launching
+    them, and the GPU waiting for it.
+    """
+    graphs = world.device.type == "cuda" and world.size == 1
+    return cast(nn.Module, torch.compile(model, mode="reduce-overhead" if graphs else None))
+
+
 def measure_amp(recipe: Recipe, images: ImageSet, device: torch.device) -> tuple[str, dict[str, float]]:
     """Which of "off" and "bf16" trains faster here, and the seconds of a step of each (the fastest of four)."""
     step = _bare_step(recipe, images, device)
@@ -155,11 +165,7 @@ class Trainer:
         self.average = Average(self.model, config.ema) if config.ema else None
         self.judge = deepcopy(self.model).eval()
         self.optimizers = make_optimizers(self.model, config)
-        self.forward: nn.Module = self.model
-        if compiled:
-            # A GPU waits for the processor, which launches a thousand small kernels a step: recorded once, they are one.
-            mode = "reduce-overhead" if world.device.type == "cuda" and world.size == 1 else None
-            self.forward = torch.compile(self.model, mode=mode)  # type: ignore[assignment]  # it makes a module of one
+        self.forward: nn.Module = compile_model(self.model, world) if compiled else self.model
         if world.size > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.step = 0

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nkat.errors import NKATError
@@ -47,17 +48,26 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 def predict_logits(model: nn.Module, images: Tensor, tta: str = "none", amp: str = "off") -> Tensor:
     """Logits float32 [n, classes] of pictures uint8 [n, c, h, w] on the model's device.
 
-    tta "flip" averages the logits of each picture and of its mirror image. The model must be in evaluation mode.
+    tta: what is averaged, see `TrainConfig`. The model must be in evaluation mode.
     """
     parts = []
     for chunk in _chunks(images):
-        pictures = chunk.float() / 255
         with autocast(images.device, amp):
-            logits = model(pictures)[0].float()
-            if tta == "flip":
-                logits = (logits + model(pictures.flip(-1))[0].float()) / 2
-        parts.append(logits)
+            logits = [share * model(view)[0].float() for view, share in _views(chunk.float() / 255, tta)]
+        parts.append(torch.stack(logits).sum(dim=0))
     return torch.cat(parts)
+
+
+def _views(pictures: Tensor, tta: str) -> list[tuple[Tensor, float]]:
+    """What is averaged of pictures [n, c, h, w], and with which share."""
+    views = [(pictures, 1.0)]
+    if "shift" in tta:
+        height, width = pictures.shape[2:]
+        padded = F.pad(pictures, (1, 1, 1, 1), mode="reflect")
+        views = [(pictures, 0.5), (padded[:, :, :height, :width], 0.25), (padded[:, :, 2:, 2:], 0.25)]
+    if "flip" in tta:
+        views = [(side, share / 2) for view, share in views for side in (view, view.flip(-1))]
+    return views
 
 
 def accuracy(model: nn.Module, images: ImageSet, tta: str = "none", amp: str = "off") -> float:

@@ -23,7 +23,7 @@ from nkat_vit.model import ViTConfig
 
 OPTIMIZERS = ("adamw", "muon")
 AMP = ("off", "bf16", "auto")
-TTA = ("none", "flip")
+TTA = ("none", "flip", "shift", "flip+shift")
 TTA_CHOICES = (*TTA, "auto")  # auto: flip where the set's pictures may be mirrored; a recipe holds what it came to
 
 
@@ -41,7 +41,9 @@ class TrainConfig:
     amp: "bf16" autocast, "off", or "auto": whichever a few measured steps find faster
     validation: pictures held out of the training set, by seed; limit_train: train on so many only (0: all)
     epoch_size: pictures of an epoch, which goes on through the set where the last one ended (0: all of them)
-    tta: "flip" averages the logits of a picture and its mirror image
+    tta: whose logits are averaged when judging: with "flip" those of a picture and its mirror image; with "shift" those
+        of the picture (half) and of it moved by a pixel to the lower right and to the upper left (a quarter each), as
+        airbench94 does (Jordan, 2024, arXiv 2404.00498); "flip+shift" all six
     """
 
     epochs: int = 40

@@ -96,7 +96,11 @@ _TRAIN_FLAGS: list[tuple[str, Any, str]] = [
     ("validation", int, "pictures held out of the training set"),
     ("limit_train", int, "train on so many pictures, 0: all"),
     ("epoch_size", int, "pictures of an epoch, which goes on through the set where the last ended; 0: all"),
-    ("tta", TTA_CHOICES, "average over the mirror image when judging; auto: where the set allows it"),
+    (
+        "tta",
+        TTA_CHOICES,
+        "judge by the mean of views: mirrored, moved by a pixel, both; auto: flip where the set allows it",
+    ),
 ]
 
 

@@ -18,7 +18,7 @@ from nkat_vit.data import load_images
 from nkat_vit.model import NKATViT
 from nkat_vit.picture_files import find_pictures, has_bright_edge, read_picture
 from nkat_vit.predict import answers, predict_logits
-from nkat_vit.recipe import class_names, make_recipe
+from nkat_vit.recipe import TTA, class_names, make_recipe
 from tests.support.vit_data import run_module, write_digits
 
 SMALL = {"embed_dim": 32, "depth": 1, "heads": 4, "gauge_rank": 2, "nkat_strength": 0.5}
@@ -241,3 +241,25 @@ def test_a_model_trained_judged_explained_and_asked_by_the_command_line(
     for kind, sign in (("deletion", -1), ("insertion", 1)):
         better = found[f"{kind}_from_random"]
         assert sign * better["mean"] > 2 * better["standard_error"]
+
+
+@pytest.mark.parametrize("tta", TTA)
+def test_views_are_averaged(tta: str) -> None:
+    """Against NumPy, by a model whose logits are the pixels."""
+    pictures = torch.randint(256, (3, 1, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = predict_logits(Pixels(), pictures, tta)
+    wanted = x = pictures.numpy() / 255
+    if "shift" in tta:
+        around = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect")
+        wanted = x / 2 + around[:, :, :-2, :-2] / 4 + around[:, :, 2:, 2:] / 4
+    if "flip" in tta:
+        wanted = (wanted + wanted[..., ::-1]) / 2
+    np.testing.assert_allclose(found.numpy(), wanted.reshape(3, -1), atol=1e-6)
+    assert np.allclose(wanted, x) == (tta == "none")
+
+
+class Pixels(torch.nn.Module):
+    """A model's form, without a model."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
+        return (images.flatten(1),)

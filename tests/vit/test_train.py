@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from math import log10
 from pathlib import Path
 from statistics import median
@@ -22,7 +23,7 @@ from nkat_vit import checkpoint, loop, train
 from nkat_vit.augment import Batch
 from nkat_vit.checkpoint import load_model
 from nkat_vit.data import ImageSet, load_images, split
-from nkat_vit.loop import Trainer, mixed_loss
+from nkat_vit.loop import Trainer, compile_model, mixed_loss
 from nkat_vit.metrics import Target, lambda_theory
 from nkat_vit.model import NKATViT
 from nkat_vit.optim import lr_factor
@@ -307,13 +308,16 @@ def test_two_processes_train_the_same_model(tmp_path: Path, data: Path) -> None:
     assert moved > 1e-4  # control: training moves weights by more than the tolerance
 
 
-def weights_after(train_set: ImageSet, folder: Path, **more: object) -> tuple[dict[str, torch.Tensor], list[int]]:
+def weights_after(
+    train_set: ImageSet, folder: Path, compiled: bool = False, **more: object
+) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Of four steps without randomness, and how many pictures the model saw at a time."""
     values = {"dataset": "emnist-digits", "embed_dim": 32, "depth": 2, "heads": 4, "gauge_rank": 2, "crop": 0}
     values |= {"randaugment": (0, 0), "cutout": 0, "mixup": 0.2, "cutmix": 0.2, "dropout_attn": 0.0}
     values |= {"dropout_embed": 0.0, "batch_size": 24, "warmup": 0.0, "validation": 24, "smoothing": 0.1}
     train_part, held = split(train_set, 24, 0)
-    trainer = Trainer(make_recipe(values | more), train_part, held, World(0, 1, torch.device("cpu")), folder)
+    world = World(0, 1, torch.device("cpu"))
+    trainer = Trainer(make_recipe(values | more), train_part, held, world, folder, compiled=compiled)
     seen: list[int] = []
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     start = trainer.model.head.weight.detach().clone()
@@ -335,6 +339,27 @@ def test_parts_of_a_batch_are_the_batch(tmp_path: Path, data: Path) -> None:
         assert (furthest < 2e-5) == equal
     with pytest.raises(NKATError, match="grad_accum 5 does not divide the 24"):
         weights_after(whole_set, tmp_path, grad_accum=5)
+
+
+@pytest.mark.parametrize(
+    ("device", "processes", "mode"), [("cpu", 1, None), ("cuda", 2, None), ("cuda", 1, "reduce-overhead")]
+)
+def test_a_gpu_alone_has_its_steps_recorded(
+    monkeypatch: pytest.MonkeyPatch, device: str, processes: int, mode: str | None
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, mode: asked.append(mode) or model)
+    compile_model(torch.nn.Linear(1, 1), World(0, processes, torch.device(device)))
+    assert asked == [mode]
+
+
+def test_a_compiled_run_learns_the_same(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a backend that runs the program as it was traced: the others take a minute and a C++ compiler."""
+    whole = load_images("emnist-digits", data, train=True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, _ = weights_after(whole, tmp_path)
+    traced, _ = weights_after(whole, tmp_path, compiled=True)
+    torch.testing.assert_close(traced, plain, rtol=0, atol=2e-5)  # the names too: a checkpoint knows no compiler
 
 
 def test_shorter_epochs_go_on_through_the_set_where_the_last_ended(tmp_path: Path, data: Path) -> None:
