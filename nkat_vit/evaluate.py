@@ -41,6 +41,7 @@ from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version
 from nkat.host.tables import Column, Table, show
 from nkat.host.tools import suggest
+from nkat_vit.answer_options import add_answer_options
 from nkat_vit.by_class import ClassFigures, class_table
 from nkat_vit.checkpoint import TrainedModel, load_model, load_set
 from nkat_vit.corruptions import Frost, load_frost
@@ -349,11 +350,7 @@ def main() -> None:
     )
     parser.add_argument("--frost", type=Path, help="folder with CIFAR-10-C's frost textures (else procedural ones)")
     parser.add_argument("--seed", type=commandline.seed, default=0, help="of the corruptions (0)")
-    parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
-    parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
-    commandline.add_output_format(parser)
-    parser.add_argument("--force", action="store_true", help="replace an existing record, and pictures")
+    add_answer_options(parser, "an existing record, and pictures")
     options = parser.parse_args()
     if not options.runs and not options.train:
         parser.error("give runs, or --train")

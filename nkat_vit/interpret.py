@@ -26,12 +26,13 @@ from torch import Tensor
 
 from nkat.errors import NKATError
 from nkat.host import commandline
-from nkat.host.console import counted, note
+from nkat.host.console import counted, note, say
 from nkat.host.files import output_folder
-from nkat.host.hardware import describe, pick_device
+from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, recorded
 from nkat.host.tables import Column, Table, show
 from nkat.host.tools import suggest
+from nkat_vit.answer_options import add_answer_options
 from nkat_vit.attention import Attention
 from nkat_vit.checkpoint import TrainedModel, load_model, load_set
 from nkat_vit.data import ImageSet, split
@@ -269,10 +270,9 @@ def main() -> None:
         help="how many for deletion and insertion (50)",
     )
     parser.add_argument("--seed", type=commandline.seed, default=0, help="of their random order (0)")
-    parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
-    parser.add_argument("--force", action="store_true", help="replace an existing record")
+    add_answer_options(parser)
     options = parser.parse_args()
+    set_threads(options.threads)
     device = pick_device(not options.no_cuda)
     trained = load_model(options.checkpoint, device)
     check_record(options.json, options.force, [trained.path])
@@ -287,10 +287,10 @@ def main() -> None:
         more = explain(trained, held, folder, stamp, options.curve_pictures, options.seed)
     record |= {"explanation": more["explanation"], "files": record["files"] + more["files"]}
     with recorded(record | {"machine": describe(device)}, options.json, options.force):
-        print(f"accuracy on {record['pictures']} validation pictures  {100 * record['accuracy']:.2f} %")
-        print(f"with the gauge terms taken out        {100 * record['accuracy_without_gauge']:.2f} %")
-        print(f"predictions that they change          {100 * record['changed_by_gauge']:.2f} %")
+        say(f"accuracy on {record['pictures']} validation pictures  {100 * record['accuracy']:.2f} %")
+        say(f"with the gauge terms taken out        {100 * record['accuracy_without_gauge']:.2f} %")
+        say(f"predictions that they change          {100 * record['changed_by_gauge']:.2f} %")
         show(explanation_table(record["explanation"]))
         for name in record["files"]:
-            print(folder / name)
+            say(str(folder / name))
     suggest("vit export", "--checkpoint", options.checkpoint, "--output", "model.onnx")

@@ -31,6 +31,7 @@ from nkat.host.hardware import describe, pick_device, set_threads
 from nkat.host.record import check_record, recorded, toolkit_version
 from nkat.host.tables import Column, Table, show
 from nkat.host.tools import suggest
+from nkat_vit.answer_options import add_answer_options
 from nkat_vit.checkpoint import TrainedModel, load_model
 from nkat_vit.data import ImageSet
 from nkat_vit.picture_files import ReadPicture, find_pictures, has_bright_edge, read_picture
@@ -142,11 +143,7 @@ def main() -> None:
     parser.add_argument(
         "--invert", action="store_true", help="dark on bright, as on paper, for a model of bright on dark, as MNIST is"
     )
-    parser.add_argument("--no-cuda", action="store_true", help="the processor although there is a GPU")
-    parser.add_argument("--threads", type=commandline.thread_count, help="processor threads")
-    parser.add_argument("--json", metavar="FILE", help='record; "-": last line of stdout')
-    commandline.add_output_format(parser)
-    parser.add_argument("--force", action="store_true", help="replace an existing record")
+    add_answer_options(parser)
     options = parser.parse_args()
     check_record(options.json, options.force, [*options.pictures, options.checkpoint])
     set_threads(options.threads)

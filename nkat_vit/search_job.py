@@ -197,8 +197,10 @@ def write_optimal(
 ) -> dict[str, Any]:
     """Writes the winner's settings and how it was trained. test: its scores there, where it passed the gate"""
     setting, path = winner.user_attrs["setting"], options.study.output_dir / OPTIMAL
-    # How long and on what a trial was trained, and from which seed, is not its user's.
-    trained = {name: value for name, value in budget.train_values().items() if name not in _OF_A_TRIAL}
+    # How long and on what a trial was trained, and from which seed, is not its user's, nor is the RandAugment that
+    # suits a mode's few pictures.
+    learning = replace(budget, randaugment=options.randaugment).train_values()
+    trained = {name: value for name, value in learning.items() if name not in _OF_A_TRIAL}
     write_json(model_values(setting, FIRST_SET) | trained, str(path), force=True)
     words: list[object] = [*tool_command("vit train"), "--dataset", FIRST_SET]
     words += ["--config", path.absolute(), "--data-root", options.data_root.absolute()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -138,10 +140,12 @@ def test_all_pictures_from_a_trained_checkpoint(run: Path) -> None:
     data = write_digits(run / "data")
     out = run / "pictures"
     arguments = ["--checkpoint", run, "--data-root", data, "--output-dir", out, "--pictures", 20]
-    arguments += ["--curve-pictures", 6, "--json", "-"]
+    arguments += ["--curve-pictures", 6, "--threads", 1, "--output-format", "csv", "--json", run / "record.json"]
     done = run_module("nkat_vit.interpret", *arguments)
     assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout.splitlines()[-1])
+    words = "accuracy on 20 validation pictures"  # stdout is the table's
+    assert (words in done.stderr, words in done.stdout) == (True, False)
+    record = json.loads((run / "record.json").read_text())
     names = sorted(path.name for path in out.iterdir())
     assert names == sorted(record["files"])
     assert [
@@ -158,7 +162,8 @@ def test_all_pictures_from_a_trained_checkpoint(run: Path) -> None:
     assert found["insertion_from"] == "blurred, sigma 3.5 pixels"
     assert found["orders"].keys() == {"relevance", "rollout", "attention", "random"}
     area = found["orders"]["relevance"]["deletion"]
-    assert f"{area['mean']:.3f} ± {area['standard_error']:.3f}" in done.stdout
+    row = next(row for row in csv.DictReader(io.StringIO(done.stdout)) if row["order"] == "relevance")
+    assert (float(row["deletion"]), float(row["deletion_error"])) == (area["mean"], area["standard_error"])
     assert len(found["orders"]["relevance"]["insertion_curve"]) == len(found["shares"])
 
 

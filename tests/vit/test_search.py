@@ -231,6 +231,20 @@ def asked_for(mode: str, **given: object) -> ShapeOptions:
     return ShapeOptions(**cast(Any, absent | usual | given), study=study)
 
 
+def test_the_winner_is_trained_with_the_presets_randaugment_unless_one_is_given(tmp_path: Path) -> None:
+    """A quick search's own, none, is for its few pictures."""
+    winner = optuna.create_study().ask()
+    winner.set_user_attr("setting", SMALLEST)
+    for given, kept in ((None, [1, 9]), ((2, 5), [2, 5])):
+        options = asked_for("quick", randaugment=given)
+        cast(Any, options.study).output_dir = tmp_path
+        budget = search_job.make_budget(options, CPU)
+        search_job.write_optimal(options, budget, cast(Any, winner), None)
+        values = read_config(tmp_path / "optimal_vit.json")
+        assert values["randaugment"] == kept
+        assert (values["lr"], values["batch_size"], "epoch_size" in values) == (0.012, 256, False)
+
+
 def test_a_quick_search_learns_as_the_preset_fast() -> None:
     def learns(mode: str, **given: object) -> tuple[object, ...]:
         train = recipe_of(SMALLEST, "cifar10", search_job.make_budget(asked_for(mode, **given), CPU))
