@@ -57,13 +57,14 @@ def mixed_loss(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
     return torch.lerp(losses[1], losses[0], batch.weight).mean()
 
 
-def compile_model(model: nn.Module, world: World) -> nn.Module:
+def compile_model(model: nn.Module, world: World, parts: int = 1) -> nn.Module:
     """The same model by torch.compile, which shares its weights.
 
     On a GPU alone its kernels are recorded as CUDA graphs: a thousand small ones a step keep a processor busy launching
-    them, and the GPU waiting for it.
+    them, and the GPU waiting for it. Not where a batch goes through in `parts`, whose gradients a graph makes in the
+    same place.
     """
-    graphs = world.device.type == "cuda" and world.size == 1
+    graphs = world.device.type == "cuda" and world.size == 1 and parts == 1
     return cast(nn.Module, torch.compile(model, mode="reduce-overhead" if graphs else None))
 
 
@@ -165,7 +166,7 @@ class Trainer:
         self.average = Average(self.model, config.ema) if config.ema else None
         self.judge = deepcopy(self.model).eval()
         self.optimizers = make_optimizers(self.model, config)
-        self.forward: nn.Module = compile_model(self.model, world) if compiled else self.model
+        self.forward: nn.Module = compile_model(self.model, world, config.grad_accum) if compiled else self.model
         if world.size > 1:
             self.forward = DistributedDataParallel(self.forward)
         self.step = 0

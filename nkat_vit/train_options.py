@@ -127,7 +127,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --resume: a longer run; the learning rate goes on as one of that length has it, and falls again",
     )
     parser.add_argument("--force", action="store_true", help="start anew in a folder that holds a run; replace --json")
-    parser.add_argument("--compile", action="store_true", help="torch.compile (needs a C++ compiler)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile (needs a C++ compiler); worth it on a GPU"
+    )
     parser.add_argument(
         "--save-steps", type=commandline.non_negative_int, default=0, help="checkpoints within epochs, too"
     )

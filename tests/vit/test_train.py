@@ -342,14 +342,15 @@ def test_parts_of_a_batch_are_the_batch(tmp_path: Path, data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "processes", "mode"), [("cpu", 1, None), ("cuda", 2, None), ("cuda", 1, "reduce-overhead")]
+    ("device", "processes", "parts", "mode"),
+    [("cpu", 1, 1, None), ("cuda", 2, 1, None), ("cuda", 1, 4, None), ("cuda", 1, 1, "reduce-overhead")],
 )
 def test_a_gpu_alone_has_its_steps_recorded(
-    monkeypatch: pytest.MonkeyPatch, device: str, processes: int, mode: str | None
+    monkeypatch: pytest.MonkeyPatch, device: str, processes: int, parts: int, mode: str | None
 ) -> None:
     asked = []
     monkeypatch.setattr(torch, "compile", lambda model, mode: asked.append(mode) or model)
-    compile_model(torch.nn.Linear(1, 1), World(0, processes, torch.device(device)))
+    compile_model(torch.nn.Linear(1, 1), World(0, processes, torch.device(device)), parts)
     assert asked == [mode]
 
 
