@@ -140,7 +140,7 @@ def main() -> None:
         "augmentation alone": make_augmentation(images, labels),
     }
     if options.compile:
-        arms["ours, stage2, compiled"] = arm(compile_model(NKATViT(full).to(device), World(0, 1, device)))
+        arms["ours, stage2, compiled"] = arm(compile_model(NKATViT(full), World(0, 1, device)))
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     with console.bar(WARM_UP + options.rounds, "rounds", "round") as progress:
         for index in range(WARM_UP + options.rounds):
